@@ -1,0 +1,1 @@
+"""Shards, their deterministic order, and the loader that turns them into batches."""

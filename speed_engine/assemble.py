@@ -1,0 +1,171 @@
+"""The objects of a run, made from its configuration.
+
+Training, generation and evaluation all build through here, so that they agree on the model and the
+process.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from speed_engine import checkpoint
+from speed_engine.config import TrainConfig, from_json
+from speed_engine.data.shards import ShardReader
+from speed_engine.data.sources import cache_folder, digits_folder
+from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.objective import Objective
+from speed_engine.diffusion.schedule import SCHEDULES, NoiseSchedule
+from speed_engine.diffusion.table import TimestepTable
+from speed_engine.diffusion.timesteps import TimestepSampler
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.features import Extractor, classifier_for, inception_features
+from speed_engine.models.dit import DiT
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """The noise schedule, how its timesteps are drawn, and their coefficients."""
+
+    schedule: NoiseSchedule
+    timesteps: TimestepSampler
+    table: TimestepTable
+
+
+def build_process(config: TrainConfig) -> Process:
+    """Schedule, sampler and table of the configured method.
+
+    Raises:
+        ValueError: an unknown schedule, method or prediction, or an option out of range.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"schedule {config.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}."
+        )
+    schedule = SCHEDULES[config.schedule](config.num_timesteps)
+    method = build_method(config.method, schedule, **config.method_options.given())
+    table = TimestepTable(schedule, config.prediction, method.epsilon_weight)
+    return Process(schedule, TimestepSampler(method.probabilities), table)
+
+
+def build_objective(config: TrainConfig, process: Process) -> Objective:
+    """The objective of the configured method, on the CPU."""
+    return Objective(
+        process.timesteps,
+        process.table,
+        torch.tensor(config.seed),
+        null_label=config.data.num_classes,
+        label_dropout=config.label_dropout,
+    )
+
+
+def build_model(config: TrainConfig) -> nn.Module:
+    """The configured model, initialised from the run's seed, on the CPU."""
+    channels, height, width = config.data.image_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return DiT(
+            input_size=(height, width),
+            channels=channels,
+            patch_size=config.model.patch_size,
+            dim=config.model.dim,
+            depth=config.model.depth,
+            num_heads=config.model.num_heads,
+            num_classes=config.data.num_classes,
+            mlp_ratio=config.model.mlp_ratio,
+        )
+
+
+def open_data(config: TrainConfig) -> ShardReader:
+    """The configured shards; an embedded data set is written to the cache first."""
+    if config.data.source == "digits":
+        return ShardReader(digits_folder())
+    return ShardReader(Path(config.data.source))
+
+
+def build_evaluator(config: TrainConfig, process: Process, reader: ShardReader) -> Evaluator:
+    """Evaluation against the training images, with the configured features."""
+    from speed_engine.data.loader import read_all
+
+    images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
+    settings = config.evaluation
+    return Evaluator(
+        schedule=process.schedule,
+        table=process.table,
+        reference=images,
+        extractor=_extractor(config, images, labels, reader.fingerprint),
+        num_classes=config.data.num_classes,
+        num_images=settings.num_images,
+        solver_steps=settings.solver_steps,
+        guidance=settings.guidance,
+        seed=config.seed,
+    )
+
+
+def _extractor(config: TrainConfig, images: Tensor, labels: Tensor, fingerprint: str) -> Extractor:
+    if config.evaluation.features == "inception":
+        return inception_features(config.evaluation.inception_weights)
+    return classifier_for(images, labels, cache_folder() / "features", fingerprint)
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        ValueError: the folder is not a run.
+    """
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+    return from_json(path.read_text())
+
+
+def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """(averaged model, its step) from a run's newest complete checkpoint.
+
+    Raises:
+        ValueError: there is no checkpoint, or it belongs to another model.
+    """
+    path = newest_checkpoint(run)
+    tensors, state = checkpoint.load(path)
+    model = build_model(config)
+    load_parameters(model, tensors["ema"], path)
+    return model.to(device).eval().requires_grad_(False), state["step"]
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return checkpoint.newest(run / CHECKPOINTS)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Strict load.
+
+    Raises:
+        ValueError: names or shapes differ; lists them.
+    """
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
+    if ours != theirs:
+        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
+        reshaped = [
+            f"{name} is {theirs[name]} there and {ours[name]} here"
+            for name in ours.keys() & theirs
+            if ours[name] != theirs[name]
+        ]
+        raise ValueError(
+            f"{source} is a checkpoint of another model: "
+            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
+        )
+    model.load_state_dict(tensors)

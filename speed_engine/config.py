@@ -1,0 +1,225 @@
+"""Configuration of one run: frozen dataclasses, checked when they are made, stored as JSON.
+
+Every field is an option of ``speed-engine train`` and says its unit. Configuration stops at
+``train.py``: classes below it take plain arguments.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+def _check(name: str, value: float, valid: bool, need: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value}: {need}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Arguments of the method; unset ones keep the method's own default."""
+
+    k: float | None = None
+    """SpeeD: how many times more often timesteps up to tau are drawn; at least 1 (paper: 5)."""
+    r: float | None = None
+    """SpeeD: signal suppression where the convergence area begins; above 1 (138.6 gives tau 700)."""
+    tau: float | None = None
+    """SpeeD: that border as a timestep, counted from 1; overrides r."""
+    lam: float | None = None
+    """SpeeD: lambda of change-aware weighting, in [0.5, 1] (paper: 0.6)."""
+
+    def given(self) -> dict[str, float]:
+        """The options that were set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A diffusion transformer (DiT)."""
+
+    patch_size: int = 2
+    """Pixels per token, along each side; divides height and width."""
+    dim: int = 64
+    """Width of a token; a multiple of 4 and of num_heads."""
+    depth: int = 4
+    """Number of blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, in units of dim."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"):
+            value = getattr(self, name)
+            _check(f"model.{name}", value, value > 0, "must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from."""
+
+    source: str = "digits"
+    """An embedded data set (digits) or the path of a folder of shards (.tar)."""
+    image_shape: tuple[int, int, int] = (1, 8, 8)
+    """Channels, height, width."""
+    num_classes: int = 10
+    """Labels are 0 .. num_classes - 1."""
+    workers: int = 1
+    """Processes that read ahead; 0 reads in the training process."""
+    window: int = 8
+    """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+
+    def __post_init__(self) -> None:
+        _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
+        _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
+        _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW, and the average of its iterates (EMA)."""
+
+    learning_rate: float = 1e-3
+    """Step size after warm-up."""
+    warmup_steps: int = 100
+    """Optimizer steps over which the step size rises linearly."""
+    beta1: float = 0.9
+    """Decay of the first moment, in [0, 1)."""
+    beta2: float = 0.999
+    """Decay of the second moment, in [0, 1)."""
+    weight_decay: float = 0.0
+    """Decoupled decay per step, in units of the learning rate."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; inf never clips."""
+    ema_decay: float = 0.999
+    """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
+
+    def __post_init__(self) -> None:
+        lr = self.learning_rate
+        _check("optimizer.learning_rate", lr, lr > 0, "must be positive")
+        _check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "must be >= 0")
+        _check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "must be >= 0")
+        _check("optimizer.grad_clip", self.grad_clip, self.grad_clip > 0, "must be positive")
+        for name in ("beta1", "beta2", "ema_decay"):
+            value = getattr(self, name)
+            _check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Images drawn from the averaged model, and how far they are from the data."""
+
+    every: int = 500
+    """Optimizer steps between evaluations; one more follows the last step."""
+    num_images: int = 2000
+    """Images drawn each time, classes in turn."""
+    solver_steps: int = 25
+    """Model evaluations per image (DDIM), at most the number of timesteps."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    features: Literal["classifier", "inception"] = "classifier"
+    """What FID compares: a classifier trained on these data, or the standard Inception network."""
+    inception_weights: Path | None = None
+    """Its weights file; by default torch hub's cache is searched."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "num_images", "solver_steps"):
+            value = getattr(self, name)
+            _check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
+        _check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that determines a run."""
+
+    preset: str = "digits"
+    """Name of the preset that the other values started from."""
+    method: str = "speed_paper"
+    """How timesteps are drawn and losses weighted: uniform, speed_paper."""
+    steps: int = 3000
+    """Optimizer steps of the whole run."""
+    batch_size: int = 128
+    """Images per optimizer step, all ranks together."""
+    seed: int = 0
+    """Root of every random choice; runs with equal seeds are equal."""
+    schedule: str = "linear"
+    """Noise schedule: linear."""
+    num_timesteps: int = 1000
+    """Timesteps of the process."""
+    prediction: str = "epsilon"
+    """What the model predicts: epsilon, x0, v."""
+    label_dropout: float = 0.1
+    """Share of labels hidden in training, so that guidance is possible; in [0, 1]."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto compiles where that was measured to pay."""
+    log_every: int = 50
+    """Optimizer steps between records; the only points where the device is waited for."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints; one more follows the last step."""
+    keep_checkpoints: int = 3
+    """Checkpoints kept, newest first."""
+    method_options: MethodOptions = field(default_factory=MethodOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+            value = getattr(self, name)
+            _check(name, value, value >= 1, "must be at least 1")
+        _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
+        _check("label_dropout", self.label_dropout, 0 <= self.label_dropout <= 1, "is a share in [0, 1]")
+        _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
+        _check(
+            "evaluation.solver_steps",
+            self.evaluation.solver_steps,
+            self.evaluation.solver_steps <= self.num_timesteps,
+            f"must be at most num_timesteps={self.num_timesteps}",
+        )
+        _check(
+            "evaluation.guidance",
+            self.evaluation.guidance,
+            self.evaluation.guidance == 1 or self.label_dropout > 0,
+            "guidance needs a model that was trained with label_dropout above 0",
+        )
+
+
+def to_json(config: TrainConfig) -> str:
+    """The resolved configuration, every field, readable by ``from_json``."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """Inverse of ``to_json``.
+
+    Raises:
+        ValueError: not JSON, an unknown or missing field, or a value out of range.
+    """
+    return _build(TrainConfig, json.loads(text), "config")
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
+    hints = typing.get_type_hints(cls)
+    if unknown := sorted(set(values) - set(hints)):
+        raise ValueError(f"{where} has unknown fields {unknown}; was it written by another version?")
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _convert(typing.get_args(hint)[0], value, where)
+    return Path(value) if hint is Path else value

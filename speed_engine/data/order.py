@@ -1,0 +1,73 @@
+"""The order of a run's images, a pure function of (counts, seed, window).
+
+    stream     = epoch 0, epoch 1, ...             each a permutation of all N samples
+    image n    = sample permutation(n // N)[n % N]
+    epoch e    : shards shuffled, cut into groups of `window` shards, each group fully shuffled
+
+So every process can compute any slice of the stream: the order depends neither on the number of
+processes nor on that of workers. Nothing is dropped or padded; batches may straddle epochs. The groups
+keep reads near each other on disk. Frozen like the bits it is made from: resumed runs rely on it.
+
+Letters: N samples, S shards.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from speed_engine.ops import Stream, random_bits
+
+
+def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
+    """(N,) int64, the permutation of one epoch.
+
+    Args:
+        counts: (S,) samples per shard; samples are numbered shard after shard.
+        seed: of the run.
+        epoch: from 0.
+        window: shards that are shuffled together.
+    """
+    num_shards, num_samples = len(counts), sum(counts)
+    words = random_bits(
+        torch.tensor(seed), torch.tensor([epoch]), num_shards + num_samples, Stream.ORDER
+    )[0].numpy()
+    shard_words, sample_words = words[:num_shards], words[num_shards:]
+    group_of_shard = np.empty(num_shards, dtype=np.int64)
+    group_of_shard[np.argsort(shard_words, kind="stable")] = np.arange(num_shards) // window
+    return np.argsort(np.repeat(group_of_shard, counts) << 32 | sample_words, kind="stable")
+
+
+class DataOrder:
+    """Slices of the stream; keeps the permutations of the epochs it read last.
+
+    Args:
+        counts: (S,) samples per shard.
+        seed: of the run.
+        window: shards that are shuffled together.
+    """
+
+    def __init__(self, counts: Sequence[int], seed: int, window: int) -> None:
+        if window < 1 or not sum(counts):
+            raise ValueError(f"window={window} and sum(counts)={sum(counts)} must be at least 1.")
+        self._counts, self._seed, self._window = tuple(counts), seed, window
+        self._num_samples = sum(counts)
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def sample_indices(self, start: int, count: int) -> np.ndarray:
+        """(count,) int64, the samples of images ``start``, ``start + 1``, ... of the stream."""
+        if start < 0 or count < 0:
+            raise ValueError(f"start={start} and count={count} must not be negative.")
+        pieces = [np.empty(0, dtype=np.int64)]
+        while count > 0:
+            epoch, place = divmod(start, self._num_samples)
+            piece = self._epoch(epoch)[place : place + count]
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs = {e: p for e, p in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = epoch_order(self._counts, self._seed, epoch, self._window)
+        return self._epochs[epoch]

@@ -1,0 +1,1 @@
+"""Noise processes, timestep distributions, loss weights and the objective they make together."""

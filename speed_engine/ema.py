@@ -1,0 +1,30 @@
+"""Exponential moving average (EMA) of the parameters: the model that images are drawn from."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Keeps ``average <- decay average + (1 - decay) parameters`` in float32.
+
+    The decay warms up as (1 + step) / (10 + step), so that early averages do not carry the
+    initialisation: with a constant 0.9999 it would still weigh 37 % after 10,000 steps.
+
+    Args:
+        model: whose parameters are followed; buffers are copied once.
+        decay: the final share kept per step, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False).float()
+        self._averages = list(self.model.parameters())
+        self._parameters = list(model.parameters())
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after optimizer step ``step`` (from 1)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)

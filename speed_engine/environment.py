@@ -1,0 +1,129 @@
+"""What this machine offers, what a run will use of it, and why.
+
+``doctor`` prints these choices and training acts on them, so that the two cannot disagree.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from speed_engine.config import TrainConfig
+
+PACKAGES = (
+    "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
+    "torchvision", "xformers",
+)  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """A decision and its reason."""
+
+    value: str
+    reason: str
+
+
+def choose_device(wanted: str) -> Choice:
+    """``cuda`` or ``cpu``.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if torch.cuda.is_available():
+        if wanted == "cpu":
+            return Choice("cpu", "asked for, although a GPU is present")
+        return Choice("cuda", torch.cuda.get_device_name())
+    if wanted == "cuda":
+        raise ValueError("device=cuda, but PyTorch finds no GPU here; use cpu or auto.")
+    return Choice("cpu", f"PyTorch finds no GPU; {torch.get_num_threads()} threads")
+
+
+def choose_precision(device: str) -> Choice:
+    """The dtype of matrix products; parameters are float32 everywhere."""
+    if device == "cuda":
+        return Choice("bfloat16", "autocast, with float32 parameters")
+    return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
+
+
+def choose_compile(wanted: str, device: str) -> Choice:
+    """``on`` or ``off``."""
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cuda":
+        return Choice("on", "pays for itself within minutes on a GPU")
+    return Choice("off", "compiling C++ takes longer than it saves in a short run; --compile on")
+
+
+def choices(config: TrainConfig) -> dict[str, Choice]:
+    """Every choice, by the name that doctor prints."""
+    device = choose_device(config.device)
+    cuda = device.value == "cuda"
+    return {
+        "device": device,
+        "precision": choose_precision(device.value),
+        "torch.compile": choose_compile(config.compile, device.value),
+        "attention": _attention(cuda),
+        "kernels": Choice("PyTorch reference", "noise, noised input and loss; no fused kernel yet"),
+        "data workers": Choice(
+            str(config.data.workers), f"processes that read ahead, of {os.cpu_count()} cores"
+        ),
+    }
+
+
+def describe(command: list[str]) -> dict[str, Any]:
+    """Versions, hardware and source of a run, for ``environment.json``."""
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "git_commit": _git_commit(),
+    }
+
+
+def _attention(cuda: bool) -> Choice:
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    installed = "xformers is installed, but not used" if has_xformers else "xformers not installed"
+    if cuda:
+        return Choice("PyTorch SDPA", f"picks cuDNN, flash or efficient kernels itself; {installed}")
+    return Choice("PyTorch SDPA", f"its CPU flash kernel; {installed}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Of the checkout this package runs from; None if it was installed without one."""
+    folder = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    tracked = subprocess.run(
+        ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+    )
+    return asked.stdout.strip() if asked.returncode == tracked.returncode == 0 else None

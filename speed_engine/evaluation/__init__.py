@@ -1,0 +1,1 @@
+"""Evaluation of generated images: generation, features, fidelity, speed-up and reports."""

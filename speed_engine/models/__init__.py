@@ -1,0 +1,1 @@
+"""Denoising networks of signature ``model(x_in, t, labels)``; none knows what it predicts."""

@@ -1,0 +1,68 @@
+"""What a token is told: its patch, its place, the timestep and the label.
+
+Letters: B images, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens, D width.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FREQUENCY_DIM = 256  # sinusoidal features of t, as in DiT and ADM
+MAX_PERIOD = 10_000
+
+
+class PatchEmbedding(nn.Module):
+    """(B, C, H, W) -> (B, N, D): a linear map of every P x P patch, row by row."""
+
+    def __init__(self, patch_size: int, channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, N, D)."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedding(nn.Module):
+    """(B,) timesteps on the scale 0 .. 1000 -> (B, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(B,) -> (B, D)."""
+        return self.mlp(sinusoid(t, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedding(nn.Module):
+    """(B,) labels in [0, num_classes] -> (B, D); the last one stands for "no label"."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """(B,) int64 -> (B, D)."""
+        return self.embedding_table(labels)
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies."""
+    half = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * half / (dim // 2))
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_grid(rows: int, columns: int, dim: int) -> Tensor:
+    """(1, rows * columns, dim) float32 fixed 2-D positions: D/2 for the column, D/2 for the row."""
+    column, row = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
+    halves = [_positions(axis.flatten(), dim // 2) for axis in (column, row)]
+    return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+def _positions(places: Tensor, dim: int) -> Tensor:
+    frequency = MAX_PERIOD ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = places.double()[:, None] * frequency
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,0 +1,198 @@
+"""Training: a table of events around the engine's step.
+
+    RUN/config.json         resolved configuration; what ``--resume`` reads
+    RUN/environment.json    versions, hardware, command
+    RUN/metrics.jsonl       records; RUN/tensorboard the same
+    RUN/checkpoints/        see checkpoint.py
+    RUN/samples/*.png       images of the averaged model, one row per class
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from speed_engine import checkpoint, environment
+from speed_engine.assemble import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    build_evaluator,
+    build_model,
+    build_objective,
+    build_process,
+    load_parameters,
+    newest_checkpoint,
+    open_data,
+    read_config,
+)
+from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.loader import Loader
+from speed_engine.ema import Ema
+from speed_engine.engine import Engine
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.generate import save_grid
+from speed_engine.metrics import IntervalMean, RunLog
+from speed_engine.optim import adamw, linear_warmup, load_optimizer_tensors, optimizer_tensors
+from speed_engine.progress import TrainingProgress
+
+FIGURES = ("loss", "squared_error", "grad_norm")
+
+
+def start(config: TrainConfig, run: Path, console: Console) -> None:
+    """Train a new run.
+
+    Raises:
+        ValueError: the run folder exists, or the configuration does not fit the data.
+    """
+    if run.exists():
+        raise ValueError(
+            f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
+            "or name another folder with --run."
+        )
+    trainer = Trainer(config, run, console)
+    run.mkdir(parents=True)
+    (run / CONFIG_FILE).write_text(to_json(config))
+    trainer.train()
+
+
+def resume(run: Path, console: Console, steps: int | None = None) -> None:
+    """Continue a run from its newest complete checkpoint, to ``steps`` if given.
+
+    Raises:
+        ValueError: not a run, no checkpoint, or one of another model.
+    """
+    config = read_config(run)
+    if steps is not None:
+        config = replace(config, steps=steps)
+    trainer = Trainer(config, run, console)
+    trainer.load(newest_checkpoint(run))
+    (run / CONFIG_FILE).write_text(to_json(config))
+    trainer.train()
+
+
+class Trainer:
+    """One run in this process. Everything is built and checked before anything is written."""
+
+    def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
+        self.config, self.run, self.console = config, run, console
+        self.choices = environment.choices(config)
+        self.device = torch.device(self.choices["device"].value)
+        process = build_process(config)
+        model = build_model(config).to(self.device)
+        self.reader = open_data(config)
+        self._loader(start=0).close()  # an unfit data set fails here
+        self.evaluator: Evaluator = build_evaluator(config, process, self.reader)
+        settings = config.optimizer
+        self.engine = Engine(
+            model,
+            build_objective(config, process).to(self.device),
+            adamw(
+                model,
+                learning_rate=settings.learning_rate,
+                beta1=settings.beta1,
+                beta2=settings.beta2,
+                weight_decay=settings.weight_decay,
+            ),
+            Ema(model, settings.ema_decay),
+            learning_rate=linear_warmup(settings.learning_rate, settings.warmup_steps),
+            grad_clip=settings.grad_clip,
+            forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+        )
+        self.means = IntervalMean(FIGURES, self.device)
+        self.events: list[tuple[int, Callable[[], None]]] = [
+            (config.log_every, self._log),
+            (config.evaluation.every, self._evaluate),
+            (config.checkpoint_every, self._checkpoint),
+        ]
+
+    def load(self, path: Path) -> None:
+        """Take over the state of a checkpoint."""
+        tensors, state = checkpoint.load(path)
+        load_parameters(self.engine.model, tensors["model"], path)
+        load_parameters(self.engine.ema.model, tensors["ema"], path)
+        load_optimizer_tensors(self.engine.model, self.engine.optimizer, tensors["optimizer"])
+        self.means.load_state(state["means"])
+        self.engine.steps_done = state["step"]
+
+    def train(self) -> None:
+        """Run to the last step; each event fires at its interval and after the last step."""
+        config, engine = self.config, self.engine
+        command = environment.describe(sys.argv)
+        (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
+        self.records = RunLog(self.run, engine.steps_done)
+        self._interval = time.perf_counter(), engine.steps_done
+        loader = self._loader(start=engine.steps_done * config.batch_size)
+        with loader, TrainingProgress(self.console, engine.steps_done, config.steps) as progress:
+            self.progress = progress
+            for batch in loader:
+                if engine.steps_done >= config.steps:
+                    break
+                self.means.add(engine.step(batch.to(self.device)))
+                progress.step(engine.steps_done)
+                self._fire()
+        self.records.close()
+
+    def _fire(self) -> None:
+        step = self.engine.steps_done
+        for every, event in self.events:
+            if step % every == 0 or step == self.config.steps:
+                event()
+
+    def _log(self) -> None:
+        step = self.engine.steps_done
+        figures = self.means.read()
+        since, first = self._interval
+        now = time.perf_counter()
+        rate = (step - first) * self.config.batch_size / (now - since)
+        self._interval = now, step
+        if not math.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"the loss is {figures['loss']} at step {step}; the newest checkpoint is intact. "
+                "Lower optimizer.learning_rate or optimizer.grad_clip."
+            )
+        images = step * self.config.batch_size
+        self.records.write(step, {"images": images, **figures, "images_per_second": rate})
+        self.progress.figures(step, figures["loss"], rate)
+
+    def _evaluate(self) -> None:
+        step = self.engine.steps_done
+        begun = time.perf_counter()
+        images, labels, fidelity = self.evaluator(self.engine.ema.model)
+        grid = self.run / "samples" / f"step-{step:08d}.png"
+        save_grid(images, labels, grid, self.config.data.num_classes)
+        measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
+        self.records.write(step, {"images": step * self.config.batch_size, **measured})
+        self.progress.say(f"step {step}: FID {fidelity.fid:.3f}  {grid}")
+        since, first = self._interval
+        self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
+
+    def _checkpoint(self) -> None:
+        engine = self.engine
+        tensors = {
+            "model": engine.model.state_dict(),
+            "ema": engine.ema.model.state_dict(),
+            "optimizer": optimizer_tensors(engine.model, engine.optimizer),
+        }
+        state = {"step": engine.steps_done, "means": self.means.state()}
+        folder = self.run / CHECKPOINTS
+        checkpoint.save(folder, engine.steps_done, tensors, state)
+        checkpoint.prune(folder, self.config.keep_checkpoints)
+
+    def _loader(self, start: int) -> Loader:
+        config = self.config
+        return Loader(
+            self.reader,
+            config.data.image_shape,
+            config.batch_size,
+            config.seed,
+            start=start,
+            workers=config.data.workers,
+            window=config.data.window,
+            num_classes=config.data.num_classes,
+        )

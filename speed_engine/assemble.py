@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine import checkpoint
-from speed_engine.config import TrainConfig, from_json
+from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.data.loader import read_all
 from speed_engine.data.shards import ShardReader
-from speed_engine.data.sources import cache_folder, digits_folder
+from speed_engine.data.sources import digits_folder
 from speed_engine.diffusion.methods import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.schedule import SCHEDULES, NoiseSchedule
@@ -82,15 +83,13 @@ def build_model(config: TrainConfig) -> nn.Module:
 
 def open_data(config: TrainConfig) -> ShardReader:
     """The configured shards; an embedded data set is written to the cache first."""
-    if config.data.source == "digits":
-        return ShardReader(digits_folder())
-    return ShardReader(Path(config.data.source))
+    digits = config.data.source == "digits"
+    folder = digits_folder(cache_folder()) if digits else Path(config.data.source)
+    return ShardReader(folder, config.data.members)
 
 
 def build_evaluator(config: TrainConfig, process: Process, reader: ShardReader) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
-    from speed_engine.data.loader import read_all
-
     images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
     settings = config.evaluation
     return Evaluator(

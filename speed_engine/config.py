@@ -6,11 +6,14 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
 
 
 def _check(name: str, value: float, valid: bool, need: str) -> None:
@@ -63,11 +66,13 @@ class DataConfig:
 
     source: str = "digits"
     """An embedded data set (digits) or the path of a folder of shards (.tar)."""
+    members: tuple[str, str] = ("npy", "cls")
+    """Extensions of a sample's image (npy, png, jpg, jpeg, webp) and of its label (cls)."""
     image_shape: tuple[int, int, int] = (1, 8, 8)
     """Channels, height, width."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
-    workers: int = 1
+    workers: int = 0
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
@@ -136,8 +141,6 @@ class EvaluationConfig:
 class TrainConfig:
     """Everything that determines a run."""
 
-    preset: str = "digits"
-    """Name of the preset that the other values started from."""
     method: str = "speed_paper"
     """How timesteps are drawn and losses weighted: uniform, speed_paper."""
     steps: int = 3000
@@ -164,7 +167,9 @@ class TrainConfig:
     """Optimizer steps between checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
     """Checkpoints kept, newest first."""
-    method_options: MethodOptions = field(default_factory=MethodOptions)
+    method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
+        default_factory=MethodOptions
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -175,7 +180,12 @@ class TrainConfig:
             value = getattr(self, name)
             _check(name, value, value >= 1, "must be at least 1")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
-        _check("label_dropout", self.label_dropout, 0 <= self.label_dropout <= 1, "is a share in [0, 1]")
+        _check(
+            "label_dropout",
+            self.label_dropout,
+            0 <= self.label_dropout <= 1,
+            "is a share in [0, 1]",
+        )
         _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
         _check(
             "evaluation.solver_steps",
@@ -189,6 +199,11 @@ class TrainConfig:
             self.evaluation.guidance == 1 or self.label_dropout > 0,
             "guidance needs a model that was trained with label_dropout above 0",
         )
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: $SPEED_ENGINE_CACHE or ~/.cache/speed_engine."""
+    return Path(os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine").expanduser()
 
 
 def to_json(config: TrainConfig) -> str:
@@ -211,8 +226,12 @@ T = TypeVar("T")
 def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(hints)):
-        raise ValueError(f"{where} has unknown fields {unknown}; was it written by another version?")
-    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+        raise ValueError(
+            f"{where} has unknown fields {unknown}; was it written by another version?"
+        )
+    return cls(
+        **{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
+    )
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -77,13 +77,19 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
     }
 
 
+def torch_device(config: TrainConfig) -> torch.device:
+    """The device of a run."""
+    return torch.device(choose_device(config.device).value)
+
+
 def describe(command: list[str]) -> dict[str, Any]:
     """Versions, hardware and source of a run, for ``environment.json``."""
     return {
         "command": command,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))}
+        | {"torch": torch.__version__},
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -97,7 +103,9 @@ def _attention(cuda: bool) -> Choice:
     has_xformers = importlib.util.find_spec("xformers") is not None
     installed = "xformers is installed, but not used" if has_xformers else "xformers not installed"
     if cuda:
-        return Choice("PyTorch SDPA", f"picks cuDNN, flash or efficient kernels itself; {installed}")
+        return Choice(
+            "PyTorch SDPA", f"picks cuDNN, flash or efficient kernels itself; {installed}"
+        )
     return Choice("PyTorch SDPA", f"its CPU flash kernel; {installed}")
 
 

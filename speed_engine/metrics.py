@@ -1,7 +1,7 @@
 """Figures of a run: averaged on the device, read once per interval, recorded in two forms.
 
-    metrics.jsonl    one object per record, for programs; a resumed run cuts it back to its checkpoint
-    tensorboard/     the same figures as curves
+metrics.jsonl    one object per record, for programs; a resumed run cuts it back to its checkpoint
+tensorboard/     the same figures as curves
 """
 
 import json

@@ -1,10 +1,10 @@
 """Training: a table of events around the engine's step.
 
-    RUN/config.json         resolved configuration; what ``--resume`` reads
-    RUN/environment.json    versions, hardware, command
-    RUN/metrics.jsonl       records; RUN/tensorboard the same
-    RUN/checkpoints/        see checkpoint.py
-    RUN/samples/*.png       images of the averaged model, one row per class
+RUN/config.json         resolved configuration; what ``--resume`` reads
+RUN/environment.json    versions, hardware, command
+RUN/metrics.jsonl       records; RUN/tensorboard the same
+RUN/checkpoints/        see checkpoint.py
+RUN/samples/*.png       images of the averaged model, one row per class
 """
 
 import json
@@ -105,6 +105,7 @@ class Trainer:
             forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
             (config.evaluation.every, self._evaluate),
@@ -137,6 +138,14 @@ class Trainer:
                 progress.step(engine.steps_done)
                 self._fire()
         self.records.close()
+        self.console.print(f"run      {self.run}", highlight=False, soft_wrap=True)
+        if self.newest_evaluation is not None:
+            fid, grid = self.newest_evaluation
+            where = self.run / "metrics.jsonl"
+            self.console.print(
+                f"FID      {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
+            )
+            self.console.print(f"samples  {grid}", highlight=False, soft_wrap=True)
 
     def _fire(self) -> None:
         step = self.engine.steps_done
@@ -168,7 +177,8 @@ class Trainer:
         save_grid(images, labels, grid, self.config.data.num_classes)
         measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
         self.records.write(step, {"images": step * self.config.batch_size, **measured})
-        self.progress.say(f"step {step}: FID {fidelity.fid:.3f}  {grid}")
+        self.newest_evaluation = fidelity.fid, grid
+        self.progress.say(f"step {step}/{self.config.steps}  FID {fidelity.fid:.3f}  {grid}")
         since, first = self._interval
         self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
 

@@ -12,13 +12,14 @@ Letters: B images, C, H, W as usual; N samples of the data set.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import numpy as np
 import torch
-import webdataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset.filters import map as map_stage
+from webdataset.pipeline import DataPipeline
 
 from speed_engine.data.decode import decode_image, decode_label
 from speed_engine.data.order import DataOrder
@@ -80,8 +81,9 @@ class Loader:
         load(np.array([[0], [0]]))  # an unfit data set fails here rather than in a worker
         order = DataOrder(reader.counts, seed, window)
         source = _Source(order, start, batch_size, rank, world_size)
+        pipeline = DataPipeline(source, map_stage(load))
         self._loader: DataLoader | None = DataLoader(
-            webdataset.DataPipeline(source, webdataset.map(load)),
+            cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,

@@ -5,8 +5,9 @@
     epoch e    : shards shuffled, cut into groups of `window` shards, each group fully shuffled
 
 So every process can compute any slice of the stream: the order depends neither on the number of
-processes nor on that of workers. Nothing is dropped or padded; batches may straddle epochs. The groups
-keep reads near each other on disk. Frozen like the bits it is made from: resumed runs rely on it.
+processes nor on that of workers. Nothing is dropped or padded; batches may straddle epochs. The
+groups keep reads near each other on disk. Frozen, like the bits it is made from: resumed runs rely
+on it.
 
 Letters: N samples, S shards.
 """

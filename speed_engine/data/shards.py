@@ -1,20 +1,16 @@
 """Shards: plain WebDataset tars, each with an index that makes it seekable and verifiable.
 
     digits-000000.tar           members <key>.<extension>, all of one sample adjacent
-    digits-000000.index.json    {"version", "tar_bytes", "sha256", "samples": [{"key", "members"}]},
-                                members = {extension: [offset, size, crc32]}
+    digits-000000.index.json    where the members lie and their checksums, see index.py
     digits.incomplete           there while a writer is at work, or after it was killed
 
 The tar is durable before its index, the index before the next shard; the reader refuses a folder
-with an ``.incomplete`` marker, so a killed writer leaves nothing that could pass for a data set. Tars
-of other tools have no index: theirs is built in memory by a strict scan. ``sha256`` covers keys,
-extensions, sizes and CRCs, hence the content, whatever the layout of the tar.
-
-Nothing here unpickles, opens a URL or runs a command.
+with an ``.incomplete`` marker, so a killed writer leaves nothing that could pass for a data set.
+Tars of other tools have no index: theirs is built in memory by a strict scan. Nothing here
+unpickles, opens a URL or runs a command.
 """
 
 import hashlib
-import json
 import os
 import re
 import tarfile
@@ -27,9 +23,9 @@ from typing import Self
 
 import numpy as np
 
-from speed_engine.data.tarscan import BLOCK, Member, Samples, ShardError, scan_tar
+from speed_engine.data.index import index_path, index_to_json, load_index
+from speed_engine.data.tarscan import BLOCK, Member, Samples, ShardError
 
-VERSION = 1
 MAX_OPEN_FILES = 64
 _KEY = re.compile(r"[^\W_][^.\0]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_.]*")
@@ -43,8 +39,8 @@ class ShardWriter:
         prefix: shards are ``<prefix>-000000.tar`` and so on; must be unused in the folder.
         samples_per_shard: the last shard may hold fewer.
 
-    A shard is kept in memory until it is full. Equal samples give equal bytes: owner, mode and time of
-    every member are fixed.
+    A shard is kept in memory until it is full. Equal samples give equal bytes: owner, mode and time
+    of every member are fixed.
     """
 
     def __init__(self, folder: str | Path, prefix: str, samples_per_shard: int) -> None:
@@ -70,8 +66,9 @@ class ShardWriter:
         readable = _KEY.fullmatch(key) and all(map(_EXTENSION.fullmatch, members))
         if not readable or not members or key in self._samples:
             raise ValueError(
-                f"key {key!r} with members {sorted(members)}: a key must be new, begin with a letter "
-                f"or digit and have no dot, extensions must be lower case; for example '000123', npy."
+                f"key {key!r} with members {sorted(members)}: a key must be new, begin with a "
+                f"letter or digit and have no dot; extensions, at least one, are lower case; "
+                f"for example '000123' with ['cls', 'npy']."
             )
         self._samples[key] = {
             extension: self._append(f"{key}.{extension}", data)
@@ -83,7 +80,7 @@ class ShardWriter:
     def _append(self, name: str, data: bytes) -> Member:
         info = tarfile.TarInfo(name)  # mode 0644; owner and time are zero
         info.size = len(data)
-        self._tar += info.tobuf(tarfile.USTAR_FORMAT)
+        self._tar += info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
         offset = len(self._tar)
         self._tar += data + bytes(-len(data) % BLOCK)
         return Member(offset, len(data), zlib.crc32(data))
@@ -92,13 +89,7 @@ class ShardWriter:
         self._tar += bytes(2 * BLOCK)
         path = self._folder / f"{self._prefix}-{self._shard:06d}.tar"
         _write_durably(path, self._tar)
-        index = {
-            "version": VERSION,
-            "tar_bytes": len(self._tar),
-            "sha256": _content_hash(self._samples),
-            "samples": [{"key": k, "members": m} for k, m in self._samples.items()],
-        }
-        _write_durably(_index_path(path), json.dumps(index, separators=(",", ":")).encode())
+        _write_durably(index_path(path), index_to_json(self._samples, len(self._tar)))
         self._tar, self._samples = bytearray(), {}
         self._shard += 1
 
@@ -135,8 +126,8 @@ class ShardReader:
         self._paths = _shard_paths(Path(folder))
         hashes, sample_keys, members = [], [], []
         for path in self._paths:
-            samples = _load_samples(path)
-            hashes.append(_content_hash(samples))
+            samples, sha256 = load_index(path)
+            hashes.append(sha256)
             sample_keys.append(np.array([key.encode() for key in samples]))
             members.append(_required_members(path, samples, self.keys))
         self.counts = tuple(len(m) for m in members)
@@ -192,7 +183,7 @@ class ShardReader:
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": {}}
+        return {**self.__dict__, "_open": {}}
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):  # absent if construction failed
@@ -204,8 +195,8 @@ def _shard_paths(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"data folder {folder} does not exist; check the path.")
     if markers := sorted(folder.glob("*.incomplete")):
         raise ShardError(
-            f"{markers[0]} marks a data set whose writer did not finish; delete {folder} and write "
-            f"it again."
+            f"{markers[0]} marks a data set whose writer did not finish; delete its shards and the "
+            f"marker, and write it again."
         )
     if not (paths := sorted(folder.glob("*.tar"))):
         raise FileNotFoundError(
@@ -215,43 +206,10 @@ def _shard_paths(folder: Path) -> list[Path]:
     return paths
 
 
-def _load_samples(path: Path) -> Samples:
-    """The samples of one shard, from its index or else by a scan."""
-    index_path = _index_path(path)
-    samples = _load_index(index_path, path) if index_path.exists() else scan_tar(path)
-    if not samples:
-        raise ShardError(f"{path} holds no samples (members named <key>.<extension>).")
-    return samples
-
-
-def _load_index(index_path: Path, path: Path) -> Samples:
-    try:
-        index = json.loads(index_path.read_bytes())
-        version, tar_bytes = index["version"], index["tar_bytes"]
-        samples = {
-            s["key"]: {extension: Member(*m) for extension, m in s["members"].items()}
-            for s in index["samples"]
-        }
-        intact = version != VERSION or _content_hash(samples) == index["sha256"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"{index_path} is not a shard index ({error!r}); delete it to use a scan of the tar."
-        ) from error
-    if version != VERSION:
-        raise ShardError(f"{index_path} has version {version!r}, this program reads {VERSION}.")
-    if not intact:
-        raise ShardError(f"{index_path} does not match its own checksum; write the shard again.")
-    if path.stat().st_size != tar_bytes:
-        raise ShardError(
-            f"{path} has {path.stat().st_size} bytes, its index says {tar_bytes}; the tar is "
-            f"truncated or was replaced: write the shard again, or delete {index_path.name} if "
-            f"you trust the tar."
-        )
-    return samples
-
-
 def _required_members(path: Path, samples: Samples, keys: tuple[str, ...]) -> np.ndarray:
     """(samples, keys, 3) int64: offset, size, crc32."""
+    if not samples:
+        raise ShardError(f"{path} holds no samples (members named <key>.<extension>).")
     for sample_key, members in samples.items():
         for key in keys:
             if key not in members:
@@ -263,18 +221,6 @@ def _required_members(path: Path, samples: Samples, keys: tuple[str, ...]) -> np
     if table.min() < 0 or table[:, :, :2].sum(axis=2).max() > path.stat().st_size:
         raise ShardError(f"{path}: its index names bytes outside of it; write the shard again.")
     return table
-
-
-def _content_hash(samples: Samples) -> str:
-    content = [
-        [key, [[extension, m.size, m.crc32] for extension, m in sorted(members.items())]]
-        for key, members in samples.items()
-    ]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _index_path(tar_path: Path) -> Path:
-    return tar_path.with_suffix(".index.json")
 
 
 def _write_durably(path: Path, data: bytes | bytearray) -> None:

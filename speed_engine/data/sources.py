@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_engine.data.shards import VERSION, ShardWriter
+from speed_engine.data.index import VERSION
+from speed_engine.data.shards import ShardWriter
 
 _DIGITS = Path(__file__).with_name("digits.npz")  # images (1797, 8, 8) uint8 in 0..16, labels
 

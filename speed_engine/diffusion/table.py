@@ -1,6 +1,6 @@
 """The timestep table: five numbers per timestep carry process, target and weighting to the kernels.
 
-    x_in = a_x x0 + a_e noise      target = b_x x0 + b_e noise      loss = w mean((answer - target)**2)
+x_in = a_x x0 + a_e noise      target = b_x x0 + b_e noise      loss = w mean((answer - target)**2)
 """
 
 import torch

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity, inception_features
 
 KID_SUBSET_SIZE = 1000  # images, where there are as many
+BATCH_SIZE = 256  # images through the extractor at once
 
-# metric: (fields of the result, keys of torch-fidelity)
+# torch-fidelity's switch: {field of FidelityResult: key in torch-fidelity's answer}
 METRICS = {
     "fid": {"fid": "frechet_inception_distance"},
     "kid": {"kid": "kernel_inception_distance_mean"},
@@ -91,6 +92,7 @@ def measure(
             feature_extractor=extractor.name,
             feature_extractor_weights_path=extractor.weights_path,
             kid_subset_size=min(KID_SUBSET_SIZE, len(generated), len(reference)),
+            batch_size=BATCH_SIZE,
             cuda=torch.cuda.is_available(),
             save_cpu_ram=True,  # no worker processes: the images are in memory already
             cache=False,

@@ -1,0 +1,188 @@
+"""The command line: train, sample, evaluate, doctor."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.presets import PRESETS
+
+USAGE = """\
+usage: speed-engine COMMAND ...
+
+  train PRESET [options]   train a model; speed-engine train --help lists the presets
+  train --resume RUN       continue a run exactly where its newest checkpoint stands
+  sample RUN               draw images from a trained model
+  evaluate RUN             measure a trained model against its data
+  doctor                   what will be used on this machine, and why
+
+Each command explains its options with --help.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a model."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    run: Path | None = None
+    """Folder of the run, which must not exist; default runs/PRESET-METHOD-SEED."""
+
+
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Continue a run exactly where its newest complete checkpoint stands."""
+
+    resume: Path
+    """Folder of the run."""
+    steps: int | None = None
+    """Optimizer steps of the whole run, to train longer than it was set to."""
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Draw images from the averaged model of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    count: int = 100
+    """Images, classes in turn."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none; default that of the run."""
+    solver_steps: int | None = None
+    """Model evaluations per image; default that of the run."""
+    seed: int = 0
+    """Root of the noise; image i depends on seed, i and its class only."""
+    out: Path | None = None
+    """Picture to write; default RUN/samples/sample-seed-N.png."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure the averaged model of a run: FID and KID against its data."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Print what will be used on this machine, and why."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``speed-engine``; bad input exits with status 2 and one message."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console = Console()
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    commands: dict[str, Callable[[list[str], Console], None]] = {
+        "train": _train,
+        "sample": _sample,
+        "evaluate": _evaluate,
+        "doctor": _doctor,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        console.print(USAGE, end="", markup=False, highlight=False)
+        return
+    if arguments[0] not in commands:
+        _fail(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}.")
+    try:
+        commands[arguments[0]](arguments[1:], console)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; `speed-engine train --resume RUN` continues from the last checkpoint.")
+
+
+def _train(arguments: list[str], console: Console) -> None:
+    from speed_engine import train
+
+    if any(argument.split("=")[0] == "--resume" for argument in arguments):
+        command = tyro.cli(ResumeCommand, args=arguments, prog="speed-engine train")
+        train.resume(command.resume, console, command.steps)
+    else:
+        presets = {
+            name: (text, TrainCommand(preset=name, config=config))
+            for name, (text, config) in PRESETS.items()
+        }
+        command = tyro.extras.overridable_config_cli(
+            presets, args=arguments, prog="speed-engine train"
+        )
+        config = command.config
+        run = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
+        train.start(config, run, console)
+
+
+def _sample(arguments: list[str], console: Console) -> None:
+    from speed_engine import assemble, environment
+    from speed_engine.evaluation.generate import class_cycle, generate, save_grid
+
+    command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
+    config = assemble.read_config(command.run)
+    device = environment.torch_device(config)
+    model, step = assemble.load_average(command.run, config, device)
+    process = assemble.build_process(config)
+    classes = config.data.num_classes
+    labels = class_cycle(command.count, classes)
+    images = generate(
+        model,
+        process.schedule,
+        process.table,
+        labels,
+        image_shape=config.data.image_shape,
+        null_label=classes,
+        seed=command.seed,
+        num_steps=command.solver_steps or config.evaluation.solver_steps,
+        guidance=config.evaluation.guidance if command.guidance is None else command.guidance,
+    )
+    out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
+    save_grid(images, labels, out, classes)
+    console.print(f"{len(images)} images of step {step}: {out}", highlight=False)
+
+
+def _evaluate(arguments: list[str], console: Console) -> None:
+    from speed_engine import assemble, environment
+
+    command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
+    config = assemble.read_config(command.run)
+    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
+    process = assemble.build_process(config)
+    evaluator = assemble.build_evaluator(config, process, assemble.open_data(config))
+    _, _, fidelity = evaluator(model)
+    measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
+    console.print_json(json.dumps({"step": step, **measured}))
+
+
+def _doctor(arguments: list[str], console: Console) -> None:
+    from speed_engine import environment
+
+    tyro.cli(DoctorCommand, args=arguments, prog="speed-engine doctor")
+    facts = environment.describe(["speed-engine", "doctor"])
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("python", facts["python"], packages)
+    table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
+    for name, (value, reason) in environment.choices(TrainConfig()).items():
+        table.add_row(name, f"[bold]{value}[/bold]", reason)
+    table.add_row("cache", "", str(cache_folder()))
+    console.print(table, highlight=False)
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+    sys.exit(2)

@@ -1,0 +1,132 @@
+import io
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from speed_engine.data.decode import MAX_PIXELS, decode_image, decode_label, decode_npy
+
+
+def npy(array, **options):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, **options)
+    return file.getvalue()
+
+
+def picture(mode="RGB", size=(5, 3), kind="png", **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    return file.getvalue(), pixels.transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "int64"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_npy_gives_back_the_array(dtype, version):
+    array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    decoded = decode_npy(npy(array, version=version))
+    assert decoded.dtype == array.dtype and np.array_equal(decoded, array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(3, dtype="float64"),
+        np.zeros(3, dtype=">f4"),
+        np.zeros(3, dtype="U2"),
+        np.zeros(3, dtype=[("a", "u1")]),
+        np.zeros((2, 3), dtype="uint8", order="F"),
+        np.zeros((0, 3), dtype="uint8"),
+    ],
+    ids=str,
+)
+def test_other_arrays_are_refused(array):
+    with pytest.raises(ValueError):
+        decode_npy(npy(array))
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_inside_npy_is_never_run(tmp_path):
+    bomb = str(tmp_path / "executed")
+    data = npy(np.array([Bomb(bomb)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="npy of object"):
+        decode_image(data, "npy", 1)
+    assert not os.path.exists(bomb)
+    pickle.loads(pickle.dumps(Bomb(bomb)))
+    assert os.path.exists(bomb)  # the bomb was live
+
+
+def test_damaged_bytes_give_a_value_error_or_an_array():
+    rng = random.Random(0)
+    sources = [(npy(np.zeros((1, 4, 4), np.uint8)), "npy")]
+    sources += [(picture(kind=kind)[0], kind) for kind in ("png", "jpeg", "webp")]
+    for data, kind in sources:
+        for _ in range(300):
+            damaged = bytearray(data)
+            for _ in range(rng.randint(1, 4)):
+                damaged[rng.randrange(min(len(data), 150))] = rng.randrange(256)
+            damaged = damaged[: rng.choice([len(data), rng.randrange(len(data))])]
+            try:
+                assert isinstance(decode_image(bytes(damaged), kind, 3), np.ndarray)
+            except ValueError:
+                pass
+
+
+@pytest.mark.parametrize("kind, options", [("png", {}), ("webp", {"lossless": True})])
+def test_lossless_pictures_keep_their_pixels(kind, options):
+    data, pixels = picture(kind=kind, **options)
+    assert np.array_equal(decode_image(data, kind, 3), pixels)
+
+
+@pytest.mark.parametrize(
+    "mode, channels, shape",
+    [("RGB", 3, 3), ("RGB", 1, 3), ("L", 1, 1), ("L", 3, 3), ("P", 3, 3), ("RGBA", 3, 3)],
+)
+def test_grey_becomes_colour_where_asked_but_colour_never_grey(mode, channels, shape):
+    assert decode_image(picture(mode)[0], "seg.png", channels).shape == (shape, 3, 5)
+
+
+def test_sixteen_bit_pictures_are_refused_rather_than_clipped():
+    file = io.BytesIO()
+    Image.fromarray(np.full((2, 2), 40000, dtype=np.uint16)).save(file, "png")
+    with pytest.raises(ValueError, match="mode I;16"):
+        decode_image(file.getvalue(), "png", 1)
+
+
+def test_a_picture_must_be_what_its_extension_says():
+    with pytest.raises(ValueError, match="unusable JPEG"):
+        decode_image(picture(kind="png")[0], "jpg", 3)
+
+
+def test_a_decompression_bomb_is_refused_unread():
+    side = int(MAX_PIXELS**0.5) + 1
+    file = io.BytesIO()
+    Image.new("1", (side, side)).save(file, "png")
+    with pytest.raises(ValueError, match="exceed the limit"):
+        decode_image(file.getvalue(), "png", 1)
+
+
+@pytest.mark.parametrize("extension", ["pkl", "pyd", "pth", "npz", "gz", "txt", ""])
+def test_the_table_of_extensions_is_closed(extension):
+    with pytest.raises(ValueError, match="no decoder"):
+        decode_image(b"", extension, 3)
+
+
+def test_labels_are_decimal_text():
+    assert [decode_label(text) for text in (b"0", b" 12\n", b"007")] == [0, 12, 7]
+
+
+@pytest.mark.parametrize("text", [b"", b"cat", b"-1", b"1_0", b"1.0", b"9" * 19, b"\xd9\xa3"])
+def test_other_labels_are_refused(text):
+    with pytest.raises(ValueError, match="not a non-negative integer"):
+        decode_label(text)

@@ -1,0 +1,234 @@
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from speed_engine.data.loader import Batch, Loader, read_all
+from speed_engine.data.order import DataOrder
+from speed_engine.data.shards import ShardReader, ShardWriter
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (1, 2, 3)
+N = 50  # samples; batches of 8 straddle epochs
+
+
+@pytest.fixture
+def reader(make_shards):
+    return ShardReader(make_shards(N, per_shard=7))
+
+
+def take(loader, count):
+    with loader:
+        return [next(loader) for _ in range(count)]
+
+
+def expected_batches(reader, start, count, batch_size=8, seed=5, window=2):
+    """From the definition: sample i is an image full of i with label i % 10."""
+    order = DataOrder(reader.counts, seed, window).sample_indices(start, count * batch_size)
+    for k, indices in enumerate(torch.from_numpy(order).split(batch_size)):
+        pixels = (indices.numpy().astype(np.float32) / np.float32(127.5) - 1)[:, None, None, None]
+        images = torch.from_numpy(np.broadcast_to(pixels, (batch_size, *SHAPE)).copy())
+        first = start + k * batch_size
+        yield Batch(images, indices % 10, torch.arange(first, first + batch_size))
+
+
+def assert_equal(actual, expected):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)  # values, shapes and dtypes
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_batches_do_not_depend_on_ranks_or_workers(reader, world_size, workers):
+    start, count = 37, 16
+    ranks = [
+        take(Loader(reader, SHAPE, 8, 5, start, workers, rank, world_size, window=2), count)
+        for rank in range(world_size)
+    ]
+    for parts, expected in zip(
+        zip(*ranks, strict=True), expected_batches(reader, start, count), strict=True
+    ):
+        assert_equal(map(torch.cat, zip(*parts, strict=True)), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_anywhere(reader, workers):
+    whole = take(Loader(reader, SHAPE, 8, 5), 30)
+    for done in (1, 6, 7, 23):
+        resumed = take(Loader(reader, SHAPE, 8, 5, start=8 * done, workers=workers), 5)
+        for actual, expected in zip(resumed, whole[done:], strict=False):
+            assert_equal(actual, expected)
+
+
+def test_another_batch_size_continues_the_same_stream(reader):
+    small, large = (take(Loader(reader, SHAPE, size, 5, start=13), 36 // size) for size in (4, 12))
+    for column in range(3):
+        torch.testing.assert_close(
+            torch.cat([b[column] for b in small]), torch.cat([b[column] for b in large])
+        )
+
+
+def test_an_epoch_holds_every_sample_once_and_a_batch_straddles_it(reader):
+    images = torch.cat([batch.images for batch in take(Loader(reader, SHAPE, 8, 5), 25)])
+    samples = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().reshape(4, N)
+    assert (samples.sort(dim=1).values == torch.arange(N)).all()
+
+
+def write(folder, images, labels=None):
+    with ShardWriter(folder, "x", 4) as writer:
+        for i, image in enumerate(images):
+            np.save(folder / "one.npy", image)
+            label = labels[i] if labels else 0
+            data = (folder / "one.npy").read_bytes()
+            writer.write(str(i), {"npy": data, "cls": str(label).encode()})
+    return ShardReader(folder)
+
+
+def test_pixels_are_scaled_to_minus_one_to_one(tmp_path):
+    reader = write(tmp_path, [np.full(SHAPE, v, np.uint8) for v in (0, 255, 51)])
+    (batch,) = take(Loader(reader, SHAPE, 3, 0), 1)
+    values = sorted(batch.images[:, 0, 0, 0].tolist())
+    assert values == [-1.0, pytest.approx(-0.6, abs=1e-7), 1.0]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_pass_unchanged(tmp_path, dtype):
+    latent = np.linspace(-30, 30, 6).astype(dtype).reshape(SHAPE)
+    (batch,) = take(Loader(write(tmp_path, [latent]), SHAPE, 1, 0), 1)
+    assert_equal(batch.images, torch.from_numpy(latent.astype(np.float32))[None])
+
+
+def test_read_all_returns_the_stored_bytes_in_order(reader):
+    images, labels = read_all(reader, SHAPE)
+    assert images.shape == (N, *SHAPE) and images.dtype == np.uint8 and labels.dtype == np.int64
+    assert images[:, 0, 1, 2].tolist() == list(range(N))
+    assert labels.tolist() == [i % 10 for i in range(N)]
+
+
+def test_read_all_is_for_pixels(tmp_path):
+    with pytest.raises(ValueError, match="holds float32; needed: uint8"):
+        read_all(write(tmp_path, [np.zeros(SHAPE, np.float32)]), SHAPE)
+
+
+def test_a_batch_moves_between_devices(reader, device):
+    (batch,) = take(Loader(reader, SHAPE, 8, 5), 1)
+    moved = batch.to(device)
+    assert isinstance(moved, Batch) and {tensor.device.type for tensor in moved} == {device.type}
+    assert_equal(moved.to("cpu"), batch)
+
+
+def test_a_wrong_image_shape_is_refused_at_once(reader):
+    with pytest.raises(ValueError, match=r"'0000': the image is uint8 of shape \(1, 2, 3\); expe"):
+        Loader(reader, (3, 2, 3), 8, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_image_of_another_shape_is_named(tmp_path, workers):
+    images = [np.zeros(SHAPE, np.uint8)] * 5 + [np.zeros((1, 3, 2), np.uint8)]
+    loader = Loader(write(tmp_path, images), SHAPE, 6, 0, workers=workers)
+    with pytest.raises(ValueError, match=r"x-000001\.tar: sample '5': the image .*\(1, 3, 2\)"):
+        take(loader, 1)
+
+
+def test_pixels_and_latents_are_never_mixed(tmp_path):
+    images = [np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.float16)]
+    with pytest.raises(ValueError, match="need one dtype"):
+        take(Loader(write(tmp_path, images), SHAPE, 2, 0), 1)
+
+
+def test_a_label_out_of_range_is_named(tmp_path):
+    reader = write(tmp_path, [np.zeros(SHAPE, np.uint8)] * 3, labels=[0, 9, 10])
+    with pytest.raises(ValueError, match="sample '2' has label 10; needed: less than num_classes"):
+        take(Loader(reader, SHAPE, 3, 0, num_classes=10), 1)
+    assert sorted(take(Loader(reader, SHAPE, 3, 0), 1)[0].labels.tolist()) == [0, 9, 10]
+
+
+def test_a_damaged_sample_stops_the_run_in_a_worker_too(reader, make_shards):
+    path = make_shards(N, per_shard=7, name="damaged") / "x-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"NUMPY") + 130] ^= 1
+    path.write_bytes(data)
+    loader = Loader(ShardReader(path.parent), SHAPE, 50, 0, workers=2)
+    with pytest.raises(ValueError, match=r"x-000003\.tar: sample '0021', member 'npy': CRC-32"):
+        next(loader)
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="closed"):  # not the batches of the other worker
+        next(loader)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ({"batch_size": 6, "world_size": 4}, "not a multiple of world_size=4; .* values: 4 and 8"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"start": -1}, "start=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"window": 0}, "window=0"),
+    ],
+)
+def test_bad_arguments_are_named(reader, arguments, reason):
+    with pytest.raises(ValueError, match=reason):
+        Loader(reader, SHAPE, **{"batch_size": 8, "seed": 0} | arguments)
+
+
+def test_a_reader_of_one_member_is_refused(make_shards):
+    with pytest.raises(ValueError, match=r"keys \('npy',\); a Loader needs"):
+        Loader(ShardReader(make_shards(3, per_shard=2), keys=("npy",)), SHAPE, 2, 0)
+
+
+def test_iterating_again_continues(reader):
+    loader = Loader(reader, SHAPE, 8, 5)
+    firsts = [next(iter(loader)).ids[0].item() for _ in range(3)]
+    assert firsts == [0, 8, 16]
+
+
+def test_close_ends_the_workers_promptly(reader):
+    loader = Loader(reader, SHAPE, 8, 5, workers=2)
+    next(loader)
+    assert len(multiprocessing.active_children()) == 2
+    begin = time.monotonic()
+    loader.close()
+    loader.close()
+    assert not multiprocessing.active_children() and time.monotonic() - begin < 4
+    with pytest.raises(RuntimeError, match="this Loader is closed; make another"):
+        next(loader)
+
+
+def test_the_death_of_a_worker_is_an_error(reader):
+    loader = Loader(reader, SHAPE, 8, 5, workers=2)
+    next(loader)
+    with pytest.raises(RuntimeError, match="DataLoader worker .*(killed|exited)"):
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        for _ in range(100):
+            next(loader)
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_what_workers_get_survives_pickling(reader):
+    loader = Loader(reader, SHAPE, 8, 5)
+    pipeline = loader._loader.dataset  # type: ignore[union-attr]
+    assert_equal(next(iter(pickle.loads(pickle.dumps(pipeline)))), next(loader))
+
+
+def test_a_process_that_forgets_to_close_exits_cleanly(make_shards):
+    script = f"""
+from speed_engine.data.loader import Loader
+from speed_engine.data.shards import ShardReader
+loader = Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=2)
+print(next(loader).ids.tolist())
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{list(range(8))}\n")
+    assert not any(word in done.stderr for word in ("Traceback", "Error", "leaked")), done.stderr

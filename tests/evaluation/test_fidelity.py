@@ -1,0 +1,229 @@
+import hashlib
+import pickle
+import warnings
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+from speed_engine.evaluation import features, fidelity
+from speed_engine.evaluation.features import Extractor, train_classifier
+from speed_engine.evaluation.fidelity import METRICS, measure
+
+torch_fidelity = pytest.importorskip("torch_fidelity")
+
+PIXELS = Extractor(name="pixels-of-2x4", weights_sha256="0" * 64, feature_dim=8, channels=1)
+
+
+class Pixels(torch_fidelity.FeatureExtractorBase):
+    """(N, 1, 2, 4) uint8 -> (N, 8): the features are the pixels."""
+
+    def __init__(self, name, features_list, **_settings):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        return (images.flatten(1).double(),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pixels"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered_pixels():
+    torch_fidelity.register_feature_extractor(PIXELS.name, Pixels)
+
+
+def gaussian_images(count, mean, covariance, seed):
+    """(N, 1, 2, 4) uint8: rounded draws, which adds 1/12 to each variance."""
+    drawn = np.random.default_rng(seed).multivariate_normal(mean, covariance, count)
+    rounded = np.round(drawn)
+    assert rounded.min() >= 0 and rounded.max() <= 255
+    return torch.from_numpy(rounded.astype(np.uint8)).view(count, 1, 2, 4)
+
+
+def frechet_distance(x, y):
+    """The definition, with the symmetric square root, in float64."""
+    x, y = (v.flatten(1).double().numpy() for v in (x, y))
+    s_x, s_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    values, vectors = np.linalg.eigh(s_x)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s_y @ root)).sum()
+    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x) + np.trace(s_y) - 2 * cross
+
+
+def fid(result):
+    assert result.fid is not None
+    return result.fid
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    """(200, 1, 8, 8) uint8 around three pictures, and their classifier's features."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 3
+    pictures = torch.randint(0, 200, (3, 1, 8, 8), generator=generator)
+    noise = torch.randint(0, 56, (200, 1, 8, 8), generator=generator)
+    images = (pictures[labels] + noise).to(torch.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "TRAINING_STEPS", 40)
+        return images, features._as_features(*train_classifier(images, labels))
+
+
+def test_fid_is_the_frechet_distance_of_the_features():
+    rng = np.random.default_rng(1)
+    mixing = rng.standard_normal((2, 8, 8)) * 4
+    covariances = mixing @ mixing.transpose(0, 2, 1) + 20 * np.eye(8)
+    x = gaussian_images(700, np.full(8, 128), covariances[0], seed=2)
+    y = gaussian_images(500, np.linspace(118, 138, 8), covariances[1], seed=3)
+    assert measure(x, y, PIXELS).fid == pytest.approx(frechet_distance(x, y), rel=1e-6)
+
+
+def test_fid_of_known_gaussians_approaches_its_closed_form():
+    means = np.stack([np.full(8, 120), np.linspace(110, 140, 8)])
+    deviations = np.stack([np.full(8, 10), np.linspace(8, 20, 8)])
+    x, y = (
+        gaussian_images(4000, mean, np.diag(deviation**2), seed)
+        for seed, (mean, deviation) in enumerate(zip(means, deviations, strict=True))
+    )
+    rounded = np.sqrt(deviations**2 + 1 / 12)
+    truth = ((means[0] - means[1]) ** 2).sum() + ((rounded[0] - rounded[1]) ** 2).sum()
+    assert measure(x, y, PIXELS).fid == pytest.approx(truth, rel=0.02)
+
+
+def test_a_set_has_no_distance_to_itself_in_any_order(blobs):
+    images, extractor = blobs
+    assert measure(images, images, extractor).fid == pytest.approx(0, abs=1e-6)
+    assert measure(images.flip(0), images, extractor).fid == pytest.approx(0, abs=1e-6)
+
+
+def test_more_noise_is_a_larger_distance(blobs):
+    images, extractor = blobs
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    noisy = {s: (images + s * noise).clamp(0, 255).byte() for s in (0, 10, 20, 40, 80)}
+    fids = [fid(measure(x, images, extractor)) for x in noisy.values()]
+    assert fids == sorted(set(fids))
+    kids = [measure(noisy[s][:80], images, extractor, ["kid"]).kid or 0.0 for s in (0, 80)]
+    assert kids[0] < 0.01 < kids[1]
+
+
+def test_all_metrics_come_from_one_call_and_carry_their_circumstances(blobs):
+    images, extractor = blobs
+    result = measure(images[:150], images, extractor, METRICS)
+    assert result.fid == measure(images[:150], images, extractor).fid
+    assert result.kid is not None and result.recall is not None
+    assert result.precision == 1.0  # every generated image is a real one
+    assert result.isc is not None and 2 < result.isc <= 3  # three classes, told apart
+    assert (result.num_generated, result.num_reference, result.feature_dim) == (150, 200, 64)
+    assert (result.extractor, result.weights_sha256) == (extractor.name, extractor.weights_sha256)
+
+
+def test_measuring_twice_agrees_and_leaves_the_random_state_and_the_disk_alone(
+    blobs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    images, extractor = blobs
+    torch.manual_seed(5)
+    before, numpy_before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = (measure(images[:120], images, extractor, METRICS) for _ in range(2))
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), before)
+    assert pickle.dumps(np.random.get_state()) == numpy_before
+    assert not (tmp_path / "torch").exists()
+
+
+def test_changed_weights_are_never_measured_as_the_old_ones(blobs):
+    images, extractor = blobs
+    noisy = (images.float() * 0.9).byte()
+    old = measure(noisy, images, extractor)
+    network = features.Classifier(1, 3).eval()
+    network.load_state_dict(extractor.network.state_dict())
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(1.1)
+    new = measure(noisy, images, features._as_features(network, extractor.accuracy))
+    assert new.extractor != old.extractor and new.fid != old.fid
+    assert measure(images, images, extractor).fid == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: (x.float() / 255, x), "generated images are .* torch.float32"),
+        (lambda x: (x, x[:, 0]), r"reference images are \(200, 8, 8\)"),
+        (lambda x: (x, x[:0]), "no reference images"),
+        (lambda x: (x[:0], x), "no generated images"),
+        (lambda x: (x, x[..., :4]), r"\(1, 8, 8\), reference images \(1, 8, 4\)"),
+        (lambda x: (x.expand(-1, 3, -1, -1), x), r"\(3, 8, 8\), reference images \(1, 8, 8\)"),
+        (lambda x: (x.expand(-1, 3, -1, -1),) * 2, "3 channels, .* takes 1"),
+        (lambda x: (x[:64], x), "64 features.* needs 65 images .*singular; got 64 generated"),
+        (lambda x: (x, x[:64]), "got 200 generated, 64 reference"),
+    ],
+)
+def test_images_that_cannot_be_compared_are_refused(blobs, change, message):
+    images, extractor = blobs
+    generated, reference = change(images)
+    with pytest.raises(ValueError, match=message):
+        measure(generated, reference, extractor)
+
+
+@pytest.mark.parametrize("metric, enough", [("fid", 65), ("kid", 2), ("isc", 10), ("prc", 4)])
+def test_each_metric_works_from_its_smallest_number_of_images(blobs, metric, enough):
+    images, extractor = blobs
+    result = asdict(measure(images[:enough], images[:enough], extractor, [metric]))
+    assert all(np.isfinite(result[name]) for name in METRICS[metric])
+    with pytest.raises(ValueError, match=f"needs {enough} images"):
+        measure(images[: enough - 1], images, extractor, [metric])
+
+
+@pytest.mark.parametrize("metrics", [(), ("fid", "fod"), "fid"])
+def test_unknown_metrics_are_refused(blobs, metrics):
+    images, extractor = blobs
+    with pytest.raises(ValueError, match="name one or more of fid, kid, isc, prc"):
+        measure(images, images, extractor, metrics)
+
+
+def test_an_unknown_extractor_is_refused(blobs):
+    with pytest.raises(ValueError, match="extractor='vgg16'"):
+        measure(blobs[0], blobs[0], "vgg16")  # pyright: ignore[reportArgumentType]
+
+
+def test_missing_inception_weights_are_noticed_before_anything_is_computed(
+    blobs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(fidelity, "import_torch_fidelity", None)
+    with pytest.raises(ValueError, match="Inception weights are not at"):
+        measure(blobs[0], blobs[0], "inception")
+
+
+class RgbPixels(Pixels):
+    """Stands in for Inception: the features are the pixels, of three channels."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, **_settings):
+        super().__init__(name, features_list)
+        assert feature_extractor_weights_path.read_bytes() == b"weights"
+
+    def forward(self, images):
+        assert images.shape[1] == 3
+        return super().forward(images)
+
+
+def test_inception_gets_its_verified_weights_and_grey_images_as_rgb(blobs, tmp_path, monkeypatch):
+    registry = torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY
+    monkeypatch.setitem(registry, "inception-v3-compat", RgbPixels)
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest())
+    (tmp_path / "weights.pth").write_bytes(b"weights")
+    inception = features.inception_features(tmp_path / "weights.pth")
+
+    grey, rgb = blobs[0][:4], blobs[0][:4].expand(-1, 3, -1, -1)
+    assert measure(grey, grey, inception, ["kid"]) == measure(rgb, rgb, inception, ["kid"])
+    with pytest.raises(ValueError, match="needs 2049 images"):
+        measure(blobs[0], blobs[0], inception)

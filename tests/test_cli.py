@@ -1,0 +1,90 @@
+"""The command line as a person meets it; every failure is one message and status 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speed_engine import cli
+
+
+def fails(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    return " ".join((captured.err + captured.out).split())
+
+
+def test_without_arguments_the_commands_are_listed(capsys):
+    cli.main([])
+    shown = capsys.readouterr().out
+    for command in ("train", "sample", "evaluate", "doctor"):
+        assert command in shown
+
+
+def test_doctor_says_what_will_be_used_and_why(capsys):
+    cli.main(["doctor"])
+    shown = capsys.readouterr().out
+    topics = ("device", "precision", "torch.compile", "attention", "kernels", "data workers")
+    for topic in topics:
+        assert topic in shown
+
+
+def test_unknown_words_list_the_known_ones(capsys):
+    assert "choose from train, sample, evaluate, doctor" in fails(capsys, "trian")
+    assert "digits" in fails(capsys, "train", "digitz")
+    message = fails(capsys, "train", "digits", "--method", "sped")
+    assert "uniform, speed_paper" in message
+    assert "linear" in fails(capsys, "train", "digits", "--schedule", "cosin")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--k", "0.5"], "k=0.5"),
+        (["--lam", "0.4"], "lambda=0.4 is outside [0.5, 1]"),
+        (["--tau", "2000"], "tau=2000.0 is outside [1, 1000]"),
+        (["--r", "1"], "r=1.0: the suppression factor must be above 1"),
+        (["--steps", "0"], "steps=0: must be at least 1"),
+        (["--steps", "many"], "many"),
+        (["--data.source", "/nowhere"], "/nowhere"),
+        (["--data.image-shape", "1", "16", "16"], "(1, 16, 16)"),
+        (["--model.patch-size", "3"], "patch_size=3 does not divide"),
+        (["--evaluation.features", "inception", "--evaluation.inception-weights", "/no"], "/no"),
+    ],
+)
+def test_bad_options_are_named(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("SPEED_ENGINE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    assert message in fails(capsys, "train", "digits", "--run", str(run), *options)
+    assert not run.exists()
+
+
+def test_shards_that_do_not_fit_are_named(capsys, tmp_path):
+    run, empty, unlabelled = tmp_path / "run", tmp_path / "empty", tmp_path / "unlabelled"
+    empty.mkdir()
+    message = fails(capsys, "train", "digits", "--run", str(run), "--data.source", str(empty))
+    assert str(empty) in message and ".tar" in message
+
+    import webdataset
+
+    unlabelled.mkdir()
+    with webdataset.TarWriter(str(unlabelled / "x.tar")) as writer:
+        writer.write({"__key__": "picture", "txt": "hello"})
+    message = fails(capsys, "train", "digits", "--run", str(run), "--data.source", str(unlabelled))
+    assert "picture" in message and "npy" in message
+
+
+def test_what_is_not_a_run_is_said(capsys, tmp_path):
+    for command in (["train", "--resume"], ["sample"], ["evaluate"]):
+        assert "not a run folder" in fails(capsys, *command, str(tmp_path))
+
+
+def test_the_module_runs_like_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "speed_engine", "--help"],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.returncode == 0 and "train PRESET" in done.stdout

@@ -1,0 +1,187 @@
+"""A run repeats bit for bit, survives kill -9, and refuses what does not fit."""
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from speed_engine import assemble, train
+from speed_engine.config import EvaluationConfig, ModelConfig, TrainConfig, from_json, to_json
+from speed_engine.diffusion.methods import METHODS
+
+TINY = TrainConfig(
+    steps=60,
+    batch_size=16,
+    log_every=7,  # does not divide the checkpoint interval: a checkpoint falls inside an average
+    checkpoint_every=20,
+    model=ModelConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(every=1000, num_images=100, solver_steps=2),
+)
+OPTIONS = (
+    "--steps 2000 --batch-size 16 --log-every 7 --checkpoint-every 20 --model.dim 16 --model.depth 1 "
+    "--model.num-heads 2 --evaluation.every 100000 --evaluation.num-images 100 "
+    "--evaluation.solver-steps 2"
+).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def losses(run: Path) -> list[tuple[int, float, float, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (r["step"], r["loss"], r["squared_error"], r["grad_norm"]) for r in records if "loss" in r
+    ]
+
+
+def run_cli(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "speed_engine", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path, method):
+    config = dataclasses.replace(TINY, method=method)
+    for name in ("a", "b"):
+        train.start(config, tmp_path / name, quiet())
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [step for step, *_ in losses(tmp_path / "a")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+
+
+def test_another_seed_is_another_run(tmp_path):
+    for seed in (0, 1):
+        train.start(dataclasses.replace(TINY, steps=7, seed=seed), tmp_path / str(seed), quiet())
+    assert losses(tmp_path / "0") != losses(tmp_path / "1")
+
+
+def test_the_loss_falls(tmp_path):
+    train.start(dataclasses.replace(TINY, steps=200, log_every=50), tmp_path / "run", quiet())
+    first, *_, last = losses(tmp_path / "run")
+    assert last[1] < 0.7 * first[1]
+
+
+def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    command = [sys.executable, "-m", "speed_engine", "train", "digits", *OPTIONS]
+    process = subprocess.Popen(
+        [*command, "--run", str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not list((killed / "checkpoints").glob("step-*")):
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    reached = max((step for step, *_ in losses(killed)), default=0)
+    assert reached < 2000
+
+    done = run_cli("train", "--resume", killed)
+    assert done.returncode == 0, done.stderr
+    assert run_cli("train", "digits", *OPTIONS, "--run", straight).returncode == 0
+    assert losses(killed) == losses(straight)
+    averages = [
+        assemble.load_average(run, assemble.read_config(run), torch.device("cpu"))[0].state_dict()
+        for run in (killed, straight)
+    ]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_a_finished_run_can_be_trained_longer(tmp_path):
+    run = tmp_path / "run"
+    train.start(dataclasses.replace(TINY, steps=40), run, quiet())
+    train.resume(run, quiet(), steps=60)
+    assert losses(run)[-1][0] == 60
+    assert assemble.read_config(run).steps == 60
+
+
+def test_a_run_folder_holds_what_it_promises(tmp_path):
+    run = tmp_path / "run"
+    train.start(TINY, run, quiet())
+    assert from_json((run / "config.json").read_text()) == TINY
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert (run / "samples" / "step-00000060.png").stat().st_size > 0
+    assert list((run / "tensorboard").iterdir())
+    assert len(list((run / "checkpoints").iterdir())) == 3
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["step"] == 60 and final["fid"] > 0
+
+
+def test_evaluate_repeats_the_figure_of_training(tmp_path):
+    run = tmp_path / "run"
+    train.start(TINY, run, quiet())
+    done = run_cli("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert json.loads(done.stdout)["fid"] == pytest.approx(recorded["fid"], rel=1e-6)
+
+
+def test_sample_draws_a_grid(tmp_path):
+    run, out = tmp_path / "run", tmp_path / "grid.png"
+    train.start(dataclasses.replace(TINY, steps=20), run, quiet())
+    done = run_cli("sample", run, "--count", 20, "--guidance", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match=r"exists already; .*--resume .* --run"):
+        train.start(TINY, tmp_path / "run", quiet())
+
+
+def test_a_bad_option_leaves_no_run_folder(tmp_path):
+    with pytest.raises(ValueError, match="unknown; choose from"):
+        train.start(dataclasses.replace(TINY, method="sped"), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = tmp_path / "run"
+    train.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    other = dataclasses.replace(TINY, model=ModelConfig(dim=32, depth=2, num_heads=2))
+    (run / "config.json").write_text(to_json(other))
+    with pytest.raises(ValueError, match="checkpoint of another model: missing .*blocks.1"):
+        train.resume(run, quiet())
+
+
+def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
+    run = tmp_path / "run"
+    train.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        train.resume(run, quiet())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    trainer = train.Trainer(TINY, run, quiet())
+    run.mkdir()
+    step = trainer.engine.step
+
+    def poisoned(batch):
+        report = step(batch)
+        bad = trainer.engine.steps_done > 25
+        return report._replace(loss=report.loss * torch.nan) if bad else report
+
+    monkeypatch.setattr(trainer.engine, "step", poisoned)
+    with pytest.raises(FloatingPointError, match="loss is nan at step 28"):
+        trainer.train()
+    assert assemble.newest_checkpoint(run).name == "step-00000020"

@@ -57,6 +57,8 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
         )
     trainer = Trainer(config, run, console)
     run.mkdir(parents=True)
+    # The choice goes on record: compiled code rounds differently, and a resumed run must not.
+    config = replace(config, compile=trainer.choices["torch.compile"].value)
     (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 

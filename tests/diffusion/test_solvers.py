@@ -8,7 +8,6 @@ from speed_engine.diffusion.schedule import linear
 from speed_engine.diffusion.solvers import ddim, spaced_timesteps
 from speed_engine.diffusion.table import TimestepTable
 
-
 MEAN, STD = 0.2, 0.1  # of the data, a Gaussian; narrow enough that no pixel leaves [-1, 1]
 
 

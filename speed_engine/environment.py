@@ -22,7 +22,7 @@ PACKAGES = (
     "torchvision", "xformers",
 )  # fmt: skip
 # benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
-# is even after 2,300 steps of the digits preset; other models and machines differ, so with a margin.
+# is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
 
 

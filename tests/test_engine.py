@@ -87,9 +87,9 @@ def test_dropped_labels_become_the_null_label_at_the_stated_rate():
     objective = build_objective(CONFIG, build_process(CONFIG))
     seen = []
 
-    def model(x, t, labels):
+    def model(x_in, t, labels):
         seen.append(labels)
-        return torch.zeros_like(x)
+        return torch.zeros_like(x_in)
 
     objective(model, torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000).long(), torch.arange(20_000))
     share = (seen[0] == CONFIG.data.num_classes).double().mean()

@@ -7,7 +7,7 @@ delta_t = x_{t+1} - x_t, which it bounds by Psi(t) = 2 (1 - exp(-E(t))), E(t) ~ 
     deceleration  t_ad < t <= tau     the rate falls
     convergence   tau < t             the signal is suppressed by r or more: exp(E(t)) >= r
 
-With linear betas (Sec. 2.3 and A.8; D = beta_T - beta_1, beta_0 = beta_1 - D/T) E has a closed form:
+With linear betas (Sec. 2.3, A.8; D = beta_T - beta_1, beta_0 = beta_1 - D/T) E is closed:
 
     E(t) = (beta_0 + D t / 2T) t        dPsi/dt = 2 (beta_0 + D t / T) exp(-E(t))
 

@@ -32,7 +32,7 @@ class NoiseSchedule:
         abar = self.alphas_cumprod
         if abar.ndim != 1 or len(abar) < 2:
             raise ValueError(
-                f"schedule {self.name!r} has shape {tuple(abar.shape)}; at least 2 timesteps needed."
+                f"schedule {self.name!r} has shape {tuple(abar.shape)}; needs 2 timesteps or more."
             )
         if not (0 < float(abar.min()) and float(abar.max()) < 1):
             raise ValueError(

@@ -1,6 +1,6 @@
 """Timestep samplers: which timestep each image is trained on.
 
-A sampler is a probability P(t) over T timesteps. A draw inverts its cumulative distribution, held as
+A sampler is a probability P(t) over T timesteps. A draw inverts its cumulative distribution, as
 32-bit integers, at a counter-based uniform word of the image: the same image counter gives the same
 timestep on every device, in every batch and on any number of processes.
 

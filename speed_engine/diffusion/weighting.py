@@ -17,7 +17,7 @@ def constant(schedule: NoiseSchedule) -> Tensor:
 
 
 def change_aware(schedule: NoiseSchedule, lam: float = 0.6) -> Tensor:
-    """Proportional to the rate of the process increment, mapped onto [1 - lam, lam] (SpeeD, Sec. 2.6).
+    """The rate of the process increment, mapped onto [1 - lam, lam] (SpeeD, Sec. 2.6).
 
     Args:
         schedule: the process.

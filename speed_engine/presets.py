@@ -10,6 +10,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "UCI digits, 8 x 8, ten classes: under 3 minutes on two CPU cores",
         TrainConfig(
             steps=2500,
+            log_every=100,
             optimizer=OptimizerConfig(learning_rate=4e-3),
             evaluation=EvaluationConfig(guidance=1.2),
         ),

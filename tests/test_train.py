@@ -142,6 +142,15 @@ def test_sample_draws_a_grid(tmp_path):
     done = run_cli("sample", run, "--count", 20, "--guidance", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
+    refused = run_cli("sample", run, "--count", 0)
+    assert refused.returncode == 2 and "num_images=0: must be at least 1" in refused.stderr
+
+
+def test_too_few_images_for_fid_are_refused_before_training(tmp_path):
+    few = dataclasses.replace(TINY.evaluation, num_images=64)
+    with pytest.raises(ValueError, match="needs 65 images or more"):
+        train.start(dataclasses.replace(TINY, evaluation=few), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):

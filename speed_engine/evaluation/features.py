@@ -199,7 +199,8 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
     if not path.is_file():
         raise ValueError(
             f"the Inception weights are not at {path}; fetch {INCEPTION_URL} "
-            f"and put it at {kept_at}, or pass --inception-weights PATH."
+            f"and put it at {kept_at}, or name it: --inception-weights PATH, in training "
+            "--evaluation.inception-weights PATH."
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,157 @@
+"""Methods and processes at a glance: which go together, what they draw, what they weigh, in pictures.
+
+    table     process x method: it works, or why not
+    arrays    P and w of every method on one process, for other programs
+    figures   methods-PROCESS.png: P, w and P w of every method, by timestep
+              increments-PROCESS.png: the increment's mean, variance and rate with SpeeD's three areas
+
+Letters: T timesteps (cells, in continuous time).
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speed_engine.diffusion.increments import Increments, increments
+from speed_engine.diffusion.methods import Method, build_method
+from speed_engine.diffusion.processes import SCHEDULES, build_schedule
+from speed_engine.diffusion.recipes import METHODS
+
+BANDS = 10  # equal parts of the timesteps for which P w is added up
+SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
+_INK, _LAW, _WEIGHT, _SHARE = "0.25", "#1f77b4", "#d95f02", "0.8"
+
+
+def compatibility(num_timesteps: int) -> dict[str, dict[str, str | None]]:
+    """Process -> method -> None if they go together, else the reason why not."""
+    return {
+        process: {method: _refusal(method, process, num_timesteps) for method in METHODS}
+        for process in SCHEDULES
+    }
+
+
+def arrays(process: str, num_timesteps: int) -> dict[str, Any]:
+    """P and w of every method on one process, as JSON holds them.
+
+    ``P`` is the law of the first step and ``w`` the weight of the epsilon-MSE, both by timestep
+    from clean to noisy. A method that the process does not allow has ``why_not`` instead.
+    """
+    methods: dict[str, Any] = {}
+    for name in METHODS:
+        try:
+            method = build_method(name, build_schedule(process, num_timesteps))
+        except ValueError as refusal:
+            methods[name] = {"why_not": str(refusal)}
+        else:
+            methods[name] = {
+                "P": method.probabilities.tolist(),
+                "w": method.epsilon_weight.tolist(),
+                "changes_in_training": not method.is_fixed,
+            }
+    return {"process": process, "num_timesteps": num_timesteps, "methods": methods}
+
+
+def draw_figures(process: str, num_timesteps: int, folder: Path) -> list[Path]:
+    """Write both figures of a process; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"methods-{process}.png", folder / f"increments-{process}.png"]
+    for path, draw in zip(paths, (_draw_methods, _draw_increments), strict=True):
+        draw(process, num_timesteps).savefig(path, dpi=110)
+    return paths
+
+
+def _refusal(method: str, process: str, num_timesteps: int) -> str | None:
+    try:
+        build_method(method, build_schedule(process, num_timesteps))
+    except ValueError as refusal:
+        return str(refusal)
+    return None
+
+
+def _draw_methods(process: str, num_timesteps: int):
+    """One panel per method: P, w and their product, each relative to its mean over timesteps."""
+    from matplotlib.figure import Figure
+
+    schedule = build_schedule(process, num_timesteps)
+    possible = {
+        name: build_method(name, schedule)
+        for name in METHODS
+        if _refusal(name, process, num_timesteps) is None
+    }
+    columns = 3
+    rows = -(-len(possible) // columns)
+    figure = Figure(figsize=(4.4 * columns, 2.5 * rows + 0.9), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for panel, (name, method) in zip(panels, possible.items(), strict=False):
+        _draw_method(panel, name, method, num_timesteps)
+    for panel in panels[len(possible) :]:
+        panel.set_visible(False)
+    for panel in panels[len(possible) - columns : len(possible)]:
+        panel.set_xlabel("timestep, from clean to noisy")
+        panel.tick_params(labelbottom=True)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    figure.suptitle(f"{process}: what each method draws and weighs", x=0.01, ha="left")
+    return figure
+
+
+def _draw_method(panel, name: str, method: Method, num_timesteps: int) -> None:
+    t = torch.arange(num_timesteps)
+    law = method.probabilities * num_timesteps
+    weight = method.epsilon_weight / (method.probabilities * method.epsilon_weight).sum()
+    measure = (law * weight).reshape(BANDS, -1).mean(1) if num_timesteps % BANDS == 0 else None
+    if measure is not None:
+        width = num_timesteps / BANDS
+        edges = torch.arange(BANDS) * width
+        panel.bar(edges, measure, width, align="edge", color=_SHARE, label="P·w, by tenth")
+    panel.plot(t, law, color=_LAW, label="P, uniform = 1")
+    panel.plot(t, weight, color=_WEIGHT, label="w, mean under P = 1")
+    suffix = "" if method.is_fixed else " (first step; changes in training)"
+    panel.set_title(name + suffix, loc="left", fontsize=9)
+    panel.set_xlim(0, num_timesteps)
+    panel.set_ylim(0, min(5.0, 1.1 * float(torch.stack([law, weight]).max())))
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_increments(process: str, num_timesteps: int):
+    """Mean, variance and rate of the increment, over the three areas."""
+    from matplotlib.figure import Figure
+
+    areas = increments(build_schedule(process, num_timesteps))
+    t = torch.arange(1, num_timesteps + 1)
+    curves = {
+        "variance": [("Var, two noises", t[:-1], areas.variance), ("bound", t, areas.variance_bound)],
+        "mean, squared": [("mean²", t[:-1], areas.mean.square()), ("bound", t, areas.mean_bound)],
+        "rate of the variance": [("rate", t, areas.rate)],
+    }
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    for panel, (title, lines) in zip(figure.subplots(1, 3), curves.items(), strict=True):
+        _shade_areas(panel, areas, num_timesteps)
+        for (label, x, y), style in zip(lines, ("-", "--"), strict=False):
+            panel.plot(x, y, style, color=_INK, label=label)
+        panel.set_title(title, loc="left", fontsize=10)
+        panel.set_xlabel("t, counted from 1")
+        panel.set_xlim(1, num_timesteps)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{process}: increments and areas{_borders(areas)}", x=0.01, ha="left")
+    return figure
+
+
+def _shade_areas(panel, areas: Increments, num_timesteps: int) -> None:
+    tau = min(areas.tau(SUPPRESSION), num_timesteps)
+    t_ad = min(areas.t_ad, tau)
+    borders = (1, t_ad, tau, num_timesteps)
+    names = ("acceleration", "deceleration", "convergence")
+    for name, left, right, colour in zip(
+        names, borders[:-1], borders[1:], ("#dbe9f6", "#f0f0f0", "#fbe3d0"), strict=True
+    ):
+        if right > left:
+            panel.axvspan(left, right, color=colour, lw=0, label=name)
+
+
+def _borders(areas: Increments) -> str:
+    tau = areas.tau(SUPPRESSION)
+    reached = f"tau({SUPPRESSION:g}) = {tau:.1f}" if math.isfinite(tau) else "no convergence area"
+    return f" (t_ad = {areas.t_ad:.1f}, {reached})"

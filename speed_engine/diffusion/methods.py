@@ -1,41 +1,134 @@
-"""Named methods: a distribution over timesteps together with a loss weighting.
+"""Named methods: a law of timesteps together with a loss weighting, for any process.
 
-A method is a function of the schedule; its keyword arguments are what a user may tune. Weights are
-defined on the epsilon-MSE, see ``weighting``.
+Without this library's trainer, a method takes two lines of someone else's loop:
+
+    method = build_method("speed_paper", from_diffusers(noise_scheduler))
+    ...
+    timesteps, weights = method.draw(batch_size, step)      # then: loss = (weights * mse).mean()
+
+A recipe is a function of the process; its keyword arguments are what a user may tune.
 """
 
 import inspect
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import Tensor
 
-from speed_engine.diffusion import timesteps, weighting
+from speed_engine.diffusion import probabilities, weighting
 from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.laws import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.diffusion.table import TimestepTable
+from speed_engine.diffusion.timesteps import (
+    MirroredSampler,
+    TimestepSampler,
+    by_interval,
+    independent,
+    stratified,
+)
+from speed_engine.diffusion.uncertainty import ClusterUncertainty, FourierUncertainty, MeanLoss
+from speed_engine.diffusion.weighting import LossWeighting
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe:
+    """What a method consists of, before it is fitted to a prediction target.
+
+    Attributes:
+        timesteps: the sampler.
+        weighting: of the loss.
+        batch_loss: from per-image losses to one, where weights are learned.
+        momentum_decay: the optimizer's part of the method, see ``optim.MOMENTUM_DECAYS``.
+        normalised: whether E_P[w] is made 1 by default.
+    """
+
+    timesteps: TimestepSampler
+    weighting: LossWeighting
+    batch_loss: MeanLoss = field(default_factory=MeanLoss)
+    momentum_decay: str = "none"
+    normalised: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Method:
-    """Attributes: both (T,) float64.
+    """A recipe for one process and one target.
 
-    probabilities: P(t).
-    epsilon_weight: w(t) of the epsilon-MSE.
+    Attributes:
+        name: a key of ``METHODS``.
+        schedule: the process.
+        prediction: the target, a key of ``PREDICTIONS``.
+        timesteps: the sampler; its module state is the method's.
+        weight: (T,) float64 weight of the target's MSE.
+        table: the same with the linear form of process and target, for any timestep.
+        batch_loss: from per-image losses to one; its parameters are learned.
+        momentum_decay: the optimizer's part.
+        seed: () int64, root of ``draw``.
     """
 
     name: str
-    probabilities: Tensor
-    epsilon_weight: Tensor
+    schedule: NoiseSchedule
+    prediction: str
+    timesteps: TimestepSampler
+    weight: Tensor
+    table: TimestepTable
+    batch_loss: MeanLoss
+    momentum_decay: str
+    seed: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(T,) float64 P at the first step."""
+        return self.timesteps.probabilities(0)
+
+    @property
+    def epsilon_weight(self) -> Tensor:
+        """(T,) float64 the weight as one of the epsilon-MSE."""
+        return weighting.converted(
+            LossWeighting(self.weight, self.prediction), self.schedule, "epsilon"
+        )
+
+    def draw(
+        self, batch: int | Tensor, step: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps and weights of a batch, for any training loop.
+
+        Args:
+            batch: B, the batch size, or (B,) int64 image counters, unique in the run; with several
+                processes pass counters, or every process draws the same.
+            step: optimizer steps done so far.
+            device: of the results, unless ``batch`` is a tensor.
+
+        Returns:
+            (B,) timesteps as the model and a diffusers scheduler take them, and (B,) float32
+            weights of the per-image MSE of ``prediction``. Weights that are learned
+            (``batch_loss``) and observed losses (``timesteps.observe``) are for loops that call
+            those themselves.
+        """
+        if isinstance(batch, int):
+            batch = torch.arange(step * batch, (step + 1) * batch, device=device)
+        for module in (self.timesteps, self.table):
+            module.to(batch.device)
+        t = self.timesteps.sample(self.seed.to(batch.device), batch, step)
+        weights = self.table(t)[:, 4] * self.timesteps.importance(t)
+        return self.schedule.model_time(t), weights
 
 
-def uniform(schedule: NoiseSchedule) -> Method:
-    """All timesteps alike, weight one: the baseline (Ho et al. 2020; DiT)."""
-    return Method(
-        "uniform", timesteps.uniform(schedule.num_timesteps), weighting.constant(schedule)
+def uniform(schedule: NoiseSchedule) -> Recipe:
+    """Every process's own baseline: uniform in its coordinate, weight one on its own target.
+
+    DDPM: uniform t on epsilon (Ho et al. 2020; DiT); EDM: log-normal sigma on F; flows: uniform
+    time on the velocity.
+    """
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.constant(schedule),
     )
 
 
@@ -45,8 +138,8 @@ def speed_paper(
     r: float = 138.6,
     tau: float | None = None,
     lam: float = 0.6,
-) -> Method:
-    """SpeeD as the paper writes it (arXiv 2405.17403, Eq. 3 and Sec. 2.6).
+) -> Recipe:
+    """SpeeD as the paper writes it (arXiv 2405.17403, Eq. 3 and Sec. 2.6), for any process.
 
     Args:
         schedule: the process.
@@ -64,25 +157,267 @@ def speed_paper(
                 "so timesteps are drawn uniformly; lower r to make one.", schedule.name, r,
             )  # fmt: skip
             tau = schedule.num_timesteps
-    probabilities = timesteps.asymmetric(schedule.num_timesteps, tau, k)
-    return Method("speed_paper", probabilities, weighting.change_aware(schedule, lam))
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.asymmetric(schedule.num_timesteps, tau, k)),
+        weighting=weighting.change_aware(schedule, lam),
+    )
 
 
-METHODS: dict[str, Callable[..., Method]] = {"uniform": uniform, "speed_paper": speed_paper}
+def speed_official(
+    schedule: NoiseSchedule, k: float = 5.0, tau: int = 700, lam: float = 0.6
+) -> Recipe:
+    """SpeeD as released (NUS-HPC-AI-Lab/SpeeD f5650f9).
+
+    Every draw's mirror image is trained on, too, tau is a constant, and weights beyond it are 1.
+
+    Args:
+        schedule: the process.
+        k: ratio of the unmirrored law.
+        tau: the border, for both law and weights.
+        lam: the largest weight up to tau.
+
+    Raises:
+        ValueError: the process has fewer timesteps than tau, or no point to mirror at.
+    """
+    law = Law(probabilities.asymmetric(schedule.num_timesteps, tau, k))
+    return Recipe(
+        timesteps=MirroredSampler(schedule, law, _released_pivot(schedule)),
+        weighting=weighting.change_aware_released(schedule, lam, int(tau)),
+    )
 
 
-def build_method(name: str, schedule: NoiseSchedule, **tuned: float) -> Method:
-    """The named method; ``tuned`` overrides its defaults.
+def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe:
+    """P2 weighting, 1 / (k + SNR)**gamma (Choi et al. 2022), uniform timesteps."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.p2(schedule, gamma, p2_k),
+    )
+
+
+def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
+    """Min-SNR weighting (Hang et al. 2023), uniform timesteps."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.min_snr(schedule, gamma),
+    )
+
+
+def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+    """EDM's law of noise levels, on any process, weight one on its own target (Karras et al. 2022).
+
+    EDM2 has mean -0.4 and std 1.0.
+    """
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+    """EDM's law and its weighting, on any process; large where a process is nearly pure noise."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
+        weighting=weighting.edm(schedule),
+    )
+
+
+def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
+    """SD3's law of times, weight one on the process's own target (Esser et al. 2024)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.logit_normal(schedule.num_timesteps, mean, std)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Recipe:
+    """SD3's mode sampling with heavy tails, weight one (Esser et al. 2024)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.mode(schedule.num_timesteps, scale)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Recipe:
+    """Uniform time moved towards noise, weight one (Esser et al. 2024, Eq. 23)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.shifted(schedule.num_timesteps, shift)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def clts(
+    schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
+) -> Recipe:
+    """Curriculum from uniform to Gaussian timesteps, weight one (arXiv 2404.07946).
+
+    Args:
+        schedule: the process.
+        ramp_steps: steps until the law is the Gaussian alone; the trainer sets the run's length.
+        mean: of the Gaussian, in units of T.
+        std: of the Gaussian, in units of T; not confirmed by a public source.
+    """
+    return Recipe(
+        timesteps=TimestepSampler(
+            schedule, ClimbingLaw(schedule.num_timesteps, ramp_steps, mean, std)
+        ),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def clts_mdlrc(
+    schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
+) -> Recipe:
+    """CLTS with momentum decay and learning rate compensation, see ``optim.demon``."""
+    recipe = clts(schedule, ramp_steps, mean, std)
+    return Recipe(timesteps=recipe.timesteps, weighting=recipe.weighting, momentum_decay="demon")
+
+
+def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
+    """ANT-UW: intervals drawn in turn, with one learned weight each (Go et al. 2023)."""
+    num_timesteps = schedule.num_timesteps
+    law = Law(probabilities.uniform(num_timesteps))
+    return Recipe(
+        timesteps=TimestepSampler(schedule, law, by_interval(clusters)),
+        weighting=weighting.constant(schedule),
+        batch_loss=ClusterUncertainty(num_timesteps, clusters),
+    )
+
+
+def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int = 200) -> Recipe:
+    """From the noisiest timesteps to all, as the loss stops improving (Kim et al. 2024)."""
+    return Recipe(
+        timesteps=TimestepSampler(
+            schedule, TaskCurriculum(schedule.num_timesteps, clusters, patience)
+        ),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
+    """Importance sampling by the observed loss, with a uniform floor (Nichol and Dhariwal 2021)."""
+    return Recipe(
+        timesteps=TimestepSampler(schedule, AdaptiveLaw(schedule.num_timesteps, floor=floor)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def learned_uncertainty(schedule: NoiseSchedule) -> Recipe:
+    """A weight learned as a function of the noise level (EDM2, Karras et al. 2024), uniform."""
+    recipe = uniform(schedule)
+    return Recipe(
+        timesteps=recipe.timesteps,
+        weighting=recipe.weighting,
+        batch_loss=FourierUncertainty(schedule),
+    )
+
+
+def speed_plus(
+    schedule: NoiseSchedule, k: float = 5.0, r: float = 138.6, lam: float = 0.6
+) -> Recipe:
+    """Provisional, until evidence chooses: ``speed_paper``, stratified, with E_P[w] = 1."""
+    recipe = speed_paper(schedule, k=k, r=r, lam=lam)
+    return Recipe(
+        timesteps=_with_words(recipe.timesteps, True),
+        weighting=recipe.weighting,
+        normalised=True,
+    )
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {
+    function.__name__: function
+    for function in (
+        uniform, speed_paper, speed_official, p2, min_snr, lognormal_edm, logit_normal, clts,
+        clts_mdlrc, ant_uw, task_curriculum, speed_plus, edm, mode, shifted, adaptive,
+        learned_uncertainty,
+    )
+}  # fmt: skip
+
+
+def method_options(name: str) -> list[str]:
+    """What may be tuned of a method.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
+    return list(inspect.signature(METHODS[name]).parameters)[1:]
+
+
+def build_method(
+    name: str,
+    schedule: NoiseSchedule,
+    prediction: str | None = None,
+    *,
+    stratified: bool | None = None,
+    normalised: bool | None = None,
+    weight_on: Literal["definition", "prediction"] = "definition",
+    seed: int = 0,
+    **tuned: float,
+) -> Method:
+    """The named method for a process and a target.
+
+    Args:
+        name: a key of ``METHODS``.
+        schedule: the process.
+        prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
+        stratified: draw a batch's timesteps evenly spread instead of independently, from the same
+            P; by default as the method does.
+        normalised: scale the weights such that E_P[w] = 1 (P of the first step); by default as the
+            method does.
+        weight_on: "definition" converts the weight from the target that it is defined on, so that
+            the loss stays the same; "prediction" applies its values to the model's target as they
+            are, which is a different method.
+        seed: root of ``Method.draw``.
+        tuned: overrides the method's own arguments.
 
     Raises:
         ValueError: an unknown name, an argument that the method does not have, or one out of range.
     """
-    if name not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
-    known = list(inspect.signature(METHODS[name]).parameters)[1:]
+    known = method_options(name)
     for argument in tuned:
         if argument not in known:
             raise ValueError(
                 f"method {name!r} has no {argument}; it takes {', '.join(known) or 'no arguments'}."
             )
-    return METHODS[name](schedule, **tuned)
+    recipe = METHODS[name](schedule, **tuned)
+    prediction = prediction or schedule.prediction
+    timesteps = recipe.timesteps
+    if stratified is not None:
+        timesteps = _with_words(timesteps, stratified)
+    weight = recipe.weighting.values
+    if weight_on == "definition":
+        weight = weighting.converted(recipe.weighting, schedule, prediction)
+    if recipe.normalised if normalised is None else normalised:
+        weight = weight / (timesteps.probabilities(0) * weight).sum()
+    return Method(
+        name, schedule, prediction, timesteps, weight,
+        TimestepTable(schedule, prediction, weight),
+        recipe.batch_loss, recipe.momentum_decay, torch.tensor(seed),
+    )  # fmt: skip
+
+
+def _sampler(schedule: NoiseSchedule, p: Tensor) -> TimestepSampler:
+    return TimestepSampler(schedule, Law(p))
+
+
+def _with_words(timesteps: TimestepSampler, is_stratified: bool) -> TimestepSampler:
+    timesteps.words = stratified if is_stratified else independent
+    return timesteps
+
+
+def _released_pivot(schedule: NoiseSchedule) -> int:
+    """M, where the released code mirrors: the first index at which noise hardly grows, plus one.
+
+    The threshold is absolute there, so that M depends on T: 642 of 1000 linear timesteps.
+    """
+    growth = torch.gradient(schedule.noise_fraction(schedule.timesteps).sqrt())[0]
+    slow = growth < 1e-4
+    pivot = int(slow.int().argmax()) + 1
+    if not bool(slow.any()) or pivot == 1 or pivot == schedule.num_timesteps:
+        raise ValueError(
+            f"speed_official has no point to mirror at on schedule {schedule.name!r} with "
+            f"{schedule.num_timesteps} timesteps: its noise grows by less than 1e-4 per timestep "
+            "at the first one or at none. Use speed_paper."
+        )
+    return pivot

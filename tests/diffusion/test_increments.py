@@ -43,7 +43,7 @@ def test_stable_diffusion_s_borders():
 
 @pytest.mark.parametrize("r", [5.0, 10.0, 138.6])
 def test_in_continuous_time_the_border_is_where_noise_is_sqrt_r_minus_1(r):
-    """psi >= 1 - 1/r: EDM's sigma is sigma_data sqrt(r - 1), a flow's t sqrt(r-1) / (1 + sqrt(r-1))."""
+    """EDM's sigma is sigma_data q there, a flow's t is q / (1 + q), with q = sqrt(r - 1)."""
     root = math.sqrt(r - 1)
     flow = increments(RectifiedFlow(10_000)).tau(r) / 10_000
     assert flow == pytest.approx(root / (1 + root), abs=2e-4)
@@ -62,7 +62,7 @@ def test_the_share_of_the_convergence_area(name, r, share):
 
 
 def test_rates_peak_where_the_formulas_do():
-    """A flow's dpsi/dt = 2 t (1 - t) / ((1 - t)**2 + t**2)**2 peaks at 1/2; VP at sqrt(1/D) - b0/D."""
+    """A flow's 2 t (1 - t) / ((1 - t)**2 + t**2)**2 at 1/2; VP's rate at sqrt(1/D) - b0/D."""
     flow = increments(build_schedule("flow"))
     t = flow.schedule.timesteps.numpy()
     rate = 2 * t * (1 - t) / ((1 - t) ** 2 + t**2) ** 2

@@ -42,6 +42,7 @@ def build_process(config: TrainConfig) -> Method:
         stratified=config.method_options.stratified,
         normalised=config.method_options.normalised,
         weight_on=config.method_options.weight_on,
+        seed=config.seed,
         **options,
     )
 

@@ -180,8 +180,8 @@ class TrainConfig:
 
     method: str = "speed_paper"
     """How timesteps are drawn and losses weighted: uniform, speed_paper, speed_official, p2,
-    min_snr, lognormal_edm, logit_normal, clts, clts_mdlrc, ant_uw, task_curriculum, speed_plus, edm,
-    mode, shifted, adaptive, learned_uncertainty."""
+    min_snr, lognormal_edm, logit_normal, clts, clts_mdlrc, ant_uw, task_curriculum, speed_plus,
+    edm, mode, shifted, adaptive, learned_uncertainty."""
     steps: int = 3000
     """Optimizer steps of the whole run."""
     batch_size: int = 128

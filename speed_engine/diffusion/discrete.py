@@ -200,8 +200,7 @@ class _SigmaSpace(DiscreteSchedule):
 
 
 def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
-    """The process of a Hugging Face diffusers scheduler, such as DDPM, DDIM, EulerDiscrete or
-    FlowMatchEuler.
+    """The process of a diffusers scheduler: DDPM, DDIM, EulerDiscrete, FlowMatchEuler, EDMEuler.
 
     Its timesteps are those that diffusers' training loops pass to ``add_noise``; its baseline's
     target is the scheduler's ``prediction_type``. Build it before ``set_timesteps`` changes it.
@@ -221,19 +220,27 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
             raise ValueError(
                 f"{name} has prediction_type {kind!r}; known are {', '.join(_DIFFUSERS_TARGETS)}."
             )
-        # Zero-SNR schedules end in pure noise; diffusers' solvers bound it the same way.
-        abar = abar.double().cpu().clamp(min=2.0**-24)
+        abar = abar.double().cpu().clone()
+        if (
+            abar[-1] <= 0
+        ):  # zero-SNR schedules end in pure noise; diffusers' solvers bound it so, too
+            abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
         return from_alphas_cumprod(abar, name, prediction=_DIFFUSERS_TARGETS[kind])
     sigmas = getattr(noise_scheduler, "sigmas", None)
     if sigmas is None:
         raise ValueError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
+    sigmas = sigmas.cpu()
+    if sigmas[-1] == 0:
+        sigmas = sigmas[:-1]
     if len(sigmas) != config.num_train_timesteps:
         raise ValueError(
             f"{name} holds {len(sigmas)} sigmas for {config.num_train_timesteps} timesteps; "
             "pass a scheduler on which set_timesteps was not called."
         )
-    times = noise_scheduler.timesteps.cpu()
-    return from_sigmas(sigmas.cpu(), name, flow=True, times=times)
+    return from_sigmas(
+        sigmas, name, flow=bool(sigmas.max() <= 1),
+        sigma_data=getattr(config, "sigma_data", None), times=noise_scheduler.timesteps.cpu(),
+    )  # fmt: skip
 
 
 _DIFFUSERS_TARGETS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}

@@ -138,7 +138,7 @@ class TaskCurriculum(Law):
 
     def thresholds(self, step: int) -> Tensor:
         """Of the present stage."""
-        return self._tables[self.stage]
+        return self._tables.index_select(0, self.stage.view(1))[0]  # a scalar index would wait
 
     def observe(self, step: int, cells: Tensor, loss: Tensor) -> None:
         """Compare the step's mean loss with the best one."""

@@ -75,7 +75,8 @@ class FourierUncertainty(MeanLoss):
 
     def forward(self, cells: Tensor, loss: Tensor) -> Tensor:
         """(B,) int64, (B,) -> ()."""
-        log_variance = self._features[cells] @ self.weight / len(self.weight) ** 0.5
+        # Not a matrix product: autocast would round it to bfloat16.
+        log_variance = (self._features[cells] * self.weight).sum(1) / len(self.weight) ** 0.5
         return (loss * torch.exp(-log_variance) + log_variance).mean()
 
     _features: Tensor

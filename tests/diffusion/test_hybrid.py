@@ -66,8 +66,8 @@ def test_the_bound_is_its_transcription(t):
     rows = bound_rows(linear())[t].float().expand(2, 4)
     found = variational_bound(eps, v, x0, rows, SEED, ids)
     for i in range(2):
-        arrays = (a[i].double().numpy() for a in (x0, noise, eps, v))
-        assert float(found[i]) == pytest.approx(expected.bound(*arrays, t), rel=2e-3, abs=1e-5)
+        a, b, c, d = (part[i].double().numpy() for part in (x0, noise, eps, v))
+        assert float(found[i]) == pytest.approx(expected.bound(a, b, c, d, t), rel=2e-3, abs=1e-5)
 
 
 def test_the_bound_trains_the_variance_only():

@@ -164,6 +164,22 @@ def test_a_diffusers_flow_keeps_its_own_timesteps():
     torch.testing.assert_close(schedule.alpha(t)[:2], 1 - sigmas.double().flip(0)[t][:2])
 
 
+def test_a_diffusers_cosine_schedule_keeps_its_last_step():
+    abar = cosine().alphas_cumprod.float()
+    schedule = from_diffusers(diffusers_scheduler(alphas_cumprod=abar))
+    torch.testing.assert_close(schedule.alphas_cumprod, abar.double())
+
+
+def test_a_diffusers_scheduler_in_sigma_space_is_edm_s():
+    sigmas = torch.cat([torch.logspace(2, -2, 1000), torch.zeros(1)])  # it ends in a zero
+    times = 0.25 * sigmas[:-1].log()
+    schedule = from_diffusers(diffusers_scheduler(sigmas=sigmas, timesteps=times))
+    assert schedule.prediction == "F"
+    t = torch.tensor([0, 999])
+    torch.testing.assert_close(schedule.sigma(t), torch.tensor([0.01, 100.0]).double())
+    assert torch.equal(schedule.model_time(t), times.flip(0)[t])
+
+
 @pytest.mark.parametrize(
     "attributes, message",
     [

@@ -39,7 +39,8 @@ def test_change_aware_weights_are_the_paper_s_table():
     """Sec. 2.6, evaluated at the paper's t with lambda 0.8."""
     t = torch.tensor([1, 50, 100, 150, 200, 220, 300, 400, 500, 600, 700, 800, 1000]) - 1
     expected = [
-        0.222, 0.4315, 0.6121, 0.7368, 0.795, 0.8, 0.7348, 0.5513, 0.3774, 0.2705, 0.2222, 0.2055, 0.2
+        0.222, 0.4315, 0.6121, 0.7368, 0.795, 0.8, 0.7348, 0.5513, 0.3774, 0.2705, 0.2222, 0.2055,
+        0.2,
     ]  # fmt: skip
     np.testing.assert_allclose(weighting.change_aware(linear(), 0.8).values[t], expected, 0, 5e-4)
 

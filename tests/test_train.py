@@ -25,8 +25,8 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
-from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
+from speed_engine.diffusion.recipes import METHODS
 
 TINY = TrainConfig(
     steps=60,

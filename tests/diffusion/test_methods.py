@@ -19,10 +19,11 @@ from speed_engine.diffusion.discrete import (
     from_betas,
     linear,
 )
-from speed_engine.diffusion.methods import METHODS, build_method
+from speed_engine.diffusion.methods import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
+from speed_engine.diffusion.recipes import METHODS
 from speed_engine.diffusion.timesteps import MirroredSampler
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())

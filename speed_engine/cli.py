@@ -4,9 +4,9 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from rich.console import Console
@@ -57,7 +57,7 @@ class SampleCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     count: int = 100
-    """Images, classes in turn."""
+    """Images, classes in turn; the picture shows the first ten of each."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none; default that of the run."""
     solver_steps: int | None = None
@@ -65,7 +65,7 @@ class SampleCommand:
     seed: int = 0
     """Root of the noise; image i depends on seed, i and its class only."""
     out: Path | None = None
-    """Picture to write; default RUN/samples/sample-seed-N.png."""
+    """Picture to write; default RUN/samples/sample-seed-SEED.png."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class EvaluateCommand:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    num_images: int | None = None
+    """Images drawn; default that of the run, as for all below."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    solver_steps: int | None = None
+    """Model evaluations per image."""
+    features: Literal["classifier", "inception"] | None = None
+    """A classifier trained on the run's data, or the standard Inception network."""
+    inception_weights: Path | None = None
+    """Its weights file; by default torch hub's cache is searched."""
 
 
 @dataclass(frozen=True)
@@ -133,39 +143,56 @@ def _sample(arguments: list[str], console: Console) -> None:
     from speed_engine.evaluation.generate import class_cycle, generate, save_grid
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
-    config = assemble.read_config(command.run)
-    device = environment.torch_device(config)
-    model, step = assemble.load_average(command.run, config, device)
+    config = _with_evaluation(
+        assemble.read_config(command.run),
+        num_images=command.count,
+        guidance=command.guidance,
+        solver_steps=command.solver_steps,
+    )
+    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
-    classes = config.data.num_classes
-    labels = class_cycle(command.count, classes)
+    labels = class_cycle(config.evaluation.num_images, config.data.num_classes)
     images = generate(
         model,
         process.schedule,
         process.table,
         labels,
         image_shape=config.data.image_shape,
-        null_label=classes,
+        null_label=config.data.num_classes,
         seed=command.seed,
-        num_steps=command.solver_steps or config.evaluation.solver_steps,
-        guidance=config.evaluation.guidance if command.guidance is None else command.guidance,
+        num_steps=config.evaluation.solver_steps,
+        guidance=config.evaluation.guidance,
     )
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    save_grid(images, labels, out, classes)
-    console.print(f"{len(images)} images of step {step}: {out}", highlight=False)
+    save_grid(images, labels, out, config.data.num_classes)
+    console.print(f"{len(images)} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
     from speed_engine import assemble, environment
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
-    config = assemble.read_config(command.run)
-    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
+    config = _with_evaluation(
+        assemble.read_config(command.run),
+        num_images=command.num_images,
+        guidance=command.guidance,
+        solver_steps=command.solver_steps,
+        features=command.features,
+        inception_weights=command.inception_weights,
+    )
     process = assemble.build_process(config)
     evaluator = assemble.build_evaluator(config, process, assemble.open_data(config))
+    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     _, _, fidelity = evaluator(model)
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-    console.print_json(json.dumps({"step": step, **measured}))
+    settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
+    console.print_json(json.dumps({"step": step, **measured, **settings}))
+
+
+def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
+    """The configuration with the given evaluation options, checked; None keeps a run's own."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return replace(config, evaluation=replace(config.evaluation, **given))
 
 
 def _doctor(arguments: list[str], console: Console) -> None:
@@ -184,5 +211,6 @@ def _doctor(arguments: list[str], console: Console) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+    text = f"[red]error:[/red] {escape(message)}"
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     sys.exit(2)

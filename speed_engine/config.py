@@ -36,7 +36,7 @@ class MethodOptions:
     k: float | None = None
     """SpeeD: how many times more often timesteps up to tau are drawn; at least 1 (paper: 5)."""
     r: float | None = None
-    """SpeeD: signal suppression where the convergence area begins; above 1 (138.6 gives tau 700)."""
+    """SpeeD: signal suppression where the convergence area begins; above 1 (138.6: tau = 700)."""
     tau: float | None = None
     """SpeeD: that border as a timestep, counted from 1; overrides r."""
     lam: float | None = None
@@ -242,7 +242,7 @@ class TrainConfig:
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: $SPEED_ENGINE_CACHE or ~/.cache/speed_engine."""
+    """For what can be made again: $SPEED_ENGINE_CACHE or ~/.cache/speed_engine."""
     return Path(os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine").expanduser()
 
 

@@ -49,7 +49,7 @@ class Engine:
     ) -> None:
         self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
         self.learning_rate, self.beta1, self.grad_clip = learning_rate, beta1, grad_clip
-        self.forward: Denoiser = forward or model
+        self.forward: Denoiser = model if forward is None else forward
         self.steps_done = 0
         self._device_type = next(model.parameters()).device.type
 

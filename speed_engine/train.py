@@ -63,6 +63,8 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
         )
     trainer = Trainer(config, run, console)
     run.mkdir(parents=True)
+    # The choice goes on record: compiled code rounds differently, and a resumed run must not.
+    config = replace(config, compile=trainer.choices["torch.compile"].value)
     (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 
@@ -146,6 +148,7 @@ class Trainer:
         self.records = RunLog(self.run, engine.steps_done)
         self._interval = time.perf_counter(), engine.steps_done
         loader = self._loader(start=engine.steps_done * config.batch_size)
+        self._introduce()
         with loader, TrainingProgress(self.console, engine.steps_done, config.steps) as progress:
             self.progress = progress
             for batch in loader:
@@ -155,14 +158,25 @@ class Trainer:
                 progress.step(engine.steps_done)
                 self._fire()
         self.records.close()
-        self.console.print(f"run      {self.run}", highlight=False, soft_wrap=True)
         if self.newest_evaluation is not None:
             fid, grid = self.newest_evaluation
             where = self.run / "metrics.jsonl"
             self.console.print(
-                f"FID      {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
+                f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
             )
-            self.console.print(f"samples  {grid}", highlight=False, soft_wrap=True)
+            self.console.print(f"samples   {grid}", highlight=False, soft_wrap=True)
+
+    def _introduce(self) -> None:
+        parameters = sum(p.numel() for p in self.engine.model.parameters())
+        lines = {
+            "run": self.run,
+            "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
+            "model": f"{parameters:,} parameters on {self.choices['device'].value}",
+            "method": self.config.method,
+            "features": self.evaluator.extractor.describe(),
+        }
+        for name, text in lines.items():
+            self.console.print(f"{name:10}{text}", highlight=False, soft_wrap=True)
 
     def _fire(self) -> None:
         step = self.engine.steps_done

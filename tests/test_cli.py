@@ -68,10 +68,10 @@ def test_shards_that_do_not_fit_are_named(capsys, tmp_path):
     message = fails(capsys, "train", "digits", "--run", str(run), "--data.source", str(empty))
     assert str(empty) in message and ".tar" in message
 
-    import webdataset
+    from webdataset.writer import TarWriter
 
     unlabelled.mkdir()
-    with webdataset.TarWriter(str(unlabelled / "x.tar")) as writer:
+    with TarWriter(str(unlabelled / "x.tar")) as writer:
         writer.write({"__key__": "picture", "txt": "hello"})
     message = fails(capsys, "train", "digits", "--run", str(run), "--data.source", str(unlabelled))
     assert "picture" in message and "npy" in message

@@ -37,8 +37,8 @@ TINY = TrainConfig(
     evaluation=EvaluationConfig(every=1000, num_images=100, solver_steps=2),
 )
 OPTIONS = (
-    "--steps 2000 --batch-size 16 --log-every 7 --checkpoint-every 20 --model.dim 16 --model.depth 1 "
-    "--model.num-heads 2 --evaluation.every 100000 --evaluation.num-images 100 "
+    "--steps 2000 --batch-size 16 --log-every 7 --checkpoint-every 20 --model.dim 16 "
+    "--model.depth 1 --model.num-heads 2 --evaluation.every 100000 --evaluation.num-images 100 "
     "--evaluation.solver-steps 2"
 ).split()
 
@@ -182,7 +182,10 @@ def test_a_finished_run_can_be_trained_longer(tmp_path):
 def test_a_run_folder_holds_what_it_promises(tmp_path):
     run = tmp_path / "run"
     train.start(TINY, run, quiet())
-    assert from_json((run / "config.json").read_text()) == TINY
+    resolved = dataclasses.replace(
+        TINY, compile="off"
+    )  # what auto chose, so that resuming keeps it
+    assert from_json((run / "config.json").read_text()) == resolved
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     assert (run / "samples" / "step-00000060.png").stat().st_size > 0
@@ -207,6 +210,15 @@ def test_sample_draws_a_grid(tmp_path):
     done = run_cli("sample", run, "--count", 20, "--guidance", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
+    refused = run_cli("sample", run, "--count", 0)
+    assert refused.returncode == 2 and "num_images=0: must be at least 1" in refused.stderr
+
+
+def test_too_few_images_for_fid_are_refused_before_training(tmp_path):
+    few = dataclasses.replace(TINY.evaluation, num_images=64)
+    with pytest.raises(ValueError, match="needs 65 images or more"):
+        train.start(dataclasses.replace(TINY, evaluation=few), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
@@ -253,3 +265,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     with pytest.raises(FloatingPointError, match="loss is nan at step 28"):
         trainer.train()
     assert assemble.newest_checkpoint(run).name == "step-00000020"
+
+
+def test_a_compiled_run_trains_like_an_eager_one(tmp_path):
+    config = dataclasses.replace(TINY, steps=4, log_every=1)
+    for mode in ("on", "off"):
+        train.start(dataclasses.replace(config, compile=mode), tmp_path / mode, quiet())
+    for compiled, eager in zip(losses(tmp_path / "on"), losses(tmp_path / "off"), strict=True):
+        assert compiled == pytest.approx(eager, rel=1e-3)

@@ -1,12 +1,12 @@
-"""Counter-based randomness: every draw is a pure function of (seed, image counter, stream, element).
+"""Counter-based randomness: a draw is a pure function of (seed, image counter, stream, element).
 
     words[4j : 4j+4] = Philox4x32-10(key = seed as 2 x 32 bits, counter = (j, id_lo, id_hi, stream))
     normals          = Box-Muller on consecutive pairs (x0, x1), (x2, x3) of those words
 
 Specification 1, frozen: resumed runs, other world sizes and other devices rely on these bits. Only
-integer operations, exact conversions, IEEE additions and multiplications (never contracted to an FMA)
-and a correctly rounded square root appear, so that any backend can reproduce it bit for bit; log, sin
-and cos are the polynomials below, after an exact integer range reduction.
+integer operations, exact conversions, IEEE additions and multiplications (never contracted to an
+FMA) and a correctly rounded square root appear, so that any backend can reproduce it bit for bit;
+log, sin and cos are the polynomials below, after an exact integer range reduction.
 
 Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 

@@ -101,6 +101,12 @@ class Loader:
             if self._batches is None:
                 self._batches = iter(self._loader)
             return next(self._batches)
+        except (EOFError, ConnectionError) as error:  # it died while handing over a batch
+            self.close()
+            raise RuntimeError(
+                f"a DataLoader worker was killed or exited ({error!r}); if memory ran out, use "
+                "fewer workers. Make another Loader with start=images consumed to go on."
+            ) from error
         except BaseException:
             self.close()  # DataLoader would go on without the worker that failed
             raise

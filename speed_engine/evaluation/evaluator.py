@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.evaluation.features import Extractor
-from speed_engine.evaluation.fidelity import FidelityResult, measure
+from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
 from speed_engine.evaluation.generate import class_cycle, generate
+
+METRICS = ("fid", "kid")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +21,9 @@ class Evaluator:
         reference: (M, C, H, W) uint8 real images.
         extractor: of the features that are compared.
         num_classes: labels drawn in turn; the next label means "no label".
+
+    Raises:
+        ValueError: too few images for FID with this extractor.
     """
 
     schedule: NoiseSchedule
@@ -30,6 +35,9 @@ class Evaluator:
     solver_steps: int
     guidance: float
     seed: int
+
+    def __post_init__(self) -> None:
+        check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, Tensor, FidelityResult]:
         """Images (N, C, H, W) uint8, their labels (N,) and their fidelity."""
@@ -46,4 +54,4 @@ class Evaluator:
             num_steps=self.solver_steps,
             guidance=self.guidance,
         )
-        return images, labels, measure(images, self.reference, self.extractor, ("fid", "kid"))
+        return images, labels, measure(images, self.reference, self.extractor, METRICS)

@@ -58,6 +58,10 @@ class Extractor:
     def register(self) -> None:
         """Make torch-fidelity know ``name``; those it ships with it knows already."""
 
+    def describe(self) -> str:
+        """For a person."""
+        return f"{self.name}, {self.feature_dim} features"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFeatures(Extractor):
@@ -73,6 +77,13 @@ class ClassifierFeatures(Extractor):
 
         if self.name not in FEATURE_EXTRACTORS_REGISTRY:
             register_feature_extractor(self.name, _adapter_class(self.network))
+
+    def describe(self) -> str:
+        """For a person."""
+        return (
+            f"{self.feature_dim} of a classifier of these data, "
+            f"right on {self.accuracy:.1%} of held-out images"
+        )
 
 
 class Classifier(nn.Module):
@@ -188,7 +199,8 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
     if not path.is_file():
         raise ValueError(
             f"the Inception weights are not at {path}; fetch {INCEPTION_URL} "
-            f"and put it at {kept_at}, or pass --inception-weights PATH."
+            f"and put it at {kept_at}, or name it: --inception-weights PATH, in training "
+            "--evaluation.inception-weights PATH."
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

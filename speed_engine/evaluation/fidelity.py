@@ -80,7 +80,7 @@ def measure(
     metrics = tuple(metrics)
     _check_metrics(metrics)
     _check_images(generated, reference, extractor)
-    _check_counts(len(generated), len(reference), extractor, metrics)
+    check_counts(len(generated), len(reference), extractor, metrics)
 
     torch_fidelity = import_torch_fidelity()
     extractor.register()
@@ -150,9 +150,14 @@ def _check_images(generated: Tensor, reference: Tensor, extractor: Extractor) ->
         )
 
 
-def _check_counts(
+def check_counts(
     num_generated: int, num_reference: int, extractor: Extractor, metrics: tuple[str, ...]
 ) -> None:
+    """Whether so many images suffice, to be known before they are drawn.
+
+    Raises:
+        ValueError: they do not, for one of the metrics.
+    """
     needed = {
         "fid": (extractor.feature_dim + 1, "or the covariance of the features is singular"),
         "kid": (2, "for an unbiased estimate"),

@@ -5,7 +5,6 @@ Parameter names, initialisation and numerics follow facebookresearch/DiT, so its
 Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width.
 """
 
-import torch
 from torch import Tensor, nn
 
 from speed_engine.models.attention import SelfAttention
@@ -133,18 +132,18 @@ class DiT(nn.Module):
 
     def _initialise(self) -> None:
         """DiT's initialisation: every block starts as the identity, the output as zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(module.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(module.weight, std=0.02)
+            else:
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        patch_weight = self.x_embedder.proj.weight
-        nn.init.xavier_uniform_(patch_weight.view(len(patch_weight), -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)  # pyright: ignore[reportArgumentType]
+            nn.init.zeros_(module.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        final = self.final_layer
-        for layer in (*(block.adaLN_modulation[1] for block in self.blocks),
-                      final.adaLN_modulation[1], final.linear):  # fmt: skip
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)

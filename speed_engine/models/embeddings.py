@@ -33,7 +33,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        return self.mlp(sinusoid(t, FREQUENCY_DIM).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoid(t, FREQUENCY_DIM).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):

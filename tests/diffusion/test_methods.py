@@ -20,7 +20,6 @@ from speed_engine.diffusion.discrete import (
     linear,
 )
 from speed_engine.diffusion.methods import build_method
-from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.recipes import METHODS
@@ -241,24 +240,3 @@ def test_two_lines_train_in_someone_else_s_loop():
     ids = torch.arange(5 * 64, 6 * 64)
     for whole, part in zip(method.draw(64, 5), method.draw(ids, 5), strict=True):
         assert torch.equal(whole, part)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("process", ["linear", "edm"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_does_not_wait_for_the_device(name, process):
-    if (name, process) == ("speed_official", "edm"):
-        pytest.skip("has no such method")
-    device = torch.device("cuda")
-    objective = Objective(build_method(name, build_schedule(process)), 0, 10).to(device)
-    images, labels = torch.zeros(8, 1, 4, 4, device=device), torch.zeros(8, device=device).long()
-    counters = torch.arange(8 * 60, device=device).split(8)
-    model = lambda x, t, y: x
-    objective.observe(0, objective(model, images, labels, counters[0], 0))  # warms up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step, ids in enumerate(counters):
-            objective.observe(step, objective(model, images, labels, ids, step))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+
 from speed_kernels.philox import (
     Stream,
     normal,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from speed_kernels.noising import noised_input_reference
 from speed_kernels.philox import normal
 from speed_kernels.weighted_mse import weighted_mse_reference

@@ -1,0 +1,78 @@
+"""Timing protocol shared by every benchmark.
+
+Providers run in turn, call by call, so that a change of clock or a neighbour's load meets all of
+them alike. Reported are the median and the 20 to 80 % range of milliseconds per call. Results are
+JSON files under ``results/``, one per benchmark and machine, with what is needed to repeat them.
+"""
+
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from speed_engine import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Timing(NamedTuple):
+    """Milliseconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def interleaved(
+    providers: dict[str, Callable[[], object]], warmup: int = 5, repeats: int = 50
+) -> dict[str, Timing]:
+    """Time each provider ``repeats`` times, one call of each in turn."""
+    once = _time_cuda if torch.cuda.is_available() else _time_cpu
+    for call in providers.values():
+        for _ in range(warmup):
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    for _ in range(repeats):
+        for name, call in providers.items():
+            samples[name].append(once(call))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
+    """Store figures with the command, the machine and the versions they were measured with."""
+    facts = environment.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    hardware = facts["gpus"][0] if facts["gpus"] else f"{platform.machine()} {facts['cores']} cores"
+    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}.json"
+    path.write_text(json.dumps({"environment": facts, **figures}, indent=1) + "\n")
+    return path
+
+
+def _time_cuda(call: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _time_cpu(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _summary(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    p20, p80 = ordered[len(ordered) // 5], ordered[4 * len(ordered) // 5]
+    return Timing(statistics.median(ordered), p20, p80)

@@ -4,7 +4,6 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +14,10 @@ from speed_engine.config import TrainConfig, cache_folder, from_json
 from speed_engine.data.loader import read_all
 from speed_engine.data.shards import ShardReader
 from speed_engine.data.sources import digits_folder
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
-from speed_engine.diffusion.schedule import SCHEDULES, NoiseSchedule
-from speed_engine.diffusion.table import TimestepTable
-from speed_engine.diffusion.timesteps import TimestepSampler
+from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, classifier_for, inception_features
 from speed_engine.models.dit import DiT
@@ -28,40 +26,39 @@ CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
 
 
-@dataclass(frozen=True, eq=False)
-class Process:
-    """The noise schedule, how its timesteps are drawn, and their coefficients."""
-
-    schedule: NoiseSchedule
-    timesteps: TimestepSampler
-    table: TimestepTable
-
-
-def build_process(config: TrainConfig) -> Process:
-    """Schedule, sampler and table of the configured method.
+def build_process(config: TrainConfig) -> Method:
+    """The configured method on its process.
 
     Raises:
         ValueError: an unknown schedule, method or prediction, or an option out of range.
     """
-    if config.schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule {config.schedule!r} is unknown; choose from {', '.join(SCHEDULES)}."
-        )
-    schedule = SCHEDULES[config.schedule](config.num_timesteps)
-    method = build_method(config.method, schedule, **config.method_options.given())
-    table = TimestepTable(schedule, config.prediction, method.epsilon_weight)
-    return Process(schedule, TimestepSampler(method.probabilities), table)
-
-
-def build_objective(config: TrainConfig, process: Process) -> Objective:
-    """The objective of the configured method, on the CPU."""
-    return Objective(
-        process.timesteps,
-        process.table,
-        torch.tensor(config.seed),
-        null_label=config.data.num_classes,
-        label_dropout=config.label_dropout,
+    options = config.method_options.given()
+    if "ramp_steps" in method_options(config.method):
+        options.setdefault("ramp_steps", config.steps)
+    return build_method(
+        config.method,
+        build_schedule(config.schedule, config.num_timesteps),
+        config.prediction,
+        stratified=config.method_options.stratified,
+        normalised=config.method_options.normalised,
+        weight_on=config.method_options.weight_on,
+        seed=config.seed,
+        **options,
     )
+
+
+def build_objective(config: TrainConfig, process: Method) -> Objective:
+    """The objective of the configured method, on the CPU.
+
+    Raises:
+        ValueError: a learned variance is asked for where there is none.
+    """
+    null_label, dropout = config.data.num_classes, config.label_dropout
+    if config.model.learn_sigma:
+        return HybridObjective(
+            process, config.seed, null_label, dropout, config.method_options.weigh_bound
+        )
+    return Objective(process, config.seed, null_label, dropout)
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -78,6 +75,7 @@ def build_model(config: TrainConfig) -> nn.Module:
             num_heads=config.model.num_heads,
             num_classes=config.data.num_classes,
             mlp_ratio=config.model.mlp_ratio,
+            learn_sigma=config.model.learn_sigma,
         )
 
 
@@ -88,7 +86,7 @@ def open_data(config: TrainConfig) -> ShardReader:
     return ShardReader(folder, config.data.members)
 
 
-def build_evaluator(config: TrainConfig, process: Process, reader: ShardReader) -> Evaluator:
+def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
     settings = config.evaluation

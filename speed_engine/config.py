@@ -25,6 +25,14 @@ def _check(name: str, value: float, valid: bool, need: str) -> None:
 class MethodOptions:
     """Arguments of the method; unset ones keep the method's own default."""
 
+    stratified: bool | None = None
+    """Draw a batch's timesteps evenly spread instead of independently, from the same law."""
+    normalised: bool | None = None
+    """Scale the weights so that their mean under the law is 1."""
+    weight_on: Literal["definition", "prediction"] = "definition"
+    """Convert weights from the target they are defined on, or apply them to the prediction."""
+    weigh_bound: bool = False
+    """With a learned variance: weigh its bound, too."""
     k: float | None = None
     """SpeeD: how many times more often timesteps up to tau are drawn; at least 1 (paper: 5)."""
     r: float | None = None
@@ -33,10 +41,35 @@ class MethodOptions:
     """SpeeD: that border as a timestep, counted from 1; overrides r."""
     lam: float | None = None
     """SpeeD: lambda of change-aware weighting, in [0.5, 1] (paper: 0.6)."""
+    gamma: float | None = None
+    """P2: exponent (1); Min-SNR: the cap (5)."""
+    p2_k: float | None = None
+    """P2: added to the signal-to-noise ratio (1)."""
+    mean: float | None = None
+    """Of log sigma (EDM: -1.2), of the logit of t (logit_normal: 0), of t / T (clts: 0.3)."""
+    std: float | None = None
+    """Of the same (1.2, 1, 0.2)."""
+    scale: float | None = None
+    """mode: how much more of the middle, in [-1, 1.75] (1.29)."""
+    shift: float | None = None
+    """shifted: factor of the noise-to-signal odds (3)."""
+    ramp_steps: int | None = None
+    """clts: steps until the law is the Gaussian alone; by default the whole run."""
+    clusters: int | None = None
+    """ant_uw, task_curriculum: intervals of timesteps (5, 20)."""
+    patience: int | None = None
+    """task_curriculum: steps without gain before the next stage (200)."""
+    floor: float | None = None
+    """adaptive: share of draws that stays uniform (0.1)."""
 
     def given(self) -> dict[str, float]:
-        """The options that were set."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The method's own arguments that were set."""
+        shared = ("stratified", "normalised", "weight_on", "weigh_bound")
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None and name not in shared
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +86,8 @@ class ModelConfig:
     """Attention heads per block."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"):
@@ -93,6 +128,8 @@ class OptimizerConfig:
     """Optimizer steps over which the step size rises linearly."""
     beta1: float = 0.9
     """Decay of the first moment, in [0, 1)."""
+    momentum_decay: Literal["none", "demon", "geometric"] | None = None
+    """How beta1 falls over the run; demon compensates the rate; by default as the method does."""
     beta2: float = 0.999
     """Decay of the second moment, in [0, 1)."""
     weight_decay: float = 0.0
@@ -142,7 +179,9 @@ class TrainConfig:
     """Everything that determines a run."""
 
     method: str = "speed_paper"
-    """How timesteps are drawn and losses weighted: uniform, speed_paper."""
+    """How timesteps are drawn and losses weighted: uniform, speed_paper, speed_official, p2,
+    min_snr, lognormal_edm, logit_normal, clts, clts_mdlrc, ant_uw, task_curriculum, speed_plus,
+    edm, mode, shifted, adaptive, learned_uncertainty."""
     steps: int = 3000
     """Optimizer steps of the whole run."""
     batch_size: int = 128
@@ -150,11 +189,12 @@ class TrainConfig:
     seed: int = 0
     """Root of every random choice; runs with equal seeds are equal."""
     schedule: str = "linear"
-    """Noise schedule: linear."""
+    """Noise process: linear, quadratic, cosine, scaled_linear, vp, ve, edm, fdm, flow,
+    shifted_flow."""
     num_timesteps: int = 1000
-    """Timesteps of the process."""
-    prediction: str = "epsilon"
-    """What the model predicts: epsilon, x0, v."""
+    """Timesteps of the process; in continuous time, the resolution of laws and weights."""
+    prediction: str | None = None
+    """What the model predicts: epsilon, x0, v, velocity, F; by default as the baseline does."""
     label_dropout: float = 0.1
     """Share of labels hidden in training, so that guidance is possible; in [0, 1]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

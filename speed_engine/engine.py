@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from speed_engine.data.loader import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective
 from speed_engine.ema import Ema
+from speed_engine.optim import set_rates
 
 
 class StepReport(NamedTuple):
@@ -26,10 +27,11 @@ class Engine:
     Args:
         model: the parameters to train.
         objective: on the model's device.
-        optimizer: of the model's parameters.
+        optimizer: of the parameters of model and objective.
         ema: average of the model's parameters.
         learning_rate: step number, from 1 -> learning rate.
-        grad_clip: largest gradient norm; inf never clips.
+        beta1: step number, from 1 -> decay of first moments; by default the optimizer's own.
+        grad_clip: largest gradient norm of the model; inf never clips.
         forward: what is called in place of the model, such as its compiled form.
     """
 
@@ -41,27 +43,29 @@ class Engine:
         ema: Ema,
         *,
         learning_rate: Callable[[int], float],
+        beta1: Callable[[int], float] | None = None,
         grad_clip: float,
         forward: Denoiser | None = None,
     ) -> None:
         self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
-        self.learning_rate, self.grad_clip = learning_rate, grad_clip
+        self.learning_rate, self.beta1, self.grad_clip = learning_rate, beta1, grad_clip
         self.forward: Denoiser = model if forward is None else forward
         self.steps_done = 0
         self._device_type = next(model.parameters()).device.type
 
     def step(self, batch: Batch) -> StepReport:
         """One update from one batch that is on the model's device."""
-        self.steps_done += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.steps_done)
+        before, step = self.steps_done, self.steps_done + 1
+        set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
         with self._autocast():
-            output = self.objective(self.forward, batch.images, batch.labels, batch.ids)
+            output = self.objective(self.forward, batch.images, batch.labels, batch.ids, before)
         output.loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(self.steps_done)
+        self.ema.update(step)
+        self.objective.observe(before, output)
+        self.steps_done = step
         return StepReport(output.loss.detach(), output.squared_error.mean(), grad_norm)
 
     def _autocast(self) -> AbstractContextManager:

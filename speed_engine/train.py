@@ -38,7 +38,13 @@ from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import save_grid
 from speed_engine.metrics import IntervalMean, RunLog
-from speed_engine.optim import adamw, linear_warmup, load_optimizer_tensors, optimizer_tensors
+from speed_engine.optim import (
+    MOMENTUM_DECAYS,
+    adamw,
+    linear_warmup,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from speed_engine.progress import TrainingProgress
 
 FIGURES = ("loss", "squared_error", "grad_norm")
@@ -91,18 +97,25 @@ class Trainer:
         self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator: Evaluator = build_evaluator(config, process, self.reader)
         settings = config.optimizer
+        warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
+        decay = settings.momentum_decay or process.momentum_decay
+        momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
+        objective = build_objective(config, process).to(self.device)
         self.engine = Engine(
             model,
-            build_objective(config, process).to(self.device),
+            objective,
             adamw(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
+                loss=objective,
+                loss_learning_rate=objective.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
-            learning_rate=linear_warmup(settings.learning_rate, settings.warmup_steps),
+            learning_rate=lambda step: warmup(step) * momentum.compensation(step),
+            beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
             forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
         )
@@ -120,6 +133,10 @@ class Trainer:
         load_parameters(self.engine.model, tensors["model"], path)
         load_parameters(self.engine.ema.model, tensors["ema"], path)
         load_optimizer_tensors(self.engine.model, self.engine.optimizer, tensors["optimizer"])
+        load_parameters(self.engine.objective, tensors["objective"], path)
+        load_optimizer_tensors(
+            self.engine.objective, self.engine.optimizer, tensors["objective_optimizer"]
+        )
         self.means.load_state(state["means"])
         self.engine.steps_done = state["step"]
 
@@ -202,6 +219,8 @@ class Trainer:
             "model": engine.model.state_dict(),
             "ema": engine.ema.model.state_dict(),
             "optimizer": optimizer_tensors(engine.model, engine.optimizer),
+            "objective": engine.objective.state_dict(),
+            "objective_optimizer": optimizer_tensors(engine.objective, engine.optimizer),
         }
         state = {"step": engine.steps_done, "means": self.means.state()}
         folder = self.run / CHECKPOINTS

@@ -1,11 +1,15 @@
 """One step: its formula, and that it never waits for the device."""
 
+import dataclasses
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
 from speed_engine.config import ModelConfig, TrainConfig
 from speed_engine.data.loader import Batch
+from speed_engine.diffusion.recipes import METHODS
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.optim import adamw, linear_warmup
@@ -13,12 +17,13 @@ from speed_engine.optim import adamw, linear_warmup
 CONFIG = TrainConfig(model=ModelConfig(dim=16, depth=1, num_heads=2))
 
 
-def engine(grad_clip: float = 1.0) -> Engine:
-    model = build_model(CONFIG)
+def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG) -> Engine:
+    model = build_model(config)
+    objective = build_objective(config, build_process(config))
     return Engine(
         model,
-        build_objective(CONFIG, build_process(CONFIG)),
-        adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
+        objective,
+        adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0, loss=objective),
         Ema(model, 0.99),
         learning_rate=linear_warmup(1e-3, 2),
         grad_clip=grad_clip,
@@ -51,9 +56,19 @@ def test_the_counter_of_reads_counts():
     assert reads.count == 2
 
 
-def test_a_step_never_waits_for_the_device():
-    trained = engine()
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize(
+    "method, schedule", [(name, "linear") for name in METHODS] + [("adaptive", "edm")]
+)
+def test_a_step_never_waits_for_the_device(method, schedule, learn_sigma):
+    if learn_sigma and schedule == "edm":
+        pytest.skip("has no learned variance")
+    model = dataclasses.replace(CONFIG.model, learn_sigma=learn_sigma)
+    trained = engine(
+        config=dataclasses.replace(CONFIG, method=method, schedule=schedule, model=model)
+    )
     trained.step(batch())  # the optimizer makes its state in the first step
+    trained.steps_done = 49  # the next step is one at which a sampler that learns decides
     data = batch()
     with Reads() as reads:
         trained.step(data)
@@ -65,7 +80,7 @@ def test_a_step_is_forward_backward_clip_adamw_average():
     report = ours.step(batch())
 
     model, data = by_hand.model, batch()
-    output = by_hand.objective(model, data.images, data.labels, data.ids)
+    output = by_hand.objective(model, data.images, data.labels, data.ids, 0)
     output.loss.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()  # pyright: ignore[reportOptionalMemberAccess]
     for parameter in model.parameters():
@@ -91,6 +106,7 @@ def test_dropped_labels_become_the_null_label_at_the_stated_rate():
         seen.append(labels)
         return torch.zeros_like(x_in)
 
-    objective(model, torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000).long(), torch.arange(20_000))
+    images, labels = torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000).long()
+    objective(model, images, labels, torch.arange(20_000), 0)
     share = (seen[0] == CONFIG.data.num_classes).double().mean()
     assert abs(float(share) - CONFIG.label_dropout) < 0.01

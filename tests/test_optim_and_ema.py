@@ -3,7 +3,15 @@ import torch
 from torch import nn
 
 from speed_engine.ema import Ema
-from speed_engine.optim import adamw, linear_warmup, load_optimizer_tensors, optimizer_tensors
+from speed_engine.optim import (
+    adamw,
+    demon,
+    geometric,
+    linear_warmup,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_rates,
+)
 
 
 def trained(steps: int, optimizer=None, model=None):
@@ -53,3 +61,32 @@ def test_the_average_follows_its_formula_and_warms_up():
     average = ema.model.get_parameter("weight")
     torch.testing.assert_close(average, expected)
     assert not average.requires_grad
+
+
+def test_demon_decays_momentum_and_keeps_the_weight_of_a_new_gradient():
+    momentum = demon(0.9, 1000)
+    for step in (1, 2, 500, 1000):
+        p = (step - 1) / 1000
+        expected = 0.9 * (1 - p) / ((1 - 0.9) + 0.9 * (1 - p))
+        assert momentum.beta1(step) == pytest.approx(expected)
+        factor = momentum.compensation(step)
+        assert factor == pytest.approx((1 - 0.9) / (1 - expected)) == pytest.approx(1 - 0.9 * p)
+
+
+def test_the_geometric_decay_has_a_floor():
+    momentum = geometric(0.9, 1000)
+    assert momentum.beta1(1) == 0.9 and momentum.beta1(3) == pytest.approx(0.9 * 0.9995**2)
+    assert momentum.beta1(10_000) == 0.4 and momentum.compensation(500) == 1
+
+
+def test_a_loss_s_parameters_have_a_rate_of_their_own_and_no_decay():
+    loss = nn.Linear(1, 1)
+    optimizer = adamw(
+        nn.Linear(2, 2), learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1,
+        loss=loss, loss_learning_rate=0.025,
+    )  # fmt: skip
+    set_rates(optimizer, 0.01, 0.5)
+    model_group, loss_group = optimizer.param_groups
+    assert (model_group["lr"], loss_group["lr"]) == pytest.approx((0.01, 0.0025))
+    assert (model_group["weight_decay"], loss_group["weight_decay"]) == (0.1, 0.0)
+    assert model_group["betas"] == loss_group["betas"] == (0.5, 0.99)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from speed_engine import assemble, train
-from speed_engine.config import EvaluationConfig, ModelConfig, TrainConfig, from_json, to_json
-from speed_engine.diffusion.methods import METHODS
+from speed_engine import assemble, checkpoint, train
+from speed_engine.config import (
+    EvaluationConfig,
+    MethodOptions,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_json,
+    to_json,
+)
+from speed_engine.diffusion.processes import SCHEDULES
+from speed_engine.diffusion.recipes import METHODS
 
 TINY = TrainConfig(
     steps=60,
@@ -56,13 +66,71 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path, method):
-    config = dataclasses.replace(TINY, method=method)
+def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
     for name in ("a", "b"):
-        train.start(config, tmp_path / name, quiet())
+        train.start(TINY, tmp_path / name, quiet())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [step for step, *_ in losses(tmp_path / "a")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"method": method} for method in METHODS]
+    + [
+        {"method": "task_curriculum", "method_options": MethodOptions(clusters=5, patience=2)},
+        {"method": "speed_paper", "method_options": MethodOptions(stratified=True)},
+        {"model": dataclasses.replace(TINY.model, learn_sigma=True)},
+        {"optimizer": OptimizerConfig(momentum_decay="geometric")},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values()))[:40],
+)
+def test_a_run_resumes_bit_for_bit_from_any_checkpoint(tmp_path, changes):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train.start(dataclasses.replace(TINY, **changes), straight, quiet())
+    assert all(math.isfinite(value) for record in losses(straight) for value in record)
+    shutil.copytree(straight, resumed)
+    for step in (40, 60):
+        shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
+    train.resume(resumed, quiet())
+    assert losses(resumed) == losses(straight)
+    for file in (straight / "checkpoints" / "step-00000060").iterdir():
+        assert (
+            file.read_bytes()
+            == (resumed / "checkpoints" / file.parent.name / file.name).read_bytes()
+        )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_process_trains_and_draws(tmp_path, schedule):
+    config = dataclasses.replace(TINY, schedule=schedule, steps=100, log_every=20)
+    train.start(config, tmp_path / "run", quiet())
+    first, *_, last = losses(tmp_path / "run")
+    assert last[1] < first[1]
+
+
+def test_what_a_method_learns_is_trained_and_kept(tmp_path):
+    run = tmp_path / "run"
+    train.start(dataclasses.replace(TINY, method="ant_uw"), run, quiet())
+    tensors, _ = checkpoint.load(assemble.newest_checkpoint(run))
+    learned = tensors["objective"]["batch_loss.log_variance"]
+    assert bool((learned != 0).all())
+    moments = tensors["objective_optimizer"]
+    assert "batch_loss.log_variance/exp_avg" in moments
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"schedule": "edm"}, "needs prediction epsilon, not F"),
+        ({"schedule": "vp"}, "'vp' is none"),
+        ({"prediction": "v"}, "needs prediction epsilon, not v"),
+    ],
+)
+def test_a_learned_variance_where_there_is_none_is_refused(tmp_path, changes, message):
+    model = dataclasses.replace(TINY.model, learn_sigma=True)
+    with pytest.raises(ValueError, match=message):
+        train.start(dataclasses.replace(TINY, model=model, **changes), tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_seed_is_another_run(tmp_path):

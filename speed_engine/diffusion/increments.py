@@ -1,18 +1,24 @@
 """The process increment's quantities: how fast noise accumulates, and the three areas this makes.
 
-SpeeD (arXiv 2405.17403, Sec. 2) splits the timesteps by the variance of the increment
-delta_t = x_{t+1} - x_t, which it bounds by Psi(t) = 2 (1 - exp(-E(t))), E(t) ~ -log(alpha(t)**2):
+SpeeD (arXiv 2405.17403, Sec. 2) splits the timesteps by the increment x_{t+1} - x_t of the
+variance-preserving process with noise fraction psi(t), whose variance it bounds from below by
+Psi(t) = 2 (1 - exp(-E(t))), E(t) ~ -log(1 - psi(t)), and its mean, as a factor of x0, by
+mean(t)**2 <= beta_max exp(-E(t)) (Theorem 1):
 
     acceleration  t <= t_ad           the rate dPsi/dt grows
     deceleration  t_ad < t <= tau     the rate falls
     convergence   tau < t             the signal is suppressed by r or more: exp(E(t)) >= r
 
-With linear betas (Sec. 2.3, A.8; D = beta_T - beta_1, beta_0 = beta_1 - D/T) E is closed:
+With linear betas (Sec. 2.3 and A.8; D = beta_T - beta_1, beta_0 = beta_1 - D/T):
 
     E(t) = (beta_0 + D t / 2T) t        dPsi/dt = 2 (beta_0 + D t / T) exp(-E(t))
 
-For every other schedule E = -log(alpha**2) exactly, and the rate is a central difference.
-Positions t here count from 1, as the paper's do: timestep index i is t = i + 1.
+For every other process E = -log(1 - psi) exactly, and the rate is a central difference over its
+cells, that is, in the coordinate that its baseline draws uniformly. Positions t here count from 1,
+as the paper's do: cell i is t = i + 1.
+
+The paper's variance is that of two samples with independent noise, psi(t) + psi(t + 1), not of the
+Markov chain's step, which is far smaller.
 """
 
 import math
@@ -21,12 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True, eq=False)
 class Increments:
-    """Attributes: all (T,) float64, by timestep index.
+    """Attributes: all (T,) float64, by cell.
 
     suppression: E(t), the log of the factor by which signal power has fallen.
     rate: dPsi/dt per timestep, the signal of change-aware weighting.
@@ -37,23 +44,41 @@ class Increments:
     rate: Tensor
 
     @property
-    def variance(self) -> Tensor:
-        """(T,) Psi(t), the bound on the increment's variance."""
+    def variance_bound(self) -> Tensor:
+        """(T,) Psi(t), below the increment's variance."""
         return -2 * torch.expm1(-self.suppression)
+
+    @property
+    def mean_bound(self) -> Tensor:
+        """(T,) beta_max exp(-E(t)), above the square of the increment's mean factor."""
+        beta_max = -torch.expm1(-_suppression(self.schedule).diff().max())
+        return beta_max * torch.exp(-self.suppression)
+
+    @property
+    def variance(self) -> Tensor:
+        """(T - 1,) of the increments between neighbours."""
+        noise = self.schedule.noise_fraction(self.schedule.timesteps)
+        return noise[1:] + noise[:-1]
+
+    @property
+    def mean(self) -> Tensor:
+        """(T - 1,) factor of x0 in the increments between neighbours; negative."""
+        return torch.exp(-_suppression(self.schedule) / 2).diff()
 
     @property
     def t_ad(self) -> float:
         """Border of acceleration and deceleration: where the rate peaks (paper's t)."""
-        if self.schedule.linear_betas is None:
+        line = _line(self.schedule)
+        if line is None:
             return float(self.rate.argmax()) + 1
+        beta_0, delta = line
         num_timesteps = self.schedule.num_timesteps
-        beta_0, delta = _line(self.schedule)
         return math.sqrt(num_timesteps / delta) - num_timesteps * beta_0 / delta
 
     def tau(self, r: float) -> float:
         """Border of deceleration and convergence: where signal power has fallen ``r``-fold.
 
-        Real-valued from the closed form if betas are linear, else the first such timestep; the
+        Real-valued from the closed form if betas are linear, else the first such cell; the
         paper's t. Infinite if the process never gets there.
 
         Raises:
@@ -64,30 +89,42 @@ class Increments:
         reached = self.suppression >= math.log(r)
         if not bool(reached.any()):
             return math.inf
-        if self.schedule.linear_betas is None:
+        line = _line(self.schedule)
+        if line is None:
             return float(reached.int().argmax()) + 1
+        beta_0, delta = line
         num_timesteps = self.schedule.num_timesteps
-        beta_0, delta = _line(self.schedule)
         offset = num_timesteps * beta_0 / delta
         return math.sqrt(2 * num_timesteps * math.log(r) / delta + offset**2) - offset
 
 
 def increments(schedule: NoiseSchedule) -> Increments:
-    """Suppression and rate of a schedule: Theorem 1's closed forms if its betas are linear."""
-    if schedule.linear_betas is None:
-        abar = schedule.alphas_cumprod
-        return Increments(schedule, -abar.log(), 2 * torch.gradient(1 - abar)[0])
-    beta_0, delta = _line(schedule)
-    t = schedule.timesteps.double() + 1
+    """Suppression and rate of a process: Theorem 1's closed forms if its betas are linear."""
+    line = _line(schedule)
+    if line is None:
+        return Increments(schedule, _suppression(schedule), measured_rate(schedule))
+    beta_0, delta = line
     num_timesteps = schedule.num_timesteps
+    t = schedule.timesteps.double() + 1
     suppression = (beta_0 + delta * t / (2 * num_timesteps)) * t
     rate = 2 * (beta_0 + delta * t / num_timesteps) * torch.exp(-suppression)
     return Increments(schedule, suppression, rate)
 
 
-def _line(schedule: NoiseSchedule) -> tuple[float, float]:
-    """(beta_0, D) of beta(t) = beta_0 + D t / T."""
-    assert schedule.linear_betas is not None
+def measured_rate(schedule: NoiseSchedule) -> Tensor:
+    """(T,) 2 dpsi per cell, by central differences, for any process."""
+    return 2 * torch.gradient(schedule.noise_fraction(schedule.timesteps))[0]
+
+
+def _suppression(schedule: NoiseSchedule) -> Tensor:
+    """(T,) -log(1 - psi), without cancellation where noise is small."""
+    return (1 / (schedule.snr(schedule.timesteps) * schedule.sigma_data**2)).log1p()
+
+
+def _line(schedule: NoiseSchedule) -> tuple[float, float] | None:
+    """(beta_0, D) of beta(t) = beta_0 + D t / T, if betas are linear."""
+    if not isinstance(schedule, DiscreteSchedule) or schedule.linear_betas is None:
+        return None
     beta_first, beta_last = schedule.linear_betas
     delta = beta_last - beta_first
     return beta_first - delta / schedule.num_timesteps, delta

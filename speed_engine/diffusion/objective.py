@@ -2,17 +2,17 @@
 
     E over (x0, t, noise) of  w(t) mean((model(x_in, t, label) - target)**2)
 
-All randomness is a function of (seed, image counter); evaluating twice gives the same bits.
+All randomness is a function of (seed, image counter, step); evaluating twice gives the same bits.
+
+Letters: B images, C channels, H x W pixels.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from speed_engine.diffusion.table import TimestepTable
-from speed_engine.diffusion.timesteps import TimestepSampler
+from speed_engine.diffusion.methods import Method
 from speed_engine.ops import Stream, noised_input, random_bits, weighted_mse
 
 
@@ -29,47 +29,63 @@ class ObjectiveOutput(NamedTuple):
 
     loss: Tensor  # () what the optimizer sees
     squared_error: Tensor  # (B,) unweighted, detached
-    t: Tensor  # (B,) int64
+    weighted_error: Tensor  # (B,) what samplers that learn observe, detached
+    t: Tensor  # (B,) timesteps
 
 
-@dataclass(frozen=True, eq=False)
-class Objective:
+class Objective(nn.Module):
     """Denoising with weighted squared error.
 
-    Attributes:
-        timesteps: the distribution of t.
-        table: coefficients of every t.
-        seed: () int64, root of all draws.
+    The module's parameters are the method's own, trained beside the model's; its state, parameters
+    and what samplers have learned, belongs into checkpoints.
+
+    Args:
+        method: process, target, law of timesteps and weights.
+        seed: root of all draws.
         null_label: what a dropped label becomes, for classifier-free guidance.
         label_dropout: share of the labels dropped, in [0, 1].
     """
 
-    timesteps: TimestepSampler
-    table: TimestepTable
     seed: Tensor
-    null_label: int
-    label_dropout: float = 0.1
 
-    def to(self, device: torch.device) -> "Objective":
-        """A copy whose tables are on ``device``."""
-        return Objective(
-            self.timesteps.to(device),
-            self.table.to(device),
-            self.seed.to(device),
-            self.null_label,
-            self.label_dropout,
-        )
+    def __init__(
+        self, method: Method, seed: int, null_label: int, label_dropout: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.schedule, self.timesteps = method.schedule, method.timesteps
+        self.table, self.batch_loss = method.table, method.batch_loss
+        self.null_label, self.label_dropout = null_label, label_dropout
+        self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
-    def __call__(
-        self, model: Denoiser, images: Tensor, labels: Tensor, ids: Tensor
+    def forward(
+        self, model: Denoiser, images: Tensor, labels: Tensor, ids: Tensor, step: int
     ) -> ObjectiveOutput:
-        """(B, C, H, W) in [-1, 1], (B,) int64, (B,) int64 image counters -> mean loss and parts."""
-        t = self.timesteps.sample(self.seed, ids)
+        """Mean loss and its parts.
+
+        Args:
+            model: what is trained.
+            images: (B, C, H, W) in [-1, 1].
+            labels: (B,) int64.
+            ids: (B,) int64 image counters.
+            step: optimizer steps done so far.
+        """
+        t = self.timesteps.sample(self.seed, ids, step)
         coefficients = self.table(t)
         x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
-        prediction = model(x_in, t, self._drop_labels(labels, ids))
-        loss, squared_error = weighted_mse(prediction, images, coefficients, self.seed, ids)
-        return ObjectiveOutput(loss.mean(), squared_error, t)
+        answer = model(x_in, self.schedule.model_time(t), self._drop_labels(labels, ids))
+        loss, squared_error = self._errors(answer, images, coefficients, ids, t)
+        mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
+        return ObjectiveOutput(mean, squared_error, loss.detach(), t)
+
+    def observe(self, step: int, output: ObjectiveOutput) -> None:
+        """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""
+        self.timesteps.observe(step, output.t, output.weighted_error)
+
+    def _errors(
+        self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) loss and (B,) squared error."""
+        return weighted_mse(answer, images, coefficients, self.seed, ids)
 
     def _drop_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
         words = random_bits(self.seed, ids, 1, Stream.LABEL_DROPOUT)[:, 0]

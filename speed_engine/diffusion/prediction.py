@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speed_engine.diffusion.schedule import NoiseSchedule
+
 
 class Rows(NamedTuple):
     """The linear form at N timesteps; each (N,)."""
@@ -30,22 +32,59 @@ class Rows(NamedTuple):
         return self.a_x * self.b_e - self.a_e * self.b_x
 
 
-def epsilon(alpha: Tensor, sigma: Tensor) -> Rows:
+def epsilon(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """The noise itself (Ho et al. 2020)."""
-    return Rows(alpha, sigma, torch.zeros_like(alpha), torch.ones_like(alpha))
+    return torch.zeros_like(alpha), torch.ones_like(alpha)
 
 
-def x0(alpha: Tensor, sigma: Tensor) -> Rows:
+def x0(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """The clean data."""
-    return Rows(alpha, sigma, torch.ones_like(alpha), torch.zeros_like(alpha))
+    return torch.ones_like(alpha), torch.zeros_like(alpha)
 
 
-def v(alpha: Tensor, sigma: Tensor) -> Rows:
+def v(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
     """v = alpha noise - sigma x0 (Salimans and Ho 2022)."""
-    return Rows(alpha, sigma, -sigma, alpha)
+    return -sigma, alpha
 
 
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor], Rows]] = {"epsilon": epsilon, "x0": x0, "v": v}
+def velocity(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """Noise - x0, the velocity of a rectified flow (Liu et al. 2022)."""
+    return -torch.ones_like(alpha), torch.ones_like(alpha)
+
+
+def preconditioned(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """EDM's F = (x0 - c_skip y) / c_out of y = x0 + sigma / alpha noise (Karras et al. 2022)."""
+    total = (sigma.square() + (alpha * sigma_data).square()).sqrt()
+    return sigma / (sigma_data * total), -alpha * sigma_data / total
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "epsilon": epsilon,
+    "x0": x0,
+    "v": v,
+    "velocity": velocity,
+    "F": preconditioned,
+}
+
+
+def linear_form(schedule: NoiseSchedule, prediction: str, t: Tensor) -> Rows:
+    """Rows of a process and a target at timesteps t (N,).
+
+    Raises:
+        ValueError: an unknown prediction.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f"prediction {prediction!r} is unknown; choose from {', '.join(PREDICTIONS)}."
+        )
+    alpha, sigma, scale = schedule.alpha(t), schedule.sigma(t), schedule.input_scale(t)
+    b_x, b_e = PREDICTIONS[prediction](alpha, sigma, schedule.sigma_data)
+    return Rows(scale * alpha, scale * sigma, b_x, b_e)
+
+
+def weight_conversion(here: Rows, there: Rows) -> Tensor:
+    """(N,) factor that turns a weight of one target's MSE into one of another's, same x_in."""
+    return (here.determinant / there.determinant).square()
 
 
 def from_epsilon_weight(rows: Rows) -> Tensor:

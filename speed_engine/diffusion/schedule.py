@@ -1,98 +1,87 @@
-"""Noise schedules: x_t = alpha(t) x0 + sigma(t) noise, with t = 0 the cleanest timestep.
+"""What every noise process offers: x_t = alpha(t) x0 + sigma(t) noise; noise grows with t.
 
-Letters: T timesteps, N timesteps asked for. Timesteps are int64 indices 0 .. T-1; papers that count
-from 1 call our t their t + 1. All quantities are float64: they are computed once, on the host.
+One coordinate u in [0, 1] serves all processes: the one that the process's baseline draws
+uniformly. It is divided into T cells of equal size.
+
+    discrete     t is the cell, an int64 index 0 .. T-1 (papers that count from 1 call it t + 1)
+    continuous   t is u itself, float64; T is the resolution of distributions, weights and plots
+
+The noise fraction psi compares processes whatever their scale: a variance-preserving process of
+unit-variance data has psi = sigma**2, and every other one is rescaled to it,
+
+    psi = s**2 / (1 + s**2)      s = sigma / (alpha sigma_data)
+
+Letters: T cells, N timesteps asked for. Quantities are float64.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """A variance-preserving process on T discrete timesteps, given by its cumulative signal power.
+class NoiseSchedule(ABC):
+    """A noise process.
 
     Attributes:
         name: what errors and reports call it.
-        alphas_cumprod: (T,) float64 alpha**2, in (0, 1), strictly decreasing.
-        linear_betas: (beta_1, beta_T) if beta is linear in t, where closed forms exist.
-
-    Raises:
-        ValueError: ``alphas_cumprod`` is not a strictly decreasing sequence inside (0, 1).
+        num_timesteps: T.
+        discrete: whether t is an index.
+        prediction: the target that the process's baseline is trained on, with weight one.
+        sigma_data: standard deviation of the clean data.
     """
 
     name: str
-    alphas_cumprod: Tensor
-    linear_betas: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        abar = self.alphas_cumprod
-        if abar.ndim != 1 or len(abar) < 2:
-            raise ValueError(
-                f"schedule {self.name!r} has shape {tuple(abar.shape)}; needs 2 timesteps or more."
-            )
-        if not (0 < float(abar.min()) and float(abar.max()) < 1):
-            raise ValueError(
-                f"schedule {self.name!r} has alphas_cumprod in [{float(abar.min()):.3g}, "
-                f"{float(abar.max()):.3g}]; they must lie strictly between 0 and 1."
-            )
-        if not bool((abar.diff() < 0).all()):
-            where = int((abar.diff() >= 0).nonzero()[0])
-            raise ValueError(
-                f"schedule {self.name!r} is not monotone: alphas_cumprod does not fall from "
-                f"timestep {where} to {where + 1}; noise must grow with t."
-            )
+    num_timesteps: int
+    discrete: bool
+    prediction: str = "epsilon"
+    sigma_data: float = 1.0
 
     @property
-    def num_timesteps(self) -> int:
-        """T."""
-        return len(self.alphas_cumprod)
-
-    @property
+    @abstractmethod
     def timesteps(self) -> Tensor:
-        """(T,) int64, every timestep from clean to noisy."""
-        return torch.arange(self.num_timesteps)
+        """(T,) a t for every cell, its centre, from clean to noisy."""
 
+    @property
+    @abstractmethod
+    def edges(self) -> Tensor:
+        """(T + 1,) log(sigma / alpha) at the borders of the cells; ends may be infinite."""
+
+    @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """(N,) int64 -> (N,) factor of the clean data."""
-        return self.alphas_cumprod[t].sqrt()
+        """(N,) -> (N,) factor of the clean data."""
 
+    @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """(N,) int64 -> (N,) standard deviation of the noise."""
-        return (1 - self.alphas_cumprod[t]).sqrt()
+        """(N,) -> (N,) standard deviation of the noise."""
+
+    @abstractmethod
+    def model_time(self, t: Tensor) -> Tensor:
+        """(N,) -> (N,) what the network is told, on the scale 0 .. 1000 of its sinusoids."""
+
+    @abstractmethod
+    def solver_times(self, num_steps: int) -> list[float]:
+        """Values of t at which a solver asks the model, from the noisiest down.
+
+        Raises:
+            ValueError: more steps than the process has timesteps.
+        """
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        """(N,) -> (N,) factor between the process's state and what the model sees (EDM's c_in)."""
+        return torch.ones_like(self.alpha(t))
 
     def snr(self, t: Tensor) -> Tensor:
-        """(N,) int64 -> (N,) signal-to-noise ratio alpha**2 / sigma**2."""
-        return self.alphas_cumprod[t] / (1 - self.alphas_cumprod[t])
+        """(N,) -> (N,) signal-to-noise ratio alpha**2 / sigma**2."""
+        return (self.alpha(t) / self.sigma(t)).square()
 
+    def noise_fraction(self, t: Tensor) -> Tensor:
+        """(N,) -> (N,) psi in [0, 1]."""
+        noise = self.sigma(t).square()
+        return noise / (noise + (self.alpha(t) * self.sigma_data).square())
 
-def from_betas(betas: Tensor, name: str = "custom") -> NoiseSchedule:
-    """The process with per-step noise variances ``betas`` (T,), each in (0, 1).
-
-    Raises:
-        ValueError: a beta lies outside (0, 1).
-    """
-    betas = betas.double()
-    outside = ((betas <= 0) | (betas >= 1)).nonzero()
-    if len(outside):
-        where = int(outside[0])
-        raise ValueError(
-            f"schedule {name!r}: betas[{where}] = {float(betas[where]):.6g}; "
-            "every beta must lie strictly between 0 and 1."
-        )
-    return NoiseSchedule(name, torch.cumprod(1 - betas, dim=0))
-
-
-def linear(
-    num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
-) -> NoiseSchedule:
-    """Betas linear in t (Ho et al. 2020)."""
-    betas = torch.linspace(beta_min, beta_max, num_timesteps, dtype=torch.float64)
-    schedule = from_betas(betas, "linear")
-    return NoiseSchedule("linear", schedule.alphas_cumprod, (beta_min, beta_max))
-
-
-SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {"linear": linear}
+    def cell(self, t: Tensor) -> Tensor:
+        """(N,) -> (N,) int64 cell of t."""
+        if self.discrete:
+            return t
+        return (t * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)

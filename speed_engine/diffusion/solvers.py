@@ -1,6 +1,6 @@
 """Solvers: from pure noise back to an image, in a given number of model evaluations.
 
-Letters: B images; x is the process's state, x_t = alpha(t) x0 + sigma(t) noise.
+Letters: B images; x is what the model sees, a_x x0 + a_e noise: the process's state, scaled.
 """
 
 from collections.abc import Callable
@@ -13,20 +13,8 @@ from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 
 
-def spaced_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """``num_steps`` timesteps from the noisiest down to 0, evenly spaced.
-
-    Raises:
-        ValueError: num_steps is outside [1, num_timesteps].
-    """
-    if not 1 <= num_steps <= num_timesteps:
-        raise ValueError(f"{num_steps} solver steps: must lie in [1, {num_timesteps}].")
-    spaced = torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64)
-    return [int(t) for t in spaced.round()]
-
-
 def ddim(
-    predict: Callable[[Tensor, int], Tensor],
+    predict: Callable[[Tensor, float], Tensor],
     schedule: NoiseSchedule,
     table: TimestepTable,
     x: Tensor,
@@ -34,8 +22,10 @@ def ddim(
 ) -> Tensor:
     """Deterministic DDIM (Song et al. 2021, eta = 0) for pixels in [-1, 1].
 
+    In alpha and sigma it is one solver for every process: Euler's for flows and in sigma space.
+
     Args:
-        predict: the model's answer to a state at a timestep, of the table's prediction type.
+        predict: the model's answer to x at a timestep, of the table's prediction type.
         schedule: the process.
         table: the linear form of the process and the prediction.
         x: (B, C, H, W) float32 standard normal noise.
@@ -46,7 +36,7 @@ def ddim(
     """
     clean = torch.zeros_like(x)
     noise = x
-    for t in spaced_timesteps(schedule.num_timesteps, num_steps):
+    for t in schedule.solver_times(num_steps):
         rows = table.rows_at(t)
         x = rows.a_x * clean + rows.a_e * noise
         clean = solve(rows, x, predict(x, t))[0].clamp(-1, 1)

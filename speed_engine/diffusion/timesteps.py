@@ -1,79 +1,147 @@
 """Timestep samplers: which timestep each image is trained on.
 
-A sampler is a probability P(t) over T timesteps. A draw inverts its cumulative distribution, as
-32-bit integers, at a counter-based uniform word of the image: the same image counter gives the same
-timestep on every device, in every batch and on any number of processes.
+A sampler is a law, P over the T cells of a process, and a source of uniform 32-bit words. A draw
+inverts the law's cumulative distribution, held as integers, at the image's word; in continuous time
+a second word places t inside the cell. All of it is a function of (seed, image counter, step, state
+of the law): the same on every device, in every batch and on any number of processes.
 
-Letters: B images, T timesteps.
+Letters: B images, T cells.
 """
 
-import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from speed_engine.diffusion.laws import Law
+from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import Stream, random_bits
 
-_WORD = 2**32
+Words = Callable[[Tensor, Tensor, int], Tensor]
+"""() int64 seed, (B,) int64 image counters, step -> (B,) int64 in [0, 2**32), each uniform."""
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x61C88647  # 2**32 (1 - golden ratio): its multiples fill a circle most evenly
 
 
-class TimestepSampler:
-    """Independent draws from a fixed P(t).
+class TimestepSampler(nn.Module):
+    """Draws timesteps of a process.
+
+    The module's state is the law's, and belongs into checkpoints.
 
     Args:
-        probabilities: (T,) float64, non-negative; normalised here.
+        schedule: the process.
+        law: P over its cells.
+        words: independent, stratified or by interval.
 
     Raises:
-        ValueError: a probability is negative or not finite, or all are zero.
+        ValueError: the law is over another number of cells.
     """
 
-    def __init__(self, probabilities: Tensor) -> None:
-        p = probabilities.double()
-        if not bool(torch.isfinite(p).all()) or float(p.min()) < 0 or float(p.sum()) == 0:
+    def __init__(self, schedule: NoiseSchedule, law: Law, words: Words | None = None) -> None:
+        super().__init__()
+        if len(law.probabilities(0)) != schedule.num_timesteps:
             raise ValueError(
-                f"timestep probabilities lie in [{float(p.min()):.3g}, {float(p.max()):.3g}]; "
-                "they must be finite, non-negative and not all zero."
+                f"the law has {len(law.probabilities(0))} cells, schedule {schedule.name!r} "
+                f"{schedule.num_timesteps}; they must agree."
             )
-        self._probabilities = p / p.sum()
-        # t is drawn if thresholds[t-1] <= word < thresholds[t]; exact in integers on any device.
-        self._thresholds = (self._probabilities.cumsum(0) * _WORD).round().long()
-        self._thresholds[-1] = _WORD
+        self.schedule, self.law, self.words = schedule, law, words or independent
 
-    def to(self, device: torch.device) -> "TimestepSampler":
-        """Moves the tables; returns self."""
-        self._thresholds = self._thresholds.to(device)
-        return self
+    def probabilities(self, step: int = 0) -> Tensor:
+        """(T,) float64 P at a step (updates done before it), on the host."""
+        return self.law.probabilities(step)
 
-    def probabilities(self) -> Tensor:
-        """(T,) float64 P(t) on the host."""
-        return self._probabilities
+    def sample(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
+        """() int64, (B,) int64 image counters, updates done so far -> (B,) timesteps."""
+        cells = self._cells(seed, ids, step)
+        if self.schedule.discrete:
+            return cells
+        inside = (random_bits(seed, ids, 2, Stream.TIMESTEP)[:, 1] + 0.5).double() / 2**32
+        return (cells + inside) / self.schedule.num_timesteps
 
-    def sample(self, seed: Tensor, ids: Tensor) -> Tensor:
-        """() int64, (B,) int64 image counters -> (B,) int64 timesteps."""
-        words = random_bits(seed, ids, 1, Stream.TIMESTEP)[:, 0]
-        return torch.searchsorted(self._thresholds, words, right=True)
+    def importance(self, t: Tensor) -> Tensor | float:
+        """(B,) factor of the loss that keeps the objective of a law that only saves variance."""
+        return self.law.importance(self.schedule.cell(t))
+
+    def observe(self, step: int, t: Tensor, loss: Tensor) -> None:
+        """Tell the law what the images of a step cost; the device is not waited for.
+
+        Args:
+            step: as in ``sample``.
+            t: (B,) timesteps of every image of the step. With several processes, gather them in the
+                order of the image counters first: then all of them decide alike.
+            loss: (B,) weighted errors, detached.
+        """
+        self.law.observe(step, self.schedule.cell(t), loss)
+
+    def _cells(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
+        return self.law.invert(self.words(seed, ids, step), step)
 
 
-def uniform(num_timesteps: int) -> Tensor:
-    """(T,) all timesteps alike."""
-    return torch.full((num_timesteps,), 1 / num_timesteps, dtype=torch.float64)
+class MirroredSampler(TimestepSampler):
+    """Every second image takes the mirrored timestep of the image before it: SpeeD's released law.
 
-
-def asymmetric(num_timesteps: int, tau: float, k: float = 5.0) -> Tensor:
-    """(T,) P(t), k times higher up to tau than in the convergence area beyond (SpeeD, Eq. 3).
+    t -> M - t if t < M else t - M (NUS-HPC-AI-Lab/SpeeD, speed/diffusion/speed). Pairs are images
+    2j and 2j + 1; there, the second half of a batch mirrors the first, unless the batch has fewer
+    than 3 images.
 
     Args:
-        num_timesteps: T.
-        tau: border in the paper's t (counted from 1): indices below tau are the frequent ones.
-        k: ratio of the two probabilities, at least 1.
-
-    Raises:
-        ValueError: k is below 1 or tau outside [1, T].
+        schedule: the process.
+        law: P of the images that are not mirrored.
+        pivot: M, in [1, T - 1].
+        words: as in ``TimestepSampler``.
     """
-    if not (k >= 1 and math.isfinite(k)):
-        raise ValueError(f"k={k}: the sampling ratio must be a finite number of at least 1.")
-    if not 1 <= tau <= num_timesteps:
-        raise ValueError(f"tau={tau} is outside [1, {num_timesteps}], the process's timesteps.")
-    t = torch.arange(1, num_timesteps + 1)
-    p = torch.where(t <= tau, k, 1.0).double()
-    return p / p.sum()
+
+    def __init__(
+        self, schedule: NoiseSchedule, law: Law, pivot: int, words: Words | None = None
+    ) -> None:
+        super().__init__(schedule, law, words)
+        if not 1 <= pivot <= schedule.num_timesteps - 1:
+            raise ValueError(f"pivot={pivot}: must lie in [1, {schedule.num_timesteps - 1}].")
+        self.pivot = pivot
+
+    def probabilities(self, step: int = 0) -> Tensor:
+        """Half the law, half its mirror image."""
+        p = self.law.probabilities(step)
+        mirrored = torch.zeros_like(p).index_add(0, self._mirror(torch.arange(len(p))), p)
+        return (p + mirrored) / 2
+
+    def _cells(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
+        odd = ids & 1
+        cells = super()._cells(seed, ids - odd, step)
+        return torch.where(odd == 1, self._mirror(cells), cells)
+
+    def _mirror(self, cells: Tensor) -> Tensor:
+        return (cells - self.pivot).abs()
+
+
+def independent(seed: Tensor, ids: Tensor, step: int) -> Tensor:
+    """A word for each image by itself."""
+    return random_bits(seed, ids, 1, Stream.TIMESTEP)[:, 0]
+
+
+def stratified(seed: Tensor, ids: Tensor, step: int) -> Tensor:
+    """Words spread evenly over any run of consecutive images: a golden-ratio lattice.
+
+    One uniform offset per step makes each word uniform by itself; a batch's mean varies far less.
+    """
+    return (_offset(seed, step, ids.device) + (ids & _MASK) * _GOLDEN) & _MASK
+
+
+def by_interval(num_intervals: int) -> Words:
+    """Images take the intervals of equal mass in turn, as ANT's do (Go et al. 2023).
+
+    A batch of B has B / num_intervals images of each.
+    """
+
+    def words(seed: Tensor, ids: Tensor, step: int) -> Tensor:
+        interval = (ids + _offset(seed, step, ids.device)) % num_intervals
+        return ((interval << 32) + independent(seed, ids, step)) // num_intervals
+
+    return words
+
+
+def _offset(seed: Tensor, step: int, device: torch.device) -> Tensor:
+    """(1,) uniform word of a step: one that no image uses."""
+    counter = torch.full((1,), step, dtype=torch.int64, device=device)
+    return random_bits(seed, counter, 3, Stream.TIMESTEP)[:, 2]

@@ -1,22 +1,37 @@
-"""Loss weightings: functions w(t) of a schedule, defined on the epsilon-MSE.
+"""Loss weightings: w(t) of a process, each together with the target on whose MSE it is defined.
 
-Every function takes the schedule and returns (T,) float64, non-negative. Weights of another
-target's MSE follow by ``prediction.from_epsilon_weight``.
+``converted`` moves a weight to another target such that the loss stays the same function of the
+model. Using its values on another target unchanged is a different method, see ``methods``.
+
+Letters: T cells; values are (T,) float64, non-negative.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.increments import increments, measured_rate
+from speed_engine.diffusion.prediction import linear_form, weight_conversion
 from speed_engine.diffusion.schedule import NoiseSchedule
 
 
-def constant(schedule: NoiseSchedule) -> Tensor:
-    """One everywhere: the simple loss of Ho et al. 2020."""
-    return torch.ones(schedule.num_timesteps, dtype=torch.float64)
+class LossWeighting(NamedTuple):
+    """A weight and what it multiplies."""
+
+    values: Tensor  # (T,)
+    target: str  # a key of PREDICTIONS
 
 
-def change_aware(schedule: NoiseSchedule, lam: float = 0.6) -> Tensor:
+def constant(schedule: NoiseSchedule) -> LossWeighting:
+    """One, on the target of the process's baseline.
+
+    That is epsilon for DDPM (the simple loss of Ho et al. 2020), the velocity for flows, F for EDM.
+    """
+    return LossWeighting(_ones(schedule), schedule.prediction)
+
+
+def change_aware(schedule: NoiseSchedule, lam: float = 0.6) -> LossWeighting:
     """The rate of the process increment, mapped onto [1 - lam, lam] (SpeeD, Sec. 2.6).
 
     Args:
@@ -26,8 +41,79 @@ def change_aware(schedule: NoiseSchedule, lam: float = 0.6) -> Tensor:
     Raises:
         ValueError: lam lies outside [0.5, 1].
     """
+    return LossWeighting(_stretched(increments(schedule).rate, lam), "epsilon")
+
+
+def change_aware_released(
+    schedule: NoiseSchedule, lam: float = 0.6, tau: int = 700
+) -> LossWeighting:
+    """The same as SpeeD's released code has it (NUS-HPC-AI-Lab/SpeeD, speed/diffusion/speed).
+
+    The rate is measured, and from index tau on the weight is 1, although the paper gives those
+    timesteps its smallest weight.
+    """
+    values = _stretched(measured_rate(schedule), lam)
+    return LossWeighting(values.index_fill(0, torch.arange(tau, len(values)), 1.0), "epsilon")
+
+
+def p2(schedule: NoiseSchedule, gamma: float = 1.0, k: float = 1.0) -> LossWeighting:
+    """1 / (k + SNR)**gamma (Choi et al. 2022, jychoi118/P2-weighting).
+
+    Raises:
+        ValueError: gamma or k is negative.
+    """
+    if not (gamma >= 0 and k >= 0):
+        raise ValueError(f"gamma={gamma}, k={k}: P2 needs both to be at least 0.")
+    return LossWeighting((k + _snr(schedule)) ** -gamma, "epsilon")
+
+
+def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> LossWeighting:
+    """min(SNR, gamma) on x0 (Hang et al. 2023): caps the pull of nearly clean timesteps.
+
+    Their forms for other targets are its conversions: min(SNR, gamma) / SNR on epsilon and
+    min(SNR, gamma) / (SNR + 1) on v.
+
+    Raises:
+        ValueError: gamma is not positive.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma={gamma}: Min-SNR needs a positive one; the paper uses 5.")
+    return LossWeighting(_snr(schedule).clamp(max=gamma), "x0")
+
+
+def edm(schedule: NoiseSchedule) -> LossWeighting:
+    """(s**2 + d**2) / (s d)**2 on x0, s = sigma / alpha, d = sigma_data (Karras et al. 2022).
+
+    It is one on F.
+    """
+    return LossWeighting(_snr(schedule) + schedule.sigma_data**-2, "x0")
+
+
+def converted(weighting: LossWeighting, schedule: NoiseSchedule, target: str) -> Tensor:
+    """(T,) weight of the target's MSE that makes the same loss.
+
+    Raises:
+        ValueError: an unknown target.
+    """
+    t = schedule.timesteps
+    there = linear_form(schedule, target, t)
+    if target == weighting.target:
+        return weighting.values
+    return weighting.values * weight_conversion(linear_form(schedule, weighting.target, t), there)
+
+
+def _stretched(rate: Tensor, lam: float) -> Tensor:
+    """``rate`` mapped linearly onto [1 - lam, lam]."""
     if not 0.5 <= lam <= 1:
         raise ValueError(f"lambda={lam} is outside [0.5, 1]; the paper uses 0.6.")
-    rate = increments(schedule).rate
-    share = (rate - rate.min()) / (rate.max() - rate.min())
+    span = (rate.max() - rate.min()).clamp(min=1e-300)  # a constant rate gets the smallest weight
+    share = (rate - rate.min()) / span
     return (1 - lam) + (2 * lam - 1) * share
+
+
+def _snr(schedule: NoiseSchedule) -> Tensor:
+    return schedule.snr(schedule.timesteps)
+
+
+def _ones(schedule: NoiseSchedule) -> Tensor:
+    return torch.ones(schedule.num_timesteps, dtype=torch.float64)

@@ -55,12 +55,13 @@ def generate(
     device = next(model.parameters()).device
     root = torch.tensor(seed, device=device)
 
-    def predict(x: Tensor, t: int) -> Tensor:
-        times = torch.full((len(x),), t, device=device)
-        answer = model(x, times, batch_labels)
+    def predict(x: Tensor, t: float) -> Tensor:
+        time = schedule.model_time(torch.tensor(t, dtype=schedule.timesteps.dtype))
+        times = time.to(device).expand(len(x))
+        answer = _answer(model, x, times, batch_labels)
         if guidance == 1:
             return answer
-        unlabelled = model(x, times, torch.full_like(batch_labels, null_label))
+        unlabelled = _answer(model, x, times, torch.full_like(batch_labels, null_label))
         return unlabelled + guidance * (answer - unlabelled)
 
     images = []
@@ -71,6 +72,11 @@ def generate(
         x = ddim(predict, schedule, table, noise.view(-1, *image_shape), num_steps)
         images.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)
+
+
+def _answer(model: nn.Module, x: Tensor, times: Tensor, labels: Tensor) -> Tensor:
+    """(B, C, H, W): the target's channels, without those of a learned variance."""
+    return model(x, times, labels)[:, : x.shape[1]]
 
 
 def class_cycle(num_images: int, num_classes: int) -> Tensor:

@@ -76,6 +76,7 @@ class DiT(nn.Module):
         num_heads: attention heads; divides D.
         num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
+        learn_sigma: answer with twice the channels, the second half for the variance.
 
     Raises:
         ValueError: sizes that do not divide as said.
@@ -94,6 +95,7 @@ class DiT(nn.Module):
         num_heads: int,
         num_classes: int,
         mlp_ratio: float = 4.0,
+        learn_sigma: bool = False,
     ) -> None:
         super().__init__()
         height, width = input_size
@@ -103,7 +105,7 @@ class DiT(nn.Module):
             )
         if dim % 4:
             raise ValueError(f"dim={dim} is not a multiple of 4, as the position code needs.")
-        self.patch_size, self.channels = patch_size, channels
+        self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes = num_classes
         self.x_embedder = PatchEmbedding(patch_size, channels, dim)
@@ -111,11 +113,11 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedding(num_classes, dim)
         self.register_buffer("pos_embed", position_grid(*self.grid, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(dim, patch_size**2 * channels)
+        self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
         self._initialise()
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C, H, W)."""
+        """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(labels)
         for block in self.blocks:
@@ -123,8 +125,8 @@ class DiT(nn.Module):
         return self._unpatchify(self.final_layer(tokens, condition))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, N, P * P * C) -> (B, C, H, W)."""
-        (rows, columns), p, c = self.grid, self.patch_size, self.channels
+        """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""
+        (rows, columns), p, c = self.grid, self.patch_size, self.out_channels
         patches = tokens.view(len(tokens), rows, columns, p, p, c)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), c, rows * p, columns * p)
 

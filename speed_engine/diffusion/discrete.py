@@ -1,0 +1,279 @@
+"""Processes on T timesteps, given by tables: DDPM's schedules and whatever a user or diffusers has.
+
+Letters: T timesteps, N timesteps asked for. t is an int64 index; index 0 is the cleanest.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speed_engine.diffusion.schedule import NoiseSchedule
+
+
+class DiscreteSchedule(NoiseSchedule):
+    """A process given by alpha and sigma at its timesteps.
+
+    Args:
+        name: what errors and reports call it.
+        alpha: (T,) factor of the clean data.
+        sigma: (T,) standard deviation of the noise.
+        prediction: the target of the baseline.
+        sigma_data: standard deviation of the clean data.
+        linear_betas: (beta_1, beta_T) if beta is linear in t, where closed forms exist.
+        times: (T,) what the network is told; by default the index.
+
+    Raises:
+        ValueError: fewer than 2 timesteps, or noise that does not grow with t.
+    """
+
+    discrete = True
+
+    def __init__(
+        self,
+        name: str,
+        alpha: Tensor,
+        sigma: Tensor,
+        *,
+        prediction: str = "epsilon",
+        sigma_data: float = 1.0,
+        linear_betas: tuple[float, float] | None = None,
+        times: Tensor | None = None,
+    ) -> None:
+        if alpha.ndim != 1 or len(alpha) < 2 or alpha.shape != sigma.shape:
+            raise ValueError(
+                f"schedule {name!r} has shapes {tuple(alpha.shape)} and {tuple(sigma.shape)}; "
+                "two sequences of one length, at least 2 timesteps, are needed."
+            )
+        self.name, self.num_timesteps = name, len(alpha)
+        self.prediction, self.sigma_data, self.linear_betas = prediction, sigma_data, linear_betas
+        self._alpha, self._sigma, self._times = alpha.double(), sigma.double(), times
+        if not bool(((self._alpha > 0) & (self._sigma > 0)).all()):
+            raise ValueError(
+                f"schedule {name!r}: alpha and sigma must be finite and above 0 at every timestep."
+            )
+        growth = (self._sigma / self._alpha).diff()
+        if not bool((growth > 0).all()):
+            where = int((~(growth > 0)).nonzero()[0])
+            raise ValueError(
+                f"schedule {name!r} is not monotone: the signal-to-noise ratio does not fall from "
+                f"timestep {where} to {where + 1}; noise must grow with t."
+            )
+
+    @property
+    def timesteps(self) -> Tensor:
+        """(T,) int64, every timestep from clean to noisy."""
+        return torch.arange(self.num_timesteps)
+
+    @property
+    def edges(self) -> Tensor:
+        """(T + 1,) log(sigma / alpha) half-way between timesteps, extrapolated at the ends."""
+        log_noise = (self._sigma / self._alpha).log()
+        inner = (log_noise[1:] + log_noise[:-1]) / 2
+        return torch.cat([2 * log_noise[:1] - inner[:1], inner, 2 * log_noise[-1:] - inner[-1:]])
+
+    @property
+    def variance_preserving(self) -> bool:
+        """Whether alpha**2 + sigma**2 is 1."""
+        return bool((self._alpha.square() + self._sigma.square() - 1).abs().max() < 1e-6)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """(T,) float64 alpha**2."""
+        return self._alpha.square()
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """(N,) int64 -> (N,) factor of the clean data."""
+        return self._alpha[t]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """(N,) int64 -> (N,) standard deviation of the noise."""
+        return self._sigma[t]
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """(N,) int64 -> (N,): the index, unless the process came with times of its own."""
+        return t if self._times is None else self._times.to(t.device)[t]
+
+    def solver_times(self, num_steps: int) -> list[float]:
+        """``num_steps`` indices from T - 1 down to 0, evenly spaced."""
+        last = self.num_timesteps - 1
+        if not 1 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"{num_steps} solver steps: must lie in [1, {self.num_timesteps}].")
+        spaced = torch.linspace(last, 0, num_steps, dtype=torch.float64)
+        return [int(t) for t in spaced.round()]
+
+
+def from_alphas_cumprod(
+    alphas_cumprod: Tensor,
+    name: str = "custom",
+    *,
+    prediction: str = "epsilon",
+    sigma_data: float = 1.0,
+    linear_betas: tuple[float, float] | None = None,
+) -> DiscreteSchedule:
+    """The variance-preserving process with signal power alpha**2 (T,), falling inside (0, 1).
+
+    Raises:
+        ValueError: a value outside (0, 1), or one that does not fall.
+    """
+    abar = alphas_cumprod.double()
+    if abar.numel() and not bool(((abar > 0) & (abar < 1)).all()):
+        raise ValueError(
+            f"schedule {name!r} has alphas_cumprod in [{float(abar.min()):.3g}, "
+            f"{float(abar.max()):.3g}]; they must lie strictly between 0 and 1."
+        )
+    return DiscreteSchedule(
+        name, abar.sqrt(), (1 - abar).sqrt(),
+        prediction=prediction, sigma_data=sigma_data, linear_betas=linear_betas,
+    )  # fmt: skip
+
+
+def from_betas(
+    betas: Tensor, name: str = "custom", *, linear_betas: tuple[float, float] | None = None
+) -> DiscreteSchedule:
+    """The process with per-step noise variances ``betas`` (T,), each in (0, 1).
+
+    Raises:
+        ValueError: a beta lies outside (0, 1).
+    """
+    betas = betas.double()
+    outside = (~((betas > 0) & (betas < 1))).nonzero()
+    if len(outside):
+        where = int(outside[0])
+        raise ValueError(
+            f"schedule {name!r}: betas[{where}] = {float(betas[where]):.6g}; "
+            "every beta must lie strictly between 0 and 1."
+        )
+    return from_alphas_cumprod(torch.cumprod(1 - betas, dim=0), name, linear_betas=linear_betas)
+
+
+def from_sigmas(
+    sigmas: Tensor,
+    name: str = "custom",
+    *,
+    flow: bool = False,
+    sigma_data: float | None = None,
+    times: Tensor | None = None,
+) -> DiscreteSchedule:
+    """The process with noise levels ``sigmas`` (T,), rising or falling; a last zero is dropped.
+
+    Args:
+        sigmas: standard deviations of the noise.
+        name: what errors and reports call it.
+        flow: x_t = (1 - sigma) x0 + sigma noise, trained on its velocity, sigma below or at 1;
+            otherwise x_t = x0 + sigma noise, scaled for the model and trained as EDM does.
+        sigma_data: standard deviation of the clean data; by default 1 for flows, else 0.5.
+        times: (T,) what the network is told, in the order of ``sigmas``; by default 1000 sigma for
+            flows, else 250 log(sigma).
+
+    Raises:
+        ValueError: a sigma is negative or too large, or the order is not monotone.
+    """
+    sigmas = sigmas.double()
+    if times is None:
+        times = (1000 * sigmas if flow else 250 * sigmas.log()).float()
+    if len(sigmas) > 1 and sigmas[0] > sigmas[-1]:
+        sigmas, times = sigmas.flip(0), times.flip(0)
+    if len(sigmas) and sigmas[0] == 0:
+        sigmas, times = sigmas[1:], times[1:]
+    if flow and len(sigmas) and sigmas.max() > 1:
+        raise ValueError(f"schedule {name!r}: sigma {float(sigmas.max()):.3g} of a flow exceeds 1.")
+    sigma_data = sigma_data or (1.0 if flow else 0.5)
+    if not flow:
+        return _SigmaSpace(
+            name, torch.ones_like(sigmas), sigmas, prediction="F", sigma_data=sigma_data,
+            times=times,
+        )  # fmt: skip
+    # A flow's last timestep may be pure noise; alpha stays above 0 so that ratios exist.
+    alpha = (1 - sigmas).clamp(min=2.0**-24)
+    return DiscreteSchedule(
+        name, alpha, sigmas, prediction="velocity", sigma_data=sigma_data, times=times
+    )
+
+
+class _SigmaSpace(DiscreteSchedule):
+    """x_t = x0 + sigma noise; the model sees it at unit variance."""
+
+    def input_scale(self, t: Tensor) -> Tensor:
+        return (self.sigma(t).square() + self.sigma_data**2).rsqrt()
+
+
+def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
+    """The process of a diffusers scheduler: DDPM, DDIM, EulerDiscrete, FlowMatchEuler, EDMEuler.
+
+    Its timesteps are those that diffusers' training loops pass to ``add_noise``; its baseline's
+    target is the scheduler's ``prediction_type``. Build it before ``set_timesteps`` changes it.
+
+    Args:
+        noise_scheduler: with ``alphas_cumprod``, or with ``sigmas`` and ``timesteps``.
+
+    Raises:
+        ValueError: the scheduler has neither, or holds another number of timesteps than it says.
+    """
+    name = type(noise_scheduler).__name__
+    config = noise_scheduler.config
+    abar = getattr(noise_scheduler, "alphas_cumprod", None)
+    if abar is not None:
+        kind = getattr(config, "prediction_type", "epsilon")
+        if kind not in _DIFFUSERS_TARGETS:
+            raise ValueError(
+                f"{name} has prediction_type {kind!r}; known are {', '.join(_DIFFUSERS_TARGETS)}."
+            )
+        abar = abar.double().cpu().clone()
+        if (
+            abar[-1] <= 0
+        ):  # zero-SNR schedules end in pure noise; diffusers' solvers bound it so, too
+            abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
+        return from_alphas_cumprod(abar, name, prediction=_DIFFUSERS_TARGETS[kind])
+    sigmas = getattr(noise_scheduler, "sigmas", None)
+    if sigmas is None:
+        raise ValueError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
+    sigmas = sigmas.cpu()
+    if sigmas[-1] == 0:
+        sigmas = sigmas[:-1]
+    if len(sigmas) != config.num_train_timesteps:
+        raise ValueError(
+            f"{name} holds {len(sigmas)} sigmas for {config.num_train_timesteps} timesteps; "
+            "pass a scheduler on which set_timesteps was not called."
+        )
+    return from_sigmas(
+        sigmas, name, flow=bool(sigmas.max() <= 1),
+        sigma_data=getattr(config, "sigma_data", None), times=noise_scheduler.timesteps.cpu(),
+    )  # fmt: skip
+
+
+_DIFFUSERS_TARGETS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+
+
+def linear(
+    num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
+) -> DiscreteSchedule:
+    """Betas linear in t (Ho et al. 2020)."""
+    betas = torch.linspace(beta_min, beta_max, num_timesteps, dtype=torch.float64)
+    return from_betas(betas, "linear", linear_betas=(beta_min, beta_max))
+
+
+def quadratic(
+    num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
+) -> DiscreteSchedule:
+    """Square roots of beta linear in t (DDPM's and IDDPM's "quad")."""
+    return from_betas(_squared_line(num_timesteps, beta_min, beta_max), "quadratic")
+
+
+def scaled_linear(
+    num_timesteps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
+) -> DiscreteSchedule:
+    """The same with the betas of Stable Diffusion (Rombach et al. 2022)."""
+    return from_betas(_squared_line(num_timesteps, beta_min, beta_max), "scaled_linear")
+
+
+def cosine(num_timesteps: int = 1000) -> DiscreteSchedule:
+    """alpha**2 falls as a squared cosine, betas at most 0.999 (Nichol and Dhariwal 2021)."""
+    edges = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    power = ((edges + 0.008) / 1.008 * math.pi / 2).cos().square()
+    return from_betas((1 - power[1:] / power[:-1]).clamp(max=0.999), "cosine")
+
+
+def _squared_line(num_timesteps: int, first: float, last: float) -> Tensor:
+    return torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64).square()

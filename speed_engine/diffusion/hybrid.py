@@ -1,0 +1,85 @@
+"""Learned variance: squared error and variational bound together (Nichol and Dhariwal 2021).
+
+    loss = w(t) mse + T / 1000 bound          the bound trains the variance, the error the mean
+
+A model for it answers with twice the channels: the noise, then v, see
+``speed_kernels.variational_bound``. DiT trains with it.
+
+Letters: B images, C channels, H x W pixels, T timesteps.
+"""
+
+import torch
+from torch import Tensor
+
+from speed_engine.diffusion.discrete import DiscreteSchedule
+from speed_engine.diffusion.methods import Method
+from speed_engine.diffusion.objective import Objective
+from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.ops import variational_bound, weighted_mse
+
+
+class HybridObjective(Objective):
+    """Weighted squared error of the predicted noise and the bound for the learned variance.
+
+    Args:
+        method: on a variance-preserving discrete process, predicting epsilon.
+        seed: root of all draws.
+        null_label: what a dropped label becomes.
+        label_dropout: share of the labels dropped, in [0, 1].
+        weigh_bound: whether the method's weight multiplies the bound, too.
+
+    Raises:
+        ValueError: another process or prediction.
+    """
+
+    bound_rows: Tensor
+
+    def __init__(
+        self,
+        method: Method,
+        seed: int,
+        null_label: int,
+        label_dropout: float = 0.1,
+        weigh_bound: bool = False,
+    ) -> None:
+        super().__init__(method, seed, null_label, label_dropout)
+        if method.prediction != "epsilon":
+            raise ValueError(
+                f"a learned variance needs prediction epsilon, not {method.prediction}."
+            )
+        self.weigh_bound = weigh_bound
+        rows = bound_rows(method.schedule).float()
+        self.register_buffer("bound_rows", rows, persistent=False)
+
+    def _errors(
+        self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        noise, variance = answer.chunk(2, dim=1)
+        loss, squared_error = weighted_mse(noise, images, coefficients, self.seed, ids)
+        bound = variational_bound(noise, variance, images, self.bound_rows[t], self.seed, ids)
+        scale = self.schedule.num_timesteps / 1000
+        weight = coefficients[:, 4] if self.weigh_bound else 1.0
+        return loss + scale * weight * bound, squared_error
+
+
+def bound_rows(schedule: NoiseSchedule) -> Tensor:
+    """(T, 4) float64 rows (log posterior variance, log beta, gap, first) of the bound.
+
+    The posterior variance is zero at t = 0; there, as published, that of t = 1 stands in.
+
+    Raises:
+        ValueError: the process is not discrete and variance-preserving.
+    """
+    if not isinstance(schedule, DiscreteSchedule) or not schedule.variance_preserving:
+        raise ValueError(
+            f"a learned variance needs a discrete variance-preserving process, such as linear or "
+            f"cosine; schedule {schedule.name!r} is none."
+        )
+    abar = schedule.alphas_cumprod
+    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
+    beta = 1 - abar / before
+    posterior = beta * (1 - before) / (1 - abar)
+    posterior = torch.cat([posterior[1:2], posterior[1:]])
+    gap = before.sqrt() * beta / (1 - abar) * ((1 - abar) / abar).sqrt()
+    first = (schedule.timesteps == 0).double()
+    return torch.stack([posterior.log(), beta.log(), gap, first], dim=1)

@@ -1,0 +1,281 @@
+"""Recipes: what each named method does, for any process.
+
+A recipe is a function of the process; its keyword arguments are what a user may tune.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from speed_engine.diffusion import probabilities, weighting
+from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.laws import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum
+from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.diffusion.timesteps import (
+    MirroredSampler,
+    TimestepSampler,
+    by_interval,
+    stratified,
+)
+from speed_engine.diffusion.uncertainty import ClusterUncertainty, FourierUncertainty, MeanLoss
+from speed_engine.diffusion.weighting import LossWeighting
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Recipe:
+    """What a method consists of, before it is fitted to a prediction target.
+
+    Attributes:
+        timesteps: the sampler.
+        weighting: of the loss.
+        batch_loss: from per-image losses to one, where weights are learned.
+        momentum_decay: the optimizer's part of the method, see ``optim.MOMENTUM_DECAYS``.
+        normalised: whether E_P[w] is made 1 by default.
+    """
+
+    timesteps: TimestepSampler
+    weighting: LossWeighting
+    batch_loss: MeanLoss = field(default_factory=MeanLoss)
+    momentum_decay: str = "none"
+    normalised: bool = False
+
+
+def uniform(schedule: NoiseSchedule) -> Recipe:
+    """Every process's own baseline: uniform in its coordinate, weight one on its own target.
+
+    DDPM: uniform t on epsilon (Ho et al. 2020; DiT); EDM: log-normal sigma on F; flows: uniform
+    time on the velocity.
+    """
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def speed_paper(
+    schedule: NoiseSchedule,
+    k: float = 5.0,
+    r: float = 138.6,
+    tau: float | None = None,
+    lam: float = 0.6,
+) -> Recipe:
+    """SpeeD as the paper writes it (arXiv 2405.17403, Eq. 3 and Sec. 2.6), for any process.
+
+    Args:
+        schedule: the process.
+        k: how many times more often a timestep up to tau is drawn than one beyond it; at least 1.
+        r: signal suppression at which the convergence area begins; above 1. The default puts tau at
+            700 of 1000 timesteps with linear betas.
+        tau: the border itself, in the paper's t; overrides r.
+        lam: the paper's lambda, the largest weight; in [0.5, 1].
+    """
+    if tau is None:
+        tau = increments(schedule).tau(r)
+        if math.isinf(tau):
+            log.warning(
+                "schedule %r never suppresses the signal %g-fold: there is no convergence area, "
+                "so timesteps are drawn uniformly; lower r to make one.", schedule.name, r,
+            )  # fmt: skip
+            tau = schedule.num_timesteps
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.asymmetric(schedule.num_timesteps, tau, k)),
+        weighting=weighting.change_aware(schedule, lam),
+    )
+
+
+def speed_official(
+    schedule: NoiseSchedule, k: float = 5.0, tau: int = 700, lam: float = 0.6
+) -> Recipe:
+    """SpeeD as released (NUS-HPC-AI-Lab/SpeeD f5650f9).
+
+    Every draw's mirror image is trained on, too, tau is a constant, and weights beyond it are 1.
+
+    Args:
+        schedule: the process.
+        k: ratio of the unmirrored law.
+        tau: the border, for both law and weights.
+        lam: the largest weight up to tau.
+
+    Raises:
+        ValueError: the process has fewer timesteps than tau, or no point to mirror at.
+    """
+    law = Law(probabilities.asymmetric(schedule.num_timesteps, tau, k))
+    return Recipe(
+        timesteps=MirroredSampler(schedule, law, _released_pivot(schedule)),
+        weighting=weighting.change_aware_released(schedule, lam, int(tau)),
+    )
+
+
+def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe:
+    """P2 weighting, 1 / (k + SNR)**gamma (Choi et al. 2022), uniform timesteps."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.p2(schedule, gamma, p2_k),
+    )
+
+
+def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
+    """Min-SNR weighting (Hang et al. 2023), uniform timesteps."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.min_snr(schedule, gamma),
+    )
+
+
+def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+    """EDM's law of noise levels, on any process, weight one on its own target (Karras et al. 2022).
+
+    EDM2 has mean -0.4 and std 1.0.
+    """
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+    """EDM's law and its weighting, on any process; large where a process is nearly pure noise."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
+        weighting=weighting.edm(schedule),
+    )
+
+
+def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
+    """SD3's law of times, weight one on the process's own target (Esser et al. 2024)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.logit_normal(schedule.num_timesteps, mean, std)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Recipe:
+    """SD3's mode sampling with heavy tails, weight one (Esser et al. 2024)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.mode(schedule.num_timesteps, scale)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Recipe:
+    """Uniform time moved towards noise, weight one (Esser et al. 2024, Eq. 23)."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.shifted(schedule.num_timesteps, shift)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def clts(
+    schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
+) -> Recipe:
+    """Curriculum from uniform to Gaussian timesteps, weight one (arXiv 2404.07946).
+
+    Args:
+        schedule: the process.
+        ramp_steps: steps until the law is the Gaussian alone; the trainer sets the run's length.
+        mean: of the Gaussian, in units of T.
+        std: of the Gaussian, in units of T; not confirmed by a public source.
+    """
+    return Recipe(
+        timesteps=TimestepSampler(
+            schedule, ClimbingLaw(schedule.num_timesteps, ramp_steps, mean, std)
+        ),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def clts_mdlrc(
+    schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
+) -> Recipe:
+    """CLTS with momentum decay and learning rate compensation, see ``optim.demon``."""
+    recipe = clts(schedule, ramp_steps, mean, std)
+    return Recipe(timesteps=recipe.timesteps, weighting=recipe.weighting, momentum_decay="demon")
+
+
+def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
+    """ANT-UW: intervals drawn in turn, with one learned weight each (Go et al. 2023)."""
+    num_timesteps = schedule.num_timesteps
+    law = Law(probabilities.uniform(num_timesteps))
+    return Recipe(
+        timesteps=TimestepSampler(schedule, law, by_interval(clusters)),
+        weighting=weighting.constant(schedule),
+        batch_loss=ClusterUncertainty(num_timesteps, clusters),
+    )
+
+
+def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int = 200) -> Recipe:
+    """From the noisiest timesteps to all, as the loss stops improving (Kim et al. 2024)."""
+    return Recipe(
+        timesteps=TimestepSampler(
+            schedule, TaskCurriculum(schedule.num_timesteps, clusters, patience)
+        ),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
+    """Importance sampling by the observed loss, with a uniform floor (Nichol and Dhariwal 2021)."""
+    return Recipe(
+        timesteps=TimestepSampler(schedule, AdaptiveLaw(schedule.num_timesteps, floor=floor)),
+        weighting=weighting.constant(schedule),
+    )
+
+
+def learned_uncertainty(schedule: NoiseSchedule) -> Recipe:
+    """A weight learned as a function of the noise level (EDM2, Karras et al. 2024), uniform."""
+    recipe = uniform(schedule)
+    return Recipe(
+        timesteps=recipe.timesteps,
+        weighting=recipe.weighting,
+        batch_loss=FourierUncertainty(schedule),
+    )
+
+
+def speed_plus(
+    schedule: NoiseSchedule, k: float = 5.0, r: float = 138.6, lam: float = 0.6
+) -> Recipe:
+    """Provisional, until evidence chooses: ``speed_paper``, stratified, with E_P[w] = 1."""
+    recipe = speed_paper(schedule, k=k, r=r, lam=lam)
+    recipe.timesteps.words = stratified
+    return Recipe(
+        timesteps=recipe.timesteps,
+        weighting=recipe.weighting,
+        normalised=True,
+    )
+
+
+METHODS: dict[str, Callable[..., Recipe]] = {
+    function.__name__: function
+    for function in (
+        uniform, speed_paper, speed_official, p2, min_snr, lognormal_edm, logit_normal, clts,
+        clts_mdlrc, ant_uw, task_curriculum, speed_plus, edm, mode, shifted, adaptive,
+        learned_uncertainty,
+    )
+}  # fmt: skip
+
+
+def _sampler(schedule: NoiseSchedule, p: Tensor) -> TimestepSampler:
+    return TimestepSampler(schedule, Law(p))
+
+
+def _released_pivot(schedule: NoiseSchedule) -> int:
+    """M, where the released code mirrors: the first index at which noise hardly grows, plus one.
+
+    The threshold is absolute there, so that M depends on T: 642 of 1000 linear timesteps.
+    """
+    growth = torch.gradient(schedule.noise_fraction(schedule.timesteps).sqrt())[0]
+    slow = growth < 1e-4
+    pivot = int(slow.int().argmax()) + 1
+    if not bool(slow.any()) or pivot == 1 or pivot == schedule.num_timesteps:
+        raise ValueError(
+            f"speed_official has no point to mirror at on schedule {schedule.name!r} with "
+            f"{schedule.num_timesteps} timesteps: its noise grows by less than 1e-4 per timestep "
+            "at the first one or at none. Use speed_paper."
+        )
+    return pivot

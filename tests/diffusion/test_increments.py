@@ -1,0 +1,106 @@
+"""The areas of Sec. 2 of SpeeD: closed forms, bounds, borders."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speed_engine.diffusion.continuous import RectifiedFlow
+from speed_engine.diffusion.discrete import from_alphas_cumprod, from_betas, linear
+from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.processes import SCHEDULES, build_schedule
+
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
+
+
+def test_borders_of_the_areas_equal_the_reference_values():
+    areas = increments(linear())
+    assert areas.t_ad == pytest.approx(GOLDEN["t_ad"], abs=1e-6)
+    exact = increments(from_alphas_cumprod(linear().alphas_cumprod))
+    for r, tau in GOLDEN["tau_closed"].items():
+        assert areas.tau(float(r)) == pytest.approx(tau, abs=1e-6)
+        assert exact.tau(float(r)) == GOLDEN["tau_exact"][r]
+
+
+@pytest.mark.parametrize(
+    "name, t_ad, tau",
+    [("linear", 220, 698), ("quadratic", 412, 873), ("cosine", 496, 946)],
+)
+def test_borders_follow_the_schedule_instead_of_staying_at_700(name, t_ad, tau):
+    areas = increments(from_alphas_cumprod(build_schedule(name).alphas_cumprod))  # type: ignore
+    assert (areas.t_ad, areas.tau(138.6)) == (t_ad, tau)
+
+
+def test_stable_diffusion_s_borders():
+    areas = increments(build_schedule("scaled_linear"))
+    assert [areas.tau(r) for r in (5, 10, 50, 100, 138.6)] == [564, 675, 867, 934, 963]
+
+
+@pytest.mark.parametrize("r", [5.0, 10.0, 138.6])
+def test_in_continuous_time_the_border_is_where_noise_is_sqrt_r_minus_1(r):
+    """EDM's sigma is sigma_data q there, a flow's t is q / (1 + q), with q = sqrt(r - 1)."""
+    root = math.sqrt(r - 1)
+    flow = increments(RectifiedFlow(10_000)).tau(r) / 10_000
+    assert flow == pytest.approx(root / (1 + root), abs=2e-4)
+    edm = build_schedule("edm", 10_000)
+    border = torch.tensor([increments(edm).tau(r) / 10_000], dtype=torch.float64)
+    assert float(edm.sigma(border)) == pytest.approx(0.5 * root, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name, r, share",
+    [("edm", 138.6, 0.0067), ("edm", 10, 0.090), ("ve", 138.6, 0.33), ("ve", 10, 0.49)],
+)
+def test_the_share_of_the_convergence_area(name, r, share):
+    tau = increments(build_schedule(name)).tau(r)
+    assert 1 - tau / 1000 == pytest.approx(share, abs=0.006)
+
+
+def test_rates_peak_where_the_formulas_do():
+    """A flow's 2 t (1 - t) / ((1 - t)**2 + t**2)**2 at 1/2; VP's rate at sqrt(1/D) - b0/D."""
+    flow = increments(build_schedule("flow"))
+    t = flow.schedule.timesteps.numpy()
+    rate = 2 * t * (1 - t) / ((1 - t) ** 2 + t**2) ** 2
+    np.testing.assert_allclose(flow.rate.numpy()[1:-1] * 1000 / 2, rate[1:-1], 1e-3, 1e-3)
+    assert flow.t_ad == pytest.approx(500, abs=1)
+    vp = increments(build_schedule("vp"))
+    assert vp.t_ad == pytest.approx(1000 * (math.sqrt(1 / 19.9) - 0.1 / 19.9), abs=1.5)
+
+
+@given(T=st.integers(10, 2000), beta_min=st.floats(1e-5, 1e-3), beta_max=st.floats(0.01, 0.2))
+def test_theorem_1_bounds_mean_and_variance(T, beta_min, beta_max):
+    areas = increments(linear(T, beta_min, beta_max))
+    assert bool((areas.variance >= areas.variance_bound[:-1] - 1e-12).all())
+    assert bool((areas.mean.square() <= areas.mean_bound[:-1] + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_bounds_hold_for_every_process(name):
+    areas = increments(build_schedule(name))
+    assert bool((areas.variance >= areas.variance_bound[:-1] - 1e-12).all())
+    assert bool((areas.mean.square() <= areas.mean_bound[:-1] + 1e-12).all())
+    assert bool((areas.suppression.diff() > 0).all() & (areas.mean < 0).all())
+
+
+@given(r=st.floats(1.01, 1e4), factor=st.floats(1.001, 10), beta_max=st.floats(0.02, 0.2))
+def test_tau_is_monotone_and_inverts_suppression(r, factor, beta_max):
+    for areas in (
+        increments(linear(1000, 1e-4, beta_max)),
+        increments(from_betas(torch.linspace(1e-4, beta_max, 1000))),
+    ):
+        tau = areas.tau(r)
+        assert areas.tau(r * factor) >= tau
+        if 2 <= tau <= 1000:
+            assert areas.suppression[math.ceil(tau) - 1] >= math.log(r) - 1e-9
+            assert areas.suppression[math.ceil(tau) - 2] < math.log(r) + 1e-9
+
+
+@given(name=st.sampled_from(list(SCHEDULES)), r=st.floats(1.01, 1e3), factor=st.floats(1.1, 10))
+def test_tau_is_monotone_in_every_process(name, r, factor):
+    areas = increments(build_schedule(name, 300))
+    assert areas.tau(r * factor) >= areas.tau(r) >= 1

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, doctor."""
+"""The command line: train, sample, evaluate, methods, doctor."""
 
 import json
 import logging
@@ -24,6 +24,7 @@ usage: speed-engine COMMAND ...
   train --resume RUN       continue a run exactly where its newest checkpoint stands
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
 
 Each command explains its options with --help.
@@ -87,6 +88,20 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
+class MethodsCommand:
+    """List the methods and the processes that each works on; print or draw what they do."""
+
+    process: str = "linear"
+    """Noise process of --json and --figures."""
+    num_timesteps: int = 1000
+    """Its timesteps; in continuous time, the resolution."""
+    json: bool = False
+    """Print P and w of every method on the process as JSON, in place of the table."""
+    figures: Path | None = None
+    """Folder to write two pictures of the process into: its methods and its increments."""
+
+
+@dataclass(frozen=True)
 class DoctorCommand:
     """Print what will be used on this machine, and why."""
 
@@ -104,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "methods": _methods,
         "doctor": _doctor,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -193,6 +209,48 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _methods(arguments: list[str], console: Console) -> None:
+    from speed_engine.diffusion.processes import build_schedule
+    from speed_engine.evaluation import method_report
+
+    command = tyro.cli(MethodsCommand, args=arguments, prog="speed-engine methods")
+    build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
+    if command.json:
+        print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
+    else:
+        _print_methods(method_report.compatibility(command.num_timesteps), console)
+    if command.figures is not None:
+        for path in method_report.draw_figures(
+            command.process, command.num_timesteps, command.figures
+        ):
+            print(path, file=sys.stderr)
+
+
+def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) -> None:
+    """One row per method, one column per process; reasons for the gaps below."""
+    from speed_engine.diffusion.recipes import METHODS
+
+    reasons: list[str] = []
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method")
+    for process in cells:
+        table.add_column(process.replace("_", "\n"), justify="center")
+    for method in METHODS:
+        row = []
+        for of_method in cells.values():
+            reason = of_method[method]
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            row.append("yes" if reason is None else f"({reasons.index(reason) + 1})")
+        table.add_row(method, *row)
+    console.print(table, highlight=False)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
+    for method, recipe in METHODS.items():
+        summary = (recipe.__doc__ or "").splitlines()[0]
+        console.print(f"{method:20} {summary}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _doctor(arguments: list[str], console: Console) -> None:

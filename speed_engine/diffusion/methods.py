@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion import weighting
+from speed_engine.diffusion.laws import Law
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
@@ -54,6 +55,11 @@ class Method:
     def probabilities(self) -> Tensor:
         """(T,) float64 P at the first step."""
         return self.timesteps.probabilities(0)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether law and weights stay what they are at the first step."""
+        return type(self.timesteps.law) is Law and type(self.batch_loss) is MeanLoss
 
     @property
     def epsilon_weight(self) -> Tensor:

@@ -21,6 +21,7 @@ from speed_engine.diffusion.recipes import METHODS
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up
 SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
+_LATE_STEP = 10**9  # when laws that follow the step have arrived
 _INK, _LAW, _WEIGHT, _SHARE = "0.25", "#1f77b4", "#d95f02", "0.8"
 
 
@@ -35,8 +36,8 @@ def compatibility(num_timesteps: int) -> dict[str, dict[str, str | None]]:
 def arrays(process: str, num_timesteps: int) -> dict[str, Any]:
     """P and w of every method on one process, as JSON holds them.
 
-    ``P`` is the law of the first step and ``w`` the weight of the epsilon-MSE, both by timestep
-    from clean to noisy. A method that the process does not allow has ``why_not`` instead.
+    ``P`` is the law of the first step and ``w`` the weight of the MSE of ``prediction``, both by
+    timestep from clean to noisy. A method that the process does not allow has ``why_not`` instead.
     """
     methods: dict[str, Any] = {}
     for name in METHODS:
@@ -47,7 +48,8 @@ def arrays(process: str, num_timesteps: int) -> dict[str, Any]:
         else:
             methods[name] = {
                 "P": method.probabilities.tolist(),
-                "w": method.epsilon_weight.tolist(),
+                "w": method.weight.tolist(),
+                "prediction": method.prediction,
                 "changes_in_training": not method.is_fixed,
             }
     return {"process": process, "num_timesteps": num_timesteps, "methods": methods}
@@ -92,25 +94,30 @@ def _draw_methods(process: str, num_timesteps: int):
         panel.set_xlabel("timestep, from clean to noisy")
         panel.tick_params(labelbottom=True)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-    figure.suptitle(f"{process}: what each method draws and weighs", x=0.01, ha="left")
+    title = f"{process}: what each method draws, and how it weighs the MSE of {schedule.prediction}"
+    figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def _draw_method(panel, name: str, method: Method, num_timesteps: int) -> None:
     t = torch.arange(num_timesteps)
     law = method.probabilities * num_timesteps
-    weight = method.epsilon_weight / (method.probabilities * method.epsilon_weight).sum()
-    measure = (law * weight).reshape(BANDS, -1).mean(1) if num_timesteps % BANDS == 0 else None
-    if measure is not None:
-        width = num_timesteps / BANDS
-        edges = torch.arange(BANDS) * width
-        panel.bar(edges, measure, width, align="edge", color=_SHARE, label="P·w, by tenth")
+    weight = method.weight / (method.probabilities * method.weight).sum()
+    bands = (t * BANDS // num_timesteps).clamp(max=BANDS - 1)
+    share = torch.zeros(BANDS).double().index_add(0, bands, law * weight)
+    share /= torch.bincount(bands, minlength=BANDS)
+    width = num_timesteps / BANDS
+    panel.bar(torch.arange(BANDS) * width, share, width, align="edge", color=_SHARE,
+              label="P·w, by tenth")  # fmt: skip
     panel.plot(t, law, color=_LAW, label="P, uniform = 1")
     panel.plot(t, weight, color=_WEIGHT, label="w, mean under P = 1")
+    last = method.timesteps.probabilities(_LATE_STEP) * num_timesteps
+    if not torch.equal(last, law):
+        panel.plot(t, last, "--", color=_LAW)
     suffix = "" if method.is_fixed else " (first step; changes in training)"
     panel.set_title(name + suffix, loc="left", fontsize=9)
     panel.set_xlim(0, num_timesteps)
-    panel.set_ylim(0, min(5.0, 1.1 * float(torch.stack([law, weight]).max())))
+    panel.set_ylim(0, min(5.0, 1.1 * float(torch.cat([law, weight, share, last]).max())))
     panel.spines[["top", "right"]].set_visible(False)
 
 
@@ -121,34 +128,46 @@ def _draw_increments(process: str, num_timesteps: int):
     areas = increments(build_schedule(process, num_timesteps))
     t = torch.arange(1, num_timesteps + 1)
     curves = {
-        "variance": [("Var, two noises", t[:-1], areas.variance), ("bound", t, areas.variance_bound)],
+        "variance": [
+            ("Var, two noises", t[:-1], areas.variance),
+            ("bound", t, areas.variance_bound),
+        ],
         "mean, squared": [("mean²", t[:-1], areas.mean.square()), ("bound", t, areas.mean_bound)],
         "rate of the variance": [("rate", t, areas.rate)],
     }
     figure = Figure(figsize=(13, 3.4), layout="constrained")
-    for panel, (title, lines) in zip(figure.subplots(1, 3), curves.items(), strict=True):
-        _shade_areas(panel, areas, num_timesteps)
+    panels = figure.subplots(1, 3)
+    for panel in panels:
+        shades = _shade_areas(panel, areas, num_timesteps)
+    figure.legend(
+        shades, [s.get_label().lstrip("_") for s in shades], loc="outside upper right", ncols=3
+    )
+    for panel, (title, lines) in zip(panels, curves.items(), strict=True):
         for (label, x, y), style in zip(lines, ("-", "--"), strict=False):
             panel.plot(x, y, style, color=_INK, label=label)
+        panel.legend(frameon=False, fontsize=8)
         panel.set_title(title, loc="left", fontsize=10)
         panel.set_xlabel("t, counted from 1")
         panel.set_xlim(1, num_timesteps)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        if title.startswith("mean"):
+            panel.set_yscale("log")
     figure.suptitle(f"{process}: increments and areas{_borders(areas)}", x=0.01, ha="left")
     return figure
 
 
-def _shade_areas(panel, areas: Increments, num_timesteps: int) -> None:
+def _shade_areas(panel, areas: Increments, num_timesteps: int) -> list:
+    """The shaded areas that the process has."""
     tau = min(areas.tau(SUPPRESSION), num_timesteps)
     t_ad = min(areas.t_ad, tau)
     borders = (1, t_ad, tau, num_timesteps)
     names = ("acceleration", "deceleration", "convergence")
-    for name, left, right, colour in zip(
-        names, borders[:-1], borders[1:], ("#dbe9f6", "#f0f0f0", "#fbe3d0"), strict=True
-    ):
-        if right > left:
-            panel.axvspan(left, right, color=colour, lw=0, label=name)
+    colours = ("#cfe3f5", "#ececec", "#fbdcc4")
+    return [
+        panel.axvspan(left, right, color=colour, lw=0, label=f"_{name}")
+        for name, left, right, colour in zip(names, borders, borders[1:], colours, strict=False)
+        if right > left
+    ]
 
 
 def _borders(areas: Increments) -> str:

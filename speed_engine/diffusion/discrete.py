@@ -232,7 +232,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
     sigmas = sigmas.cpu()
     if sigmas[-1] == 0:
         sigmas = sigmas[:-1]
-    if len(sigmas) != config.num_train_timesteps:
+    if len(sigmas) - config.num_train_timesteps not in (0, 1):  # EDMEuler holds one more
         raise ValueError(
             f"{name} holds {len(sigmas)} sigmas for {config.num_train_timesteps} timesteps; "
             "pass a scheduler on which set_timesteps was not called."

@@ -247,25 +247,30 @@ _DIFFUSERS_TARGETS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 
 
 def linear(
-    num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
+    num_timesteps: int = 1000, beta_min: float | None = None, beta_max: float | None = None
 ) -> DiscreteSchedule:
-    """Betas linear in t (Ho et al. 2020)."""
-    betas = torch.linspace(beta_min, beta_max, num_timesteps, dtype=torch.float64)
-    return from_betas(betas, "linear", linear_betas=(beta_min, beta_max))
+    """Betas linear in t (Ho et al. 2020).
+
+    Args:
+        num_timesteps: T; more than 20 with the default betas.
+        beta_min: of the first timestep; by default 1e-4 for T = 1000 and in inverse proportion to
+            T otherwise, so that every T ends at the same noise (Nichol and Dhariwal 2021).
+        beta_max: of the last timestep; by default 0.02, likewise.
+    """
+    first = 1e-4 * _finer(num_timesteps) if beta_min is None else beta_min
+    last = 0.02 * _finer(num_timesteps) if beta_max is None else beta_max
+    betas = torch.linspace(first, last, num_timesteps, dtype=torch.float64)
+    return from_betas(betas, "linear", linear_betas=(first, last))
 
 
-def quadratic(
-    num_timesteps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02
-) -> DiscreteSchedule:
-    """Square roots of beta linear in t (DDPM's and IDDPM's "quad")."""
-    return from_betas(_squared_line(num_timesteps, beta_min, beta_max), "quadratic")
+def quadratic(num_timesteps: int = 1000) -> DiscreteSchedule:
+    """Square roots of beta linear in t (DDPM's "quad"), from 1e-4 to 0.02 for T = 1000."""
+    return from_betas(_squared_line(num_timesteps, 1e-4, 0.02), "quadratic")
 
 
-def scaled_linear(
-    num_timesteps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012
-) -> DiscreteSchedule:
+def scaled_linear(num_timesteps: int = 1000) -> DiscreteSchedule:
     """The same with the betas of Stable Diffusion (Rombach et al. 2022)."""
-    return from_betas(_squared_line(num_timesteps, beta_min, beta_max), "scaled_linear")
+    return from_betas(_squared_line(num_timesteps, 0.00085, 0.012), "scaled_linear")
 
 
 def cosine(num_timesteps: int = 1000) -> DiscreteSchedule:
@@ -276,4 +281,11 @@ def cosine(num_timesteps: int = 1000) -> DiscreteSchedule:
 
 
 def _squared_line(num_timesteps: int, first: float, last: float) -> Tensor:
-    return torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64).square()
+    """(T,) betas between those of 1000 timesteps, made as much larger as T is smaller."""
+    roots = torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64)
+    return roots.square() * _finer(num_timesteps)
+
+
+def _finer(num_timesteps: int) -> float:
+    """How many of 1000 timesteps one of T stands for."""
+    return 1000 / num_timesteps

@@ -1,9 +1,9 @@
-"""Methods and processes at a glance: which go together, what they draw, what they weigh, in pictures.
+"""Methods and processes at a glance: which go together, what they draw and weigh, in pictures.
 
     table     process x method: it works, or why not
     arrays    P and w of every method on one process, for other programs
     figures   methods-PROCESS.png: P, w and P w of every method, by timestep
-              increments-PROCESS.png: the increment's mean, variance and rate with SpeeD's three areas
+              increments-PROCESS.png: the increment's mean, variance and rate, SpeeD's areas
 
 Letters: T timesteps (cells, in continuous time).
 """

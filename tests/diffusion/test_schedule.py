@@ -89,7 +89,7 @@ def test_a_shifted_flow_is_a_straight_line_in_shifted_time(shift, u):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("num_timesteps", [3, 100, 1000])
+@pytest.mark.parametrize("num_timesteps", [21, 100, 1000])
 def test_noise_grows_with_t_in_every_process(name, num_timesteps):
     schedule = build_schedule(name, num_timesteps)
     t = schedule.timesteps
@@ -207,3 +207,15 @@ def test_only_unit_power_is_variance_preserving():
     assert linear().variance_preserving
     ones = torch.ones(2)
     assert not DiscreteSchedule("mine", ones, torch.tensor([0.1, 0.2])).variance_preserving
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_another_number_of_timesteps_ends_at_nearly_the_same_noise(name):
+    ends = [build_schedule(name, T) for T in (250, 1000, 4000)]
+    fractions = [float(1 - s.noise_fraction(s.timesteps)[-1]) for s in ends]
+    assert all(fraction < 0.02 for fraction in fractions), fractions
+
+
+def test_too_few_timesteps_for_linear_betas_are_named():
+    with pytest.raises(ValueError, match=r"'linear': betas\[.*strictly between 0 and 1"):
+        build_schedule("linear", 20)

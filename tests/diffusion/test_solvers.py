@@ -54,5 +54,5 @@ def test_timesteps_fall_from_the_noisiest_to_the_cleanest(steps):
 
 
 def test_more_steps_than_timesteps_are_refused():
-    with pytest.raises(ValueError, match=r"11 solver steps: must lie in \[1, 10\]"):
-        linear(10).solver_times(11)
+    with pytest.raises(ValueError, match=r"41 solver steps: must lie in \[1, 40\]"):
+        linear(40).solver_times(41)

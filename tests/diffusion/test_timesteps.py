@@ -63,7 +63,7 @@ def test_asymmetric_sampling_is_a_distribution_with_ratio_k(T, k, share):
 
 
 @given(
-    T=st.integers(2, 500),
+    T=st.integers(21, 500),
     mean=st.floats(-3, 3),
     std=st.floats(0.1, 3),
     scale=st.floats(-1, 1.75),
@@ -371,11 +371,11 @@ def test_what_a_law_learns_does_not_depend_on_the_number_of_processes(ranks):
         (lambda: Law(torch.tensor([0.5, -0.1])), "non-negative"),
         (lambda: Law(torch.zeros(3)), "not all zero"),
         (lambda: Law(torch.tensor([math.nan, 1.0])), "finite"),
-        (lambda: TimestepSampler(linear(10), Law(uniform(11))), "law has 11 cells"),
+        (lambda: TimestepSampler(linear(40), Law(uniform(41))), "law has 41 cells"),
         (lambda: asymmetric(10, 5, 0.5), "k=0.5: .* at least 1"),
         (lambda: logit_normal(10, std=0), "std=0: a standard deviation"),
-        (lambda: log_normal(linear(10), std=-1.0), "std=-1.0"),
-        (lambda: log_normal(linear(10), 50.0), "no mass on the timesteps"),
+        (lambda: log_normal(linear(40), std=-1.0), "std=-1.0"),
+        (lambda: log_normal(linear(40), 50.0), "no mass on the timesteps"),
         (lambda: mode(10, 2.0), r"scale=2.0: .* \[-1, 1.752\]"),
         (lambda: shifted(10, 0), "shift=0: must be a positive"),
         (lambda: ClimbingLaw(10, 0), "ramp_steps=0"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -129,6 +130,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}.")
     try:
         commands[arguments[0]](arguments[1:], console)
+    except BrokenPipeError:  # whoever reads the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

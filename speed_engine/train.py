@@ -73,7 +73,7 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
     """Continue a run from its newest complete checkpoint, to ``steps`` if given.
 
     Raises:
-        ValueError: not a run, no checkpoint, or one of another model.
+        ValueError: not a run, no checkpoint, one of another model or other data, or nothing to do.
     """
     config = read_config(run)
     if steps is not None:
@@ -130,6 +130,17 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
         tensors, state = checkpoint.load(path)
+        if state["data"] != self.reader.fingerprint:
+            raise ValueError(
+                f"{self.config.data.source} holds other data than when {path} was written "
+                f"(SHA-256 {self.reader.fingerprint[:12]}, then {state['data'][:12]}); put the "
+                "shards back as they were, or start a new run."
+            )
+        if state["step"] >= self.config.steps:
+            raise ValueError(
+                f"{self.run} is complete at step {state['step']} of {self.config.steps}; "
+                "--steps N trains it longer."
+            )
         load_parameters(self.engine.model, tensors["model"], path)
         load_parameters(self.engine.ema.model, tensors["ema"], path)
         load_optimizer_tensors(self.engine.model, self.engine.optimizer, tensors["optimizer"])
@@ -191,14 +202,17 @@ class Trainer:
         now = time.perf_counter()
         rate = (step - first) * self.config.batch_size / (now - since)
         self._interval = now, step
-        if not math.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"the loss is {figures['loss']} at step {step}; the newest checkpoint is intact. "
-                "Lower optimizer.learning_rate or optimizer.grad_clip."
-            )
+        self._require_finite(figures["loss"])
         images = step * self.config.batch_size
         self.records.write(step, {"images": images, **figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.engine.steps_done}; the newest checkpoint is "
+                "intact. Lower optimizer.learning_rate or optimizer.grad_clip."
+            )
 
     def _evaluate(self) -> None:
         step = self.engine.steps_done
@@ -222,7 +236,12 @@ class Trainer:
             "objective": engine.objective.state_dict(),
             "objective_optimizer": optimizer_tensors(engine.objective, engine.optimizer),
         }
-        state = {"step": engine.steps_done, "means": self.means.state()}
+        state = {
+            "step": engine.steps_done,
+            "means": self.means.state(),
+            "data": self.reader.fingerprint,
+        }
+        self._require_finite(state["means"]["sum"][FIGURES.index("loss")])
         folder = self.run / CHECKPOINTS
         checkpoint.save(folder, engine.steps_done, tensors, state)
         checkpoint.prune(folder, self.config.keep_checkpoints)

@@ -25,6 +25,7 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
+from speed_engine.data.sources import write_digits
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.diffusion.recipes import METHODS
 
@@ -250,9 +251,30 @@ def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
         train.resume(run, quiet())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+def test_a_complete_run_says_how_to_train_it_longer(tmp_path):
     run = tmp_path / "run"
-    trainer = train.Trainer(TINY, run, quiet())
+    train.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    with pytest.raises(ValueError, match=r"complete at step 5 of 5; --steps N"):
+        train.resume(run, quiet())
+
+
+def test_data_that_changed_under_a_run_is_refused(tmp_path):
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    write_digits(shards)
+    data = dataclasses.replace(TINY.data, source=str(shards))
+    train.start(dataclasses.replace(TINY, steps=5, data=data), run, quiet())
+    sorted(shards.glob("*.tar"))[-1].unlink()
+    with pytest.raises(ValueError, match="holds other data than when"):
+        train.resume(run, quiet(), steps=10)
+
+
+@pytest.mark.parametrize("checkpoint_every, kept", [(20, 20), (26, 0)])
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_checkpointed(
+    tmp_path, monkeypatch, checkpoint_every, kept
+):
+    run = tmp_path / "run"
+    config = dataclasses.replace(TINY, checkpoint_every=checkpoint_every)
+    trainer = train.Trainer(config, run, quiet())
     run.mkdir()
     step = trainer.engine.step
 
@@ -262,9 +284,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         return report._replace(loss=report.loss * torch.nan) if bad else report
 
     monkeypatch.setattr(trainer.engine, "step", poisoned)
-    with pytest.raises(FloatingPointError, match="loss is nan at step 28"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 2[68]"):
         trainer.train()
-    assert assemble.newest_checkpoint(run).name == "step-00000020"
+    steps = [path.name for path in (run / "checkpoints").glob("step-*")]
+    assert steps == ([f"step-{kept:08d}"] if kept else [])
 
 
 def test_a_compiled_run_trains_like_an_eager_one(tmp_path):

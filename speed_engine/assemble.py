@@ -18,8 +18,9 @@ from speed_engine.diffusion.hybrid import HybridObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.features import Extractor, classifier_for, inception_features
+from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.models.dit import DiT
 
 CONFIG_FILE = "config.json"

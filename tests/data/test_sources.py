@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
 from speed_engine.data import sources
 from speed_engine.data.loader import read_all
@@ -14,8 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_the_digits_are_those_of_scikit_learn():
-    datasets = pytest.importorskip("sklearn.datasets")
-    theirs = datasets.load_digits()
+    theirs = load_digits()
     with np.load(Path(sources.__file__).with_name("digits.npz"), allow_pickle=False) as ours:
         assert np.array_equal(ours["images"], theirs.images)
         assert np.array_equal(ours["labels"], theirs.target)

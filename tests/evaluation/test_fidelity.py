@@ -6,12 +6,12 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+import torch_fidelity
 
-from speed_engine.evaluation import features, fidelity
-from speed_engine.evaluation.features import Extractor, train_classifier
+from speed_engine.evaluation import classifier, features, fidelity
+from speed_engine.evaluation.classifier import train_classifier
+from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import METRICS, measure
-
-torch_fidelity = pytest.importorskip("torch_fidelity")
 
 PIXELS = Extractor(name="pixels-of-2x4", weights_sha256="0" * 64, feature_dim=8, channels=1)
 
@@ -71,8 +71,8 @@ def blobs():
     noise = torch.randint(0, 56, (200, 1, 8, 8), generator=generator)
     images = (pictures[labels] + noise).to(torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "TRAINING_STEPS", 40)
-        return images, features._as_features(*train_classifier(images, labels))
+        patch.setattr(classifier, "TRAINING_STEPS", 40)
+        return images, classifier._as_features(*train_classifier(images, labels))
 
 
 def test_fid_is_the_frechet_distance_of_the_features():
@@ -143,12 +143,12 @@ def test_changed_weights_are_never_measured_as_the_old_ones(blobs):
     images, extractor = blobs
     noisy = (images.float() * 0.9).byte()
     old = measure(noisy, images, extractor)
-    network = features.Classifier(1, 3).eval()
+    network = classifier.Classifier(1, 3).eval()
     network.load_state_dict(extractor.network.state_dict())
     with torch.no_grad():
         for weight in network.parameters():
             weight.mul_(1.1)
-    new = measure(noisy, images, features._as_features(network, extractor.accuracy))
+    new = measure(noisy, images, classifier._as_features(network, extractor.accuracy))
     assert new.extractor != old.extractor and new.fid != old.fid
     assert measure(images, images, extractor).fid == pytest.approx(0, abs=1e-6)
 

@@ -26,9 +26,9 @@ def short_training(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    data = load_digits()
-    images = torch.from_numpy(np.round(data.images * 255 / 16).astype(np.uint8))
-    return images[:, None], torch.from_numpy(data.target)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.round(np.asarray(pixels) * 255 / 16).astype(np.uint8))
+    return images.view(-1, 1, 8, 8), torch.from_numpy(labels)
 
 
 def test_the_digits_are_told_apart_and_every_feature_is_used(digits):

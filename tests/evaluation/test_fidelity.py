@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from speed_engine.evaluation import classifier, features, fidelity
 from speed_engine.evaluation.classifier import train_classifier
@@ -217,7 +218,7 @@ class RgbPixels(Pixels):
 
 
 def test_inception_gets_its_verified_weights_and_grey_images_as_rgb(blobs, tmp_path, monkeypatch):
-    registry = torch_fidelity.registry.FEATURE_EXTRACTORS_REGISTRY
+    registry = FEATURE_EXTRACTORS_REGISTRY
     monkeypatch.setitem(registry, "inception-v3-compat", RgbPixels)
     monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(b"weights").hexdigest())
     (tmp_path / "weights.pth").write_bytes(b"weights")

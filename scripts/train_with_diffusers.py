@@ -12,7 +12,7 @@ The weights that (2) returns have their use in the lines marked (2, used), which
 
 The data are read by speed_engine as well; any other source of images would do.
 
-    python scripts/train_with_diffusers.py --method speed_paper --scheduler ddpm --out runs/diffusers
+    python scripts/train_with_diffusers.py --method speed_paper --scheduler ddpm
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ class Options:
     method: str = "speed_paper"
     """A method of `speed-engine methods`; those with learned weights need more than two lines."""
     scheduler: Literal["ddpm", "flow"] = "ddpm"
-    """DDPMScheduler and its noise as target, or FlowMatchEulerDiscreteScheduler and its velocity."""
+    """DDPMScheduler with noise as target, or FlowMatchEulerDiscreteScheduler with velocity."""
     steps: int = 400
     """Optimizer steps."""
     batch_size: int = 64

@@ -1,4 +1,4 @@
-"""Hugging Face diffusers: its schedulers are our processes, and its training loop takes a method."""
+"""Hugging Face diffusers: its schedulers are processes here, its training loop takes a method."""
 
 import importlib.util
 import os

@@ -1,9 +1,9 @@
-"""Methods and processes at a glance: which go together, what they draw, what they weigh, in pictures.
+"""Methods and processes at a glance: which go together, what they draw and how they weigh.
 
     table     process x method: it works, or why not
     arrays    P and w of every method on one process, for other programs
     figures   methods-PROCESS.png: P, w and P w of every method, by timestep
-              increments-PROCESS.png: the increment's mean, variance and rate with SpeeD's three areas
+              increments-PROCESS.png: the increment's mean, variance and rate, SpeeD's three areas
 
 Letters: T timesteps (cells, in continuous time).
 """
@@ -111,8 +111,8 @@ def _draw_method(panel, name: str, method: Method, num_timesteps: int) -> None:
     share = torch.zeros(BANDS).double().index_add(0, bands, law * weight)
     share /= torch.bincount(bands, minlength=BANDS)
     width = num_timesteps / BANDS
-    panel.bar(torch.arange(BANDS) * width, share, width, align="edge", color=_SHARE,
-              label="P·w, by tenth")  # fmt: skip
+    left = (torch.arange(BANDS) * width).numpy()
+    panel.bar(left, share.numpy(), width, align="edge", color=_SHARE, label="P·w, by tenth")
     panel.plot(t, law, color=_LAW, linewidth=3.5, label="P, uniform = 1")
     panel.plot(t, weight, color=_WEIGHT, linewidth=1.5, label="w, mean under P = 1")
     last = method.timesteps.probabilities(_LATE_STEP) * num_timesteps

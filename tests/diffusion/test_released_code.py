@@ -72,11 +72,12 @@ def test_beyond_tau_the_weight_is_the_largest_not_the_smallest():
     np.testing.assert_allclose(build_method("speed_official", LINEAR).weight, w, rtol=1e-9)
     step = law(5, mirrored=False) * w
     assert step[TAU - 1] / step[TAU] == pytest.approx(2.04, abs=5e-3)  # the paper's is 5
-    shares = [
-        float((m.probabilities * m.weight)[TAU:].sum() / (m.probabilities * m.weight).sum())
-        for m in (build_method(name, LINEAR) for name in ("speed_paper", "speed_official"))
-    ]
+    methods = [build_method(name, LINEAR) for name in ("speed_paper", "speed_official")]
+    measures = [m.probabilities * m.weight for m in methods]
+    shares = [float(measure[TAU:].sum() / measure.sum()) for measure in measures]
     assert shares == pytest.approx([0.064, 0.075], abs=5e-4)
+    means = [float(measure.sum()) for measure in measures]
+    assert means == pytest.approx([0.497, 0.528], abs=5e-4)
     k2, k1 = law(2) * w, law(1) * w
     assert k2[TAU:].sum() / k2.sum() == pytest.approx(0.159, abs=5e-4)
     assert k1[TAU:].sum() / k1.sum() == pytest.approx(0.254, abs=5e-4)

@@ -212,7 +212,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         ValueError: the scheduler has neither, or holds another number of timesteps than it says.
     """
     name = type(noise_scheduler).__name__
-    config = noise_scheduler.config
+    config = getattr(noise_scheduler, "config", None)
     abar = getattr(noise_scheduler, "alphas_cumprod", None)
     if abar is not None:
         kind = getattr(config, "prediction_type", "epsilon")
@@ -227,7 +227,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
             abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
         return from_alphas_cumprod(abar, name, prediction=_DIFFUSERS_TARGETS[kind])
     sigmas = getattr(noise_scheduler, "sigmas", None)
-    if sigmas is None:
+    if sigmas is None or len(sigmas) == 0 or config is None:
         raise ValueError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
     sigmas = sigmas.cpu()
     if sigmas[-1] == 0:

@@ -1,9 +1,9 @@
-"""Methods and processes at a glance: which go together, what they draw and weigh, in pictures.
+"""Methods and processes at a glance: which go together, what they draw and how they weigh.
 
     table     process x method: it works, or why not
     arrays    P and w of every method on one process, for other programs
     figures   methods-PROCESS.png: P, w and P w of every method, by timestep
-              increments-PROCESS.png: the increment's mean, variance and rate, SpeeD's areas
+              increments-PROCESS.png: the increment's mean, variance and rate, SpeeD's three areas
 
 Letters: T timesteps (cells, in continuous time).
 """
@@ -18,10 +18,12 @@ from speed_engine.diffusion.increments import Increments, increments
 from speed_engine.diffusion.methods import Method, build_method
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.schedule import NoiseSchedule
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up
 SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
 _LATE_STEP = 10**9  # when laws that follow the step have arrived
+_TALLEST = 5.0  # what is higher is cut off, and its maximum written in the panel
 _INK, _LAW, _WEIGHT, _SHARE = "0.25", "#1f77b4", "#d95f02", "0.8"
 
 
@@ -33,26 +35,28 @@ def compatibility(num_timesteps: int) -> dict[str, dict[str, str | None]]:
     }
 
 
-def arrays(process: str, num_timesteps: int) -> dict[str, Any]:
+def arrays(process: str, num_timesteps: int) -> dict[str, dict[str, Any]]:
     """P and w of every method on one process, as JSON holds them.
 
     ``P`` is the law of the first step and ``w`` the weight of the MSE of ``prediction``, both by
-    timestep from clean to noisy. A method that the process does not allow has ``why_not`` instead.
+    timestep from clean to noisy; ``changes_in_training`` says that they do not stay so. A method
+    that the process does not allow has ``why_not`` instead.
     """
-    methods: dict[str, Any] = {}
-    for name in METHODS:
-        try:
-            method = build_method(name, build_schedule(process, num_timesteps))
-        except ValueError as refusal:
-            methods[name] = {"why_not": str(refusal)}
-        else:
-            methods[name] = {
-                "P": method.probabilities.tolist(),
-                "w": method.weight.tolist(),
-                "prediction": method.prediction,
-                "changes_in_training": not method.is_fixed,
-            }
-    return {"process": process, "num_timesteps": num_timesteps, "methods": methods}
+    schedule = build_schedule(process, num_timesteps)
+    return {name: _arrays(name, schedule) for name in METHODS}
+
+
+def _arrays(name: str, schedule: NoiseSchedule) -> dict[str, Any]:
+    try:
+        method = build_method(name, schedule)
+    except ValueError as refusal:
+        return {"why_not": str(refusal)}
+    return {
+        "P": method.probabilities.tolist(),
+        "w": method.weight.tolist(),
+        "prediction": method.prediction,
+        "changes_in_training": not method.is_fixed,
+    }
 
 
 def draw_figures(process: str, num_timesteps: int, folder: Path) -> list[Path]:
@@ -75,6 +79,7 @@ def _refusal(method: str, process: str, num_timesteps: int) -> str | None:
 def _draw_methods(process: str, num_timesteps: int):
     """One panel per method: P, w and their product, each relative to its mean over timesteps."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     schedule = build_schedule(process, num_timesteps)
     possible = {
@@ -91,9 +96,11 @@ def _draw_methods(process: str, num_timesteps: int):
     for panel in panels[len(possible) :]:
         panel.set_visible(False)
     for panel in panels[len(possible) - columns : len(possible)]:
-        panel.set_xlabel("timestep, from clean to noisy")
         panel.tick_params(labelbottom=True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
+    figure.supxlabel("timestep, from clean to noisy", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color=_LAW, linestyle="--"))
+    figure.legend(handles, [*labels, "P at the end"], loc="outside upper right", ncols=4)
     title = f"{process}: what each method draws, and how it weighs the MSE of {schedule.prediction}"
     figure.suptitle(title, x=0.01, ha="left")
     return figure
@@ -107,17 +114,20 @@ def _draw_method(panel, name: str, method: Method, num_timesteps: int) -> None:
     share = torch.zeros(BANDS).double().index_add(0, bands, law * weight)
     share /= torch.bincount(bands, minlength=BANDS)
     width = num_timesteps / BANDS
-    panel.bar(torch.arange(BANDS) * width, share, width, align="edge", color=_SHARE,
-              label="P·w, by tenth")  # fmt: skip
-    panel.plot(t, law, color=_LAW, label="P, uniform = 1")
-    panel.plot(t, weight, color=_WEIGHT, label="w, mean under P = 1")
+    left = (torch.arange(BANDS) * width).numpy()
+    panel.bar(left, share.numpy(), width, align="edge", color=_SHARE, label="P·w, by tenth")
+    panel.plot(t, law, color=_LAW, linewidth=3.5, label="P, uniform = 1")
+    panel.plot(t, weight, color=_WEIGHT, linewidth=1.5, label="w, mean under P = 1")
     last = method.timesteps.probabilities(_LATE_STEP) * num_timesteps
     if not torch.equal(last, law):
         panel.plot(t, last, "--", color=_LAW)
-    suffix = "" if method.is_fixed else " (first step; changes in training)"
+    suffix = "" if method.is_fixed else " (at the first step; changes)"
     panel.set_title(name + suffix, loc="left", fontsize=9)
     panel.set_xlim(0, num_timesteps)
-    panel.set_ylim(0, min(5.0, 1.1 * float(torch.cat([law, weight, share, last]).max())))
+    highest = {"P": float(law.max()), "w": float(weight.max()), "P·w": float(share.max())}
+    panel.set_ylim(0, min(_TALLEST, 1.1 * max(*highest.values(), float(last.max()))))
+    beyond = [f"{curve} up to {top:,.0f}" for curve, top in highest.items() if top > _TALLEST]
+    panel.text(0.03, 0.97, "\n".join(beyond), transform=panel.transAxes, va="top", fontsize=8)
     panel.spines[["top", "right"]].set_visible(False)
 
 

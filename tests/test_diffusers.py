@@ -1,0 +1,157 @@
+"""Hugging Face diffusers: its schedulers are processes here, its training loop takes a method."""
+
+# pyright: reportPrivateImportUsage=false
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from speed_engine.diffusion.discrete import from_diffusers
+from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.processes import build_schedule
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "train_with_diffusers.py"
+
+
+@pytest.mark.parametrize("options", [[], ["--scheduler", "flow", "--method", "logit_normal"]])
+def test_a_diffusers_loop_trains_with_two_added_lines(options, tmp_path):
+    run = tmp_path / "run"
+    small = ["--steps", "40", "--sampling-steps", "5", "--out", str(run)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels"))),
+        "SPEED_ENGINE_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *small, *options],
+        capture_output=True, text=True, cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = re.search(r"loss +([\d.]+) -> ([\d.]+)", done.stdout)
+    assert losses is not None, done.stdout
+    first, last = map(float, losses.groups())
+    assert last < 0.7 * first
+
+    trained = diffusers.DDPMPipeline.from_pretrained(run).unet
+    torch.manual_seed(0)  # the script's default
+    for start, end in zip(script().unet().parameters(), trained.parameters(), strict=True):
+        assert bool(torch.isfinite(end).all()) and not torch.equal(start, end)
+    picture = np.asarray(Image.open(run / "samples.png"))
+    assert picture.shape[:2] == (4 * 48, 8 * 48) and picture.std() > 10
+
+
+def script():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def images_and_noise(count: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, count, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDPMScheduler(),
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        diffusers.EulerDiscreteScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        diffusers.EDMEulerScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_process_makes_the_noisy_images_of_its_scheduler(scheduler):
+    schedule = from_diffusers(scheduler)
+    t = torch.arange(0, schedule.num_timesteps, 37)
+    images, noise = images_and_noise(len(t))
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    times = schedule.model_time(t)
+    if hasattr(scheduler, "scale_noise"):
+        noisy = scheduler.scale_noise(images, times, noise)
+    else:
+        noisy = scheduler.add_noise(images, noise, times)
+    if isinstance(scheduler, diffusers.EulerDiscreteScheduler):
+        noisy = noisy * alpha  # its images keep unit signal; scale_model_input brings them here
+    torch.testing.assert_close(noisy, alpha * images + sigma * noise, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+def test_euler_shows_the_model_what_ddpm_does(t):
+    scheduler = diffusers.EulerDiscreteScheduler()
+    images, noise = images_and_noise(1)
+    schedule, index = from_diffusers(scheduler), torch.tensor([t])
+    noisy = scheduler.add_noise(images, noise, index)
+    shown = schedule.alpha(index) * images + schedule.sigma(index) * noise
+    torch.testing.assert_close(scheduler.scale_model_input(noisy, t), shown, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options, frequent, theirs",
+    [
+        ("linear", {}, 700, 698),  # closed form of the paper's bound; first t by the table
+        ("cosine", {"beta_schedule": "squaredcos_cap_v2"}, 946, 946),
+        (
+            "scaled_linear",
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+            963,
+            963,
+        ),
+    ],
+)
+def test_methods_are_the_same_on_both_libraries_schedules(name, options, frequent, theirs):
+    schedules = build_schedule(name), from_diffusers(diffusers.DDPMScheduler(**options))
+    own, other = (build_method("speed_paper", schedule) for schedule in schedules)
+    t = torch.arange(1000)
+    torch.testing.assert_close(schedules[1].sigma(t), schedules[0].sigma(t), rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.weight, own.weight, rtol=0, atol=2e-3)
+    assert int((own.probabilities > 0.5e-3).sum()) == frequent
+    assert int((other.probabilities > 0.5e-3).sum()) == theirs
+
+
+def test_draws_are_timesteps_that_the_scheduler_knows():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for scheduler in (diffusers.DDPMScheduler(), flow):
+        timesteps, _ = build_method("speed_paper", from_diffusers(scheduler)).draw(64, 0)
+        assert set(timesteps.tolist()) <= set(torch.as_tensor(scheduler.timesteps).tolist())
+
+
+def used_already():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(20)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (diffusers.IPNDMScheduler(), "IPNDMScheduler has neither alphas_cumprod nor sigmas"),
+        (diffusers.SCMScheduler(), "SCMScheduler has neither alphas_cumprod nor sigmas"),
+        (SimpleNamespace(), "SimpleNamespace has neither alphas_cumprod nor sigmas"),
+        (SimpleNamespace(sigmas=torch.empty(0), config={}), "neither alphas_cumprod nor sigmas"),
+        (used_already(), "20 sigmas for 1000 timesteps; pass a scheduler on which set_timesteps"),
+        (
+            diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+            "prediction_type 'flow_prediction'; known are epsilon, sample, v_prediction",
+        ),
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_does_not_fit_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        from_diffusers(scheduler)

@@ -223,9 +223,11 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         abar = abar.double().cpu().clone()
         if (
             abar[-1] <= 0
-        ):  # zero-SNR schedules end in pure noise; diffusers' solvers bound it so, too
+        ):  # a zero-SNR schedule ends in pure noise; diffusers' solvers bound it, too
             abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
-        return from_alphas_cumprod(abar, name, prediction=_DIFFUSERS_TARGETS[kind])
+        return from_alphas_cumprod(
+            abar, name, prediction=_DIFFUSERS_TARGETS[kind], linear_betas=_linear_betas(config)
+        )
     sigmas = getattr(noise_scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) == 0 or config is None:
         raise ValueError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
@@ -241,6 +243,15 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         sigmas, name, flow=bool(sigmas.max() <= 1),
         sigma_data=getattr(config, "sigma_data", None), times=noise_scheduler.timesteps.cpu(),
     )  # fmt: skip
+
+
+def _linear_betas(config: Any) -> tuple[float, float] | None:
+    """First and last beta of a scheduler that is linear in beta, where closed forms hold."""
+    linear = getattr(config, "beta_schedule", None) == "linear"
+    altered = ("trained_betas", "rescale_betas_zero_snr")
+    if not linear or any(getattr(config, name, None) for name in altered):
+        return None
+    return config.beta_start, config.beta_end
 
 
 _DIFFUSERS_TARGETS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}

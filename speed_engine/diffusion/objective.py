@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import TimestepSampler
-from speed_engine.ops import Stream, noised_input, random_bits, weighted_mse
+from speed_engine.ops import Stream, operators_for, random_bits
 
 
 class Denoiser(Protocol):
@@ -66,6 +66,7 @@ class Objective:
         """(B, C, H, W) in [-1, 1], (B,) int64, (B,) int64 image counters -> mean loss and parts."""
         t = self.timesteps.sample(self.seed, ids)
         coefficients = self.table(t)
+        noised_input, weighted_mse = operators_for(images.device)
         x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
         prediction = model(x_in, t, self._drop_labels(labels, ids))
         loss, squared_error = weighted_mse(prediction, images, coefficients, self.seed, ids)

@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_accurate():
     """Compare with float64 truth, allowing ``factor`` times the error that eager PyTorch makes."""
 

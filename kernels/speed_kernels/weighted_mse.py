@@ -98,7 +98,7 @@ def _squared_error_kernel(
     difference = tl.where(mask, prediction - target, 0.0)
 
     store(difference_ptr + offset + elements, difference, mask=mask)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(difference * difference, axis=0))
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(multiply(difference, difference), axis=0))
 
 
 @custom_op("speed_kernels::squared_error", mutates_args=())

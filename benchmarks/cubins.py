@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import noising, philox, weighted_mse
+from speed_kernels import adaln, noising, philox, weighted_mse
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -38,6 +38,27 @@ class Case(NamedTuple):
 
 MULTIPLE = ("i32", 16)
 DRAW = (INT64, INT64)  # seed, ids
+
+
+def adaln_forward(has_branch: bool) -> Case:
+    """At the width of DiT-XL, 1152, in bfloat16."""
+    pointers, strides = (*[BF16] * 7, FP32, FP32), (MULTIPLE,) * 3
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE, "fp32")  # tokens, chunks, dim, eps
+    constants = (has_branch, adaln.TOKENS_FORWARD, BLOCK_XL)
+    return Case(
+        adaln._forward_kernel, (*pointers, *strides, *sizes, *constants), adaln.num_warps(BLOCK_XL)
+    )
+
+
+def adaln_backward(has_branch: bool) -> Case:
+    """At the width of DiT-XL, 1152, in bfloat16."""
+    pointers = (*[BF16] * 6, FP32, FP32, BF16, BF16, FP32)
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
+    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, BLOCK_XL)
+    return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(BLOCK_XL))
+
+
+BLOCK_XL = triton.next_power_of_2(1152)
 CASES = {
     "random_bits": Case(
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
@@ -59,6 +80,10 @@ CASES = {
         weighted_mse._squared_error_kernel,
         (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
     ),
+    "adaln": adaln_forward(has_branch=False),
+    "gated_residual_adaln": adaln_forward(has_branch=True),
+    "adaln_backward": adaln_backward(has_branch=False),
+    "gated_residual_adaln_backward": adaln_backward(has_branch=True),
 }
 
 

@@ -71,15 +71,21 @@ def multiply(a, b):
 
 
 @triton.jit
-def store(pointers, values, mask):
-    """Store float32 values in the pointers' dtype, rounded to nearest even.
+def rounded(values, DTYPE: tl.constexpr):
+    """Float32 values in another dtype, rounded to nearest even.
 
     The interpreter truncates float32 to bfloat16; there the rounding is done on the bits.
     """
-    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+    if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
-        rounded = tl.where(values == values, rounded, 0x7FC0)  # NaN stays NaN
-        tl.store(pointers, rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        bits = tl.where(values == values, bits, 0x7FC0)  # NaN stays NaN
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+        return values.to(DTYPE)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Store float32 values in the pointers' dtype."""
+    tl.store(pointers, rounded(values, pointers.dtype.element_ty), mask=mask)

@@ -20,6 +20,10 @@ BUDGETS = {  # registers per thread; global accesses under 16 bytes, which are f
     "noised_input bf16": (40, 4),
     "squared_error": (48, 5),
     "squared_error fp32": (48, 5),
+    "adaln": (48, 2),
+    "gated_residual_adaln": (64, 2),
+    "adaln_backward": (80, 2),
+    "gated_residual_adaln_backward": (104, 2),
 }
 EXACT = ("random_bits", "normal", "noised_input", "squared_error")
 

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, noising, philox, weighted_mse
+from speed_kernels import adaln, adamw_ema, noising, philox, weighted_mse
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -58,6 +58,13 @@ def adaln_backward(has_branch: bool) -> Case:
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(BLOCK_XL))
 
 
+def adamw(horizons: int) -> Case:
+    """As many averages as horizons."""
+    tables = (INT64, INT64, "*i32", "*i32", FP32)
+    constants = (horizons, 16, adamw_ema.BLOCK)
+    return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
+
+
 BLOCK_XL = triton.next_power_of_2(1152)
 CASES = {
     "random_bits": Case(
@@ -80,6 +87,8 @@ CASES = {
         weighted_mse._squared_error_kernel,
         (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
     ),
+    "adamw_ema 1 horizon": adamw(horizons=1),
+    "adamw_ema 2 horizons": adamw(horizons=2),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(has_branch=False),

@@ -13,17 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = (80, 90, 100)
-BUDGETS = {  # registers per thread; global accesses under 16 bytes, which are for scalars only
-    "random_bits": (32, 2),
-    "normal": (40, 2),
-    "noised_input": (40, 4),
-    "noised_input bf16": (40, 4),
-    "squared_error": (48, 5),
-    "squared_error fp32": (48, 5),
-    "adaln": (48, 2),
-    "gated_residual_adaln": (64, 2),
-    "adaln_backward": (80, 2),
-    "gated_residual_adaln_backward": (104, 2),
+BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones, for scalars
+    "random_bits": (32, 4, 2),
+    "normal": (40, 2, 2),
+    "noised_input": (40, 3, 4),
+    "noised_input bf16": (40, 2, 4),
+    "squared_error": (48, 4, 5),
+    "squared_error fp32": (48, 6, 5),
+    "adaln": (48, 4, 2),
+    "gated_residual_adaln": (64, 7, 2),
+    "adaln_backward": (80, 8, 2),
+    "gated_residual_adaln_backward": (104, 14, 2),
+    # The narrow ones are the last, partial tile of a tensor and the table of addresses.
+    "adamw_ema 1 horizon": (72, 18, 94),
+    "adamw_ema 2 horizons": (72, 22, 114),
 }
 EXACT = ("random_bits", "normal", "noised_input", "squared_error")
 
@@ -63,10 +66,11 @@ def reports():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", BUDGETS)
 def test_a_kernel_stays_within_its_budget(name, architecture, reports):
-    report, (registers, narrow) = reports[f"{name}, sm_{architecture}"], BUDGETS[name]
+    report = reports[f"{name}, sm_{architecture}"]
+    registers, wide, narrow = BUDGETS[name]
     assert report["spills"] == 0 and report["stack"] == 0, report
     assert report["registers"] <= registers, report
-    assert report["wide"] > 0 and report["narrow"] <= narrow, report
+    assert report["wide"] >= wide and report["narrow"] <= narrow, report
     if name.startswith(EXACT):
         assert report["fma"] == 0, report
 
@@ -77,6 +81,6 @@ def test_every_compiled_kernel_has_a_budget(reports):
 
 def test_the_gauges_see_faults():
     figures = run("-c", FAULTS)
-    assert figures["unaligned rows"]["narrow"] > BUDGETS["normal"][1]
+    assert figures["unaligned rows"]["narrow"] > BUDGETS["normal"][2]
     assert figures["few registers"]["spills"] > 0
     assert figures["same code without fusion"]

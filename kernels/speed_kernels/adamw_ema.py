@@ -246,17 +246,17 @@ def _adamw_ema(
     on_device = _device_factors(
         step, gradient_norm, learning_rate, beta1, beta2, max_norm, torch.float32
     )
-    on_host = torch.tensor([1 - decay for decay in decays], dtype=torch.float32)
-    factors = torch.cat([torch.stack([f.float() for f in on_device]), _upload(on_host, device)])
+    rests = _constants(tuple(1 - decay for decay in decays), torch.float32, device)
+    factors = torch.cat([torch.stack(on_device), rests])
 
     by_horizon = [averages[h * count : (h + 1) * count] for h in range(horizons)]
     columns = (parameters, gradients, first_moments, second_moments, *by_horizon)
-    table = torch.tensor([[t.data_ptr() for t in row] for row in zip(*columns, strict=True)])
-    aligned = not (table % _ALIGNMENT).any()
+    table = tuple(t.data_ptr() for row in zip(*columns, strict=True) for t in row)
+    aligned = all(address % _ALIGNMENT == 0 for address in table)
     sizes, tensors, tiles = _tiles(tuple(p.numel() for p in parameters), device)
     if len(tiles):
         _adamw_ema_kernel[(len(tiles),)](
-            _upload(table, device), sizes, tensors, tiles, factors,
+            _constants(table, torch.int64, device), sizes, tensors, tiles, factors,
             1 - beta1, beta2, 1 - beta2, eps, 1 - learning_rate * weight_decay,
             HORIZONS=horizons, ALIGNMENT=_ALIGNMENT if aligned else 4, BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip
@@ -277,6 +277,14 @@ def _tiles(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
     return torch.tensor(sizes).to(device), tensors.int().to(device), tiles.int().to(device)
 
 
-def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device that the host does not wait for."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+@lru_cache(maxsize=8)
+def _constants(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the device without the host waiting, and again where the values have not changed."""
+    tensor = torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():  # the copy would be replayed from freed memory
+        raise RuntimeError(
+            "adamw_ema: a captured update needs one before it with the same tensors and decays."
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -6,6 +6,7 @@ JSON files under ``results/``, one per benchmark and machine, with what is neede
 """
 
 import json
+import os
 import platform
 import re
 import statistics
@@ -48,12 +49,18 @@ def interleaved(
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
     """Store figures with the command, the machine and the versions they were measured with."""
     facts = environment.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
-    hardware = facts["gpus"][0] if facts["gpus"] else f"{platform.machine()} {facts['cores']} cores"
-    folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}.json"
+    path = result_path(benchmark)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": facts, **figures}, indent=1) + "\n")
     return path
+
+
+def result_path(benchmark: str) -> Path:
+    """Where this machine's figures of a benchmark are kept."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    hardware = gpu or f"{platform.machine()} {os.cpu_count()} cores"
+    folder = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+    return RESULTS / folder / f"{benchmark}.json"
 
 
 def _time_cuda(call: Callable[[], object]) -> float:

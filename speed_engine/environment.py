@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from speed_engine.config import TrainConfig
+from speed_engine.ops import FUSED, operators_for
 
 PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
@@ -65,6 +66,14 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
 
 
+def choose_kernels(device: str) -> Choice:
+    """What computes the noise, the noised input and the loss."""
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice("Triton", "noise, noised input and loss fused; the noise is never stored")
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
+
+
 def choices(config: TrainConfig) -> dict[str, Choice]:
     """Every choice, by the name that doctor prints."""
     device = choose_device(config.device)
@@ -74,7 +83,7 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": _attention(cuda),
-        "kernels": Choice("PyTorch reference", "noise, noised input and loss; no fused kernel yet"),
+        "kernels": choose_kernels(device.value),
         "data workers": Choice(
             str(config.data.workers), f"processes that read ahead, of {os.cpu_count()} cores"
         ),

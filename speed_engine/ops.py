@@ -1,16 +1,34 @@
 """The operators that have a kernel. Only this module imports ``speed_kernels``."""
 
-from speed_kernels.noising import noised_input_reference as noised_input
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from speed_kernels.language import HAS_TRITON
+from speed_kernels.noising import noised_input, noised_input_reference
 from speed_kernels.philox import SPECIFICATION, Stream, normal, random_bits
 from speed_kernels.variational_bound import variational_bound_reference as variational_bound
-from speed_kernels.weighted_mse import weighted_mse_reference as weighted_mse
+from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
-    "SPECIFICATION",
-    "Stream",
-    "noised_input",
-    "normal",
-    "random_bits",
-    "variational_bound",
-    "weighted_mse",
-]
+    "FUSED", "HAS_TRITON", "REFERENCE", "SPECIFICATION", "Operators", "Stream", "normal",
+    "operators_for", "random_bits", "variational_bound",
+]  # fmt: skip
+
+
+class Operators(NamedTuple):
+    """One implementation of each operator of the training step."""
+
+    noised_input: Callable[..., Tensor]
+    weighted_mse: Callable[..., tuple[Tensor, Tensor]]
+
+
+REFERENCE = Operators(noised_input_reference, weighted_mse_reference)
+FUSED = Operators(noised_input, weighted_mse)
+
+
+def operators_for(device: torch.device) -> Operators:
+    """Kernels where they run, on CUDA; the same definitions in PyTorch elsewhere."""
+    return FUSED if device.type == "cuda" and HAS_TRITON else REFERENCE

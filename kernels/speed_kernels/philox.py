@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from speed_kernels.language import HAS_TRITON, chunk, multiply, store, tl, triton
+
 SPECIFICATION = 1
 
 
@@ -58,6 +60,8 @@ _SQRT_HALF_BITS = 0x3F3504F3
 _2_POW_MINUS_32 = 2.0**-32
 _2_POW_MINUS_33 = 2.0**-33
 
+BLOCK = 1024  # elements per program of 4 warps; not tuned on a GPU
+
 
 def random_bits(seed: Tensor, ids: Tensor, num_words: int, stream: Stream) -> Tensor:
     """Uniform 32-bit words.
@@ -71,6 +75,7 @@ def random_bits(seed: Tensor, ids: Tensor, num_words: int, stream: Stream) -> Te
     Returns:
         (B, W) int64 in [0, 2**32), on the device of ``ids``.
     """
+    check_address("random_bits", seed, ids)
     return _random_bits(seed, ids, num_words, int(stream))
 
 
@@ -80,7 +85,26 @@ def normal(seed: Tensor, ids: Tensor, num_elements: int, stream: Stream = Stream
     Returns:
         (B, W) float32 on the device of ``ids``; the largest possible magnitude is 6.77.
     """
+    check_address("normal", seed, ids)
     return _normal(seed, ids, num_elements, int(stream))
+
+
+def check_address(caller: str, seed: Tensor, ids: Tensor) -> None:
+    """Refuse, before any launch, what cannot address a draw."""
+    if seed.dtype != torch.int64 or seed.shape != ():
+        raise ValueError(
+            f"{caller}: seed must be an int64 tensor of shape (); got {seed.dtype} of shape "
+            f"{tuple(seed.shape)}. Use torch.tensor(seed)."
+        )
+    if ids.dtype != torch.int64 or ids.dim() != 1:
+        raise ValueError(
+            f"{caller}: ids must be an int64 tensor of shape (B,); got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}."
+        )
+    if seed.device != ids.device:
+        raise ValueError(
+            f"{caller}: seed is on {seed.device} and ids on {ids.device}; move one to the other."
+        )
 
 
 # PyTorch reference, on any device.
@@ -105,7 +129,10 @@ def _philox_reference(seed: Tensor, ids: Tensor, num_words: int, stream: int) ->
     zero = torch.zeros((len(ids), len(blocks)), dtype=torch.int64, device=ids.device)
     low, high = ids[:, None] & _MASK, (ids[:, None] >> 32) & _MASK
     counter = [zero + blocks, zero + low, zero + high, zero + stream]
-    key = [seed & _MASK, (seed >> 32) & _MASK]
+    return _rounds_reference(counter, [seed & _MASK, (seed >> 32) & _MASK])
+
+
+def _rounds_reference(counter: list[Tensor], key: list[Tensor]) -> list[Tensor]:
     for _ in range(_ROUNDS):
         high0, low0 = _multiply_reference(_MULTIPLIERS[0], counter[0])
         high1, low1 = _multiply_reference(_MULTIPLIERS[1], counter[2])
@@ -167,7 +194,11 @@ def _philox_numpy(seed: int, ids: np.ndarray, num_words: int, stream: int) -> li
     mask, shift = np.uint64(_MASK), np.uint64(32)
     ids = ids.astype(np.uint64)[:, None]
     counter = [zero + blocks, zero + (ids & mask), zero + (ids >> shift), zero + np.uint64(stream)]
-    key = [seed & _MASK, (seed >> 32) & _MASK]
+    return _rounds_numpy(counter, [seed & _MASK, (seed >> 32) & _MASK])
+
+
+def _rounds_numpy(counter: list[np.ndarray], key: list[int]) -> list[np.ndarray]:
+    mask, shift = np.uint64(_MASK), np.uint64(32)
     for _ in range(_ROUNDS):
         product0 = counter[0] * np.uint64(_MULTIPLIERS[0])
         product1 = counter[2] * np.uint64(_MULTIPLIERS[1])
@@ -217,6 +248,139 @@ def _cos_sin_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(negate, -cos, cos), np.where(negate, -sin, sin)
 
 
+# Triton, the CUDA path: the same bits again.
+
+_LOG_COEFFICIENTS, _SIN_COEFFICIENTS, _COS_COEFFICIENTS = map(tl.constexpr, (_LOG, _SIN, _COS))
+_LN2_HIGH_PART, _LN2_LOW_PART = tl.constexpr(_LN2_HIGH), tl.constexpr(_LN2_LOW)
+_SQRT_HALF = tl.constexpr(_SQRT_HALF_BITS)
+_SCALE, _HALF_STEP = tl.constexpr(_2_POW_MINUS_32), tl.constexpr(_2_POW_MINUS_33)
+
+
+@triton.jit
+def random_words(seed, blocks, image, STREAM: tl.constexpr):
+    """Words 4j, 4j + 1, 4j + 2 and 4j + 3 of one image for blocks j, as uint32.
+
+    seed and image are int64 scalars, blocks is an integer tensor.
+    """
+    block = blocks.to(tl.uint32)
+    zero = block * 0
+    low = (image & 0xFFFFFFFF).to(tl.uint32)
+    high = ((image >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    return tl.philox(seed, block, zero + low, zero + high, zero + STREAM)
+
+
+@triton.jit
+def four_normals(seed, blocks, image, STREAM: tl.constexpr):
+    """Normals 4j, 4j + 1, 4j + 2 and 4j + 3 of one image for blocks j, as float32."""
+    x0, x1, x2, x3 = random_words(seed, blocks, image, STREAM)
+    radius0, radius1 = tl.sqrt_rn(_minus_2_log(x0)), tl.sqrt_rn(_minus_2_log(x2))
+    cos0, sin0 = _cos_sin(x1)
+    cos1, sin1 = _cos_sin(x3)
+    return (
+        multiply(radius0, cos0), multiply(radius0, sin0),
+        multiply(radius1, cos1), multiply(radius1, sin1),
+    )  # fmt: skip
+
+
+@triton.jit
+def consecutive_normals(seed, first, image, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) normals of one image from element ``first`` on, a multiple of four.
+
+    Each thread holds runs of four neighbours, so what it loads and stores beside them is 16 bytes.
+    """
+    blocks = first // 4 + tl.arange(0, BLOCK // 4)
+    n0, n1, n2, n3 = four_normals(seed, blocks, image, STREAM)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def _minus_2_log(x):
+    bits = (multiply(x.to(tl.float32), _SCALE) + _HALF_STEP).to(tl.int32, bitcast=True)
+    exponent = (bits - _SQRT_HALF) >> 23
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    exponent = exponent.to(tl.float32)
+    f2 = multiply(f, f)
+    log = multiply(multiply(f2, f), _polynomial(f, _LOG_COEFFICIENTS, 8))
+    log = log + multiply(exponent, _LN2_LOW_PART)
+    log = log - multiply(f2, 0.5)
+    log = log + f
+    log = log + multiply(exponent, _LN2_HIGH_PART)
+    return multiply(log, -2.0)
+
+
+@triton.jit
+def _cos_sin(x):
+    v = multiply((x << 2).to(tl.int32, bitcast=True).to(tl.float32), _SCALE)
+    z = multiply(v, v)
+    sin = multiply(_polynomial(z, _SIN_COEFFICIENTS, 4), v)
+    cos = _polynomial(z, _COS_COEFFICIENTS, 5)
+    swap = (x & 0x40000000) != 0
+    # Signs flip by bits: Triton's unary minus is 0 - x, which has another zero.
+    cos, sin = (
+        _flip_sign(tl.where(swap, sin, cos), x ^ (x << 1)),
+        _flip_sign(tl.where(swap, cos, sin), x),
+    )
+    return cos, sin
+
+
+@triton.jit
+def _flip_sign(value, word):
+    sign = (word & 0x80000000).to(tl.int32, bitcast=True)
+    return (value.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _polynomial(x, COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr):
+    value = multiply(x, COEFFICIENTS[COUNT - 1]) + COEFFICIENTS[COUNT - 2]
+    for i in tl.static_range(3, COUNT + 1):
+        value = multiply(value, x) + COEFFICIENTS[COUNT - i]
+    return value
+
+
+@triton.jit
+def _random_bits_kernel(
+    out_ptr, seed_ptr, ids_ptr, num_words, num_chunks, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):
+    image, first, offset = chunk(tl.program_id(0), num_words, num_chunks, BLOCK)
+    seed, counter = tl.load(seed_ptr), tl.load(ids_ptr + image)
+    blocks = first // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = random_words(seed, blocks, counter, STREAM)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)).to(tl.int64)
+    elements = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offset + elements, words, mask=first + elements < num_words)
+
+
+@triton.jit
+def _normal_kernel(
+    out_ptr, seed_ptr, ids_ptr, num_elements, num_chunks, STREAM: tl.constexpr, BLOCK: tl.constexpr
+):
+    image, first, offset = chunk(tl.program_id(0), num_elements, num_chunks, BLOCK)
+    seed, counter = tl.load(seed_ptr), tl.load(ids_ptr + image)
+    normals = consecutive_normals(seed, first, counter, STREAM, BLOCK)
+    elements = tl.arange(0, BLOCK)
+    store(out_ptr + offset + elements, normals, mask=first + elements < num_elements)
+
+
+def random_bits_triton(seed: Tensor, ids: Tensor, num_words: int, stream: int) -> Tensor:
+    """``random_bits`` by the kernel."""
+    return _launch(_random_bits_kernel, torch.int64, seed, ids, num_words, stream)
+
+
+def normal_triton(seed: Tensor, ids: Tensor, num_elements: int, stream: int) -> Tensor:
+    """``normal`` by the kernel."""
+    return _launch(_normal_kernel, torch.float32, seed, ids, num_elements, stream)
+
+
+def _launch(kernel, dtype: torch.dtype, seed: Tensor, ids: Tensor, size: int, stream: int):
+    out = torch.empty((len(ids), size), dtype=dtype, device=ids.device)
+    num_chunks = -(-size // BLOCK)
+    if out.numel():
+        kernel[(len(ids) * num_chunks,)](
+            out, seed, ids.contiguous(), size, num_chunks, STREAM=stream, BLOCK=BLOCK
+        )
+    return out
+
+
 # Operators: opaque to torch.compile, which would spend 40 s on the decomposed integer arithmetic.
 
 
@@ -253,3 +417,8 @@ def _(seed: Tensor, ids: Tensor, num_elements: int, stream: int) -> Tensor:
 @_normal.register_fake
 def _(seed: Tensor, ids: Tensor, num_elements: int, stream: int) -> Tensor:
     return ids.new_empty((len(ids), num_elements), dtype=torch.float32)
+
+
+if HAS_TRITON:
+    _random_bits.register_kernel("cuda")(random_bits_triton)
+    _normal.register_kernel("cuda")(normal_triton)

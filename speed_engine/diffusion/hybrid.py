@@ -15,7 +15,7 @@ from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.methods import Method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.schedule import NoiseSchedule
-from speed_engine.ops import variational_bound, weighted_mse
+from speed_engine.ops import operators_for, variational_bound
 
 
 class HybridObjective(Objective):
@@ -55,6 +55,7 @@ class HybridObjective(Objective):
         self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
         noise, variance = answer.chunk(2, dim=1)
+        weighted_mse = operators_for(images.device).weighted_mse
         loss, squared_error = weighted_mse(noise, images, coefficients, self.seed, ids)
         bound = variational_bound(noise, variance, images, self.bound_rows[t], self.seed, ids)
         scale = self.schedule.num_timesteps / 1000

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.methods import Method
-from speed_engine.ops import Stream, noised_input, random_bits, weighted_mse
+from speed_engine.ops import Stream, operators_for, random_bits
 
 
 class Denoiser(Protocol):
@@ -71,6 +71,7 @@ class Objective(nn.Module):
         """
         t = self.timesteps.sample(self.seed, ids, step)
         coefficients = self.table(t)
+        noised_input = operators_for(images.device).noised_input
         x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
         answer = model(x_in, self.schedule.model_time(t), self._drop_labels(labels, ids))
         loss, squared_error = self._errors(answer, images, coefficients, ids, t)
@@ -85,6 +86,7 @@ class Objective(nn.Module):
         self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) squared error."""
+        weighted_mse = operators_for(images.device).weighted_mse
         return weighted_mse(answer, images, coefficients, self.seed, ids)
 
     def _drop_labels(self, labels: Tensor, ids: Tensor) -> Tensor:

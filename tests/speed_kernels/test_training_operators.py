@@ -1,36 +1,99 @@
-"""Noised input and weighted error against their formulas in float64."""
+"""The operators around a model: what they save; compiling and splitting change nothing."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from speed_kernels.noising import noised_input_reference
-from speed_kernels.philox import normal
-from speed_kernels.weighted_mse import weighted_mse_reference
+from speed_kernels.noising import noised_input
+from speed_kernels.weighted_mse import weighted_mse
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, SHAPE = 4, (2, 8, 16)
+NUM_ELEMENTS = 2 * 8 * 16
 
 
-@given(batch=st.integers(1, 4), size=st.integers(1, 9), first=st.integers(0, 2**40))
-def test_the_operators_share_one_noise(batch, size, first):
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x, checkpointed: bool):
+        if checkpointed:
+            x = checkpoint(self.hidden, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.hidden(x)
+        return self.outer(x)
+
+    def hidden(self, x):
+        return nn.functional.gelu(self.inner(x))
+
+
+def make_step(checkpointed: bool, autocast: bool):
+    def step(model, x0, coefficients, seed, ids):
+        x_in = noised_input(x0, coefficients, seed, ids, torch.float32)
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=autocast):
+            prediction = model(x_in, checkpointed)
+            loss, error = weighted_mse(prediction, x0, coefficients, seed, ids)
+        return loss.mean(), error
+
+    return step
+
+
+def draw():
+    """Model, x0, coefficients, seed, ids."""
     torch.manual_seed(0)
-    seed, ids = torch.tensor(5), torch.arange(first, first + batch)
-    x0, rows = torch.randn(batch, 2, size, size), torch.rand(batch, 5)
-    noise = normal(seed, ids, 2 * size * size).view_as(x0).double()
-    a_x, a_e, b_x, b_e, w = (rows[:, i].double().view(-1, 1, 1, 1) for i in range(5))
+    x0, coefficients = torch.randn(BATCH, *SHAPE), torch.rand(BATCH, 5)
+    ids = torch.arange(BATCH) + 2**31 - 2
+    tensors = (tensor.to(DEVICE) for tensor in (x0, coefficients, torch.tensor(7), ids))
+    return Model().to(DEVICE), *tensors
 
-    x_in = noised_input_reference(x0, rows, seed, ids, torch.float32)
-    torch.testing.assert_close(x_in.double(), a_x * x0 + a_e * noise, rtol=1e-6, atol=1e-6)
 
-    prediction = torch.randn_like(x0, requires_grad=True)
-    loss, error = weighted_mse_reference(prediction, x0, rows, seed, ids)
-    expected = (prediction - (b_x * x0 + b_e * noise)).square().flatten(1).mean(1)
-    torch.testing.assert_close(error.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(loss.double(), w.flatten() * expected, rtol=1e-5, atol=1e-6)
-    assert loss.requires_grad and not error.requires_grad
+def gradients(step, model, *batch):
+    step(model, *batch)[0].backward()
+    result = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_one_graph_serves_every_seed_and_all_ids(checkpointed, autocast):
+    torch._dynamo.reset()
+    model, x0, coefficients, seed, ids = draw()
+    step = make_step(checkpointed, autocast)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):  # pyright: ignore[reportAttributeAccessIssue]
+        for shift in (0, 1, -5):
+            batch = (x0, coefficients, seed + shift, ids + 8 * shift)
+            plain = gradients(step, model, *batch)
+            for ours, eager in zip(gradients(compiled, model, *batch), plain, strict=True):
+                torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_model_input_has_the_dtype_asked_for(dtype):
-    x0 = torch.zeros(2, 1, 4, 4)
-    x_in = noised_input_reference(x0, torch.ones(2, 5), torch.tensor(0), torch.arange(2), dtype)
-    assert x_in.dtype == dtype and x_in.shape == x0.shape
+def test_only_the_difference_is_saved_and_no_noise(dtype):
+    _, x0, coefficients, seed, ids = draw()
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        x_in = noised_input(x0, coefficients, seed, ids, dtype)
+        weighted_mse(x_in.detach().requires_grad_(), x0, coefficients, seed, ids)
+    large = [tensor for tensor in saved.values() if tensor.numel() >= NUM_ELEMENTS]
+    assert [(tensor.dtype, tensor.shape) for tensor in large] == [(dtype, x0.shape)]
+
+
+def test_a_split_batch_has_the_gradient_of_the_whole():
+    model, x0, coefficients, seed, ids = draw()
+    step = make_step(checkpointed=False, autocast=False)
+    whole = gradients(step, model, x0, coefficients, seed, ids)
+    parts = [
+        gradients(step, model, x0[rank::2], coefficients[rank::2], seed, ids[rank::2])
+        for rank in range(2)
+    ]
+    for gradient, *halves in zip(whole, *parts, strict=True):
+        assert (sum(halves) / 2 - gradient).norm() <= 1e-6 * gradient.norm()

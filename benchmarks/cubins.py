@@ -1,0 +1,183 @@
+"""What the compiler makes of every kernel, for GPUs that need not be present.
+
+Run: ``python benchmarks/cubins.py [--architectures 80 90 100] [--kernels NAME ...] [--json]``.
+Compiles at the shapes of real layers and reads registers, stack, spills and the width of memory
+accesses from the machine code. ``tests/speed_kernels/test_budgets.py`` holds the limits.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from speed_kernels import adaln, adamw_ema, noising, philox, weighted_mse
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
+BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
+
+
+class Case(NamedTuple):
+    """A kernel and the types it is launched with.
+
+    Arguments are the kernel's in order: a type, a compile-time value, or ``(type, 16)`` for an
+    integer that is a multiple of 16 at the sizes that matter. Pointers are 16-byte aligned.
+    """
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    num_warps: int = 4
+
+
+MULTIPLE = ("i32", 16)
+DRAW = (INT64, INT64)  # seed, ids
+
+
+def adaln_forward(has_branch: bool) -> Case:
+    """At the width of DiT-XL, 1152, in bfloat16."""
+    pointers, strides = (*[BF16] * 7, FP32, FP32), (MULTIPLE,) * 3
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE, "fp32")  # tokens, chunks, dim, eps
+    constants = (has_branch, adaln.TOKENS_FORWARD, BLOCK_XL)
+    return Case(
+        adaln._forward_kernel, (*pointers, *strides, *sizes, *constants), adaln.num_warps(BLOCK_XL)
+    )
+
+
+def adaln_backward(has_branch: bool) -> Case:
+    """At the width of DiT-XL, 1152, in bfloat16."""
+    pointers = (*[BF16] * 6, FP32, FP32, BF16, BF16, FP32)
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
+    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, BLOCK_XL)
+    return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(BLOCK_XL))
+
+
+def adamw(horizons: int) -> Case:
+    """As many averages as horizons."""
+    tables = (INT64, INT64, "*i32", "*i32", FP32)
+    constants = (horizons, 16, adamw_ema.BLOCK)
+    return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
+
+
+BLOCK_XL = triton.next_power_of_2(1152)
+CASES = {
+    "random_bits": Case(
+        philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
+    ),
+    "normal": Case(philox._normal_kernel, (FP32, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)),
+    "noised_input": Case(
+        noising._noised_input_kernel,
+        (FP32, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
+    ),
+    "noised_input bf16": Case(
+        noising._noised_input_kernel,
+        (BF16, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
+    ),
+    "squared_error": Case(
+        weighted_mse._squared_error_kernel,
+        (BF16, FP32, FP32, *DRAW, BF16, FP32, MULTIPLE, "i32", philox.BLOCK),
+    ),
+    "squared_error fp32": Case(
+        weighted_mse._squared_error_kernel,
+        (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
+    ),
+    "adamw_ema 1 horizon": adamw(horizons=1),
+    "adamw_ema 2 horizons": adamw(horizons=2),
+    "adaln": adaln_forward(has_branch=False),
+    "gated_residual_adaln": adaln_forward(has_branch=True),
+    "adaln_backward": adaln_backward(has_branch=False),
+    "gated_residual_adaln_backward": adaln_backward(has_branch=True),
+}
+
+
+class Report(NamedTuple):
+    """Resources per thread and instructions of one compiled kernel."""
+
+    registers: int
+    stack: int  # bytes
+    spills: int  # loads and stores of thread-local memory
+    wide: int  # global accesses of at least 16 bytes
+    narrow: int  # other global accesses
+    instructions: int
+    fma: int  # fused multiply-adds that the PTX asks for
+
+
+def compile_case(case: Case, architecture: int, **options):
+    """The case's kernel as Triton compiles it for ``sm_architecture``."""
+    signature, values, attributes = {}, {}, {}
+    for i, (name, argument) in enumerate(zip(case.kernel.arg_names, case.arguments, strict=True)):
+        if isinstance(argument, tuple):
+            signature[name], divisor = argument
+            attributes[(i,)] = [["tt.divisibility", divisor]]
+        elif isinstance(argument, str):
+            signature[name] = argument
+            if argument.startswith("*"):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], values[(i,)] = "constexpr", argument
+    return triton.compile(
+        ASTSource(case.kernel, signature, values, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": case.num_warps, **options},
+    )
+
+
+def machine_code(compiled) -> list[str]:
+    """SASS instructions, one per item, without addresses and predicates."""
+    text = _run("nvdisasm", "-c", compiled.asm["cubin"])
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][^;]*?)\s*;", text)
+
+
+def report(compiled) -> Report:
+    """Resources and accesses of a compiled kernel."""
+    usage = _run("cuobjdump", "-res-usage", compiled.asm["cubin"])
+    resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = machine_code(compiled)
+    accesses = [line for line in code if re.match(r"(LDG|STG)\b", line)]
+    wide = sum(".128" in line or ".256" in line for line in accesses)
+    return Report(
+        registers=resources["REG"],
+        stack=resources["STACK"] + resources["LOCAL"],
+        spills=sum(re.match(r"(LDL|STL)\b", line) is not None for line in code),
+        wide=wide,
+        narrow=len(accesses) - wide,
+        instructions=len(code),
+        fma=len(re.findall(r"\bfma\.rn", compiled.asm["ptx"])),
+    )
+
+
+def _run(tool: str, option: str, cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--kernels", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--json", action="store_true", help="one object, for programs")
+    options = parser.parse_args()
+    reports = {
+        f"{name}, sm_{architecture}": report(compile_case(CASES[name], architecture))
+        for architecture in options.architectures
+        for name in options.kernels
+    }
+    if options.json:
+        print(json.dumps({name: figures._asdict() for name, figures in reports.items()}))
+        return
+    print(f"{'':28}" + "".join(f"{field:>14}" for field in Report._fields))
+    for name, figures in reports.items():
+        print(f"{name:28}" + "".join(f"{figure:14}" for figure in figures))
+
+
+if __name__ == "__main__":
+    main()

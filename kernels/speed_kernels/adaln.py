@@ -1,0 +1,359 @@
+"""Adaptive layer norm (adaLN), alone or with the gated residual sum before it.
+
+    forward     x_out   = x + gate branch                      (without a branch, x_out is x)
+                x_hat   = (x_out - mean(x_out)) rstd           mean, variance over D
+                y       = x_hat (1 + scale) + shift
+    backward    g       = dy (1 + scale)
+                dx      = dx_out + rstd (g - mean(g) - x_hat mean(g x_hat))
+                dbranch = gate dx
+                dshift, dscale, dgate = sums over N of dy, dy x_hat, dx branch
+
+Letters: B images, N tokens, D width. x, branch, y are (B, N, D); shift, scale, gate (B, D).
+Saved for backward: x_out, branch, scale, gate, mean and rstd (B, N) in float32; x_hat is computed
+again, which is cheaper than reading it.
+Traffic, in (B, N, D) tensors: forward reads x, branch, writes x_out, y; backward reads dy, dx_out,
+x_out, branch, writes dx, dbranch; besides, 3 / TOKENS_BACKWARD float32 ones of partial sums.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+
+from speed_kernels.language import rounded, runs_kernels, store, tl, triton
+
+MAX_DIM = 16384  # a program holds a whole token in registers
+# Tokens of one image that a program walks through, so that it loads the modulation once and writes
+# one partial sum. Not tuned on a GPU.
+TOKENS_FORWARD, TOKENS_BACKWARD = 4, 16
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
+
+
+def adaln_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """The definition of ``adaln`` in plain PyTorch."""
+    x_hat = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+    return x_hat * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def gated_residual_adaln_reference(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The definition of ``gated_residual_adaln`` in plain PyTorch."""
+    x_out = x + gate.unsqueeze(1) * branch
+    return x_out, adaln_reference(x_out, shift, scale, eps)
+
+
+def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Normalise each token, then scale and shift it per image; differentiable once.
+
+    Args:
+        x: (B, N, D) tokens. Copied first if not contiguous.
+        shift: (B, D), added after scaling; rows may be strided, as from ``chunk``.
+        scale: (B, D), zero means identity.
+        eps: added to the variance.
+
+    Returns:
+        (B, N, D) in the dtype of ``x``; statistics are float32 whatever the dtype.
+    """
+    _check("adaln", x, shift=shift, scale=scale)
+    if x.dtype not in DTYPES or not runs_kernels(x):
+        return adaln_reference(x, shift, scale, eps)
+    return _adaln(x, shift, scale, eps)[0]
+
+
+def gated_residual_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Add a gated branch to the residual stream and modulate the sum; differentiable once.
+
+    Args:
+        x: (B, N, D) residual stream. Copied first if not contiguous.
+        branch: (B, N, D), what attention or feed-forward answered.
+        gate: (B, D), factor of the branch.
+        shift: (B, D), as in ``adaln``.
+        scale: (B, D), as in ``adaln``.
+        eps: added to the variance.
+
+    Returns:
+        (B, N, D) the sum and (B, N, D) its modulated norm, in the dtype of ``x``.
+    """
+    _check("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
+    if branch.shape != x.shape or branch.device != x.device:
+        raise ValueError(
+            f"gated_residual_adaln: branch must match x, {tuple(x.shape)} on {x.device}; got "
+            f"{tuple(branch.shape)} on {branch.device}."
+        )
+    if x.dtype not in DTYPES or branch.dtype not in DTYPES or not runs_kernels(x):
+        return gated_residual_adaln_reference(x, branch, gate, shift, scale, eps)
+    x_out, y, *_ = _gated_residual_adaln(x, branch, gate, shift, scale, eps)
+    return x_out, y
+
+
+def _check(caller: str, x: Tensor, **modulation: Tensor) -> None:
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(
+            f"{caller}: x must be (B, N, D) and floating; got {x.dtype} {tuple(x.shape)}."
+        )
+    batch, _, dim = x.shape
+    for name, tensor in modulation.items():
+        if tensor.shape != (batch, dim) or tensor.device != x.device:
+            raise ValueError(
+                f"{caller}: x is {tuple(x.shape)} on {x.device}, so {name} must be {(batch, dim)} "
+                f"there; got {tuple(tensor.shape)} on {tensor.device}."
+            )
+        if tensor.dtype != x.dtype and x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{caller}: {name} is {tensor.dtype} beside {x.dtype} tokens; cast it to that."
+            )
+    if dim > MAX_DIM:
+        raise ValueError(f"{caller}: D={dim} exceeds {MAX_DIM}; use {caller}_reference.")
+
+
+# Forward: one program per image and TOKENS tokens.
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
+    gate_stride, shift_stride, scale_stride, num_tokens, num_chunks, dim, eps,
+    HAS_BRANCH: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // num_chunks).to(tl.int64)
+    first = (tl.program_id(0) % num_chunks) * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < dim
+    shift = tl.load(shift_ptr + image * shift_stride + columns, mask=inside, other=0.0)
+    scale = tl.load(scale_ptr + image * scale_stride + columns, mask=inside, other=0.0)
+    shift, factor = shift.to(tl.float32), scale.to(tl.float32) + 1.0
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + image * gate_stride + columns, mask=inside, other=0.0)
+        gate = gate.to(tl.float32)
+
+    for i in range(TOKENS):
+        if first + i < num_tokens:
+            row = image * num_tokens + first + i
+            x = tl.load(x_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
+            if HAS_BRANCH:
+                branch = tl.load(branch_ptr + row * dim + columns, mask=inside, other=0.0)
+                x_out = rounded(x + gate * branch.to(tl.float32), x_out_ptr.dtype.element_ty)
+                tl.store(x_out_ptr + row * dim + columns, x_out, mask=inside)
+                x = x_out.to(tl.float32)  # as the backward will read it
+
+            mean = tl.sum(x, axis=0) / dim
+            centered = tl.where(inside, x - mean, 0.0)
+            rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / dim + eps)
+            store(y_ptr + row * dim + columns, centered * rstd * factor + shift, mask=inside)
+            tl.store(mean_ptr + row, mean)
+            tl.store(rstd_ptr + row, rstd)
+
+
+@custom_op("speed_kernels::adaln", mutates_args=())
+def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    _, y, mean, rstd = _launch_forward(x, None, None, shift, scale, eps)
+    return y, mean, rstd
+
+
+@_adaln.register_fake
+def _(x, shift, scale, eps):
+    statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+@custom_op("speed_kernels::gated_residual_adaln", mutates_args=())
+def _gated_residual_adaln(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _launch_forward(x, branch, gate, shift, scale, eps)
+
+
+@_gated_residual_adaln.register_fake
+def _(x, branch, gate, shift, scale, eps):
+    statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+
+
+def _launch_forward(
+    x: Tensor, branch: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, num_tokens, dim = x.shape
+    x, shift, scale = x.contiguous(), _dense_rows(shift), _dense_rows(scale)
+    has_branch = branch is not None
+    branch = x if branch is None else branch.contiguous()  # any pointer will do where none is read
+    gate = scale if gate is None else _dense_rows(gate)
+    y = torch.empty_like(x)
+    x_out = torch.empty_like(x) if has_branch else x
+    mean = torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
+    if x.numel():
+        num_chunks = -(-num_tokens // TOKENS_FORWARD)
+        block_d = triton.next_power_of_2(dim)
+        _forward_kernel[(batch * num_chunks,)](
+            x, branch, gate, shift, scale, x_out, y, mean, rstd,
+            gate.stride(0), shift.stride(0), scale.stride(0), num_tokens, num_chunks, dim, eps,
+            HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD, BLOCK_D=block_d,
+            num_warps=num_warps(block_d),
+        )  # fmt: skip
+    return x_out, y, mean, rstd
+
+
+# Backward: one program per image and TOKENS tokens, which it reduces to one partial sum; PyTorch
+# adds those, so that the result does not depend on scheduling.
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr, dx_out_ptr, x_out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, dbranch_ptr, partial_ptr,
+    gate_stride, scale_stride, num_tokens, num_chunks, dim,
+    HAS_BRANCH: tl.constexpr, HAS_DX_OUT: tl.constexpr, SUMS: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    image = (tl.program_id(0) // num_chunks).to(tl.int64)
+    first = (tl.program_id(0) % num_chunks) * TOKENS
+    columns = tl.arange(0, BLOCK_D)
+    inside = columns < dim
+    scale = tl.load(scale_ptr + image * scale_stride + columns, mask=inside, other=0.0)
+    factor = scale.to(tl.float32) + 1.0
+    dshift = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    dscale = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if HAS_BRANCH:
+        gate = tl.load(gate_ptr + image * gate_stride + columns, mask=inside, other=0.0)
+        gate = gate.to(tl.float32)
+        dgate = tl.zeros((BLOCK_D,), dtype=tl.float32)
+
+    for i in range(TOKENS):
+        if first + i < num_tokens:
+            row = image * num_tokens + first + i
+            dy = tl.load(dy_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_out_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + row)
+            rstd = tl.load(rstd_ptr + row)
+
+            x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
+            g = dy * factor
+            mean_g = tl.sum(g, axis=0) / dim
+            mean_gx = tl.sum(g * x_hat, axis=0) / dim
+            dx = rstd * (g - mean_g - x_hat * mean_gx)
+            if HAS_DX_OUT:
+                dx += tl.load(dx_out_ptr + row * dim + columns, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+            store(dx_ptr + row * dim + columns, dx, mask=inside)
+            dshift += dy
+            dscale += dy * x_hat
+            if HAS_BRANCH:
+                branch = tl.load(branch_ptr + row * dim + columns, mask=inside, other=0.0)
+                store(dbranch_ptr + row * dim + columns, gate * dx, mask=inside)
+                dgate += dx * branch.to(tl.float32)
+
+    sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * dim + columns
+    tl.store(sums_ptr, dshift, mask=inside)
+    tl.store(sums_ptr + dim, dscale, mask=inside)
+    if HAS_BRANCH:
+        tl.store(sums_ptr + 2 * dim, dgate, mask=inside)
+
+
+@custom_op("speed_kernels::adaln_backward", mutates_args=())
+def _adaln_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, _, sums = _launch_backward(dy, None, x, None, None, scale, mean, rstd)
+    return dx, sums[:, 0].to(scale.dtype, copy=True), sums[:, 1].to(scale.dtype, copy=True)
+
+
+@_adaln_backward.register_fake
+def _(dy, x, scale, mean, rstd):
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+@custom_op("speed_kernels::gated_residual_adaln_backward", mutates_args=())
+def _gated_residual_adaln_backward(
+    dy: Tensor, dx_out: Tensor | None, x_out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor,
+    mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dbranch, sums = _launch_backward(dy, dx_out, x_out, branch, gate, scale, mean, rstd)
+    dshift, dscale = (sums[:, i].to(scale.dtype, copy=True) for i in range(2))
+    return dx, dbranch, sums[:, 2].to(gate.dtype, copy=True), dshift, dscale
+
+
+@_gated_residual_adaln_backward.register_fake
+def _(dy, dx_out, x_out, branch, gate, scale, mean, rstd):
+    return (
+        x_out.new_empty(x_out.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape),
+        scale.new_empty(scale.shape), scale.new_empty(scale.shape),
+    )  # fmt: skip
+
+
+def _launch_backward(
+    dy: Tensor, dx_out: Tensor | None, x_out: Tensor, branch: Tensor | None, gate: Tensor | None,
+    scale: Tensor, mean: Tensor, rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dbranch (dx itself without a branch) and (B, 2 or 3, D) the sums over tokens."""
+    batch, num_tokens, dim = x_out.shape
+    dy, x_out, scale = dy.contiguous(), x_out.contiguous(), _dense_rows(scale)
+    has_branch, has_dx_out = branch is not None, dx_out is not None
+    dx_out = dy if dx_out is None else dx_out.contiguous()
+    branch = dy if branch is None else branch.contiguous()
+    gate = scale if gate is None else _dense_rows(gate)
+    num_chunks = -(-num_tokens // TOKENS_BACKWARD)
+    num_sums = 3 if has_branch else 2
+    dx = torch.empty_like(x_out)
+    dbranch = torch.empty_like(branch) if has_branch else dx
+    partial = torch.empty(
+        (batch, num_chunks, num_sums, dim), dtype=torch.float32, device=x_out.device
+    )
+    if x_out.numel():
+        block_d = triton.next_power_of_2(dim)
+        _backward_kernel[(batch * num_chunks,)](
+            dy, dx_out, x_out, branch, gate, scale, mean, rstd, dx, dbranch, partial,
+            gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
+            HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
+            TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
+        )  # fmt: skip
+    return dx, dbranch, partial.sum(dim=1)
+
+
+def num_warps(block_d: int) -> int:
+    """About 8 elements per thread."""
+    return min(max(block_d // 256, 1), 16)
+
+
+def _dense_rows(modulation: Tensor) -> Tensor:
+    return modulation if modulation.stride(-1) == 1 else modulation.contiguous()
+
+
+# Autograd.
+
+
+def _setup_adaln(ctx, inputs, output):
+    x, _, scale, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, scale, mean, rstd)
+
+
+@once_differentiable
+def _backward_of_adaln(ctx, dy, _dmean, _drstd):
+    dx, dshift, dscale = _adaln_backward(dy, *ctx.saved_tensors)
+    return dx, dshift, dscale, None
+
+
+def _setup_gated(ctx, inputs, output):
+    _, branch, gate, _, scale, _ = inputs
+    x_out, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # the last block's sum has no other use
+    ctx.save_for_backward(x_out, branch, gate, scale, mean, rstd)
+
+
+@once_differentiable
+def _backward_of_gated(ctx, dx_out, dy, _dmean, _drstd):
+    x_out, *rest = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x_out)
+    dx, dbranch, dgate, dshift, dscale = _gated_residual_adaln_backward(dy, dx_out, x_out, *rest)
+    return dx, dbranch, dgate, dshift, dscale, None
+
+
+_adaln.register_autograd(_backward_of_adaln, setup_context=_setup_adaln)
+_gated_residual_adaln.register_autograd(_backward_of_gated, setup_context=_setup_gated)

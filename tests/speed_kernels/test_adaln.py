@@ -1,0 +1,147 @@
+"""adaLN and the gated residual sum before it, against float64."""
+
+import pytest
+import torch
+
+from speed_kernels.adaln import (
+    _adaln,
+    _gated_residual_adaln,
+    adaln,
+    adaln_reference,
+    gated_residual_adaln,
+    gated_residual_adaln_reference,
+)
+
+# Tokens no multiple of a chunk, D no power of two; small ones make the yardstick a matter of luck.
+SHAPES = [(4, 3, 72), (2, 17, 100), (1, 18, 384)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw(shape, dtype, device):
+    """x, branch, gate, shift, scale, dx_out, dy."""
+    batch, _, dim = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = [shape, shape, *[(batch, dim)] * 3, shape, shape]
+    return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+
+
+def run_adaln(operator, tensors, dtype):
+    x, _, _, shift, scale, _, dy = (tensor.to(dtype) for tensor in tensors)
+    leaves = [tensor.requires_grad_() for tensor in (x, shift, scale)]
+    y = operator(*leaves)
+    values = [y, *torch.autograd.grad(y, leaves, dy)]
+    return dict(zip(["y", "dx", "dshift", "dscale"], values, strict=True))
+
+
+def run_gated(operator, tensors, dtype):
+    *leaves, dx_out, dy = (tensor.to(dtype) for tensor in tensors)
+    leaves = [tensor.requires_grad_() for tensor in leaves]
+    outputs = operator(*leaves)
+    gradients = torch.autograd.grad(outputs, leaves, (dx_out, dy))
+    names = ["x_out", "y", "dx", "dbranch", "dgate", "dshift", "dscale"]
+    return dict(zip(names, [*outputs, *gradients], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-D{}".format(*s))
+@pytest.mark.parametrize(
+    "run, operator, reference",
+    [
+        (run_adaln, adaln, adaln_reference),
+        (run_gated, gated_residual_adaln, gated_residual_adaln_reference),
+    ],
+    ids=["adaln", "gated"],
+)
+def test_matches_float64_as_well_as_eager_does(
+    run, operator, reference, shape, dtype, device, assert_accurate
+):
+    tensors = draw(shape, dtype, device)
+    truth = run(reference, tensors, torch.float64)
+    eager, fused = run(reference, tensors, dtype), run(operator, tensors, dtype)
+    for name in truth:
+        assert fused[name].dtype == dtype
+        assert_accurate(name, fused[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_normalised_is_the_sum_that_is_returned(dtype, device):
+    x, branch, gate, shift, scale, *_ = draw((2, 5, 72), dtype, device)
+    x_out, y = gated_residual_adaln(x, branch, gate, shift, scale)
+    assert torch.equal(y, adaln(x_out, shift, scale))
+
+
+def test_a_bfloat16_branch_joins_a_float32_stream(device, assert_accurate):
+    x, branch, gate, shift, scale, *_ = draw((1, 5, 48), torch.bfloat16, device)
+    outputs = gated_residual_adaln(x.float(), branch, gate, shift, scale)
+    eager, truth = (
+        gated_residual_adaln_reference(
+            x.to(dtype), branch.to(dtype), gate.to(dtype), shift.to(dtype), scale.to(dtype)
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    for name, *values in zip(["x_out", "y"], outputs, eager, truth, strict=True):
+        assert values[0].dtype == torch.float32
+        assert_accurate(name, *values)
+
+
+def test_modulation_is_read_in_place_from_its_chunks(device):
+    x, branch, *_ = draw((2, 3, 32), torch.float32, device)
+    modulation = torch.randn(2, 6 * 32, device=device)
+    gate, shift, scale, *_ = modulation.chunk(6, dim=1)
+    assert not gate.is_contiguous()
+    outputs = gated_residual_adaln(x.mT.contiguous().mT, branch, gate, shift, scale)
+    expected = gated_residual_adaln(
+        x, branch, gate.contiguous(), shift.contiguous(), scale.contiguous()
+    )
+    assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
+
+
+def test_a_gradient_from_one_output_alone_is_enough(device):
+    x, branch, gate, shift, scale, *_ = draw((1, 3, 16), torch.float32, device)
+    x.requires_grad_()
+    for output in range(2):
+        gradients = [
+            torch.autograd.grad(f(x, branch, gate, shift, scale)[output].square().sum(), x)[0]
+            for f in (gated_residual_adaln, gated_residual_adaln_reference)
+        ]
+        torch.testing.assert_close(*gradients)
+
+
+def test_float64_passes_gradcheck():
+    x, branch, gate, shift, scale, *_ = draw((1, 2, 8), torch.float64, "cpu")
+    leaves = [tensor.requires_grad_() for tensor in (x, branch, gate, shift, scale)]
+    assert torch.autograd.gradcheck(gated_residual_adaln, leaves)
+
+
+def test_the_operators_are_registered_soundly(device):
+    x, branch, gate, shift, scale, *_ = (
+        tensor.requires_grad_() for tensor in draw((1, 2, 16), torch.float32, device)
+    )
+    torch.library.opcheck(_adaln, (x, shift, scale, 1e-6))
+    torch.library.opcheck(_gated_residual_adaln, (x, branch, gate, shift, scale, 1e-6))
+
+
+def test_compiles_without_graph_breaks(device):
+    tensors = draw((1, 3, 32), torch.float32, device)
+    compiled = torch.compile(gated_residual_adaln, fullgraph=True, backend="aot_eager")
+    plain, traced = (run_gated(f, tensors, torch.float32) for f in (gated_residual_adaln, compiled))
+    assert all(torch.equal(plain[name], traced[name]) for name in plain)
+
+
+def test_an_empty_batch_is_fine(device):
+    figures = run_gated(
+        gated_residual_adaln, draw((0, 3, 16), torch.float32, device), torch.float32
+    )
+    assert figures["dgate"].shape == (0, 16) and figures["dx"].shape == (0, 3, 16)
+
+
+def test_what_cannot_be_launched_is_named():
+    x, row = torch.zeros(2, 5, 16), torch.zeros(2, 16)
+    with pytest.raises(ValueError, match=r"scale must be \(2, 16\) there; got \(16,\)"):
+        adaln(x, row, row[0])
+    with pytest.raises(ValueError, match=r"branch must match x, \(2, 5, 16\)"):
+        gated_residual_adaln(x, x[:1], row, row, row)
+    with pytest.raises(ValueError, match="shift is torch.float32 beside torch.bfloat16 tokens"):
+        adaln(x.bfloat16(), row, row)
+    with pytest.raises(ValueError, match="D=20000 exceeds 16384; use adaln_reference"):
+        adaln(torch.zeros(1, 1, 20000), torch.zeros(1, 20000), torch.zeros(1, 20000))

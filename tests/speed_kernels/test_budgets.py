@@ -1,0 +1,86 @@
+"""What every kernel may cost, read from its machine code: no GPU is needed to compile for one.
+
+Kernels that draw noise must also hold no fused multiply-add, which would change its bits.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = (80, 90, 100)
+BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones, for scalars
+    "random_bits": (32, 4, 2),
+    "normal": (40, 2, 2),
+    "noised_input": (40, 3, 4),
+    "noised_input bf16": (40, 2, 4),
+    "squared_error": (48, 4, 5),
+    "squared_error fp32": (48, 6, 5),
+    "adaln": (48, 4, 2),
+    "gated_residual_adaln": (64, 7, 2),
+    "adaln_backward": (80, 8, 2),
+    "gated_residual_adaln_backward": (104, 14, 2),
+    # The narrow ones are the last, partial tile of a tensor and the table of addresses.
+    "adamw_ema 1 horizon": (72, 18, 94),
+    "adamw_ema 2 horizons": (72, 22, 114),
+}
+EXACT = ("random_bits", "normal", "noised_input", "squared_error")
+
+# Cases that must break a budget, and whether the noise kernel depends on contraction.
+FAULTS = """
+import json
+from cubins import CASES, compile_case, machine_code, report
+
+normal, error = CASES["normal"], CASES["squared_error"]
+out, seed, ids, _, *rest = normal.arguments
+print(json.dumps({
+    "unaligned rows": report(compile_case(normal._replace(
+        arguments=(out, seed, ids, "i32", *rest)), 90))._asdict(),
+    "few registers": report(compile_case(error, 90, maxnreg=24))._asdict(),
+    "same code without fusion": machine_code(compile_case(error, 90))
+        == machine_code(compile_case(error, 90, enable_fp_fusion=False)),
+}))
+"""
+
+
+def run(*command: str):
+    """Output of a Python process that compiles: this one may have Triton's interpreter on."""
+    paths = [str(ROOT / folder) for folder in (".", "kernels", "benchmarks")]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return run(str(ROOT / "benchmarks" / "cubins.py"), "--json")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_kernel_stays_within_its_budget(name, architecture, reports):
+    report = reports[f"{name}, sm_{architecture}"]
+    registers, wide, narrow = BUDGETS[name]
+    assert report["spills"] == 0 and report["stack"] == 0, report
+    assert report["registers"] <= registers, report
+    assert report["wide"] >= wide and report["narrow"] <= narrow, report
+    if name.startswith(EXACT):
+        assert report["fma"] == 0, report
+
+
+def test_every_compiled_kernel_has_a_budget(reports):
+    assert set(reports) == {f"{name}, sm_{sm}" for name in BUDGETS for sm in ARCHITECTURES}
+
+
+def test_the_gauges_see_faults():
+    figures = run("-c", FAULTS)
+    assert figures["unaligned rows"]["narrow"] > BUDGETS["normal"][2]
+    assert figures["few registers"]["spills"] > 0
+    assert figures["same code without fusion"]

@@ -41,21 +41,23 @@ DRAW = (INT64, INT64)  # seed, ids
 
 
 def adaln_forward(has_branch: bool) -> Case:
-    """At the width of DiT-XL, 1152, in bfloat16."""
+    """At the width of DiT-XL, in bfloat16."""
+    block_d = triton.next_power_of_2(1152)
     pointers, strides = (*[BF16] * 7, FP32, FP32), (MULTIPLE,) * 3
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, "fp32")  # tokens, chunks, dim, eps
-    constants = (has_branch, adaln.TOKENS_FORWARD, BLOCK_XL)
+    constants = (has_branch, adaln.TOKENS_FORWARD, block_d)
     return Case(
-        adaln._forward_kernel, (*pointers, *strides, *sizes, *constants), adaln.num_warps(BLOCK_XL)
+        adaln._forward_kernel, (*pointers, *strides, *sizes, *constants), adaln.num_warps(block_d)
     )
 
 
-def adaln_backward(has_branch: bool) -> Case:
-    """At the width of DiT-XL, 1152, in bfloat16."""
-    pointers = (*[BF16] * 6, FP32, FP32, BF16, BF16, FP32)
+def adaln_backward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case:
+    """At the width of DiT-XL and in bfloat16, unless said otherwise."""
+    block_d = triton.next_power_of_2(dim)
+    pointers = (*[dtype] * 6, FP32, FP32, dtype, dtype, FP32)
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
-    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, BLOCK_XL)
-    return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(BLOCK_XL))
+    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, block_d)
+    return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
 def adamw(horizons: int) -> Case:
@@ -65,7 +67,6 @@ def adamw(horizons: int) -> Case:
     return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
 
 
-BLOCK_XL = triton.next_power_of_2(1152)
 CASES = {
     "random_bits": Case(
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
@@ -93,6 +94,7 @@ CASES = {
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(has_branch=False),
     "gated_residual_adaln_backward": adaln_backward(has_branch=True),
+    "gated_residual_adaln_backward widest": adaln_backward(True, FP32, adaln.MAX_DIM),
 }
 
 

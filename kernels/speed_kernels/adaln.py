@@ -22,7 +22,7 @@ from torch.library import custom_op
 
 from speed_kernels.language import rounded, runs_kernels, store, tl, triton
 
-MAX_DIM = 16384  # a program holds a whole token in registers
+MAX_DIM = 4096  # a program holds a whole token in registers, which spill beyond
 # Tokens of one image that a program walks through, so that it loads the modulation once and writes
 # one partial sum. Not tuned on a GPU.
 TOKENS_FORWARD, TOKENS_BACKWARD = 4, 16
@@ -187,12 +187,13 @@ def _launch_forward(
     if x.numel():
         num_chunks = -(-num_tokens // TOKENS_FORWARD)
         block_d = triton.next_power_of_2(dim)
-        _forward_kernel[(batch * num_chunks,)](
-            x, branch, gate, shift, scale, x_out, y, mean, rstd,
-            gate.stride(0), shift.stride(0), scale.stride(0), num_tokens, num_chunks, dim, eps,
-            HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD, BLOCK_D=block_d,
-            num_warps=num_warps(block_d),
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            _forward_kernel[(batch * num_chunks,)](
+                x, branch, gate, shift, scale, x_out, y, mean, rstd,
+                gate.stride(0), shift.stride(0), scale.stride(0), num_tokens, num_chunks, dim, eps,
+                HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD, BLOCK_D=block_d,
+                num_warps=num_warps(block_d),
+            )  # fmt: skip
     return x_out, y, mean, rstd
 
 
@@ -304,12 +305,13 @@ def _launch_backward(
     )
     if x_out.numel():
         block_d = triton.next_power_of_2(dim)
-        _backward_kernel[(batch * num_chunks,)](
-            dy, dx_out, x_out, branch, gate, scale, mean, rstd, dx, dbranch, partial,
-            gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
-            HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
-            TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
-        )  # fmt: skip
+        with torch.cuda.device_of(x_out):
+            _backward_kernel[(batch * num_chunks,)](
+                dy, dx_out, x_out, branch, gate, scale, mean, rstd, dx, dbranch, partial,
+                gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
+                HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
+                TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
+            )  # fmt: skip
     return dx, dbranch, partial.sum(dim=1)
 
 

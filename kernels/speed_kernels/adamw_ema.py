@@ -255,11 +255,12 @@ def _adamw_ema(
     aligned = all(address % _ALIGNMENT == 0 for address in table)
     sizes, tensors, tiles = _tiles(tuple(p.numel() for p in parameters), device)
     if len(tiles):
-        _adamw_ema_kernel[(len(tiles),)](
-            _constants(table, torch.int64, device), sizes, tensors, tiles, factors,
-            1 - beta1, beta2, 1 - beta2, eps, 1 - learning_rate * weight_decay,
-            HORIZONS=horizons, ALIGNMENT=_ALIGNMENT if aligned else 4, BLOCK=BLOCK, num_warps=8,
-        )  # fmt: skip
+        with torch.cuda.device_of(step):
+            _adamw_ema_kernel[(len(tiles),)](
+                _constants(table, torch.int64, device), sizes, tensors, tiles, factors,
+                1 - beta1, beta2, 1 - beta2, eps, 1 - learning_rate * weight_decay,
+                HORIZONS=horizons, ALIGNMENT=_ALIGNMENT if aligned else 4, BLOCK=BLOCK, num_warps=8,
+            )  # fmt: skip
 
 
 @_adamw_ema.register_fake

@@ -104,9 +104,10 @@ def _noised_input(
     if x0.numel():
         num_elements = x0.shape[1:].numel()
         num_chunks = -(-num_elements // BLOCK)
-        _noised_input_kernel[(len(x0) * num_chunks,)](
-            x0, coefficients, seed, ids, x_in, num_elements, num_chunks, BLOCK=BLOCK
-        )
+        with torch.cuda.device_of(x0):
+            _noised_input_kernel[(len(x0) * num_chunks,)](
+                x0, coefficients, seed, ids, x_in, num_elements, num_chunks, BLOCK=BLOCK
+            )
     return x_in
 
 

@@ -375,9 +375,10 @@ def _launch(kernel, dtype: torch.dtype, seed: Tensor, ids: Tensor, size: int, st
     out = torch.empty((len(ids), size), dtype=dtype, device=ids.device)
     num_chunks = -(-size // BLOCK)
     if out.numel():
-        kernel[(len(ids) * num_chunks,)](
-            out, seed, ids.contiguous(), size, num_chunks, STREAM=stream, BLOCK=BLOCK
-        )
+        with torch.cuda.device_of(out):  # Triton launches on the current device
+            kernel[(len(ids) * num_chunks,)](
+                out, seed, ids.contiguous(), size, num_chunks, STREAM=stream, BLOCK=BLOCK
+            )
     return out
 
 

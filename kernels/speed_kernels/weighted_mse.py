@@ -112,11 +112,12 @@ def _squared_error(
     difference = torch.empty_like(prediction)
     partial = torch.empty((len(x0), num_chunks), dtype=torch.float32, device=x0.device)
     if partial.numel():
-        _squared_error_kernel[(partial.numel(),)](
-            prediction, x0, coefficients, seed, ids, difference, partial,
-            num_elements, num_chunks,
-            BLOCK=BLOCK,
-        )  # fmt: skip
+        with torch.cuda.device_of(x0):
+            _squared_error_kernel[(partial.numel(),)](
+                prediction, x0, coefficients, seed, ids, difference, partial,
+                num_elements, num_chunks,
+                BLOCK=BLOCK,
+            )  # fmt: skip
     return partial.sum(dim=1) / num_elements, difference
 
 

@@ -24,6 +24,7 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     "gated_residual_adaln": (64, 7, 2),
     "adaln_backward": (80, 8, 2),
     "gated_residual_adaln_backward": (104, 14, 2),
+    "gated_residual_adaln_backward widest": (128, 22, 2),
     # The narrow ones are the last, partial tile of a tensor and the table of addresses.
     "adamw_ema 1 horizon": (72, 18, 94),
     "adamw_ema 2 horizons": (72, 22, 114),

@@ -15,6 +15,10 @@ from speed_kernels.philox import (
     BLOCK,
     SPECIFICATION,
     Stream,
+    _cos_sin,
+    _cos_sin_reference,
+    _minus_2_log,
+    _minus_2_log_reference,
     _rounds_numpy,
     _rounds_reference,
     normal,
@@ -92,6 +96,26 @@ def test_every_path_gives_the_committed_bits(path, device):
         assert [f"{word & ONES:08x}" for word in bits] == case["normals"]
 
 
+@triton.jit
+def box_muller_kernel(radius_ptr, cos_ptr, sin_ptr, words_ptr, SIZE: tl.constexpr):
+    lanes = tl.arange(0, SIZE)
+    words = tl.load(words_ptr + lanes).to(tl.uint32)
+    cos, sin = _cos_sin(words)
+    tl.store(cos_ptr + lanes, cos)
+    tl.store(sin_ptr + lanes, sin)
+    tl.store(radius_ptr + lanes, tl.sqrt_rn(_minus_2_log(words)))
+
+
+def test_words_at_the_ends_of_a_quadrant_keep_every_bit_and_the_sign_of_zero(device):
+    near = [word + step for word in range(0, 2**32, 2**29) for step in (-1, 0, 1, 2)]
+    words = torch.tensor([word % 2**32 for word in near])
+    actual = [torch.empty(len(words), device=device) for _ in range(3)]
+    box_muller_kernel[(1,)](*actual, words.to(device), SIZE=len(words))
+    radius = _minus_2_log_reference(words).double().sqrt().float()
+    for ours, expected in zip(actual, (radius, *_cos_sin_reference(words)), strict=True):
+        assert torch.equal(ours.cpu().view(torch.int32), expected.view(torch.int32))
+
+
 @settings(max_examples=15)
 @given(
     seed=INT64 | st.sampled_from([-1, 0, 2**63 - 1]),
@@ -119,10 +143,10 @@ def chunk_kernel(out_ptr, program, num_elements, num_chunks, BLOCK: tl.constexpr
 
 def test_offsets_pass_two_to_the_31(device):
     out = torch.empty(3, dtype=torch.int64, device=device)
-    num_elements, num_chunks = 3 * 2**30, 3 * 2**20
-    program = 700 * num_chunks - 1
+    num_elements, num_chunks = 2**24, 2**14  # each fits into 32 bits, the offset does not
+    program = 600 * num_chunks - 1
     chunk_kernel[(1,)](out, program, num_elements, num_chunks, BLOCK=1024)
-    assert out.tolist() == [699, num_elements - 1024, 700 * num_elements - 1024]
+    assert out.tolist() == [599, num_elements - 1024, 600 * num_elements - 1024]
 
 
 @pytest.mark.parametrize("path", PATHS)

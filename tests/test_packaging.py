@@ -28,9 +28,10 @@ def test_the_import_names_resolve_into_this_repository():
     assert Path(speed_kernels.__file__).parent == ROOT / "kernels" / "speed_kernels"
 
 
-def test_importing_the_package_costs_nothing_heavy():
+@pytest.mark.parametrize("module", ["speed_engine", "speed_engine.cli"])
+def test_importing_the_package_or_its_command_costs_nothing_heavy(module):
     code = (
-        "import sys; before = set(sys.modules); import speed_engine; "
+        f"import sys; before = set(sys.modules); import {module}; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "print(sorted(new & {'torch', 'triton', 'webdataset', 'torch_fidelity', 'tensorboard'}))"
     )

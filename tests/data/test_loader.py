@@ -203,6 +203,8 @@ def test_close_ends_the_workers_promptly(reader):
         next(loader)
 
 
+# DataLoader reports the death from a signal handler, which can strike inside a destructor.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_death_of_a_worker_is_an_error(reader):
     loader = Loader(reader, SHAPE, 8, 5, workers=2)
     next(loader)

@@ -270,7 +270,7 @@ def _doctor(arguments: list[str], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("python", facts["python"], packages)
     table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
-    for name, (value, reason) in environment.choices(TrainConfig()).items():
+    for name, (value, reason) in environment.choices(PRESETS["digits"][1]).items():
         table.add_row(name, f"[bold]{value}[/bold]", reason)
     table.add_row("cache", "", str(cache_folder()))
     console.print(table, highlight=False)

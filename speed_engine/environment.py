@@ -62,7 +62,7 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
         return Choice(wanted, "asked for")
     if device == "cuda":
         return Choice("on", "the step is then a few large kernels")
-    measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps, this run has {steps:,}"
+    measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
 
 
@@ -84,9 +84,7 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": _attention(cuda),
         "kernels": choose_kernels(device.value),
-        "data workers": Choice(
-            str(config.data.workers), f"processes that read ahead, of {os.cpu_count()} cores"
-        ),
+        "data workers": _workers(config.data.workers),
     }
 
 
@@ -110,6 +108,12 @@ def describe(command: list[str]) -> dict[str, Any]:
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "git_commit": _git_commit(),
     }
+
+
+def _workers(count: int) -> Choice:
+    if count == 0:
+        return Choice("0", "the training process reads by itself, enough for small images")
+    return Choice(str(count), f"processes that read ahead, of {os.cpu_count()} cores")
 
 
 def _attention(cuda: bool) -> Choice:

@@ -4,10 +4,9 @@ from speed_engine.config import EvaluationConfig, OptimizerConfig, TrainConfig
 
 # name: (one line of help, configuration)
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    # 329 k parameters; under 3 minutes on two CPU cores; FID 0.43 in classifier features, where two
-    # halves of the data differ by 0.40.
+    # 329 k parameters; FID 0.41 in classifier features, where two halves of the data differ by 0.40.
     "digits": (
-        "UCI digits, 8 x 8, ten classes: under 3 minutes on two CPU cores",
+        "UCI digits, 8 x 8, ten classes: about two minutes on two CPU cores",
         TrainConfig(
             steps=2500,
             log_every=100,

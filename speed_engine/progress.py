@@ -1,7 +1,6 @@
 """What a person sees while a run trains: one live line in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
 from typing import Self
 
 from rich.console import Console
@@ -18,7 +17,7 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
-        self._console, self._total, self._first = console, total_steps, first_step
+        self._total, self._first = total_steps, first_step
         self._live = console.is_terminal
         self._begun = time.monotonic()
         self._bar = Progress(
@@ -55,11 +54,6 @@ class TrainingProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-
-
-def describe(figures: Mapping[str, float]) -> str:
-    """``name value`` pairs on one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 def _clock(seconds: float) -> str:

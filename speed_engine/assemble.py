@@ -22,6 +22,7 @@ from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.models.dit import DiT
+from speed_engine.models.pretrained import require_shapes
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -62,8 +63,12 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
     return Objective(process, config.seed, null_label, dropout)
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The configured model, initialised from the run's seed, on the CPU."""
+def build_model(config: TrainConfig, attention: str = "sdpa") -> DiT:
+    """The configured model, initialised from the run's seed, on the CPU.
+
+    Attention is not taken from the configuration, since what trained a model need not be there
+    where it is used.
+    """
     channels, height, width = config.data.image_shape
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
@@ -77,6 +82,10 @@ def build_model(config: TrainConfig) -> nn.Module:
             num_classes=config.data.num_classes,
             mlp_ratio=config.model.mlp_ratio,
             learn_sigma=config.model.learn_sigma,
+            variant=config.model.variant,
+            attention=attention,
+            frequency_shift=config.model.frequency_shift,
+            checkpointing=config.model.checkpointing,
         )
 
 
@@ -122,7 +131,7 @@ def read_config(run: Path) -> TrainConfig:
     return from_json(path.read_text())
 
 
-def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[DiT, int]:
     """(averaged model, its step) from a run's newest complete checkpoint.
 
     Raises:
@@ -154,16 +163,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
         ValueError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-    if ours != theirs:
-        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
-        reshaped = [
-            f"{name} is {theirs[name]} there and {ours[name]} here"
-            for name in ours.keys() & theirs
-            if ours[name] != theirs[name]
-        ]
-        raise ValueError(
-            f"{source} is a checkpoint of another model: "
-            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
-        )
+    require_shapes(ours, tensors, source)
     model.load_state_dict(tensors)

@@ -88,11 +88,21 @@ class ModelConfig:
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    variant: Literal["original", "modern"] = "original"
+    """modern has QK-norm, rotary positions and SwiGLU in its blocks."""
+    frequency_shift: float = 0
+    """Of the sinusoidal features of t: 0 as in DiT, 1 for weights of diffusers."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """What computes attention: PyTorch, or xFormers where its operators load; auto is PyTorch."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"):
             value = getattr(self, name)
             _check(f"model.{name}", value, value > 0, "must be positive")
+        dial = self.checkpointing
+        _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +209,11 @@ class TrainConfig:
     """Share of labels hidden in training, so that guidance is possible; in [0, 1]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model; auto compiles where that was measured to pay."""
+    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
+    as for one; auto compiles where that was measured to pay."""
+    init_from: Path | None = None
+    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, or an export."""
     log_every: int = 50
     """Optimizer steps between records; the only points where the device is waited for."""
     checkpoint_every: int = 500

@@ -213,7 +213,7 @@ class TrainConfig:
     """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
     as for one; auto compiles where that was measured to pay."""
     init_from: Path | None = None
-    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, or an export."""
+    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50
     """Optimizer steps between records; the only points where the device is waited for."""
     checkpoint_every: int = 500

@@ -263,12 +263,12 @@ def _require_shift(
 def _diffusers_config(module: nn.Module) -> dict[str, Any]:
     model = _require_dit(module)
     rows, columns = model.grid
-    embedding, hidden_dim = model.x_embedder.proj, model.blocks[0].mlp.fc1.out_features
+    embedding = model.x_embedder.proj
     dim = embedding.out_channels
-    if rows != columns or hidden_dim != 4 * dim:
+    if rows != columns or model.mlp_ratio != 4:
         raise ValueError(
             f"diffusers' DiTTransformer2DModel has square inputs and an mlp_ratio of 4; this model "
-            f"has {rows} x {columns} patches and {hidden_dim / dim:g}."
+            f"has {rows} x {columns} patches and {model.mlp_ratio:g}."
         )
     return {
         "_class_name": "DiTTransformer2DModel",

@@ -197,10 +197,14 @@ class DiT(nn.Module):
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(labels)
-        rotation = (self.rotary_cos, self.rotary_sin) if self.rotates else ()
+        rotation = self.rotation()
         for block in self.blocks:
             tokens = block(tokens, condition, *rotation)
         return self._unpatchify(self.final_layer(tokens, condition))
+
+    def rotation(self) -> tuple[Tensor, ...]:
+        """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""
+        return (self.rotary_cos, self.rotary_sin) if self.rotates else ()
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""

@@ -72,10 +72,20 @@ class MethodOptions:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A diffusion transformer (DiT)."""
+def _check_positive(config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(f"model.{name}", value, value > 0, "must be positive")
 
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """A diffusion transformer (DiT); told a text, it attends to its tokens in every block."""
+
+    family: tyro.conf.Suppress[Literal["dit"]] = "dit"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, DiT-S/2 to DiT-XL/8, in place of the next four."""
     patch_size: int = 2
     """Pixels per token, along each side; divides height and width."""
     dim: int = 64
@@ -90,9 +100,10 @@ class ModelConfig:
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"):
-            value = getattr(self, name)
-            _check(f"model.{name}", value, value > 0, "must be positive")
+        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+
+
+ModelConfig = DiTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +112,19 @@ class DataConfig:
 
     source: str = "digits"
     """An embedded data set (digits) or the path of a folder of shards (.tar)."""
-    members: tuple[str, str] = ("npy", "cls")
-    """Extensions of a sample's image (npy, png, jpg, jpeg, webp) and of its label (cls)."""
+    members: tuple[str, ...] = ("npy", "cls")
+    """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
+    it: cls, tokens.npy, low.npy (low.png, ...)."""
     image_shape: tuple[int, int, int] = (1, 8, 8)
-    """Channels, height, width."""
+    """Channels, height, width of what the model draws."""
+    latents: bool = False
+    """Whether images are an autoencoder's latents: unbounded, and no picture without its decoder."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
+    token_shape: tuple[int, int] = (77, 768)
+    """Tokens of a text and their width."""
+    low_shape: tuple[int, int, int] = (3, 64, 64)
+    """Channels, height, width of the low-resolution image."""
     workers: int = 0
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
@@ -162,8 +180,9 @@ class EvaluationConfig:
     """Model evaluations per image (DDIM), at most the number of timesteps."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
-    features: Literal["classifier", "inception"] = "classifier"
-    """What FID compares: a classifier trained on these data, or the standard Inception network."""
+    features: Literal["classifier", "inception", "none"] = "classifier"
+    """What FID compares: a classifier trained on these data, the standard Inception network, or
+    nothing: images are drawn only."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
 
@@ -197,6 +216,8 @@ class TrainConfig:
     """What the model predicts: epsilon, x0, v, velocity, F; by default as the baseline does."""
     condition_dropout: float = 0.1
     """Share of labels or texts hidden in training, so that guidance is possible; in [0, 1]."""
+    low_resolution_noise: float = 0.5
+    """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -210,7 +231,7 @@ class TrainConfig:
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
         default_factory=MethodOptions
     )
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=DiTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -225,6 +246,12 @@ class TrainConfig:
             self.condition_dropout,
             0 <= self.condition_dropout <= 1,
             "is a share in [0, 1]",
+        )
+        _check(
+            "low_resolution_noise",
+            self.low_resolution_noise,
+            0 <= self.low_resolution_noise <= 1,
+            "is a level in [0, 1]",
         )
         _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
         _check(

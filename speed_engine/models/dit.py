@@ -65,16 +65,18 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional transformer on patches of an image or latent.
+    """Transformer on patches of an image or latent, told a class or nothing.
 
     Args:
         input_size: (H, W); each a multiple of the patch size.
-        channels: C.
+        channels: C, of the answer.
         patch_size: P.
         dim: width D, a multiple of 4 (two axes, sine and cosine).
         depth: number of blocks.
         num_heads: attention heads; divides D.
-        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
+        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label". None takes no
+            labels.
+        in_channels: of the input; by default C.
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
 
@@ -93,7 +95,8 @@ class DiT(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        num_classes: int,
+        num_classes: int | None,
+        in_channels: int | None = None,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
     ) -> None:
@@ -108,18 +111,20 @@ class DiT(nn.Module):
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes = num_classes
-        self.x_embedder = PatchEmbedding(patch_size, channels, dim)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim)
-        self.y_embedder = LabelEmbedding(num_classes, dim)
+        self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
         self.register_buffer("pos_embed", position_grid(*self.grid, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
         self._initialise()
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
+        condition = self.t_embedder(t)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)
         for block in self.blocks:
             tokens = block(tokens, condition)
         return self._unpatchify(self.final_layer(tokens, condition))
@@ -146,4 +151,5 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
         if patches.bias is not None:
             nn.init.zeros_(patches.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        if self.y_embedder is not None:
+            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 
-def _check(name: str, value: float, valid: bool, need: str) -> None:
+def _check(name: str, value: object, valid: bool, need: str) -> None:
     if not valid:
         raise ValueError(f"{name}={value}: {need}.")
 
@@ -103,7 +103,42 @@ class DiTConfig:
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
 
 
-ModelConfig = DiTConfig
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The U-Net of ADM and latent diffusion; told a text, its attention takes in the tokens."""
+
+    family: tyro.conf.Suppress[Literal["unet"]] = "unet"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, such as speed or adm-64, in place of the next eight."""
+    model_channels: int = 32
+    """Channels at multiplier 1; a multiple of 32."""
+    channel_mult: tuple[float, ...] = (1, 2)
+    """Multiplier of every level, finest first; each level halves height and width."""
+    num_res_blocks: int = 1
+    """Residual blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (2,)
+    """Downsampling rates, powers of two, at which there is attention."""
+    num_heads: int = 1
+    """Attention heads; not used where num_head_channels is given."""
+    num_head_channels: int | None = None
+    """Channels of a head."""
+    scale_shift_norm: bool = False
+    """The timestep scales and shifts inside the norm, rather than being added before it."""
+    resblock_updown: bool = False
+    """Residual blocks change the resolution, rather than convolutions."""
+    dropout: float = 0.0
+    """Probability inside residual blocks, in [0, 1)."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
+
+
+ModelConfig = DiTConfig | UNetConfig
+MODEL_CONFIGS: dict[str, type] = {cls.family: cls for cls in typing.get_args(ModelConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +153,7 @@ class DataConfig:
     image_shape: tuple[int, int, int] = (1, 8, 8)
     """Channels, height, width of what the model draws."""
     latents: bool = False
-    """Whether images are an autoencoder's latents: unbounded, and no picture without its decoder."""
+    """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
     token_shape: tuple[int, int] = (77, 768)
@@ -261,6 +296,12 @@ class TrainConfig:
             f"must be at most num_timesteps={self.num_timesteps}",
         )
         _check(
+            "evaluation.features",
+            self.evaluation.features,
+            not self.data.latents or self.evaluation.features == "none",
+            "latents are no pictures that could be compared; choose none",
+        )
+        _check(
             "evaluation.guidance",
             self.evaluation.guidance,
             self.evaluation.guidance == 1 or self.condition_dropout > 0,
@@ -306,6 +347,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _build(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is tuple:
         return tuple(value)
+    if hint == ModelConfig:  # a file without the family was written when there was one only
+        return _build(MODEL_CONFIGS[value.get("family", DiTConfig.family)], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     return Path(value) if hint is Path else value

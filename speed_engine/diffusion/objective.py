@@ -49,9 +49,7 @@ class Objective(nn.Module):
 
     seed: Tensor
 
-    def __init__(
-        self, method: Method, seed: int, changes: Sequence[ConditionChange] = ()
-    ) -> None:
+    def __init__(self, method: Method, seed: int, changes: Sequence[ConditionChange] = ()) -> None:
         super().__init__()
         self.schedule, self.timesteps = method.schedule, method.timesteps
         self.table, self.batch_loss = method.table, method.batch_loss

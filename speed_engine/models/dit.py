@@ -15,6 +15,16 @@ from speed_engine.models.embeddings import (
     position_grid,
 )
 
+# Width, blocks and heads of the paper's table 1; every size is published with three patch sizes.
+_WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES: dict[str, dict[str, int]] = {
+    f"DiT-{letter}/{patch_size}": {
+        "patch_size": patch_size, "dim": dim, "depth": depth, "num_heads": num_heads,
+    }
+    for letter, (dim, depth, num_heads) in _WIDTHS.items()
+    for patch_size in (2, 4, 8)
+}  # fmt: skip
+
 
 class FeedForward(nn.Module):
     """Two linear layers with a GELU (tanh form) between."""

@@ -9,9 +9,12 @@ Letters: B images, C channels, H x W pixels, N tokens of the image, D width, L t
 E their width.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import recomputable
 from speed_engine.models.dit import Block, DiT
 
 
@@ -41,17 +44,18 @@ class CrossAttention(nn.Module):
 
 
 class TextBlock(Block):
-    """DiT's block with attention to the text in its middle."""
+    """DiT's block with attention to the text in its middle; arguments as of ``Block``."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__(dim, num_heads, mlp_ratio)
+    def __init__(self, dim: int, num_heads: int, *arguments: Any) -> None:
+        super().__init__(dim, num_heads, *arguments)
         self.cross_attn = CrossAttention(dim, num_heads)
 
-    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
-        """(B, N, D), (B, D), (B, L, D) -> (B, N, D)."""
+    @recomputable
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor, *rotation: Tensor) -> Tensor:
+        """(B, N, D), (B, D), (B, L, D) -> (B, N, D); rotation as in ``Block``."""
         modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn)
+        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, *rotation)
         x = x + self.cross_attn(x, text)
         return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
 
@@ -62,36 +66,29 @@ class TextDiT(DiT):
     Args:
         token_dim: E.
         dim: width D.
-        num_heads: attention heads; divides D.
-        mlp_ratio: as of ``DiT``.
         arguments: the others of ``DiT``, which has no classes here.
 
     Raises:
         ValueError: as ``DiT``.
     """
 
-    def __init__(
-        self, *, token_dim: int, dim: int, num_heads: int, mlp_ratio: float = 4.0, **arguments
-    ) -> None:
-        super().__init__(
-            dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio, num_classes=None, **arguments
-        )
+    block_class = TextBlock
+
+    def __init__(self, *, token_dim: int, dim: int, **arguments: Any) -> None:
+        super().__init__(dim=dim, num_classes=None, **arguments)
         self.text_embedder = nn.Sequential(
             nn.Linear(token_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.pooled_embedder = nn.Linear(dim, dim)
-        self.blocks = nn.ModuleList(TextBlock(dim, num_heads, mlp_ratio) for _ in self.blocks)
-        self._initialise()
-        for layer in (self.text_embedder[0], self.text_embedder[2]):
-            nn.init.normal_(layer.weight, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.cross_attn.proj.weight)
+        for layer in (*self.text_embedder, self.pooled_embedder):
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B, L, E) -> (B, C or 2C, H, W)."""
-        text = self.text_embedder(tokens.to(self.text_embedder[0].weight.dtype))
-        image = self.x_embedder(x) + self.pos_embed
+        text = self.text_embedder(tokens.to(x.dtype))
         condition = self.t_embedder(t) + self.pooled_embedder(text.mean(1))
-        for block in self.blocks:
-            image = block(image, condition, text)
-        return self._unpatchify(self.final_layer(image, condition))
+        return self._answer(x, condition, text)

@@ -48,10 +48,14 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies."""
+def sinusoid(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
+    """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies.
+
+    Frequencies go from 1 to 1 / 10,000, which is left out at shift 0 and the last at shift 1.
+    """
     half = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * half / (dim // 2))
+    spacing = dim // 2 - frequency_shift
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * half / spacing)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

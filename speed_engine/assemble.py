@@ -14,6 +14,7 @@ from speed_engine.config import TrainConfig, cache_folder, from_json
 from speed_engine.data.loader import read_all
 from speed_engine.data.shards import ShardReader
 from speed_engine.data.sources import digits_folder
+from speed_engine.diffusion.conditions import ConditionDropout, Conditions
 from speed_engine.diffusion.hybrid import HybridObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
@@ -54,12 +55,20 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
     Raises:
         ValueError: a learned variance is asked for where there is none.
     """
-    null_label, dropout = config.data.num_classes, config.label_dropout
+    dropout = ConditionDropout(null_conditions(config), config.condition_dropout)
     if config.model.learn_sigma:
-        return HybridObjective(
-            process, config.seed, null_label, dropout, config.method_options.weigh_bound
-        )
-    return Objective(process, config.seed, null_label, dropout)
+        return HybridObjective(process, config.seed, dropout, config.method_options.weigh_bound)
+    return Objective(process, config.seed, dropout)
+
+
+def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
+    """One row of each condition that can be hidden, as it is when hidden."""
+    return {"labels": torch.tensor(config.data.num_classes)}
+
+
+def drawn_conditions(config: TrainConfig) -> Conditions:
+    """(num_images, ...) of the images that an evaluation draws: classes in turn."""
+    return {"labels": torch.arange(config.evaluation.num_images) % config.data.num_classes}
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -89,14 +98,16 @@ def open_data(config: TrainConfig) -> ShardReader:
 
 def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
-    images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
+    pixels, told = read_all(reader, config.data.image_shape)
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(told["labels"])
     settings = config.evaluation
     return Evaluator(
         schedule=process.schedule,
         table=process.table,
         reference=images,
         extractor=_extractor(config, images, labels, reader.fingerprint),
-        num_classes=config.data.num_classes,
+        conditions=drawn_conditions(config),
+        null=null_conditions(config),
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,

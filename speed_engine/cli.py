@@ -164,7 +164,7 @@ def _train(arguments: list[str], console: Console) -> None:
 
 def _sample(arguments: list[str], console: Console) -> None:
     from speed_engine import assemble, environment
-    from speed_engine.evaluation.generate import class_cycle, generate, save_grid
+    from speed_engine.evaluation.generate import generate, grid_rows, save_grid
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
     config = _with_evaluation(
@@ -175,21 +175,23 @@ def _sample(arguments: list[str], console: Console) -> None:
     )
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
-    labels = class_cycle(config.evaluation.num_images, config.data.num_classes)
+    count = config.evaluation.num_images
+    conditions = assemble.drawn_conditions(config)
     images = generate(
         model,
         process.schedule,
         process.table,
-        labels,
+        conditions,
+        count,
         image_shape=config.data.image_shape,
-        null_label=config.data.num_classes,
+        null=assemble.null_conditions(config),
         seed=command.seed,
         num_steps=config.evaluation.solver_steps,
         guidance=config.evaluation.guidance,
     )
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    save_grid(images, labels, out, config.data.num_classes)
-    console.print(f"{len(images)} images of step {step}: {out}", highlight=False, soft_wrap=True)
+    save_grid(images, grid_rows(count, conditions), out)
+    console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
@@ -207,7 +209,7 @@ def _evaluate(arguments: list[str], console: Console) -> None:
     process = assemble.build_process(config)
     evaluator = assemble.build_evaluator(config, process, assemble.open_data(config))
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    _, _, fidelity = evaluator(model)
+    _, fidelity = evaluator(model)
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
     settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
     console.print_json(json.dumps({"step": step, **measured, **settings}))

@@ -195,8 +195,8 @@ class TrainConfig:
     """Timesteps of the process; in continuous time, the resolution of laws and weights."""
     prediction: str | None = None
     """What the model predicts: epsilon, x0, v, velocity, F; by default as the baseline does."""
-    label_dropout: float = 0.1
-    """Share of labels hidden in training, so that guidance is possible; in [0, 1]."""
+    condition_dropout: float = 0.1
+    """Share of labels or texts hidden in training, so that guidance is possible; in [0, 1]."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -221,9 +221,9 @@ class TrainConfig:
             _check(name, value, value >= 1, "must be at least 1")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         _check(
-            "label_dropout",
-            self.label_dropout,
-            0 <= self.label_dropout <= 1,
+            "condition_dropout",
+            self.condition_dropout,
+            0 <= self.condition_dropout <= 1,
             "is a share in [0, 1]",
         )
         _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
@@ -236,8 +236,8 @@ class TrainConfig:
         _check(
             "evaluation.guidance",
             self.evaluation.guidance,
-            self.evaluation.guidance == 1 or self.label_dropout > 0,
-            "guidance needs a model that was trained with label_dropout above 0",
+            self.evaluation.guidance == 1 or self.condition_dropout > 0,
+            "guidance needs a model that was trained with condition_dropout above 0",
         )
 
 

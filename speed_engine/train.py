@@ -36,7 +36,7 @@ from speed_engine.data.loader import Loader
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.generate import save_grid
+from speed_engine.evaluation.generate import grid_rows, save_grid
 from speed_engine.metrics import IntervalMean, RunLog
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
@@ -217,9 +217,9 @@ class Trainer:
     def _evaluate(self) -> None:
         step = self.engine.steps_done
         begun = time.perf_counter()
-        images, labels, fidelity = self.evaluator(self.engine.ema.model)
+        images, fidelity = self.evaluator(self.engine.ema.model)
         grid = self.run / "samples" / f"step-{step:08d}.png"
-        save_grid(images, labels, grid, self.config.data.num_classes)
+        save_grid(images, grid_rows(len(images), self.evaluator.conditions), grid)
         measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
         self.records.write(step, {"images": step * self.config.batch_size, **measured})
         self.newest_evaluation = fidelity.fid, grid

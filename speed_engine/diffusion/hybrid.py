@@ -11,6 +11,7 @@ Letters: B images, C channels, H x W pixels, T timesteps.
 import torch
 from torch import Tensor
 
+from speed_engine.diffusion.conditions import ConditionDropout
 from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.methods import Method
 from speed_engine.diffusion.objective import Objective
@@ -24,8 +25,7 @@ class HybridObjective(Objective):
     Args:
         method: on a variance-preserving discrete process, predicting epsilon.
         seed: root of all draws.
-        null_label: what a dropped label becomes.
-        label_dropout: share of the labels dropped, in [0, 1].
+        dropout: hides conditions; by default none.
         weigh_bound: whether the method's weight multiplies the bound, too.
 
     Raises:
@@ -38,11 +38,10 @@ class HybridObjective(Objective):
         self,
         method: Method,
         seed: int,
-        null_label: int,
-        label_dropout: float = 0.1,
+        dropout: ConditionDropout | None = None,
         weigh_bound: bool = False,
     ) -> None:
-        super().__init__(method, seed, null_label, label_dropout)
+        super().__init__(method, seed, dropout)
         if method.prediction != "epsilon":
             raise ValueError(
                 f"a learned variance needs prediction epsilon, not {method.prediction}."

@@ -1,14 +1,16 @@
-"""A model's quality: images drawn for every class in turn, compared with the data."""
+"""A model's quality: images drawn under given conditions, compared with the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
-from speed_engine.evaluation.generate import class_cycle, generate
+from speed_engine.evaluation.generate import generate
 
 METRICS = ("fid", "kid")
 
@@ -20,7 +22,8 @@ class Evaluator:
     Attributes:
         reference: (M, C, H, W) uint8 real images.
         extractor: of the features that are compared.
-        num_classes: labels drawn in turn; the next label means "no label".
+        conditions: (num_images, ...) each, of the images drawn.
+        null: what hides them for guidance.
 
     Raises:
         ValueError: too few images for FID with this extractor.
@@ -30,7 +33,8 @@ class Evaluator:
     table: TimestepTable
     reference: Tensor
     extractor: Extractor
-    num_classes: int
+    conditions: Conditions
+    null: Mapping[str, Tensor]
     num_images: int
     solver_steps: int
     guidance: float
@@ -39,19 +43,19 @@ class Evaluator:
     def __post_init__(self) -> None:
         check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
-    def __call__(self, model: nn.Module) -> tuple[Tensor, Tensor, FidelityResult]:
-        """Images (N, C, H, W) uint8, their labels (N,) and their fidelity."""
-        labels = class_cycle(self.num_images, self.num_classes)
+    def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult]:
+        """Images (N, C, H, W) uint8 and their fidelity."""
         channels, height, width = self.reference.shape[1:]
         images = generate(
             model,
             self.schedule,
             self.table,
-            labels,
+            self.conditions,
+            self.num_images,
             image_shape=(channels, height, width),
-            null_label=self.num_classes,
+            null=self.null,
             seed=self.seed,
             num_steps=self.solver_steps,
             guidance=self.guidance,
         )
-        return images, labels, measure(images, self.reference, self.extractor, METRICS)
+        return images, measure(images, self.reference, self.extractor, METRICS)

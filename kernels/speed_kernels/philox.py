@@ -37,6 +37,7 @@ class Stream(IntEnum):
     ORDER = 5
     GENERATION = 6
     SOLVER = 7
+    TOKEN_MASK = 10
 
 
 _MASK = 0xFFFFFFFF

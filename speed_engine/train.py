@@ -112,7 +112,7 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),

@@ -1,4 +1,4 @@
-"""Masked training: every image is denoised twice, once with part of it hidden (MDT, Gao et al. 2023).
+"""Masked training: every image is denoised twice, once with a part hidden (MDT, Gao et al. 2023).
 
     loss(model) + loss(model under a mask)
 
@@ -12,6 +12,7 @@ import functools
 
 from torch import Tensor, nn
 
+from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.ops import Stream, random_bits
 
@@ -29,7 +30,7 @@ class MaskedObjective(nn.Module):
         self.objective, self.mask_words = objective, mask_words
 
     def forward(
-        self, model: Denoiser, images: Tensor, labels: Tensor, ids: Tensor, step: int
+        self, model: Denoiser, images: Tensor, conditions: Conditions, ids: Tensor, step: int
     ) -> ObjectiveOutput:
         """Arguments as of ``Objective``; the model also takes ``mask_draws`` (B, mask_words) int64.
 
@@ -37,8 +38,8 @@ class MaskedObjective(nn.Module):
         """
         draws = random_bits(self.objective.seed, ids, self.mask_words, Stream.TOKEN_MASK)
         under_mask = functools.partial(model, mask_draws=draws)
-        seen = self.objective(model, images, labels, ids, step)
-        hidden = self.objective(under_mask, images, labels, ids, step)
+        seen = self.objective(model, images, conditions, ids, step)
+        hidden = self.objective(under_mask, images, conditions, ids, step)
         return ObjectiveOutput(
             seen.loss + hidden.loss,
             seen.squared_error,

@@ -21,7 +21,6 @@ from speed_engine.models.unet_layers import (
     Halve,
     check_given,
     check_halvings,
-    join_channels,
     zeroed,
 )
 
@@ -47,7 +46,7 @@ class EdmUNet(nn.Module):
 
     Args:
         input_size: (H, W); each a multiple of 2 ** (levels - 1).
-        in_channels: of the input, the low-resolution image's included.
+        in_channels: of the input.
         out_channels: C of the answer.
         model_channels: channels at multiplier 1, a multiple of 4; also the width of the code of t.
         channel_mult: multiplier of every level, finest first.
@@ -80,7 +79,7 @@ class EdmUNet(nn.Module):
     ) -> None:
         super().__init__()
         check_halvings(input_size, len(channel_mult))
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.out_channels = out_channels
         self.model_channels, self.embedding_dim = model_channels, 4 * model_channels
         self.num_classes, self.time_scale = num_classes, time_scale
         self.map_layer0 = nn.Linear(model_channels, self.embedding_dim)
@@ -124,26 +123,18 @@ class EdmUNet(nn.Module):
         self._add_output(names[0], channels)
         self._initialise()
 
-    def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        labels: Tensor | None = None,
-        low_resolution: Tensor | None = None,
-    ) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, and what it is conditioned on -> (B, C, H, W).
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W), (B,) timesteps, (B,) labels -> (B, C, H, W).
 
         Args:
-            x: the noised image.
+            x: the noised image, and what is joined to it.
             t: on the scale 0 .. 1000, or 1000 times c_noise.
             labels: (B,) int64, exactly if there are classes.
-            low_resolution: (B, in_channels - C, H, W).
 
         Raises:
             ValueError: a condition is missing, or the model has no use for it.
         """
         check_given("labels", labels, self.num_classes is not None)
-        x = join_channels(x, low_resolution, self.in_channels)
         embedding = self._embed(t.float() * self.time_scale, labels)
         skips = []
         for block in self.enc.values():

@@ -38,13 +38,15 @@ class MDT(nn.Module):
 
     Args:
         input_size: (H, W); each a multiple of the patch size.
-        channels: C.
+        channels: C, of the answer.
         patch_size: P.
         dim: width D, a multiple of 4.
         depth: number of blocks, the interpolater not counted.
         num_heads: attention heads; divides D.
-        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
+        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label". None takes no
+            labels.
         decode_layers: how many of the blocks decode, at most the depth; 2 in the paper.
+        in_channels: of the input; by default C.
         mask_ratio: share of the tokens hidden under a mask, in (0, 1).
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
@@ -62,8 +64,9 @@ class MDT(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        num_classes: int,
+        num_classes: int | None,
         decode_layers: int,
+        in_channels: int | None = None,
         mask_ratio: float = 0.3,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
@@ -81,9 +84,9 @@ class MDT(nn.Module):
         self.num_classes, self.mask_ratio = num_classes, mask_ratio
         self.num_tokens = self.grid[0] * self.grid[1]
         self.num_shown = int(self.num_tokens * (1 - mask_ratio))
-        self.x_embedder = PatchEmbedding(patch_size, channels, dim)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim)
-        self.y_embedder = LabelEmbedding(num_classes, dim)
+        self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
         self.pos_embed = nn.Parameter(position_grid(*self.grid, dim))
         self.decoder_pos_embed = nn.Parameter(position_grid(*self.grid, dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -105,19 +108,25 @@ class MDT(nn.Module):
         return self.num_tokens
 
     def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor, mask_draws: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None = None,
+        mask_draws: Tensor | None = None,
     ) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W).
 
         Args:
             x: the noised image.
             t: on the scale 0 .. 1000.
-            labels: in [0, num_classes].
+            labels: in [0, num_classes]; exactly if there are classes.
             mask_draws: (B, mask_words) int64 in [0, 2**32), uniform; given, they decide which
                 tokens are hidden, and otherwise none is.
         """
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
+        condition = self.t_embedder(t)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)
         if mask_draws is None:
             seen = self._encode(tokens, condition, None) + self.decoder_pos_embed
         else:

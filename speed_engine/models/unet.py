@@ -26,7 +26,6 @@ from speed_engine.models.unet_layers import (
     Upsample,
     check_given,
     check_halvings,
-    join_channels,
     zeroed,
 )
 
@@ -63,7 +62,7 @@ class UNet(nn.Module):
 
     Args:
         input_size: (H, W); each a multiple of 2 ** (levels - 1).
-        in_channels: of the input, the low-resolution image's included.
+        in_channels: of the input.
         out_channels: C of the answer.
         model_channels: channels at multiplier 1; a multiple of 32.
         channel_mult: multiplier of every level, finest first.
@@ -107,7 +106,7 @@ class UNet(nn.Module):
         super().__init__()
         check_halvings(input_size, len(channel_mult))
         _check_rates(attention_resolutions, len(channel_mult))
-        self.in_channels, self.model_channels = in_channels, model_channels
+        self.model_channels = model_channels
         self.num_classes, self.token_dim = num_classes, token_dim
         self.out_channels = 2 * out_channels if learn_sigma else out_channels
         self.embedding_dim = 4 * model_channels
@@ -174,23 +173,20 @@ class UNet(nn.Module):
         t: Tensor,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
-        low_resolution: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, and what it is conditioned on -> (B, C or 2C, H, W).
+        """(B, in_channels, H, W), (B,) timesteps, conditions -> (B, C or 2C, H, W).
 
         Args:
-            x: the noised image.
+            x: the noised image, and what is joined to it.
             t: on the scale 0 .. 1000.
             labels: (B,) int64, exactly if there are classes.
             tokens: (B, L, D), exactly if there is a width of tokens.
-            low_resolution: (B, in_channels - C, H, W).
 
         Raises:
             ValueError: a condition is missing, or the model has no use for it.
         """
         check_given("labels", labels, self.num_classes is not None)
         check_given("tokens", tokens, self.token_dim is not None)
-        x = join_channels(x, low_resolution, self.in_channels)
         code = sinusoid(t, self.model_channels).to(next(self.parameters()).dtype)
         embedding = self.time_embed(code)
         if labels is not None:

@@ -6,7 +6,6 @@ L tokens of a text, D width of a token.
 
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -166,15 +165,3 @@ def check_given(name: str, value: Tensor | None, needed: bool) -> None:
     if (value is not None) != needed:
         verb = "needs" if needed else "was built without, and has no use for,"
         raise ValueError(f"this U-Net {verb} {name}.")
-
-
-def join_channels(x: Tensor, low_resolution: Tensor | None, in_channels: int) -> Tensor:
-    """(B, C, H, W) and what the image is to sharpen, if anything -> (B, in_channels, H, W)."""
-    if low_resolution is not None:
-        x = torch.cat([x, low_resolution], dim=1)
-    if x.shape[1] != in_channels:
-        raise ValueError(
-            f"this U-Net reads {in_channels} channels; x and low_resolution have {x.shape[1]} "
-            "together."
-        )
-    return x

@@ -24,6 +24,7 @@ from speed_engine.diffusion.conditions import (
     LowResolutionNoise,
 )
 from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -31,6 +32,8 @@ from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -57,8 +60,10 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method) -> Objective:
-    """The objective of the configured method, on the CPU.
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -67,9 +72,18 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
+    objective = Objective(process, config.seed, changes)
     if config.model.learn_sigma:
-        return HybridObjective(process, config.seed, changes, config.method_options.weigh_bound)
-    return Objective(process, config.seed, changes)
+        weigh_bound = config.method_options.weigh_bound
+        objective = HybridObjective(process, config.seed, changes, weigh_bound)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
 
 
 def build_model(config: TrainConfig) -> nn.Module:

@@ -101,7 +101,7 @@ class Trainer:
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
+        objective = build_objective(config, process, model).to(self.device)
         self.engine = Engine(
             model,
             objective,

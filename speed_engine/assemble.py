@@ -135,7 +135,8 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
     conditions = read_conditions(reader, config.data.image_shape, indices)
-    return {name: torch.from_numpy(value) for name, value in conditions.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
 
 
 def prompted(
@@ -156,7 +157,7 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder))
+    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder)).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "

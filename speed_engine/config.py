@@ -416,7 +416,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     if hint == ModelConfig:  # a file without the family was written when there was one only
-        return _build(MODEL_CONFIGS[value.get("family", DiTConfig.family)], value, where)
+        family = value.get("family", DiTConfig.family)
+        if family not in MODEL_CONFIGS:
+            known = ", ".join(MODEL_CONFIGS)
+            raise ValueError(f"{where}.family={family!r} is unknown; choose from {known}.")
+        return _build(MODEL_CONFIGS[family], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     return Path(value) if hint is Path else value

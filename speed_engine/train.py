@@ -119,6 +119,7 @@ class Trainer:
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
             forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None

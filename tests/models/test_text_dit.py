@@ -1,14 +1,18 @@
+from typing import Any
+
 import pytest
 import torch
 
 from speed_engine.models.text_dit import TextDiT
 
-SMALL = dict(input_size=(8, 8), channels=2, patch_size=2, dim=32, depth=2, num_heads=2)
+SMALL: dict[str, Any] = dict(
+    input_size=(8, 8), channels=2, patch_size=2, dim=32, depth=2, num_heads=2, token_dim=6
+)
 
 
 def model(**changes) -> TextDiT:
     torch.manual_seed(0)
-    return TextDiT(**(SMALL | {"token_dim": 6} | changes))
+    return TextDiT(**(SMALL | changes))
 
 
 def inputs(length: int = 5):

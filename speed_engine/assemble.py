@@ -33,6 +33,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
 from speed_engine.models.mdt import MDT
+from speed_engine.models.pretrained import require_shapes
 from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
@@ -86,8 +87,12 @@ def masked_network(model: nn.Module) -> MDT | None:
     return network if isinstance(network, MDT) else None
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The configured model, initialised from the run's seed, on the current default device."""
+def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
+    """The configured model, initialised from the run's seed, on the current default device.
+
+    Attention is not taken from the configuration, since what trained a model need not be there
+    where it is used.
+    """
     data, told = config.data, told_names(config)
     channels, height, width = data.image_shape
     shape = Shape(
@@ -96,6 +101,7 @@ def build_model(config: TrainConfig) -> nn.Module:
         num_classes=data.num_classes if "labels" in told else None,
         token_dim=data.token_shape[1] if "tokens" in told else None,
         low_channels=data.low_shape[0] if "low_resolution" in told else None,
+        attention=attention,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
@@ -266,16 +272,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
         ValueError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-    if ours != theirs:
-        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
-        reshaped = [
-            f"{name} is {theirs[name]} there and {ours[name]} here"
-            for name in ours.keys() & theirs
-            if ours[name] != theirs[name]
-        ]
-        raise ValueError(
-            f"{source} is a checkpoint of another model: "
-            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
-        )
+    require_shapes(ours, tensors, source)
     model.load_state_dict(tensors)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from speed_engine import checkpoint, environment
 from speed_engine.assemble import (
@@ -39,6 +40,8 @@ from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog
+from speed_engine.models.blocks import compiled_blocks
+from speed_engine.models.pretrained import load_pretrained
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
     adamw,
@@ -48,6 +51,12 @@ from speed_engine.optim import (
 )
 from speed_engine.progress import TrainingProgress
 
+# By the value of the choice.
+COMPILE: dict[str, Callable[[nn.Module], Callable]] = {
+    "on": torch.compile,
+    "blocks": compiled_blocks,
+    "off": lambda model: model,
+}
 FIGURES = ("loss", "squared_error", "grad_norm")
 
 
@@ -63,9 +72,15 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
             "or name another folder with --run."
         )
     trainer = Trainer(config, run, console)
+    if config.init_from is not None:
+        trainer.initialise(config.init_from)
+    # The choices go on record: others round differently, and a resumed run must not.
+    config = replace(
+        config,
+        compile=trainer.choices["torch.compile"].value,
+        attention=trainer.choices["attention"].value,
+    )
     run.mkdir(parents=True)
-    # The choice goes on record: compiled code rounds differently, and a resumed run must not.
-    config = replace(config, compile=trainer.choices["torch.compile"].value)
     (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 
@@ -93,7 +108,7 @@ class Trainer:
         self.choices = environment.choices(config)
         self.device = torch.device(self.choices["device"].value)
         process = build_process(config)
-        model = build_model(config).to(self.device)
+        model = build_model(config, self.choices["attention"].value).to(self.device)
         self.reader = open_data(config)
         self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator: Evaluator = build_evaluator(config, process)
@@ -118,7 +133,7 @@ class Trainer:
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
-            forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            forward=COMPILE[self.choices["torch.compile"].value](model),
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
@@ -128,6 +143,11 @@ class Trainer:
             (config.evaluation.every, self._evaluate),
             (config.checkpoint_every, self._checkpoint),
         ]
+
+    def initialise(self, path: Path) -> None:
+        """Start from the weights of a file, see ``models.pretrained``."""
+        for model in (self.engine.model, self.engine.ema.model):
+            load_pretrained(model, path)
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""

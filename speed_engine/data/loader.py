@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``, floats as float32; copies are asynchronous from pinned memory."""
+        """The batch on ``device``, floats as float32; copies from pinned memory do not wait."""
 
         def move(tensor: Tensor) -> Tensor:
             moved = tensor.to(device, non_blocking=True)

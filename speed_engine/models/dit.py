@@ -183,7 +183,7 @@ class DiT(nn.Module):
             raise ValueError(f"variant={variant!r} is unknown; choose from {', '.join(VARIANTS)}.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
-        self.num_classes = num_classes
+        self.num_classes, self.num_heads, self.mlp_ratio = num_classes, num_heads, mlp_ratio
         self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim, frequency_shift)
         self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)

@@ -10,7 +10,7 @@ whatever the ranks, the workers and the batches in flight were.
 Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Self, cast
 
@@ -39,8 +39,12 @@ class Batch(NamedTuple):
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; the copy is asynchronous from pinned memory."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        """The batch on ``device``, floats as float32; copies are asynchronous from pinned memory."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=True)
+            return moved.float() if moved.is_floating_point() else moved
+
         conditions = {name: move(value) for name, value in self.conditions.items()}
         return Batch(move(self.images), conditions, move(self.ids))
 
@@ -61,6 +65,7 @@ class Loader:
         world_size: number of ranks.
         window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
+        condition_shapes: of one row, by the condition's name; others accept any.
 
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
@@ -79,10 +84,12 @@ class Loader:
         world_size: int = 1,
         window: int = 8,
         num_classes: int | None = None,
+        condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         _check_arguments(reader, batch_size, start, workers, rank, world_size)
         load = partial(_load_batch, reader, image_shape, num_classes)
-        load(np.array([[0], [0]]))  # an unfit data set fails here rather than in a worker
+        first = load(np.array([[0], [0]]))  # an unfit data set fails here, not in a worker
+        _check_conditions(reader, first, condition_shapes or {})
         order = DataOrder(reader.counts, seed, window)
         source = _Source(order, start, batch_size, rank, world_size)
         pipeline = DataPipeline(source, map_stage(load))
@@ -134,12 +141,20 @@ def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[
     """Every sample in the order of the shards, for evaluation.
 
     Returns:
-        images (N, C, H, W) uint8 and conditions, (N, ...) each.
+        images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
     images, conditions = _stack(reader, image_shape, None, range(len(reader)))
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
     return images, conditions
+
+
+def read_conditions(
+    reader: ShardReader, image_shape: Shape, indices: list[int]
+) -> dict[str, np.ndarray]:
+    """(N, ...) of the given samples, as batches have them."""
+    _, conditions = _stack(reader, image_shape, None, indices)
+    return {name: _scaled(value) for name, value in conditions.items()}
 
 
 class _Source(IterableDataset):
@@ -222,6 +237,18 @@ def _decode(reader: ShardReader, i: int, image_shape: Shape) -> dict[str, np.nda
             f"data."
         )
     return {IMAGE: image, **conditions}
+
+
+def _check_conditions(
+    reader: ShardReader, batch: Batch, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in shapes.items():
+        found = tuple(batch.conditions[name].shape[1:])
+        if found != tuple(shape):
+            raise ValueError(
+                f"{reader.describe(0)} has {name} of shape {found}; expected {tuple(shape)}. "
+                "Correct the data options (token_shape, low_shape) or the data."
+            )
 
 
 def _check_arguments(

@@ -8,13 +8,22 @@ Letters: B images.
 """
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from speed_engine.ops import Stream, random_bits
+from speed_engine.ops import Stream, normal, random_bits
 
 Conditions = dict[str, Tensor]
+
+
+class ConditionChange(Protocol):
+    """What training does to conditions, a function of the run's seed and the images' counters."""
+
+    def __call__(self, conditions: Conditions, seed: Tensor, ids: Tensor) -> Conditions:
+        """(B, ...) each, (), (B,) int64 -> (B, ...) each."""
+        ...
 
 
 def hidden(conditions: Conditions, null: Mapping[str, Tensor]) -> Conditions:
@@ -56,6 +65,34 @@ class ConditionDropout(nn.Module):
             name: torch.where(_like(drop, conditions[name]), blank, conditions[name])
             for name, blank in hidden({n: conditions[n] for n in null}, null).items()
         }
+
+
+class LowResolutionNoise(nn.Module):
+    """Gaussian noise on the low-resolution image, of a level that the model is told.
+
+    Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4.2): the model
+    learns to mend what a smaller model gets wrong. It is noise of the variance-preserving process,
+    s ~ U(0, strongest):  low <- sqrt(1 - s^2) low + s noise,  told as ``low_resolution_noise`` = s.
+
+    Args:
+        strongest: level, in [0, 1]; 0 adds none.
+    """
+
+    def __init__(self, strongest: float) -> None:
+        super().__init__()
+        self.strongest = strongest
+
+    def forward(self, conditions: Conditions, seed: Tensor, ids: Tensor) -> Conditions:
+        """(B, ...) each, (), (B,) image counters -> (B, ...) each, and the level (B,)."""
+        if "low_resolution" not in conditions:
+            return conditions
+        low = conditions["low_resolution"]
+        words = random_bits(seed, ids, 1, Stream.LOW_RESOLUTION_LEVEL)[:, 0]
+        level = self.strongest * (words.float() + 0.5) / 2**32
+        noise = normal(seed, ids, low[0].numel(), Stream.LOW_RESOLUTION_NOISE).view_as(low)
+        share = _like(level, low)
+        noised = (1 - share.square()).sqrt() * low + share * noise
+        return conditions | {"low_resolution": noised, "low_resolution_noise": level}
 
 
 def _like(rows: Tensor, value: Tensor) -> Tensor:

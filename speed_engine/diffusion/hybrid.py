@@ -8,10 +8,12 @@ A model for it answers with twice the channels: the noise, then v, see
 Letters: B images, C channels, H x W pixels, T timesteps.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from speed_engine.diffusion.conditions import ConditionDropout
+from speed_engine.diffusion.conditions import ConditionChange
 from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.methods import Method
 from speed_engine.diffusion.objective import Objective
@@ -25,7 +27,7 @@ class HybridObjective(Objective):
     Args:
         method: on a variance-preserving discrete process, predicting epsilon.
         seed: root of all draws.
-        dropout: hides conditions; by default none.
+        changes: what is done to the conditions, in turn; modules.
         weigh_bound: whether the method's weight multiplies the bound, too.
 
     Raises:
@@ -38,10 +40,10 @@ class HybridObjective(Objective):
         self,
         method: Method,
         seed: int,
-        dropout: ConditionDropout | None = None,
+        changes: Sequence[ConditionChange] = (),
         weigh_bound: bool = False,
     ) -> None:
-        super().__init__(method, seed, dropout)
+        super().__init__(method, seed, changes)
         if method.prediction != "epsilon":
             raise ValueError(
                 f"a learned variance needs prediction epsilon, not {method.prediction}."

@@ -7,12 +7,13 @@ All randomness is a function of (seed, image counter, step); evaluating twice gi
 Letters: B images, C channels, H x W pixels.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from speed_engine.diffusion.conditions import ConditionDropout, Conditions
+from speed_engine.diffusion.conditions import ConditionChange, Conditions
 from speed_engine.diffusion.methods import Method
 from speed_engine.ops import operators_for
 
@@ -43,16 +44,16 @@ class Objective(nn.Module):
     Args:
         method: process, target, law of timesteps and weights.
         seed: root of all draws.
-        dropout: hides conditions, for classifier-free guidance; by default none.
+        changes: what is done to the conditions, in turn; modules.
     """
 
     seed: Tensor
 
-    def __init__(self, method: Method, seed: int, dropout: ConditionDropout | None = None) -> None:
+    def __init__(self, method: Method, seed: int, changes: Sequence[ConditionChange] = ()) -> None:
         super().__init__()
         self.schedule, self.timesteps = method.schedule, method.timesteps
         self.table, self.batch_loss = method.table, method.batch_loss
-        self.dropout = dropout or ConditionDropout({}, 0.0)
+        self.changes = nn.ModuleList(cast(Sequence[nn.Module], changes))
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
     def forward(
@@ -71,8 +72,9 @@ class Objective(nn.Module):
         coefficients = self.table(t)
         noised_input = operators_for(images.device).noised_input
         x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
-        told = self.dropout(conditions, self.seed, ids)
-        answer = model(x_in, self.schedule.model_time(t), **told)
+        for change in self.changes:
+            conditions = change(conditions, self.seed, ids)
+        answer = model(x_in, self.schedule.model_time(t), **conditions)
         loss, squared_error = self._errors(answer, images, coefficients, ids, t)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)

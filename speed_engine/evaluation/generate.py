@@ -36,6 +36,7 @@ def generate(
     seed: int,
     num_steps: int,
     guidance: float = 1.0,
+    latents: bool = False,
     batch_size: int = 500,
 ) -> Tensor:
     """Draw images.
@@ -51,10 +52,11 @@ def generate(
         seed: root of the noise.
         num_steps: model evaluations per image; twice as many with guidance.
         guidance: answers are extrapolated from not told to told by this factor; 1 is none.
+        latents: images are not bounded by [-1, 1] and are returned as they are.
         batch_size: B, images at a time; changes nothing but memory.
 
     Returns:
-        (N, C, H, W) uint8 on the CPU.
+        (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
     """
     device = next(model.parameters()).device
     root = torch.tensor(seed, device=device)
@@ -75,8 +77,9 @@ def generate(
             name: value[start : start + batch_size].to(device) for name, value in conditions.items()
         }
         noise = normal(root, ids, int(np.prod(image_shape)), Stream.GENERATION)
-        x = ddim(predict, schedule, table, noise.view(-1, *image_shape), num_steps)
-        images.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
+        noise = noise.view(-1, *image_shape)
+        x = ddim(predict, schedule, table, noise, num_steps, clip=not latents)
+        images.append(x.cpu() if latents else ((x + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)
 
 
@@ -88,6 +91,23 @@ def _answer(model: nn.Module, x: Tensor, times: Tensor, told: Conditions) -> Ten
 def grid_rows(num_images: int, conditions: Conditions) -> Tensor:
     """(N,) int64 row of each image in a grid: its class, or else as many in each as fit."""
     return conditions.get("labels", torch.arange(num_images) // GRID_COLUMNS)
+
+
+def save_images(images: Tensor, rows: Tensor, path: Path) -> Path:
+    """Write what was drawn, a grid of pixels or an array of latents, and return where.
+
+    Args:
+        images: (N, C, H, W) as ``generate`` returns them.
+        rows: (N,) int64, of each image in the grid.
+        path: of the picture; latents go beside it as npy.
+    """
+    if images.dtype == torch.uint8:
+        save_grid(images, rows, path)
+        return path
+    path = path.with_suffix(".npy")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, images.numpy(), allow_pickle=False)
+    return path
 
 
 def save_grid(images: Tensor, rows: Tensor, path: Path) -> None:

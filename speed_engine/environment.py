@@ -77,10 +77,9 @@ def choose_attention(wanted: str, device: str) -> Choice:
         if obstacle:
             raise ValueError(f"attention=xformers, but {obstacle}; use sdpa or auto.")
         return Choice("xformers", "asked for")
-    kernel = "picks cuDNN, flash or efficient kernels itself" if device == "cuda" else "on the CPU"
     if wanted == "sdpa":
-        return Choice("sdpa", f"PyTorch's, {kernel}; asked for")
-    return Choice("sdpa", f"PyTorch's, {kernel}; {obstacle or 'xFormers would run, too'}")
+        return Choice("sdpa", "PyTorch's; asked for")
+    return Choice("sdpa", f"PyTorch's; {obstacle or 'xFormers would run, too'}")
 
 
 def choose_kernels(device: str) -> Choice:
@@ -136,7 +135,7 @@ def _xformers_obstacle(device: str) -> str | None:
     """Why xFormers cannot compute attention here; None if it just did, forward and backward."""
     if importlib.util.find_spec("xformers") is None:
         return "xFormers is not installed (the extra `xformers`)"
-    if device != "cuda":
+    if device == "cpu":
         return f"xFormers {_version('xformers')} has operators for CUDA only"
     try:
         from xformers.ops import fmha

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from speed_engine import checkpoint, environment
 from speed_engine.assemble import (
@@ -40,7 +39,7 @@ from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog
-from speed_engine.models.blocks import compiled_blocks
+from speed_engine.models.blocks import compiled
 from speed_engine.models.pretrained import load_pretrained
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
@@ -51,12 +50,6 @@ from speed_engine.optim import (
 )
 from speed_engine.progress import TrainingProgress
 
-# By the value of the choice.
-COMPILE: dict[str, Callable[[nn.Module], Callable]] = {
-    "on": torch.compile,
-    "blocks": compiled_blocks,
-    "off": lambda model: model,
-}
 FIGURES = ("loss", "squared_error", "grad_norm")
 
 
@@ -71,9 +64,7 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
             f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
             "or name another folder with --run."
         )
-    trainer = Trainer(config, run, console)
-    if config.init_from is not None:
-        trainer.initialise(config.init_from)
+    trainer = Trainer(config, run, console, config.init_from)
     # The choices go on record: others round differently, and a resumed run must not.
     config = replace(
         config,
@@ -103,12 +94,16 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 class Trainer:
     """One run in this process. Everything is built and checked before anything is written."""
 
-    def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, run: Path, console: Console, init_from: Path | None = None
+    ) -> None:
         self.config, self.run, self.console = config, run, console
         self.choices = environment.choices(config)
         self.device = torch.device(self.choices["device"].value)
         process = build_process(config)
         model = build_model(config, self.choices["attention"].value).to(self.device)
+        if init_from is not None:
+            load_pretrained(model, init_from)
         self.reader = open_data(config)
         self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator: Evaluator = build_evaluator(config, process)
@@ -133,7 +128,7 @@ class Trainer:
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
-            forward=COMPILE[self.choices["torch.compile"].value](model),
+            forward=compiled(model, self.choices["torch.compile"].value),
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
@@ -143,11 +138,6 @@ class Trainer:
             (config.evaluation.every, self._evaluate),
             (config.checkpoint_every, self._checkpoint),
         ]
-
-    def initialise(self, path: Path) -> None:
-        """Start from the weights of a file, see ``models.pretrained``."""
-        for model in (self.engine.model, self.engine.ema.model):
-            load_pretrained(model, path)
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""

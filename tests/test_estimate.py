@@ -60,7 +60,9 @@ def test_activations_are_those_that_autograd_keeps(model):
             answer = network(x, t, labels=torch.zeros(images, dtype=torch.int64))
         assert answer.requires_grad
         kept.append(sum(storage.nbytes() for storage in storages.values()))
-    assert estimate(config).activation_bytes == pytest.approx(kept[1] - kept[0], rel=1e-3)
+    assert estimate(config).activation_bytes == pytest.approx(
+        kept[1] - kept[0], rel=0.02
+    )  # and the answer
 
 
 def test_autocast_halves_what_products_read_and_copies_the_weights():
@@ -75,8 +77,11 @@ def test_a_mask_costs_a_second_shorter_pass():
 
 
 def test_recomputing_keeps_less():
-    spare = dataclasses.replace(SMALL, model=dataclasses.replace(SMALL.model, checkpointing=1.0))
-    assert estimate(spare).activation_bytes < 0.3 * estimate(SMALL).activation_bytes
+    kept = []
+    for dial in (0.0, 0.5, 1.0):
+        model = dataclasses.replace(SMALL.model, checkpointing=dial)
+        kept.append(estimate(dataclasses.replace(SMALL, model=model)).activation_bytes)
+    assert kept[2] < 0.3 * kept[0] and 0.3 * kept[0] < kept[1] < 0.8 * kept[0]
 
 
 def test_every_gpu_can_be_named_on_the_command_line():

@@ -73,6 +73,16 @@ def set_recompute(blocks: Iterable[nn.Module], dial: float) -> None:
         block.recompute = more if spends else less  # type: ignore[assignment]
 
 
+def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
+    """What to call in place of the model.
+
+    Args:
+        model: stays as it is, but for its blocks under ``blocks``.
+        how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
+    """
+    return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+
+
 def compiled_blocks(model: nn.Module) -> nn.Module:
     """The model itself, each of its blocks compiled in place.
 

@@ -208,10 +208,14 @@ class DiT(nn.Module):
     def _answer(self, x: Tensor, condition: Tensor, *told: Tensor) -> Tensor:
         """``told`` is what the blocks take beside tokens and condition."""
         tokens = self.x_embedder(x) + self.pos_embed
-        rotation = (self.rotary_cos, self.rotary_sin) if self.rotates else ()
+        rotation = self.rotation()
         for block in self.blocks:
             tokens = block(tokens, condition, *told, *rotation)
         return unpatchify(self.final_layer(tokens, condition), self.grid, self.patch_size)
+
+    def rotation(self) -> tuple[Tensor, ...]:
+        """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""
+        return (self.rotary_cos, self.rotary_sin) if self.rotates else ()
 
     def _register_rotation(self, head_dim: int) -> None:
         if head_dim % 4:

@@ -25,7 +25,7 @@ def test_a_new_block_is_the_identity(variant):
     block = model(variant=variant).blocks[0]
     tokens, condition, text = torch.randn(3, 16, 32), torch.randn(3, 32), torch.randn(3, 5, 32)
     net = model(variant=variant)
-    rotation = (net.rotary_cos, net.rotary_sin) if net.rotates else ()
+    rotation = net.rotation()
     assert torch.equal(block(tokens, condition, text, *rotation), tokens)
 
 

@@ -97,7 +97,7 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
         "device": device,
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
-        "attention": choose_attention(config.model.attention, device.value),
+        "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
         "data workers": _workers(config.data.workers),
     }

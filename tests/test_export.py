@@ -7,10 +7,10 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from speed_engine import assemble, checkpoint, cli
-from speed_engine.config import EvaluationConfig, ModelConfig, TrainConfig, to_json
+from speed_engine.config import DiTConfig, EvaluationConfig, TrainConfig, to_json
 from speed_engine.models.pretrained import set_frequency_shift
 
-CONFIG = TrainConfig(model=ModelConfig(dim=16, depth=2, num_heads=2))
+CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2))
 OPTIONS = (
     "--steps 2 --batch-size 8 --model.dim 16 --model.depth 2 --model.num-heads 2 "
     "--evaluation.num-images 100 --evaluation.solver-steps 2"
@@ -79,7 +79,7 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(run, tmp_p
 
 def test_evaluation_runs_where_the_training_attention_is_missing(run):
     """xFormers trained it, perhaps on another machine; here PyTorch computes."""
-    elsewhere = replace(CONFIG, model=replace(CONFIG.model, attention="xformers"))
+    elsewhere = replace(CONFIG, attention="xformers")
     model, _ = assemble.load_average(run, elsewhere, torch.device("cpu"))
     answer = model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
     assert bool(answer.isfinite().all())

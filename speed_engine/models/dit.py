@@ -7,7 +7,7 @@ Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width, K 
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from speed_engine.models.embeddings import (
     TimestepEmbedding,
     position_grid,
     rotary_grid,
+    unpatchify,
 )
 
 
@@ -124,16 +125,18 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional transformer on patches of an image or latent.
+    """Transformer on patches of an image or latent, told a class or nothing.
 
     Args:
         input_size: (H, W); each a multiple of the patch size.
-        channels: C.
+        channels: C, of the answer.
         patch_size: P.
         dim: width D, a multiple of 4 (two axes, sine and cosine).
         depth: number of blocks.
         num_heads: attention heads; divides D.
-        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
+        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label". None takes no
+            labels.
+        in_channels: of the input; by default C.
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
         variant: a name of ``VARIANTS``. In ``modern``, K is a multiple of 4.
@@ -145,6 +148,7 @@ class DiT(nn.Module):
         ValueError: sizes that do not divide as said, an unknown name, a dial outside [0, 1].
     """
 
+    block_class: ClassVar[type[nn.Module]] = Block
     pos_embed: Tensor
     rotary_cos: Tensor
     rotary_sin: Tensor
@@ -158,7 +162,8 @@ class DiT(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        num_classes: int,
+        num_classes: int | None,
+        in_channels: int | None = None,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
         variant: str = "original",
@@ -179,38 +184,38 @@ class DiT(nn.Module):
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes, self.num_heads, self.mlp_ratio = num_classes, num_heads, mlp_ratio
-        self.x_embedder = PatchEmbedding(patch_size, channels, dim)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim, frequency_shift)
-        self.y_embedder = LabelEmbedding(num_classes, dim)
+        self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
         self.register_buffer("pos_embed", position_grid(*self.grid, dim))
         self.blocks = nn.ModuleList(
-            Block(dim, num_heads, mlp_ratio, attention, variant) for _ in range(depth)
+            self.block_class(dim, num_heads, mlp_ratio, attention, variant) for _ in range(depth)
         )
         set_recompute(self.blocks, checkpointing)
         self.rotates = variant == "modern"
         if self.rotates:
             self._register_rotation(dim // num_heads)
         self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
-        self._initialise()
+        initialise(self)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
+        condition = self.t_embedder(t)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)
+        return self._answer(x, condition)
+
+    def _answer(self, x: Tensor, condition: Tensor, *told: Tensor) -> Tensor:
+        """``told`` is what the blocks take beside tokens and condition."""
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
         rotation = self.rotation()
         for block in self.blocks:
-            tokens = block(tokens, condition, *rotation)
-        return self._unpatchify(self.final_layer(tokens, condition))
+            tokens = block(tokens, condition, *told, *rotation)
+        return unpatchify(self.final_layer(tokens, condition), self.grid, self.patch_size)
 
     def rotation(self) -> tuple[Tensor, ...]:
         """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""
         return (self.rotary_cos, self.rotary_sin) if self.rotates else ()
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""
-        (rows, columns), p, c = self.grid, self.patch_size, self.out_channels
-        patches = tokens.view(len(tokens), rows, columns, p, p, c)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), c, rows * p, columns * p)
 
     def _register_rotation(self, head_dim: int) -> None:
         if head_dim % 4:
@@ -221,27 +226,54 @@ class DiT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_grid(*self.grid, head_dim), strict=True):
             self.register_buffer(f"rotary_{name}", table, persistent=False)
 
-    def _initialise(self) -> None:
-        """DiT's initialisation: every block starts as the identity, the output as zero."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if "adaLN_modulation" in name or name == "final_layer.linear":
-                nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
-        if patches.bias is not None:
-            nn.init.zeros_(patches.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+def initialise(model: nn.Module) -> None:
+    """DiT's initialisation: every block starts as the identity, the output as zero."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            nn.init.zeros_(module.weight)
+        elif name.startswith("t_embedder"):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, PatchEmbedding):
+            nn.init.xavier_uniform_(module.proj.weight.view(len(module.proj.weight), -1))
+            if module.proj.bias is not None:
+                nn.init.zeros_(module.proj.bias)
+        elif isinstance(module, LabelEmbedding):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
+
+
+def dit_size(name: str) -> dict[str, Any]:
+    """Arguments of ``DiT`` by a name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
+
+    Raises:
+        ValueError: another name.
+    """
+    match = re.fullmatch(r"DiT-(\w+)/([1-9]\d*)(-modern)?", name)
+    if match is None or match[1] not in DIT_SIZES:
+        raise ValueError(
+            f"{name!r} names no DiT; it is DiT-SIZE/PATCH or DiT-SIZE/PATCH-modern, "
+            f"with a size from {', '.join(DIT_SIZES)}, such as DiT-XL/2."
+        )
+    return {
+        "patch_size": int(match[2]),
+        "variant": "modern" if match[3] else "original",
+        **DIT_SIZES[match[1]]._asdict(),
+    }
 
 
 def build_dit(
-    name: str, *, input_size: tuple[int, int], channels: int, num_classes: int, **options: Any
+    name: str,
+    *,
+    input_size: tuple[int, int],
+    channels: int,
+    num_classes: int | None,
+    **options: Any,
 ) -> DiT:
     """A DiT by its name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
 
@@ -255,18 +287,10 @@ def build_dit(
     Raises:
         ValueError: another name.
     """
-    match = re.fullmatch(r"DiT-(\w+)/([1-9]\d*)(-modern)?", name)
-    if match is None or match[1] not in DIT_SIZES:
-        raise ValueError(
-            f"{name!r} names no DiT; it is DiT-SIZE/PATCH or DiT-SIZE/PATCH-modern, "
-            f"with a size from {', '.join(DIT_SIZES)}, such as DiT-XL/2."
-        )
     return DiT(
         input_size=input_size,
         channels=channels,
         num_classes=num_classes,
-        patch_size=int(match[2]),
-        variant="modern" if match[3] else "original",
-        **DIT_SIZES[match[1]]._asdict(),
+        **dit_size(name),
         **options,
     )

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import ModelConfig, TrainConfig
+from speed_engine.config import DiTConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
@@ -152,7 +152,7 @@ def test_a_model_without_blocks_is_not_compiled_by_blocks():
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig(model=ModelConfig(dim=32, depth=1, num_heads=2, **changes))
+    return TrainConfig(model=DiTConfig(dim=32, depth=1, num_heads=2, **changes))
 
 
 @pytest.mark.parametrize("changes", [{}, {"learn_sigma": True}, {"variant": "modern"}])

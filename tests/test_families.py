@@ -223,6 +223,18 @@ def test_published_sizes_take_the_place_of_the_fields(settings, channels, millio
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
 
 
+def test_a_size_and_what_it_sets_cannot_both_be_given(capsys):
+    with pytest.raises(ValueError, match="model.dim=32: model.size=DiT-S/2 sets it; use --model"):
+        DiTConfig(size="DiT-S/2", dim=32)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "imagenet256-dit-xl2", "--dry-run", "--model.depth", "2"])
+    assert "model.depth=2: model.size=DiT-XL/2 sets it" in " ".join(capsys.readouterr().err.split())
+    cli.main(
+        ["train", "imagenet256-dit-xl2", "--dry-run", "--model.size", "None", "--model.depth", "2"]
+    )
+    assert "model       dit on 4 x 32 x 32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "settings, shape, message",
     [

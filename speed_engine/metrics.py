@@ -19,28 +19,54 @@ class IntervalMean:
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
         self._sum = torch.zeros(len(names), device=device)
-        self._count = 0
+        self._count = torch.zeros((), device=device)
 
-    def add(self, values: tuple[Tensor, ...]) -> None:
-        """One () tensor per name."""
-        self._sum += torch.stack(values)
-        self._count += 1
+    def add(self, values: Tensor, skipped: Tensor) -> None:
+        """One value per name, (len(names),); () float32, 1 for a step that does not count."""
+        self._sum += torch.where(skipped > 0, 0.0, values)
+        self._count += 1 - skipped
 
     def read(self) -> dict[str, float]:
-        """Means by name; waits for the device and starts a new interval."""
+        """Means by name, NaN if no step counted; waits for the device, starts a new interval."""
         means = (self._sum / self._count).tolist()
         self._sum.zero_()
-        self._count = 0
+        self._count.zero_()
         return dict(zip(self._names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint inside an interval must keep; JSON holds a float32 exactly."""
-        return {"sum": self._sum.tolist(), "count": self._count}
+        return {"sum": self._sum.tolist(), "count": self._count.item()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
         self._sum.copy_(torch.tensor(state["sum"]))
-        self._count = state["count"]
+        self._count.fill_(state["count"])
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped; adding never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+
+    def add(self, skipped: Tensor) -> None:
+        """() float32, 1 if the step was skipped."""
+        total, row, most = self._counts.unbind()
+        row = (row + 1) * skipped
+        self._counts = torch.stack([total + skipped, row, torch.maximum(most, row)])
+
+    def read(self) -> tuple[int, int]:
+        """(steps skipped in the run, most of them in a row); waits for the device."""
+        total, _, most = self._counts.int().tolist()
+        return total, most
+
+    def state(self) -> list[float]:
+        """What a checkpoint must keep."""
+        return self._counts.tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        """Inverse of ``state``."""
+        self._counts.copy_(torch.tensor(state))
 
 
 class RunLog:

@@ -1,14 +1,14 @@
-"""Checkpoints: complete or invisible, verified on load, never unpickled, for any number of processes.
+"""Checkpoints: complete or invisible, verified on load, never unpickled, for any layout.
 
     RUN/checkpoints/step-00000500/
         shard-00001-....safetensors    tensors of one process, with their place in the whole
         state.json                     counters
         manifest.json                  size and sha256 of every file above; written last
 
-Written beside training by ``torch.distributed.checkpoint`` into a temporary folder, flushed to disk,
-then renamed; an existing checkpoint is never touched. The newest folder whose manifest holds is the
-one to resume from. Tensors are keyed ``group/name`` and load into any layout on any number of
-processes. With several nodes the folder must be on a file system that all of them see.
+Written beside training by ``torch.distributed.checkpoint`` into a temporary folder, flushed to
+disk, then renamed; an existing checkpoint is never touched. The newest folder whose manifest holds
+is the one to resume from. Tensors are keyed ``group/name`` and load into any layout on any number
+of processes. With several nodes the folder must be on a file system that all of them see.
 """
 
 import hashlib
@@ -266,7 +266,7 @@ def require_equal(
 
 
 def _root_cause(error: BaseException) -> str:
-    """What went wrong first, in one line; torch reports it from every process with its traceback."""
+    """What went wrong first, in one line; torch reports every process with its traceback."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (first, _) = next(iter(error.failures.items()))
         return f"{first} (rank {rank})"

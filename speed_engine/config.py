@@ -219,7 +219,7 @@ class TrainConfig:
     offload: bool = False
     """fsdp, hsdp: keep parameters and optimizer state in the host's memory."""
     on_nonfinite: int = 3
-    """A step whose loss or gradient is not finite is skipped; after so many in a row a run stops."""
+    """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
     hang_timeout: float = 900.0
     """Seconds without a step after which several processes stop and name the one that hangs."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(

@@ -130,7 +130,7 @@ def join(device_type: str) -> World:
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=CONNECT_TIMEOUT)
-    # Its own group: on the default one, an asynchronous save would meet the collectives of training.
+    # Its own group: on the default one, a save beside training would meet training's collectives.
     background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT) if size > 1 else None
     return World(rank, size, local_rank, local_size, background)
 

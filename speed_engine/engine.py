@@ -90,7 +90,7 @@ class Engine:
     def _accumulate(self, batch: Batch, before: int) -> ObjectiveOutput:
         """Gradients of the batch's mean loss, microbatch by microbatch."""
         size = self.microbatch_size or len(batch.ids)
-        parts = [Batch(*part) for part in zip(*(tensor.split(size) for tensor in batch))]
+        parts = batch.split(size)
         outputs = []
         for i, part in enumerate(parts):
             if self.world.size > 1:

@@ -92,7 +92,7 @@ MOMENTUM_DECAYS: dict[str, Callable[[float, int], Momentum]] = {
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state as one flat dictionary, ``parameter/moment`` -> tensor, complete before any step."""
+    """The state as one flat dictionary, ``parameter/moment`` -> tensor; complete at any time."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -93,7 +93,7 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 
 
 def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
-    """From the newest complete checkpoint; from the start if the run was killed before its first."""
+    """From the newest complete checkpoint; from the start if none had been written yet."""
     trainer = Trainer(config, run, console, world)
     if world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*"))):
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))

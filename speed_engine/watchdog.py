@@ -19,7 +19,6 @@ import time
 from datetime import timedelta
 from typing import Any, Self
 
-
 from speed_engine.distributed import World
 
 EXIT_HUNG = 75  # EX_TEMPFAIL: trying again may help
@@ -100,8 +99,8 @@ class Watchdog:
 
     def _end(self, verdict: str) -> None:
         text = (
-            f"rank {self._world.rank} waited {self._limit:.0f} s for the others: {verdict}. The run "
-            "ends here; its newest checkpoint is intact. Longer waits: --hang-timeout."
+            f"rank {self._world.rank} waited {self._limit:.0f} s for the others: {verdict}. The "
+            "run ends here; its newest checkpoint is intact. Longer waits: --hang-timeout."
         )
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
@@ -127,9 +126,9 @@ def _name(reports: dict[int, dict[str, Any]], ranks: list[int], what: str) -> st
     """Which ranks, where they run, and what they were doing."""
     now = time.time()
     described = [
-        f"rank {rank} {what} (process {report['pid']} on {report['host']}; {report['doing']} at "
-        f"step {report['step']} for {now - report['since']:.0f} s, heard of {now - report['heard']:.0f}"
-        " s ago)"
+        f"rank {rank} {what} (process {report['pid']} on {report['host']}; {report['doing']} "
+        f"at step {report['step']} for {now - report['since']:.0f} s, heard of "
+        f"{now - report['heard']:.0f} s ago)"
         for rank, report in reports.items()
         if rank in ranks
     ]

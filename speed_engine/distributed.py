@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
     from torch.distributed.device_mesh import DeviceMesh
 
 # Generous: nodes start minutes apart, and a restart meets slow ones again. A rank that hangs later
@@ -129,16 +129,35 @@ def join(device_type: str) -> World:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=CONNECT_TIMEOUT)
+        store = rendezvous_store(keeper=rank == 0, timeout=CONNECT_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=CONNECT_TIMEOUT
+        )
     # Its own group: on the default one, a save beside training would meet training's collectives.
     background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT) if size > 1 else None
     return World(rank, size, local_rank, local_size, background)
 
 
-def leave(world: World) -> None:
-    """End the process groups, if any."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def rendezvous_store(keeper: bool, timeout: timedelta) -> "Store":
+    """A connection to where processes find each other.
+
+    Args:
+        keeper: whether this process keeps the store, unless torchrun's agent does.
+        timeout: of every request.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    agent_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=keeper and not agent_keeps,
+        wait_for_workers=False,
+        timeout=timeout,
+    )
+    # The agent keeps one store for all attempts; without a prefix a restarted process would look
+    # for its neighbours where those of the last attempt were.
+    return PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 LAYOUTS: dict[str, Callable[[World], tuple[int, int]]] = {

@@ -211,6 +211,7 @@ class Trainer:
             self.run / CHECKPOINTS, self.world, config.keep_checkpoints, config.keep_every
         )
         self._interval = time.perf_counter(), engine.steps_done
+        self._data_seconds = 0.0
         self._introduce()
         first, last = engine.steps_done, config.steps
         with (
@@ -223,10 +224,11 @@ class Trainer:
             self.checkpoints.wait()
         if self.world.is_first:
             self.records.close()
-        if stop.signal is not None and engine.steps_done < last:
-            text = f"stopped by {stop.signal.name} at step {engine.steps_done} of {last}; continue"
-            self._say(f"{text} with speed-engine train --resume {self.run}")
-        elif engine.steps_done == last:
+        if engine.steps_done < last:
+            cause = "a signal to another process" if stop.signal is None else stop.signal.name
+            text = f"stopped by {cause} at step {engine.steps_done} of {last}; continue with"
+            self._say(f"{text} speed-engine train --resume {self.run}")
+        else:
             self._finish()
         if self.checkpoints.failures:
             raise OSError(
@@ -238,14 +240,18 @@ class Trainer:
         engine, watchdog = self.engine, self.watchdog
         while engine.steps_done < self.config.steps:
             watchdog.doing(engine.steps_done, "waiting for data")
+            waited = time.perf_counter()
             batch = next(loader)
+            self._data_seconds += time.perf_counter() - waited
             watchdog.doing(engine.steps_done, "training")
             self._step(batch)
             self.progress.step(engine.steps_done)
-            if stop.agreed():
-                self._checkpoint()
-                return
+            stopping = stop.agreed()
             self._fire()
+            if stopping:
+                if engine.steps_done % self.config.checkpoint_every:
+                    self._checkpoint()
+                return
 
     def _step(self, batch: Batch) -> None:
         report = self.engine.step(batch.to(self.device))
@@ -289,11 +295,23 @@ class Trainer:
         since, first = self._interval
         now = time.perf_counter()
         rate = (step - first) * self.config.batch_size / (now - since)
+        figures |= self._data_wait(step - first)
         self._interval = now, step
         if skipped:
             figures["skipped_steps"] = skipped
         self._record({**figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
+
+    def _data_wait(self, steps: int) -> dict[str, float]:
+        """Seconds per step that processes waited for data, since the last call: a straggler's."""
+        mine = torch.tensor([self._data_seconds / steps], device=self.device)
+        self._data_seconds = 0.0
+        seconds = self.world.gather(mine).tolist()
+        figures = {"data_seconds": sum(seconds) / len(seconds)}
+        if len(seconds) > 1:
+            slowest = max(range(len(seconds)), key=seconds.__getitem__)
+            figures |= {"data_seconds_slowest": seconds[slowest], "slowest_loader_rank": slowest}
+        return figures
 
     def _check_skipped(self) -> int:
         """Steps skipped so far.

@@ -19,7 +19,7 @@ import time
 from datetime import timedelta
 from typing import Any, Self
 
-from speed_engine.distributed import World
+from speed_engine.distributed import World, rendezvous_store
 
 EXIT_HUNG = 75  # EX_TEMPFAIL: trying again may help
 # What may take long without anything being wrong, as long as the process is heard of.
@@ -46,7 +46,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         if self._world.size > 1:
-            self._store = _connect()
+            # A connection of its own: the main thread's is busy while it waits.
+            self._store = rendezvous_store(keeper=False, timeout=timedelta(seconds=10))
             self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
             self._thread.start()
         return self
@@ -75,7 +76,7 @@ class Watchdog:
             "step": step, "doing": what, "since": since, "heard": time.time(), "pid": os.getpid(),
             "host": socket.gethostname(),
         }  # fmt: skip
-        self._store.set(str(self._world.rank), json.dumps(report))
+        self._store.set(f"watchdog/{self._world.rank}", json.dumps(report))
 
     def _verdict(self) -> str | None:
         """Who hangs; None if somebody is busy with what may take long."""
@@ -95,7 +96,7 @@ class Watchdog:
         return _name(reports, behind, "is where the others have left")
 
     def _read(self, rank: int) -> dict[str, Any]:
-        return json.loads(self._store.get(str(rank)))
+        return json.loads(self._store.get(f"watchdog/{rank}"))
 
     def _end(self, verdict: str) -> None:
         text = (
@@ -105,21 +106,6 @@ class Watchdog:
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(EXIT_HUNG)  # a collective that waits cannot be interrupted otherwise
-
-
-def _connect() -> Any:
-    """A connection of our own: the main thread's is busy while it waits."""
-    from torch.distributed import PrefixStore, TCPStore
-
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=10),
-    )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"speed_engine/watchdog/{attempt}", store)
 
 
 def _name(reports: dict[int, dict[str, Any]], ranks: list[int], what: str) -> str:

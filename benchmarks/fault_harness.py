@@ -30,6 +30,9 @@ TINY = (
 ).split()
 
 
+RUNNING: list["Training"] = []
+
+
 class Fault:
     """Something that happens at the n-th call of a function, in one process or in all.
 
@@ -137,9 +140,10 @@ class Training:
                 "OMP_NUM_THREADS": "1", **environment,
             }  # fmt: skip
             target = (self.out, list(arguments), variables, rank, fault)
-            self.processes.append(SERVER.Process(target=_train, args=target, daemon=True))
-        for process in self.processes:
+            self.processes.append(SERVER.Process(target=_train, args=target))
+        for process in self.processes:  # not daemons: those may not have loader workers
             process.start()
+        RUNNING.append(self)
 
     def wait_for(self, event: Callable[[], bool], seconds: float = 120) -> bool:
         """Until the event, True, or the end of any process, False.
@@ -186,6 +190,15 @@ class Training:
     def said(self) -> str:
         """All that the processes printed."""
         return self.out.read_text() if self.out.exists() else ""
+
+
+def kill_all() -> None:
+    """End whatever is still running."""
+    while RUNNING:
+        training = RUNNING.pop()
+        training.kill()
+        for process in training.processes:
+            process.join()
 
 
 def train(

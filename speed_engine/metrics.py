@@ -5,12 +5,16 @@ tensorboard/     the same figures as curves
 """
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class IntervalMean:
@@ -72,6 +76,9 @@ class SkippedSteps:
 class RunLog:
     """Appends records to a run folder.
 
+    A disk that is full costs records, not the run: that is logged once, and later records are tried
+    again.
+
     Args:
         run: the folder.
         resume_step: records of later steps are dropped; 0 starts anew.
@@ -84,20 +91,43 @@ class RunLog:
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
         path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
-        self._curves = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        self._file = path.open("ab", buffering=0)
+        self._curves: SummaryWriter | None = SummaryWriter(
+            str(run / "tensorboard"), purge_step=resume_step + 1
+        )
+        self.lost = 0
 
     def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
         """Record figures at a step."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            if not isinstance(value, str):
-                self._curves.add_scalar(name, value, step)
+        self._append(json.dumps({"step": step, **figures}).encode() + b"\n", step)
+        if self._curves is None:
+            return
+        try:
+            for name, value in figures.items():
+                if not isinstance(value, str):
+                    self._curves.add_scalar(name, value, step)
+        except OSError as error:
+            log.error("TensorBoard's curves end at step %d: %s", step, error)
+            self._curves = None
+
+    def _append(self, line: bytes, step: int) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) == len(line):
+                return
+            error: str | OSError = "the disk is full"
+        except OSError as caught:
+            error = caught
+        self._file.truncate(end)  # half a record would spoil the next one
+        if self.lost == 0:
+            log.error("records from step %d on could not be written: %s", step, error)
+        self.lost += 1
 
     def close(self) -> None:
         """Flush both files."""
         self._file.close()
-        self._curves.close()
+        if self._curves is not None:
+            self._curves.close()
 
 
 def _lines(path: Path) -> list[str]:

@@ -11,6 +11,7 @@ Several processes, started by torchrun, train one run together; the first one wr
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,6 +50,8 @@ from speed_engine.optim import MOMENTUM_DECAYS, adamw, linear_warmup, optimizer_
 from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
 from speed_engine.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 FIGURES = ("loss", "squared_error", "grad_norm")
 EMA_FILE = "ema.safetensors"
@@ -212,6 +216,7 @@ class Trainer:
         )
         self._interval = time.perf_counter(), engine.steps_done
         self._data_seconds = 0.0
+        self.lost: list[str] = []
         self._introduce()
         first, last = engine.steps_done, config.steps
         with (
@@ -230,11 +235,11 @@ class Trainer:
             self._say(f"{text} speed-engine train --resume {self.run}")
         else:
             self._finish()
-        if self.checkpoints.failures:
-            raise OSError(
-                "checkpoints that could not be written (step: cause): "
-                + "; ".join(self.checkpoints.failures)
-            )
+        lost = [*self.lost, *self.checkpoints.failures]
+        if self.world.is_first and self.records.lost:
+            lost.append(f"{self.records.lost} records of metrics.jsonl")
+        if lost:
+            raise OSError(f"not everything could be written (step: cause): {'; '.join(lost)}")
 
     def _loop(self, loader: Loader, stop: StopRequest) -> None:
         engine, watchdog = self.engine, self.watchdog
@@ -336,13 +341,24 @@ class Trainer:
         images, labels, fidelity = self.evaluator(self.engine.ema.model)
         if fidelity is not None:  # on the first process
             grid = self.run / "samples" / f"step-{step:08d}.png"
-            save_grid(images, labels, grid, self.config.data.num_classes)
+            self._try_to_write(
+                grid, lambda: save_grid(images, labels, grid, self.config.data.num_classes)
+            )
             self._record({k: v for k, v in asdict(fidelity).items() if v is not None})
             self.newest_evaluation = fidelity.fid, grid
             self.progress.say(f"step {step}/{self.config.steps}  FID {fidelity.fid:.3f}  {grid}")
         since, first = self._interval
         self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
         self.watchdog.doing(step, "training")
+
+    def _try_to_write(self, path: Path, write: Callable[[], object]) -> None:
+        """What a full disk may cost without ending the run; safetensors has errors of its own."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            log.error("%s could not be written: %s", path, error)
+            self.lost.append(f"{path.name}: {error}")
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a run consists of, by ``group/name``."""
@@ -378,8 +394,9 @@ class Trainer:
         if not self.world.is_first:
             return
         temporary = self.run / f".{EMA_FILE}"
-        save_file(average, temporary)
-        temporary.rename(self.run / EMA_FILE)
+        self._try_to_write(temporary, lambda: save_file(average, temporary))
+        if temporary.exists():
+            temporary.rename(self.run / EMA_FILE)
         if self.newest_evaluation is not None:
             fid, grid = self.newest_evaluation
             self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")

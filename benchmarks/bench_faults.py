@@ -33,7 +33,7 @@ from harness import result_path, write_result
 from speed_engine import checkpoint
 from speed_engine.assemble import build_model
 from speed_engine.checkpoint import Checkpoints
-from speed_engine.config import TrainConfig
+from speed_engine.config import DataConfig, DiTConfig, TrainConfig
 from speed_engine.ema import Ema
 from speed_engine.optim import adamw, optimizer_tensors
 
@@ -139,7 +139,7 @@ def restart(folder: Path, count: int) -> dict[str, Any]:
 
 def saving(folder: Path, count: int) -> dict[str, Any]:
     """A DiT-S/2 in one process: how long a step waits for its checkpoint, and the memory peak."""
-    config = TrainConfig(model=DIT_S2, data=LATENTS)
+    config = TrainConfig(model=DiTConfig(size="DiT-S/2"), data=DataConfig(image_shape=(4, 32, 32)))
     model = build_model(config)
     optimizer = adamw(model, learning_rate=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0)
     tensors = {

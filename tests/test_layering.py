@@ -21,8 +21,9 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "environment",
     },
     {"engine", "evaluation"},
+    {"families"},
     {"assemble"},
-    {"presets", "train"},
+    {"presets", "train", "estimate"},
     {"cli"},
     {"__main__"},
 ]

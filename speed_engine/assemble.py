@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from speed_engine import checkpoint
 from speed_engine.config import TrainConfig, cache_folder, from_json
 from speed_engine.data.loader import read_all
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder
 from speed_engine.diffusion.hybrid import HybridObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, methods, doctor."""
+"""The command line: train, sample, evaluate, shards, methods, doctor."""
 
 import json
 import logging
@@ -25,6 +25,7 @@ usage: speed-engine COMMAND ...
   train --resume RUN       continue a run exactly where its newest checkpoint stands
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
 
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "shards": _shards,
         "methods": _methods,
         "doctor": _doctor,
     }
@@ -217,6 +219,12 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _shards(arguments: list[str], console: Console) -> None:
+    from speed_engine import shards_cli
+
+    shards_cli.main(arguments, console)
 
 
 def _methods(arguments: list[str], console: Console) -> None:

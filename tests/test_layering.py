@@ -23,6 +23,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"engine", "evaluation"},
     {"assemble"},
     {"presets", "train"},
+    {"shards_cli"},
     {"cli"},
     {"__main__"},
 ]

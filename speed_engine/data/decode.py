@@ -10,6 +10,7 @@ Every failure is a ValueError that says what is wrong; the caller adds whose byt
 import io
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
@@ -43,7 +44,7 @@ def decode_image(data: bytes, extension: str, channels: int) -> np.ndarray:
 def decode_npy(data: bytes) -> np.ndarray:
     """An array that shares the memory of ``data``."""
     start = _npy_header_bytes(data)
-    dtype, shape = _parse_npy_header(data[:start])
+    dtype, shape = _parse_npy_header(bytes(data[:start]))
     size = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 1 or size != len(data) - start or size > MAX_BYTES:
         raise ValueError(
@@ -55,17 +56,40 @@ def decode_npy(data: bytes) -> np.ndarray:
 
 def decode_label(data: bytes) -> int:
     """Decimal digits, with or without white space around them."""
-    text = data.strip()
+    text = bytes(data[:32]).strip() if len(data) <= 32 else b""
     if not text.isdigit() or len(text) > 18:
-        raise ValueError(f"label {data[:32]!r} is not a non-negative integer.")
+        raise ValueError(f"label {bytes(data[:32])!r} is not a non-negative integer.")
     return int(text)
+
+
+def describe_member(data: bytes, extension: str) -> dict[str, Any]:
+    """What a member holds, from its first bytes: dtype and shape, or a bound of its labels.
+
+    Returns:
+        {"dtype", "shape"} of an array; the same with shape [H, W] of a picture; {"classes": label
+        + 1}; or {} of anything else and of what cannot be read.
+    """
+    kind = extension.rpartition(".")[2]
+    try:
+        if kind == "npy":
+            dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
+            return {"dtype": str(dtype), "shape": list(shape)}
+        if kind == "cls":
+            return {"classes": decode_label(data) + 1}
+        if kind in _PILLOW_FORMATS:
+            with Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]]) as image:
+                return {"dtype": "uint8", "shape": [image.height, image.width]}
+    except Exception:  # the loader, and `shards check`, say what is wrong with it
+        return {}
+    return {}
 
 
 def _npy_header_bytes(data: bytes) -> int:
     """Length of magic, version and header; version 1 has two bytes of length, version 2 four."""
-    width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(data[:8])
+    magic = bytes(data[:8])
+    width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(magic)
     if width is None:
-        raise ValueError(f"not an npy file of version 1 or 2: it begins with {data[:8]!r}.")
+        raise ValueError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
     return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
 
 

@@ -23,7 +23,7 @@ from webdataset.pipeline import DataPipeline
 
 from speed_engine.data.decode import decode_image, decode_label
 from speed_engine.data.order import DataOrder
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 
 PREFETCH = 4  # batches in flight per worker
 Shape = tuple[int, int, int]  # C, H, W

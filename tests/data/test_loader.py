@@ -13,7 +13,8 @@ import torch
 
 from speed_engine.data.loader import Batch, Loader, read_all
 from speed_engine.data.order import DataOrder
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -225,7 +226,7 @@ def test_what_workers_get_survives_pickling(reader):
 def test_a_process_that_forgets_to_close_exits_cleanly(make_shards):
     script = f"""
 from speed_engine.data.loader import Loader
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 loader = Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=2)
 print(next(loader).ids.tolist())
 """

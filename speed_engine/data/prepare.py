@@ -163,7 +163,7 @@ def make(
         ValueError: the first picture, or with ``skip_bad`` false any, is unusable; or the folder
             is.
         OSError: the disk is full, for example; the folder can be continued.
-        RuntimeError: a worker was killed; likewise.
+        ChildProcessError: a worker was killed; likewise.
     """
     _check("workers", workers, workers >= 1, "1 or more")
     size = _checked_first(source, options)
@@ -223,7 +223,7 @@ def _in_processes(
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise ChildProcessError(
             "a worker process was killed; if memory ran out, use fewer workers. Run the same "
             "command again to continue."
         ) from error

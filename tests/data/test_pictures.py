@@ -41,7 +41,9 @@ def test_the_crop_is_of_the_middle():
     assert np.array_equal(np.asarray(centre_crop(picture, 32)), expected)
 
 
-@pytest.mark.parametrize("height, width, size", [(5, 400, 16), (31, 32, 32), (64, 64, 1), (97, 33, 33)])
+@pytest.mark.parametrize(
+    "height, width, size", [(5, 400, 16), (31, 32, 32), (64, 64, 1), (97, 33, 33)]
+)
 def test_every_shape_gives_a_square(height, width, size):
     assert centre_crop(pattern(height, width), size).size == (size, size)
 
@@ -49,7 +51,9 @@ def test_every_shape_gives_a_square(height, width, size):
 def test_shrinking_is_the_mean_over_boxes():
     picture = pattern(32, 32)
     means = np.asarray(picture).astype(float).reshape(8, 4, 8, 4, 3).mean((1, 3))
-    assert np.abs(np.asarray(shrink(picture, 8)) - means).max() <= 1  # Pillow rounds rows, then columns
+    assert (
+        np.abs(np.asarray(shrink(picture, 8)) - means).max() <= 1
+    )  # Pillow rounds rows, then columns
 
 
 @pytest.mark.parametrize("kind", ["png", "npy"])

@@ -82,9 +82,13 @@ class Summary:
             chosen = _evenly(np.arange(self.num_samples), _ROWS * _COLUMNS)
             return [("", chosen[i : i + _COLUMNS]) for i in range(0, len(chosen), _COLUMNS)]
         return [
-            (f"{c} {self.class_names[c]}", np.flatnonzero(self.labels == c)[:_COLUMNS].tolist())
+            (self._row_name(c), np.flatnonzero(self.labels == c)[:_COLUMNS].tolist())
             for c in _evenly(np.unique(self.labels), _ROWS)
         ]
+
+    def _row_name(self, c: int) -> str:
+        name = self.class_names[c]
+        return name if name == str(c) else f"{c} {name}"
 
 
 def summarise(folder: Path) -> Summary:

@@ -130,11 +130,11 @@ class ShardReader:
         file = self._descriptor(shard)
         if apart:
             parts = [
-                memoryview(os.pread(file, size, start + offset))
+                _pread(file, size, start + offset)
                 for offset, size in zip(offsets, sizes, strict=True)
             ]
         else:
-            data = memoryview(os.pread(file, length, start))
+            data = _pread(file, length, start)
             parts = [data[o : o + size] for o, size in zip(offsets, sizes, strict=True)]
         for key, part, size, crc32 in zip(self.keys, parts, sizes, crcs, strict=True):
             if len(part) != size or zlib.crc32(part) != crc32:
@@ -172,6 +172,12 @@ class ShardReader:
     def __del__(self) -> None:
         if hasattr(self, "_open"):  # absent if construction failed
             self.close()
+
+
+def _pread(file: int, size: int, offset: int) -> memoryview:
+    """Writable, because torch wants its memory so; shorter at the end of the file."""
+    data = bytearray(size)
+    return memoryview(data)[: os.preadv(file, [data], offset)]
 
 
 def open_dataset(folder: Path) -> tuple[Dataset, list[ShardIndex]]:

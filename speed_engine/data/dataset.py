@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class Dataset:
         hashes = "".join(shard.sha256 for shard in self.shards)
         return hashlib.sha256(hashes.encode()).hexdigest()
 
+    def without(self, names: Collection[str]) -> "Dataset":
+        """The record of the other shards."""
+        return replace(self, shards=tuple(s for s in self.shards if s.name not in names))
+
     def to_json(self) -> str:
         """The content of ``dataset.json``."""
         record = {"version": VERSION, **asdict(self)}
@@ -95,6 +99,7 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
         )
         names = [shard.name for shard in dataset.shards] + list(dataset.files)
         foreign = [name for name in names if not _PLAIN_NAME.fullmatch(name)]
+        foreign += [shard.name for shard in dataset.shards if not shard.name.endswith(".tar")]
     except ShardError:
         raise
     # RecursionError: brackets nested ten thousand deep.
@@ -105,7 +110,7 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
     if not intact:
         raise ShardError(f"{source} does not match its own checksum; {remedy}")
     if foreign:
-        raise ShardError(f"{source} names files outside its folder: {foreign[:3]}.")
+        raise ShardError(f"{source} names what is no shard beside it: {foreign[:3]}.")
     return dataset
 
 
@@ -153,7 +158,7 @@ def commit(
             merge_description(contents, extension, description)
     if not shards:
         raise ShardError(f"{folder} holds no shards; nothing was written into it.")
-    records = {file: _file_record(folder / file) for file in files}
+    records = {file: _record_of((folder / file).read_bytes()) for file in files}
     dataset = Dataset(tuple(shards), contents, dict(metadata or {}), records)
     write_durably(folder / RECORD, dataset.to_json().encode())
     if name is not None:
@@ -173,6 +178,14 @@ def merge_description(contents: Contents, extension: str, description: dict[str,
             name for name in known | description if known.get(name) != description.get(name)
         )
         contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
+
+
+def verify_file(dataset: Dataset, name: str, data: bytes, where: str) -> None:
+    """Raises ShardError unless a file beside the shards is the recorded one."""
+    if name not in dataset.files:
+        raise ShardError(f"{where} is not among the recorded files {sorted(dataset.files)}.")
+    if dataset.files[name] != _record_of(data):
+        raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
 
 
 def write_durably(path: Path, data: bytes | bytearray) -> None:
@@ -203,8 +216,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _file_record(path: Path) -> FileRecord:
-    data = path.read_bytes()
+def _record_of(data: bytes) -> FileRecord:
     return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -14,7 +14,7 @@ Letters: N samples, M extensions.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,15 @@ class ShardIndex:
         """The key of sample ``n``."""
         start = self.key_ends[n - 1] if n else 0
         return self.key_bytes[start : self.key_ends[n]].tobytes().decode()
+
+    def without(self, keys: Collection[str]) -> np.ndarray:
+        """Numbers of the samples whose key is not among ``keys``, int64."""
+        numbers = np.arange(len(self))
+        return (
+            numbers
+            if not keys
+            else np.array([n for n in numbers if self.key(n) not in keys], dtype=np.int64)
+        )
 
     def content_hash(self) -> str:
         """SHA-256 over the keys, extensions, sizes and CRCs, hexadecimal."""

@@ -304,8 +304,9 @@ def test_pickles_beside_the_members_are_ignored(tmp_path):
 
 def test_paths_are_never_commands(make_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        ShardReader("pipe:touch executed")
+    for command in ("pipe:touch executed", "pipe://touch executed", "file:///etc", "ssh://x/y"):
+        with pytest.raises(ValueError, match="commands and other schemes are never opened"):
+            ShardReader(command)
     folder = make_shards(2, per_shard=2)
     without_indices(folder)
     (folder / "x-000000.tar").rename(folder / "pipe:touch executed|{0..3}::#.tar")

@@ -16,7 +16,7 @@ from speed_engine.data.conditions import condition_name, load_null_tokens
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder
-from speed_engine.data.texts import encode_texts
+from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
@@ -142,7 +142,7 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder))
+    tokens = torch.from_numpy(TextEncoder(text_encoder, torch.device("cpu"))(["", *prompts]))
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "

@@ -29,7 +29,7 @@ def reader(make_shards):
 
 def take(loader, count):
     with loader:
-        return [next(loader) for _ in range(count)]
+        return [next(loader).to("cpu") for _ in range(count)]
 
 
 def expected_batches(reader, start, count, batch_size=8, seed=5, window=2):
@@ -142,7 +142,7 @@ def test_a_batch_moves_between_devices(reader, device):
 
 
 def test_a_wrong_image_shape_is_refused_at_once(reader):
-    with pytest.raises(ValueError, match=r"'0000': the image is uint8 of shape \(1, 2, 3\); expe"):
+    with pytest.raises(ValueError, match=r"sample '\d+': the image is uint8 of shape \(1, 2, 3\); expe"):
         Loader(reader, (3, 2, 3), 8, 0)
 
 

@@ -13,14 +13,14 @@ all; put back, the run resumes.
 Letters: B images of a batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from speed_engine.data.conditions import condition_name, decode_condition
-from speed_engine.data.decode import UnfitSample, decode_image
-from speed_engine.data.reader import Sample, ShardReader
+from speed_engine.data.decode import UnfitSample, decode_image, decode_label, decode_npy_rows
+from speed_engine.data.reader import RawBatch, Sample, ShardReader
 from speed_engine.data.tarscan import ShardError
 
 IMAGE = "image"  # in a decoded sample, beside the names of its conditions
@@ -59,8 +59,9 @@ class BatchReader:
         self.reader = reader
         self._shape, self._num_classes = tuple(image_shape), num_classes
         self._stop = on_bad_sample == "stop"
-        self._image_key, *conditions = reader.keys
-        self._conditions = [(key, condition_name(key)) for key in conditions]
+        image, *conditions = reader.keys
+        self._members = [(image, IMAGE), *((key, condition_name(key)) for key in conditions)]
+        self._holds_arrays = all(f".{key}".endswith((".npy", ".cls")) for key in reader.keys)
 
     def read(
         self,
@@ -78,11 +79,48 @@ class BatchReader:
             ValueError: a sample is damaged and the policy is to stop, or it is unfit; names it.
             OSError: a shard cannot be read.
         """
+        numbers = np.asarray(samples, dtype=np.int64)
+        read: Iterable[Sample | ShardError] = self.reader.stream(numbers)
+        if self._holds_arrays:
+            raw = self.reader.read_batch(numbers)
+            if (uniform := self._decode_all(raw)) is not None:
+                return Arrays(uniform.pop(IMAGE), uniform, ())
+            read = raw.samples
+        return self._decode_each(numbers.tolist(), read, substitute)
+
+    def _decode_all(self, raw: RawBatch) -> Row | None:
+        """All samples at once and without a copy; None unless they are intact, fit and alike."""
+        if any(isinstance(sample, ShardError) for sample in raw.samples):
+            return None
+        arrays: Row = {}
+        try:
+            first = self._decode(0, raw.samples[0])
+            for column, (key, name) in enumerate(self._members):
+                if name == "labels":
+                    labels = [decode_label(sample[key]) for sample in raw.samples]
+                    arrays[name] = np.array(labels, dtype=np.int64)
+                else:
+                    rows = raw.member(column)
+                    array = None if rows is None else decode_npy_rows(rows)
+                    if array is None or array.shape[1:] != first[name].shape:
+                        return None
+                    arrays[name] = array
+        except ValueError:
+            return None
+        limit = self._num_classes
+        if limit is not None and "labels" in arrays and arrays["labels"].max() >= limit:
+            return None
+        return arrays
+
+    def _decode_each(
+        self,
+        numbers: list[int],
+        samples: Iterable[Sample | ShardError],
+        substitute: Callable[[int, int], int] | None,
+    ) -> Arrays:
         arrays: Row = {}
         replaced: list[str] = []
-        numbers = np.asarray(samples, dtype=np.int64)
-        for place, sample in enumerate(self.reader.read_batch(numbers)):
-            number = int(numbers[place])
+        for place, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
             try:
                 row = self._decode(number, sample)
             except ShardError as damage:
@@ -109,7 +147,7 @@ class BatchReader:
         for attempt in range(1, ATTEMPTS + 1):
             number = substitute(place, attempt)
             try:
-                return number, self._decode(number, self.reader.read_batch([number])[0])
+                return number, self._decode(number, self.reader.read_batch([number]).samples[0])
             except ShardError:
                 continue
         raise ShardError(
@@ -123,9 +161,10 @@ class BatchReader:
             raise sample
         channels, *size = self._shape
         try:
-            image = decode_image(sample[self._image_key], self._image_key, channels, (*size,))
+            (key, _), *conditions = self._members
+            image = decode_image(sample[key], key, channels, (*size,))
             row = {IMAGE: image}
-            for key, name in self._conditions:
+            for key, name in conditions:
                 row[name] = decode_condition(sample[key], key, channels)
         except UnfitSample as error:
             raise UnfitSample(f"{self.reader.describe(number)}: {error}") from error

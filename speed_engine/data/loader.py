@@ -158,7 +158,7 @@ def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[
     images, conditions, _ = BatchReader(reader, image_shape).read(range(len(reader)))
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
-    return images, conditions
+    return np.ascontiguousarray(images), conditions
 
 
 def read_conditions(

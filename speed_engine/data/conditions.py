@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_engine.data.decode import decode_image, decode_label, decode_npy
+from speed_engine.data.decode import Buffer, decode_image, decode_label, decode_npy
 from speed_engine.data.tarscan import ShardError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}
@@ -33,7 +33,7 @@ def condition_name(member: str) -> str:
     return name
 
 
-def decode_condition(data: bytes, member: str, channels: int) -> np.ndarray:
+def decode_condition(data: Buffer, member: str, channels: int) -> np.ndarray:
     """A member's bytes to its row of the batch; ``channels`` as in ``decode_image``.
 
     Raises:

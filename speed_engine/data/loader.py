@@ -21,28 +21,38 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
 
-from speed_engine.data.conditions import condition_name, decode_condition
-from speed_engine.data.decode import decode_image
+from speed_engine.data.batches import BatchReader, OnBadSample, Shape
+from speed_engine.data.conditions import condition_name
 from speed_engine.data.order import DataOrder
 from speed_engine.data.reader import ShardReader
 
 PREFETCH = 4  # batches in flight per worker
-IMAGE = "image"  # in a decoded sample, beside the names of its conditions
-Shape = tuple[int, int, int]  # C, H, W
 
 
 class Batch(NamedTuple):
     """One rank's part of a global batch."""
 
-    images: Tensor  # (B, C, H, W) float32: pixels in [-1, 1], or latents as stored
+    images: Tensor  # (B, C, H, W) as stored: uint8 pixels, floating-point latents
     conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
+    replaced: tuple[str, ...] = ()  # what was wrong with each sample that another took the place of
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; the copy is asynchronous from pinned memory."""
+        """The batch on ``device``, images as float32, pixels in [-1, 1].
+
+        From pinned memory the copy is asynchronous; images travel as they are stored.
+        """
         move = partial(torch.Tensor.to, device=device, non_blocking=True)
         conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(move(self.images), conditions, move(self.ids))
+        return Batch(_as_floats(move(self.images)), conditions, move(self.ids), self.replaced)
+
+
+def _as_floats(images: Tensor) -> Tensor:
+    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
+    if images.dtype != torch.uint8:
+        return floats
+    # By a tensor: CUDA would multiply by the reciprocal of a number.
+    return floats.div_(torch.full((), 127.5, device=images.device)).sub_(1)
 
 
 class Loader:
@@ -62,9 +72,11 @@ class Loader:
         window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
         condition_shapes: of one row, by the condition's name; others accept any.
+        on_bad_sample: what happens to a damaged sample, see batches.py.
 
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
+        OSError: a shard cannot be read.
         RuntimeError: a worker died, or the loader is closed.
     """
 
@@ -81,13 +93,17 @@ class Loader:
         window: int = 8,
         num_classes: int | None = None,
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        on_bad_sample: OnBadSample = "stop",
     ) -> None:
         _check_arguments(reader, batch_size, start, workers, rank, world_size)
-        load = partial(_load_batch, reader, image_shape, num_classes)
-        first = load(np.array([[0], [0]]))  # an unfit data set fails here, not in a worker
-        _check_conditions(reader, first, condition_shapes or {})
         order = DataOrder(reader.counts, seed, window)
-        source = _Source(order, start, batch_size, rank, world_size)
+        batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
+        load = partial(_load_batch, batches, order)
+        # An unfit data set fails here, not in a worker. The order of this epoch is computed, too,
+        # which the workers then share.
+        first = load(np.array([order.sample_indices(start, 1), [start]]))
+        _check_conditions(reader, first, condition_shapes or {})
+        source = _Source(reader, order, start, batch_size, rank, world_size)
         pipeline = DataPipeline(source, map_stage(load))
         self._loader: DataLoader | None = DataLoader(
             cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
@@ -134,22 +150,22 @@ class Loader:
 
 
 def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation.
+    """Every sample in the order of the shards, for evaluation; a damaged one is an error.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
-    images, conditions = _stack(reader, image_shape, None, range(len(reader)))
+    images, conditions, _ = BatchReader(reader, image_shape).read(range(len(reader)))
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
-    return images, conditions
+    return np.ascontiguousarray(images), conditions
 
 
 def read_conditions(
     reader: ShardReader, image_shape: Shape, indices: list[int]
 ) -> dict[str, np.ndarray]:
     """(N, ...) of the given samples, as batches have them."""
-    _, conditions = _stack(reader, image_shape, None, indices)
+    _, conditions, _ = BatchReader(reader, image_shape).read(indices)
     return {name: _scaled(value) for name, value in conditions.items()}
 
 
@@ -157,30 +173,42 @@ class _Source(IterableDataset):
     """This worker's batches as (2, B) int64: sample indices, positions in the stream."""
 
     def __init__(
-        self, order: DataOrder, start: int, batch_size: int, rank: int, world_size: int
+        self,
+        reader: ShardReader,
+        order: DataOrder,
+        start: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self._order, self._batch_size = order, batch_size
+        self._reader, self._order, self._batch_size = reader, order, batch_size
         self._rank_size = batch_size // world_size
         self._first = start + rank * self._rank_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
         worker = get_worker_info()
         k, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        begin = end = self._first + k * self._batch_size  # of the last window that was announced
         while True:
             first = self._first + k * self._batch_size
+            while first >= begin:  # announce the next window when the one before it begins
+                begin, (end, shards) = end, self._order.window_at(end)
+                self._reader.prefetch(shards)
             indices = self._order.sample_indices(first, self._rank_size)
             yield np.stack([indices, np.arange(first, first + self._rank_size)])
             k += stride
 
 
-def _load_batch(
-    reader: ShardReader, image_shape: Shape, num_classes: int | None, part: np.ndarray
-) -> Batch:
+def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Batch:
     indices, ids = part
-    images, conditions = _stack(reader, image_shape, num_classes, indices.tolist())
+    images, conditions, replaced = batches.read(
+        indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
+    )
     told = {name: torch.from_numpy(_scaled(value)) for name, value in conditions.items()}
-    images = _scaled(images).astype(np.float32, copy=False)
-    return Batch(torch.from_numpy(images), told, torch.from_numpy(ids))
+    stored = torch.from_numpy(images)
+    if images.dtype == np.uint16:
+        stored = stored.view(torch.bfloat16)
+    return Batch(stored, told, torch.from_numpy(ids), replaced)
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
@@ -188,51 +216,6 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     if values.dtype != np.uint8:
         return values
     return values.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _stack(
-    reader: ShardReader, image_shape: Shape, num_classes: int | None, indices: range | list[int]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images (B, C, H, W) and conditions (B, ...), each of one dtype and shape."""
-    rows: list[dict[str, np.ndarray]] = []
-    for i in indices:
-        row = _decode(reader, i, image_shape)
-        for name, value in row.items():
-            first = rows[0][name] if rows else value
-            if (value.dtype, value.shape) != (first.dtype, first.shape):
-                raise ValueError(
-                    f"{reader.describe(i)} has {name} of {value.dtype} and shape {value.shape}, "
-                    f"others {first.dtype} and {first.shape}; a data set needs one dtype and shape."
-                )
-        if num_classes is not None and row.get("labels", 0) >= num_classes:
-            raise ValueError(
-                f"{reader.describe(i)} has label {row['labels']}; needed: less than "
-                f"num_classes={num_classes}. Correct num_classes or the data."
-            )
-        rows.append(row)
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return stacked.pop(IMAGE), stacked
-
-
-def _decode(reader: ShardReader, i: int, image_shape: Shape) -> dict[str, np.ndarray]:
-    """The image, under ``IMAGE``, and the conditions of a sample."""
-    image_key, *condition_keys = reader.keys
-    sample = reader.read(i)
-    try:
-        image = decode_image(sample[image_key], image_key, image_shape[0])
-        conditions = {
-            condition_name(key): decode_condition(sample[key], key, image_shape[0])
-            for key in condition_keys
-        }
-    except ValueError as error:
-        raise ValueError(f"{reader.describe(i)}: {error}") from error
-    if image.shape != tuple(image_shape) or image.dtype == np.int64:
-        raise ValueError(
-            f"{reader.describe(i)}: the image is {image.dtype} of shape {image.shape}; expected "
-            f"uint8 or floating point of shape {tuple(image_shape)}. Correct image_shape or the "
-            f"data."
-        )
-    return {IMAGE: image, **conditions}
 
 
 def _check_conditions(

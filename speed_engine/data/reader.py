@@ -8,9 +8,10 @@ Letters: N samples, K keys.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +24,7 @@ from speed_engine.data.tarscan import ShardError
 
 MAX_OPEN_FILES = 64
 _WASTE = 2**16  # bytes between the members of a sample that are read along rather than left out
+_ALIGNMENT = 64  # of the rows of a batch in memory
 
 Sample = dict[str, memoryview]
 
@@ -76,6 +78,7 @@ class ShardReader:
         # Arrays, not objects: a million objects would be copied page by page into every worker.
         self._row = np.concatenate(kept)  # (N,) number in the shard
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
+        self._memory = bytearray()  # of one sample at a time
         self._open: dict[int, int] = {}  # shard -> file descriptor, least recently used first
 
     def __len__(self) -> int:
@@ -88,78 +91,94 @@ class ShardReader:
             ShardError: the bytes are not those that were written; names shard, sample and member.
             OSError: the shard cannot be read.
         """
-        (sample,) = self.read_batch([i])
+        (sample,) = self.stream([i])
         if isinstance(sample, ShardError):
             raise sample
         return {key: bytes(data) for key, data in sample.items()}
 
-    def read_batch(self, samples: Sequence[int] | np.ndarray) -> list[Sample | ShardError]:
-        """Members of many samples; in the place of a damaged one, what is wrong with it.
+    def stream(self, samples: Sequence[int] | np.ndarray) -> Iterator[Sample | ShardError]:
+        """Members of many samples, one after the other, in memory that the next one reuses.
+
+        In the place of a damaged sample comes what is wrong with it.
 
         Raises:
             OSError: a shard cannot be read.
         """
+        places = self._places(samples)
+        needed = int(places.extent.max(initial=0))
+        if needed > len(self._memory):
+            self._memory = bytearray(2 * needed)  # in the processor's cache from the second use on
+        memory = memoryview(self._memory)
+        for number, place in zip(places.numbers, places.rows, strict=True):
+            yield self._read(number, *place, memory)
+
+    def read_batch(self, samples: Sequence[int] | np.ndarray) -> "RawBatch":
+        """Members of many samples, each in a row of memory of its own.
+
+        Raises:
+            OSError: a shard cannot be read.
+        """
+        places = self._places(samples)
+        row = -(-int(places.extent.max(initial=0)) // _ALIGNMENT) * _ALIGNMENT
+        memory = np.empty((len(places.numbers), row), dtype=np.uint8)
+        views = map(memoryview, memory)
+        read = [
+            self._read(number, *place, view)
+            for number, place, view in zip(places.numbers, places.rows, views, strict=True)
+        ]
+        return RawBatch(memory, places.offset, places.size, read)
+
+    def _places(self, samples: Sequence[int] | np.ndarray) -> "_Places":
         numbers = np.asarray(samples, dtype=np.int64)
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
         if len(outside):
             raise IndexError(f"sample {outside[0]} of {len(self)}.")
-        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
-        offsets, sizes = self._offset[numbers], self._size[numbers]
-        starts = offsets.min(axis=1)
-        lengths = (offsets + sizes).max(axis=1) - starts
-        apart = lengths > sizes.sum(axis=1) + _WASTE
-        rows = zip(
-            numbers.tolist(),
-            shards,
-            starts.tolist(),
-            lengths.tolist(),
-            apart.tolist(),
-            (offsets - starts[:, None]).tolist(),
-            sizes.tolist(),
-            self._crc32[numbers].tolist(),
-            strict=True,
-        )
-        return [self._read(*row) for row in rows]
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Say that these shards are read next; returns at once."""
-        self._folder.prefetch(shards)
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        offset, size = self._offset[numbers], self._size[numbers]
+        start = offset.min(axis=1, keepdims=True)
+        length = (offset + size).max(axis=1, keepdims=True) - start
+        if (length[:, 0] <= size.sum(axis=1) + _WASTE).all():  # one read, with what lies between
+            target, relative, extent = np.zeros_like(start), offset - start, length[:, 0]
+        else:
+            start, length = offset, size
+            target = relative = size.cumsum(axis=1) - size
+            extent = size.sum(axis=1)
+        reads = np.stack([start, length, target], axis=2)
+        members = np.stack([relative, size, self._crc32[numbers]], axis=2)
+        rows = zip(shards.tolist(), reads.tolist(), members.tolist(), strict=True)
+        return _Places(numbers.tolist(), rows, extent, relative, size)
 
     def _read(
         self,
-        i: int,
+        number: int,
         shard: int,
-        start: int,
-        length: int,
-        apart: bool,
-        offsets: list[int],
-        sizes: list[int],
-        crcs: list[int],
+        reads: list[list[int]],
+        members: list[list[int]],
+        memory: memoryview,
     ) -> Sample | ShardError:
-        """One sample, with one system call unless its members lie far apart."""
+        """One sample into ``memory``, a second time where the shard can be had elsewhere."""
         for _ in range(2):
             file = self._descriptor(shard)
-            if apart:
-                parts = [
-                    _pread(file, size, start + offset)
-                    for offset, size in zip(offsets, sizes, strict=True)
-                ]
-            else:
-                data = _pread(file, length, start)
-                parts = [data[o : o + size] for o, size in zip(offsets, sizes, strict=True)]
-            checks = zip(self.keys, parts, sizes, crcs, strict=True)
-            damaged = [
-                k for k, part, size, crc in checks if len(part) != size or crc32(part) != crc
-            ]
-            if not damaged:
-                return dict(zip(self.keys, parts, strict=True))
+            complete = True
+            for start, length, target in reads:
+                part = memory[target : target + length]
+                complete &= os.preadv(file, (part,), start) == length
+            sample = [memory[offset : offset + size] for offset, size, _ in members]
+            for part, (_, _, expected) in zip(sample, members, strict=True):
+                complete &= crc32(part) == expected
+            if complete:
+                return dict(zip(self.keys, sample, strict=True))
             if not self._folder.refetch(shard):
                 break
             os.close(self._open.pop(shard))
         return ShardError(
-            f"{self.describe(i)}, member {damaged[0]!r}: CRC-32 mismatch; the shard is damaged, "
-            f"write it again."
+            f"{self.describe(number)}: CRC-32 mismatch in its members {list(self.keys)}; the shard "
+            f"is damaged, write it again."
         )
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Say that these shards are read next; returns at once."""
+        self._folder.prefetch(shards)
 
     def describe(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
@@ -181,17 +200,40 @@ class ShardReader:
         return file
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_memory": bytearray()}
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):  # absent if construction failed
             self.close()
 
 
-def _pread(file: int, size: int, offset: int) -> memoryview:
-    """Writable, because torch wants its memory so; shorter at the end of the file."""
-    data = bytearray(size)
-    return memoryview(data)[: os.preadv(file, [data], offset)]
+class RawBatch(NamedTuple):
+    """Samples in memory, not decoded; they share it with ``memory``.
+
+    Letters: B samples, L bytes at most of one, K keys.
+    """
+
+    memory: np.ndarray  # (B, L) uint8
+    offset: np.ndarray  # (B, K) of each member in its row
+    size: np.ndarray  # (B, K)
+    samples: list[Sample | ShardError]  # (B,) in the place of a damaged one, what is wrong with it
+
+    def member(self, k: int) -> np.ndarray | None:
+        """(B, size) uint8 of the k-th key; None if it is not in the same place of every row."""
+        offset, size = int(self.offset[0, k]), int(self.size[0, k])
+        if (self.offset[:, k] != offset).any() or (self.size[:, k] != size).any():
+            return None
+        return self.memory[:, offset : offset + size]
+
+
+class _Places(NamedTuple):
+    """Where samples lie in their shards, and where in memory they go."""
+
+    numbers: list[int]
+    rows: Iterator[tuple[int, list[list[int]], list[list[int]]]]  # arguments of ``_read``
+    extent: np.ndarray  # (B,) bytes of memory
+    offset: np.ndarray
+    size: np.ndarray
 
 
 def _columns(

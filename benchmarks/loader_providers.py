@@ -11,6 +11,7 @@ DATA holds jpg/ and latents/, each with ``shards`` (tar), ``files`` (one per sam
 ``streaming`` (MDS); latents/files as fast-DiT has them, features and labels apart.
 """
 
+import importlib
 import io
 import json
 import os
@@ -44,8 +45,7 @@ def speed_engine(data: Path, kind: str, workers: int) -> Batches:
 
 def webdataset(data: Path, kind: str, workers: int, by_hand: bool) -> Batches:
     """Its own decoding, or the cheapest that one can write in its place."""
-    import webdataset as wds
-
+    wds: Any = importlib.import_module("webdataset")
     urls = [str(path) for path in sorted((data / kind / "shards").glob("*.tar"))]
     member = "jpg" if kind == "jpg" else "npy"
     stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=SEED).shuffle(1000)
@@ -78,9 +78,9 @@ def npy_files(data: Path, workers: int) -> Batches:
 
 def streaming(data: Path, kind: str, workers: int) -> Batches:
     """mosaicml-streaming, the picture stored as bytes and decoded as ours are."""
-    from streaming import StreamingDataset
+    base: Any = importlib.import_module("streaming").StreamingDataset
 
-    class Decoded(StreamingDataset):
+    class Decoded(base):
         def __getitem__(self, at: Any) -> Any:
             sample = super().__getitem__(at)
             if kind == "jpg":
@@ -176,15 +176,14 @@ def _view_npy(data: bytes) -> torch.Tensor:
 
 def write_streaming(data: Path) -> None:
     """The same bytes and labels as MDS."""
-    from streaming import MDSWriter
-
+    writer_class: Any = importlib.import_module("streaming").MDSWriter
     columns = {"image": "bytes", "label": "int"}
-    with MDSWriter(out=str(data / "jpg" / "streaming"), columns=columns) as writer:
+    with writer_class(out=str(data / "jpg" / "streaming"), columns=columns) as writer:
         for path in sorted((data / "jpg" / "files").rglob("*.jpg")):
             writer.write({"image": path.read_bytes(), "label": int(path.parent.name)})
     columns["image"] = f"ndarray:float16:{','.join(map(str, LATENT_SHAPE))}"
     folder = data / "latents" / "files"
-    with MDSWriter(out=str(data / "latents" / "streaming"), columns=columns) as writer:
+    with writer_class(out=str(data / "latents" / "streaming"), columns=columns) as writer:
         for path in sorted((folder / "features").iterdir()):
             label = int(np.load(folder / "labels" / path.name)[0])
             writer.write({"image": np.load(path), "label": label})

@@ -56,50 +56,50 @@ def main() -> None:
             _run(options.streaming_python, "write-streaming", str(data))
         pythons = {name: python for name, python in pythons.items() if python}
         os.sync()
-        figures = {}
-        for workers in (0, options.workers):
-            figures[f"workers={workers}"] = measure(data, pythons, images, workers, options)
+        figures = measure(data, pythons, images, options)
     ratios = [
         {"ours": ours, "theirs": theirs, "goal": goal, "ratio": _ratio(figures, ours, theirs)}
         for ours, theirs, goal in GOALS
         if theirs in pythons
     ]
+    for case, providers in figures.items():
+        for name, values in providers.items():
+            cpu, wall = values["images_per_cpu_second"], values["images_per_second"]
+            print(
+                f"{case:16} {name:35} {cpu['median']:9,.0f} [{cpu['p20']:,.0f}, {cpu['p80']:,.0f}]"
+                f" /CPU-s {wall['median']:9,.0f} /s {values['worker_megabytes']['median']:6.0f} MB"
+            )
     for row in ratios:
         print(f"{row['ours']} / {row['theirs']}: {row['ratio']:.2f}, goal {row['goal']}")
     if not options.dry_run:
         data_facts = {"images": images, "shards": SHARDS, "latent_shape": LATENT_SHAPE}
-        path = write_result("loader", {"data": data_facts, "goals": ratios, **figures})
+        path = write_result("loader", {"data": data_facts, "goals": ratios, "figures": figures})
         print(path)
 
 
 def measure(
-    data: Path,
-    pythons: dict[str, str],
-    images: dict[str, int],
-    workers: int,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """Figures of every provider, their turns interleaved."""
-    samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    names = [name for name in pythons if not (workers and "decoder" in name.split()[1])]
+    data: Path, pythons: dict[str, str], images: dict[str, int], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Figures of every provider in every case, their turns interleaved."""
+    cases = [("warm", 0, options.repeats), ("cold", 0, options.cold_repeats)]
+    cases.append(("warm", options.workers, options.cold_repeats))
+    figures: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         children = {
-            name: stack.enter_context(_child(pythons[name], name, data, workers)) for name in names
+            name: stack.enter_context(_child(python, name, data))
+            for name, python in pythons.items()
         }
-        for state in ["warm"] * options.repeats + ["cold"] * options.cold_repeats:
-            for name, child in children.items():
+        for state, workers, repeats in cases:
+            costs: dict[str, list[dict[str, float]]] = {name: [] for name in children}
+            for name in [*children] * repeats:
                 kind = name.partition(" ")[0]
                 if state == "cold":
                     drop_from_page_cache(data / kind)
-                samples.setdefault((name, state), []).append(_ask(child, images[kind]))
-    return {
-        name: {
-            state: _figures(samples[name, state])
-            for state in ("warm", "cold")
-            if (name, state) in samples
-        }
-        for name in names
-    }
+                costs[name].append(_ask(children[name], images[kind], workers))
+            figures[f"{state}, workers={workers}"] = {
+                name: _figures(values) for name, values in costs.items()
+            }
+    return figures
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -170,43 +170,39 @@ def _paths() -> Iterable[str]:
 
 
 @contextmanager
-def _child(python: str, provider: str, data: Path, workers: int) -> Iterator[subprocess.Popen]:
+def _child(python: str, provider: str, data: Path) -> Iterator[subprocess.Popen]:
     script = str(HERE / "loader_providers.py")
     child = subprocess.Popen(
-        [python, script, provider, str(data), str(workers)],
+        [python, script, provider, str(data)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=_environment(),
     )
     try:
-        _answer(child, provider)
+        _answer(child)
         yield child
     finally:
         child.communicate()  # closes its input, which ends it
 
 
-def _ask(child: subprocess.Popen, images: int) -> dict[str, Any]:
+def _ask(child: subprocess.Popen, images: int, workers: int) -> dict[str, float]:
     assert child.stdin is not None
-    child.stdin.write(json.dumps({"images": images}) + "\n")
+    child.stdin.write(json.dumps({"images": images, "workers": workers}) + "\n")
     child.stdin.flush()
-    return _answer(child, str(child.args))
+    return _answer(child)
 
 
-def _answer(child: subprocess.Popen, name: str) -> dict[str, Any]:
+def _answer(child: subprocess.Popen) -> dict[str, Any]:
     assert child.stdout is not None
     line = child.stdout.readline()
     if not line:
-        raise RuntimeError(f"provider {name} ended with status {child.wait()}.")
+        raise RuntimeError(f"{child.args} ended with status {child.wait()}.")
     return json.loads(line)
 
 
-def _figures(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "images_per_cpu_second": _spread([s["images"] / s["cpu_seconds"] for s in samples]),
-        "images_per_second": _spread([s["images"] / s["seconds"] for s in samples]),
-        "worker_megabytes": max(max(s["worker_megabytes"]) for s in samples),
-    }
+def _figures(costs: list[dict[str, float]]) -> dict[str, Any]:
+    return {name: _spread([cost[name] for cost in costs]) for name in costs[0]}
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -214,11 +210,9 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _ratio(figures: dict[str, Any], ours: str, theirs: str) -> float:
-    medians = [
-        figures["workers=0"][name]["warm"]["images_per_cpu_second"]["median"]
-        for name in (ours, theirs)
-    ]
-    return round(medians[0] / medians[1], 3)
+    warm = figures["warm, workers=0"]
+    mine, other = (warm[name]["images_per_cpu_second"]["median"] for name in (ours, theirs))
+    return round(mine / other, 3)
 
 
 def _options() -> argparse.Namespace:

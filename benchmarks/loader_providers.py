@@ -1,6 +1,6 @@
 """The loaders that ``bench_loader.py`` compares, one per process, which takes orders from it.
 
-    python loader_providers.py PROVIDER DATA WORKERS     serve: one JSON line in, one out
+    python loader_providers.py PROVIDER DATA             serve: one JSON line in, one out
     python loader_providers.py write-streaming DATA      the data in mosaicml-streaming's format
 
 Imports only what its provider needs, so that one of another Python environment can be served. Each
@@ -189,29 +189,38 @@ def write_streaming(data: Path) -> None:
             writer.write({"image": np.load(path), "label": label})
 
 
-def serve(provider: str, data: Path, workers: int) -> None:
-    """Answer every line {"images": n} with what it cost to load n images."""
+def serve(provider: str, data: Path) -> None:
+    """Answer every line {"images": n, "workers": w} with what it cost to load n images."""
     import torchvision  # noqa: F401  its operators, before memory is counted
 
     warnings.simplefilter("ignore")  # arrays that share the memory of bytes, read only
     torch.set_num_threads(1)
-    before = _memory(os.getpid())
-    kind = provider.partition(" ")[0]
-    batches = PROVIDERS[provider](data, workers)
-    next(batches)
-    print(json.dumps({"ready": True, "python": sys.version.split()[0]}), flush=True)
+    kind, alone = provider.partition(" ")[0], _memory(os.getpid())
+    loaders: dict[int, tuple[Batches, float]] = {}
+    print(json.dumps({"python": sys.version.split()[0], "torch": torch.__version__}), flush=True)
     for line in sys.stdin:
-        target = json.loads(line)["images"]
-        cpu, wall, images = _cpu_seconds(), time.perf_counter(), 0
-        while images < target:
+        order = json.loads(line)
+        workers = order["workers"]
+        if workers not in loaders:
+            batches = PROVIDERS[provider](data, workers)
             next(batches)
-            images += BATCH[kind]
+            loaders[workers] = batches, _cpu_seconds()
+        batches, cpu = loaders[workers]
+        # Workers have filled their queues since the last order. Their time is counted from then on;
+        # the clock starts when the queues are empty.
+        queued = 4 * workers
+        for _ in range(queued):
+            next(batches)
+        wall, timed = time.perf_counter(), max(order["images"] // BATCH[kind] - queued, 1)
+        for _ in range(timed):
+            next(batches)
+        wall, now = time.perf_counter() - wall, _cpu_seconds()
+        loaders[workers] = batches, now
+        memory = [_memory(child) for child in _children()] or [_memory(os.getpid()) - alone]
         cost = {
-            "images": images,
-            "cpu_seconds": _cpu_seconds() - cpu,
-            "seconds": time.perf_counter() - wall,
-            "worker_megabytes": [round(_memory(child)) for child in _children()]
-            or [round(_memory(os.getpid()) - before)],
+            "images_per_cpu_second": (queued + timed) * BATCH[kind] / (now - cpu),
+            "images_per_second": timed * BATCH[kind] / wall,
+            "worker_megabytes": max(memory),
         }
         print(json.dumps(cost), flush=True)
 
@@ -265,4 +274,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "write-streaming":
         write_streaming(Path(sys.argv[2]))
     else:
-        serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+        serve(sys.argv[1], Path(sys.argv[2]))

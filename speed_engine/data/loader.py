@@ -10,6 +10,7 @@ whatever the ranks, the workers and the batches in flight were.
 Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Self, cast
@@ -26,6 +27,8 @@ from speed_engine.data.conditions import condition_name
 from speed_engine.data.order import DataOrder
 from speed_engine.data.reader import ShardReader
 
+log = logging.getLogger(__name__)
+
 PREFETCH = 4  # batches in flight per worker
 
 
@@ -35,7 +38,7 @@ class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) as stored: uint8 pixels, floating-point latents
     conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
-    replaced: tuple[str, ...] = ()  # what was wrong with each sample that another took the place of
+    replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``, images as float32, pixels in [-1, 1].
@@ -113,6 +116,7 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
         )
         self._batches: Iterator[Batch] | None = None
+        self._damaged: set[str] = set()  # shards
 
     def __iter__(self) -> Self:
         return self
@@ -123,7 +127,7 @@ class Loader:
         try:
             if self._batches is None:
                 self._batches = iter(self._loader)
-            return next(self._batches)
+            return self._reported(next(self._batches))
         except (EOFError, ConnectionError) as error:  # it died while handing over a batch
             self.close()
             raise RuntimeError(
@@ -133,6 +137,19 @@ class Loader:
         except BaseException:
             self.close()  # DataLoader would go on without the worker that failed
             raise
+
+    def _reported(self, batch: Batch) -> Batch:
+        """The batch, after one warning for each shard that is found to be damaged."""
+        for damage in batch.replaced:
+            shard = damage.partition(": ")[0]
+            if shard not in self._damaged:
+                self._damaged.add(shard)
+                log.warning(
+                    "%s Another sample takes its place, as for all damaged ones of this shard; "
+                    "they are counted in the metrics, and `speed-engine shards check` lists them.",
+                    damage,
+                )
+        return batch
 
     def close(self) -> None:
         """End the workers; batches in flight are dropped."""
@@ -149,15 +166,22 @@ class Loader:
         self.close()
 
 
-def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation; a damaged one is an error.
+def read_all(
+    reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every sample in the order of the shards, for evaluation; the next replaces a damaged one.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
-    images, conditions, _ = BatchReader(reader, image_shape).read(range(len(reader)))
+    batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
+    images, conditions, replaced = batches.read(
+        range(len(reader)), lambda place, attempt: (place + attempt) % len(reader)
+    )
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
+    if replaced:
+        log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
     return np.ascontiguousarray(images), conditions
 
 

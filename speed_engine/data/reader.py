@@ -190,6 +190,14 @@ class ShardReader:
         """Say that these shards are read next; returns at once."""
         self._folder.prefetch(shards)
 
+    def read_file(self, name: str) -> bytes:
+        """A file of the data set's record beside the shards, verified.
+
+        Raises:
+            ShardError: it is not in the record, or not what the record says.
+        """
+        return self._folder.read_file(name)
+
     def describe(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
         shard = int(np.searchsorted(self._ends, i, side="right"))

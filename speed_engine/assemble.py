@@ -31,6 +31,7 @@ from speed_engine.diffusion.conditions import (
     LowResolutionNoise,
 )
 from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -38,6 +39,8 @@ from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -64,8 +67,10 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method) -> Objective:
-    """The objective of the configured method, on the CPU.
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -74,9 +79,18 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
+    objective = Objective(process, config.seed, changes)
     if config.model.learn_sigma:
-        return HybridObjective(process, config.seed, changes, config.method_options.weigh_bound)
-    return Objective(process, config.seed, changes)
+        weigh_bound = config.method_options.weigh_bound
+        objective = HybridObjective(process, config.seed, changes, weigh_bound)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -128,7 +142,8 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
     conditions = read_conditions(reader, config.data.image_shape, indices)
-    return {name: torch.from_numpy(value) for name, value in conditions.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
 
 
 def prompted(
@@ -149,7 +164,7 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder))
+    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder)).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "

@@ -102,7 +102,7 @@ class Trainer:
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
+        objective = build_objective(config, process, model).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -113,13 +113,14 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
             forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
         self.bad_samples = 0  # of the whole run

@@ -69,7 +69,7 @@ def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
         ValueError: it holds something else; ``where`` names it.
     """
     try:
-        return _checked_tokens(decode_npy(data))
+        return _checked_tokens(decode_npy(data)).copy()  # of its own memory
     except ValueError as error:
         raise ShardError(f"{where}: {error}") from error
 

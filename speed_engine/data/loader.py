@@ -41,21 +41,24 @@ class Batch(NamedTuple):
     replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``, images as float32, pixels in [-1, 1].
+        """The batch on ``device``: pixels as float32 in [-1, 1], other floats as float32.
 
-        From pinned memory the copy is asynchronous; images travel as they are stored.
+        Copies are asynchronous from pinned memory; everything travels as it is stored.
         """
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        move = partial(_move, device=device)
         conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(_as_floats(move(self.images)), conditions, move(self.ids), self.replaced)
+        return Batch(move(self.images), conditions, move(self.ids), self.replaced)
 
 
-def _as_floats(images: Tensor) -> Tensor:
-    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-    if images.dtype != torch.uint8:
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    moved = tensor.to(device, non_blocking=True)
+    if moved.dtype == torch.int64:
+        return moved
+    floats = moved.to(torch.float32, memory_format=torch.contiguous_format)
+    if moved.dtype != torch.uint8:
         return floats
     # By a tensor: CUDA would multiply by the reciprocal of a number.
-    return floats.div_(torch.full((), 127.5, device=images.device)).sub_(1)
+    return floats.div_(torch.full((), 127.5, device=floats.device)).sub_(1)
 
 
 class Loader:
@@ -228,7 +231,7 @@ def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Bat
     images, conditions, replaced = batches.read(
         indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
     )
-    told = {name: torch.from_numpy(_scaled(value)) for name, value in conditions.items()}
+    told = {name: torch.from_numpy(value) for name, value in conditions.items()}
     stored = torch.from_numpy(images)
     if images.dtype == np.uint16:
         stored = stored.view(torch.bfloat16)

@@ -7,14 +7,21 @@ process.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speed_engine import checkpoint
 from speed_engine.config import TrainConfig, cache_folder, from_json
-from speed_engine.data.conditions import condition_name, load_null_tokens
+from speed_engine.data.conditions import (
+    NULL_TOKENS,
+    condition_name,
+    decode_null_tokens,
+    load_null_tokens,
+)
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
+from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
 from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
@@ -24,6 +31,7 @@ from speed_engine.diffusion.conditions import (
     LowResolutionNoise,
 )
 from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -31,6 +39,8 @@ from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -57,8 +67,10 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method) -> Objective:
-    """The objective of the configured method, on the CPU.
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -67,9 +79,18 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
+    objective = Objective(process, config.seed, changes)
     if config.model.learn_sigma:
-        return HybridObjective(process, config.seed, changes, config.method_options.weigh_bound)
-    return Objective(process, config.seed, changes)
+        weigh_bound = config.method_options.weigh_bound
+        objective = HybridObjective(process, config.seed, changes, weigh_bound)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -104,7 +125,7 @@ def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
     """One row of each condition that can be hidden, as it is when hidden."""
     null: dict[str, Callable[[], Tensor]] = {
         "labels": lambda: torch.tensor(config.data.num_classes),
-        "tokens": lambda: torch.from_numpy(load_null_tokens(data_folder(config))),
+        "tokens": lambda: torch.from_numpy(_null_tokens(config)),
     }
     return {name: null[name]() for name in told_names(config) if name in null}
 
@@ -121,7 +142,8 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
     conditions = read_conditions(reader, config.data.image_shape, indices)
-    return {name: torch.from_numpy(value) for name, value in conditions.items()}
+    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
 
 
 def prompted(
@@ -142,7 +164,8 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(TextEncoder(text_encoder, torch.device("cpu"))(["", *prompts]))
+    encoder = TextEncoder(text_encoder, torch.device("cpu"))
+    tokens = torch.from_numpy(encoder(["", *prompts])).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
@@ -152,19 +175,32 @@ def prompted(
     return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}
 
 
-def data_folder(config: TrainConfig) -> Path:
-    """Of the configured shards; an embedded data set is written to the cache first."""
-    digits = config.data.source == "digits"
-    return digits_folder(cache_folder()) if digits else Path(config.data.source)
+def data_source(config: TrainConfig) -> Path | str:
+    """Path or URL of the configured shards; an embedded data set is written to the cache first."""
+    if config.data.source == "digits":
+        return digits_folder(cache_folder())
+    return config.data.source if is_url(config.data.source) else Path(config.data.source)
 
 
-def open_data(config: TrainConfig) -> ShardReader:
-    """The configured shards.
+def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> ShardReader:
+    """The configured shards, with the configured or other members.
 
     Raises:
         ValueError: they are damaged, or lack a member that the model is to be told.
     """
-    return ShardReader(data_folder(config), config.data.members)
+    return ShardReader(
+        data_source(config),
+        members or config.data.members,
+        Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
+        config.data.exclude,
+    )
+
+
+def _null_tokens(config: TrainConfig) -> np.ndarray:
+    source = data_source(config)
+    if isinstance(source, Path):
+        return load_null_tokens(source)
+    return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
 
 
 def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
@@ -192,8 +228,8 @@ def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
 def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:
     """Every image of the data, and the features to compare drawn ones by."""
     members = [m for m in config.data.members if m == config.data.members[0] or m == "cls"]
-    reader = ShardReader(data_folder(config), members)
-    pixels, conditions = read_all(reader, config.data.image_shape)
+    reader = open_data(config, members)
+    pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
     images = torch.from_numpy(pixels)
     if config.evaluation.features == "inception":
         return images, inception_features(config.evaluation.inception_weights)

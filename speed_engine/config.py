@@ -85,7 +85,7 @@ class DiTConfig:
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, DiT-S/2 to DiT-XL/8, in place of the next four."""
+    """Published size, DiT-S/2 to DiT-XL/8, DiT-XL/2-modern, in place of the next five."""
     patch_size: int = 2
     """Pixels per token, along each side; divides height and width."""
     dim: int = 64
@@ -94,6 +94,45 @@ class DiTConfig:
     """Number of blocks."""
     num_heads: int = 4
     """Attention heads per block."""
+    variant: Literal["original", "modern"] = "original"
+    """Blocks as published, or with QK-norm, rotary positions and SwiGLU."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, in units of dim."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """What computes attention: PyTorch or xFormers."""
+    frequency_shift: int = 0
+    """Of the timestep's code: 0 as published, 1 as diffusers has it."""
+    checkpointing: float = 0.0
+    """Activations computed again in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDTConfig:
+    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
+
+    family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2, MDTv2-XL/2, in place of the next six."""
+    version: Literal[1, 2] = 1
+    """Of the paper."""
+    patch_size: int = 2
+    """Pixels per token, along each side; divides height and width."""
+    dim: int = 64
+    """Width of a token; a multiple of 4 and of num_heads."""
+    depth: int = 4
+    """Number of blocks, the interpolater not counted."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    decode_layers: int = 2
+    """How many of the blocks decode; version 2 leaves an even number to the encoder."""
+    mask_ratio: float = 0.3
+    """Share of the tokens hidden, in (0, 1); in version 2 up to 0.2 more."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
@@ -137,7 +176,36 @@ class UNetConfig:
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
 
 
-ModelConfig = DiTConfig | UNetConfig
+@dataclass(frozen=True, kw_only=True)
+class EdmUNetConfig:
+    """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
+
+    family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
+    """Which of the families this is, in config.json."""
+    network: Literal["ddpm++", "adm"] = "ddpm++"
+    """Of the two."""
+    size: str | None = None
+    """Published size, such as ddpm++-cifar10, in place of the next five."""
+    model_channels: int = 32
+    """Channels at multiplier 1; a multiple of 4."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Multiplier of every level, finest first; each level halves height and width."""
+    num_blocks: int = 1
+    """Blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights in pixels at which there is attention."""
+    dropout: float = 0.0
+    """Probability inside blocks, in [0, 1)."""
+    learn_sigma: tyro.conf.Suppress[bool] = False
+    """These networks learn no variance."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("model_channels", "num_blocks"))
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
+        _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
+
+
+ModelConfig = DiTConfig | MDTConfig | UNetConfig | EdmUNetConfig
 MODEL_CONFIGS: dict[str, type] = {cls.family: cls for cls in typing.get_args(ModelConfig)}
 
 
@@ -146,7 +214,8 @@ class DataConfig:
     """Where images come from."""
 
     source: str = "digits"
-    """An embedded data set (digits) or the path of a folder of shards (.tar)."""
+    """An embedded data set (digits), the path of a folder of shards (.tar), or its URL (https,
+    http, s3, gs)."""
     members: tuple[str, ...] = ("npy", "cls")
     """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
     it: cls, tokens.npy, low.npy (low.png, ...)."""
@@ -164,8 +233,15 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """A damaged sample is replaced by another and counted, or ends the run."""
+    exclude: Path | None = None
+    """Repair list of `speed-engine shards check`: what it names is left out."""
+    cache_gb: float = 100.0
+    """Disk space for shards that come from a URL, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
+        _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
@@ -348,7 +424,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     if hint == ModelConfig:  # a file without the family was written when there was one only
-        return _build(MODEL_CONFIGS[value.get("family", DiTConfig.family)], value, where)
+        family = value.get("family", DiTConfig.family)
+        if family not in MODEL_CONFIGS:
+            known = ", ".join(MODEL_CONFIGS)
+            raise ValueError(f"{where}.family={family!r} is unknown; choose from {known}.")
+        return _build(MODEL_CONFIGS[family], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     return Path(value) if hint is Path else value

@@ -33,6 +33,7 @@ from speed_engine.assemble import (
     read_config,
 )
 from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.device import on_device
 from speed_engine.data.loader import Loader
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
@@ -101,7 +102,7 @@ class Trainer:
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
+        objective = build_objective(config, process, model).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -112,15 +113,17 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
             forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.bad_samples = 0  # of the whole run
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
@@ -150,6 +153,7 @@ class Trainer:
             self.engine.objective, self.engine.optimizer, tensors["objective_optimizer"]
         )
         self.means.load_state(state["means"])
+        self.bad_samples = state["bad_samples"]
         self.engine.steps_done = state["step"]
 
     def train(self) -> None:
@@ -163,10 +167,11 @@ class Trainer:
         self._introduce()
         with loader, TrainingProgress(self.console, engine.steps_done, config.steps) as progress:
             self.progress = progress
-            for batch in loader:
+            for batch in on_device(loader, self.device):
                 if engine.steps_done >= config.steps:
                     break
-                self.means.add(engine.step(batch.to(self.device)))
+                self.bad_samples += len(batch.replaced)
+                self.means.add(engine.step(batch))
                 progress.step(engine.steps_done)
                 self._fire()
         self.records.close()
@@ -206,7 +211,8 @@ class Trainer:
         self._interval = now, step
         self._require_finite(figures["loss"])
         images = step * self.config.batch_size
-        self.records.write(step, {"images": images, **figures, "images_per_second": rate})
+        counts = {"images": images, "bad_samples": self.bad_samples}
+        self.records.write(step, {**counts, **figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
 
     def _require_finite(self, loss: float) -> None:
@@ -246,6 +252,7 @@ class Trainer:
         state = {
             "step": engine.steps_done,
             "means": self.means.state(),
+            "bad_samples": self.bad_samples,
             "data": self.reader.fingerprint,
         }
         self._require_finite(state["means"]["sum"][FIGURES.index("loss")])
@@ -265,4 +272,5 @@ class Trainer:
             window=config.data.window,
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
+            on_bad_sample=config.data.on_bad_sample,
         )

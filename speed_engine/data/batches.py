@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from speed_engine.data.conditions import condition_name, decode_condition
-from speed_engine.data.decode import UnfitSample, decode_image, decode_label, decode_npy_rows
+from speed_engine.data.decode import UnfitSample, decode_image, decode_labels, decode_npy_rows
 from speed_engine.data.reader import RawBatch, Sample, ShardReader
 from speed_engine.data.tarscan import ShardError
 
@@ -85,26 +85,25 @@ class BatchReader:
             raw = self.reader.read_batch(numbers)
             if (uniform := self._decode_all(raw)) is not None:
                 return Arrays(uniform.pop(IMAGE), uniform, ())
-            read = raw.samples
+            read = map(raw.sample, range(len(numbers)))
         return self._decode_each(numbers.tolist(), read, substitute)
 
     def _decode_all(self, raw: RawBatch) -> Row | None:
         """All samples at once and without a copy; None unless they are intact, fit and alike."""
-        if any(isinstance(sample, ShardError) for sample in raw.samples):
+        if raw.damage:
             return None
         arrays: Row = {}
         try:
-            first = self._decode(0, raw.samples[0])
-            for column, (key, name) in enumerate(self._members):
+            first = self._decode(0, raw.sample(0))
+            for column, (_, name) in enumerate(self._members):
                 if name == "labels":
-                    labels = [decode_label(sample[key]) for sample in raw.samples]
-                    arrays[name] = np.array(labels, dtype=np.int64)
+                    array = decode_labels(raw.memory, raw.offset[:, column], raw.size[:, column])
                 else:
                     rows = raw.member(column)
                     array = None if rows is None else decode_npy_rows(rows)
-                    if array is None or array.shape[1:] != first[name].shape:
-                        return None
-                    arrays[name] = array
+                if array is None or array.shape[1:] != first[name].shape:
+                    return None
+                arrays[name] = array
         except ValueError:
             return None
         limit = self._num_classes
@@ -147,7 +146,7 @@ class BatchReader:
         for attempt in range(1, ATTEMPTS + 1):
             number = substitute(place, attempt)
             try:
-                return number, self._decode(number, self.reader.read_batch([number]).samples[0])
+                return number, self._decode(number, self.reader.read_batch([number]).sample(0))
             except ShardError:
                 continue
         raise ShardError(

@@ -59,10 +59,19 @@ def load_null_tokens(folder: Path) -> np.ndarray:
             f"{path} does not exist; it holds the text encoder's tokens of the empty prompt, which "
             "stand for no text. `speed-engine shards encode` writes it beside the tokens."
         )
+    return decode_null_tokens(path.read_bytes(), str(path))
+
+
+def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
+    """(L, D) of the empty prompt, from its file.
+
+    Raises:
+        ValueError: it holds something else; ``where`` names it.
+    """
     try:
-        return _checked_tokens(decode_npy(path.read_bytes()))
+        return _checked_tokens(decode_npy(data)).copy()  # of its own memory
     except ValueError as error:
-        raise ShardError(f"{path}: {error}") from error
+        raise ShardError(f"{where}: {error}") from error
 
 
 def _checked_tokens(tokens: np.ndarray) -> np.ndarray:

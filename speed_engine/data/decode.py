@@ -125,6 +125,29 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
     return {}
 
 
+def decode_labels(memory: np.ndarray, offset: np.ndarray, size: np.ndarray) -> np.ndarray | None:
+    """Many labels at once.
+
+    Args:
+        memory: (B, L) uint8, one row each.
+        offset: (B,) of the label in its row.
+        size: (B,) bytes of it.
+
+    Returns:
+        (B,) int64; None if one of them is anything but one to 18 digits.
+    """
+    if not 1 <= size.min() <= size.max() <= 18:
+        return None
+    labels, rows = np.zeros(len(memory), dtype=np.int64), np.arange(len(memory))
+    for place in range(int(size.max())):
+        inside = place < size
+        digits = memory[rows, np.where(inside, offset + place, 0)].astype(np.int64) - ord("0")
+        if ((digits < 0) | (digits > 9))[inside].any():
+            return None
+        labels = np.where(inside, 10 * labels + digits, labels)
+    return labels
+
+
 def _npy_header_bytes(data: Buffer) -> int:
     """Length of magic, version and header; version 1 has two bytes of length, version 2 four."""
     magic = bytes(data[:8])

@@ -10,6 +10,7 @@ whatever the ranks, the workers and the batches in flight were.
 Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Self, cast
@@ -26,6 +27,8 @@ from speed_engine.data.conditions import condition_name
 from speed_engine.data.order import DataOrder
 from speed_engine.data.reader import ShardReader
 
+log = logging.getLogger(__name__)
+
 PREFETCH = 4  # batches in flight per worker
 
 
@@ -35,24 +38,27 @@ class Batch(NamedTuple):
     images: Tensor  # (B, C, H, W) as stored: uint8 pixels, floating-point latents
     conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
-    replaced: tuple[str, ...] = ()  # what was wrong with each sample that another took the place of
+    replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``, images as float32, pixels in [-1, 1].
+        """The batch on ``device``: pixels as float32 in [-1, 1], other floats as float32.
 
-        From pinned memory the copy is asynchronous; images travel as they are stored.
+        Copies are asynchronous from pinned memory; everything travels as it is stored.
         """
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        move = partial(_move, device=device)
         conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(_as_floats(move(self.images)), conditions, move(self.ids), self.replaced)
+        return Batch(move(self.images), conditions, move(self.ids), self.replaced)
 
 
-def _as_floats(images: Tensor) -> Tensor:
-    floats = images.to(torch.float32, memory_format=torch.contiguous_format)
-    if images.dtype != torch.uint8:
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    moved = tensor.to(device, non_blocking=True)
+    if moved.dtype == torch.int64:
+        return moved
+    floats = moved.to(torch.float32, memory_format=torch.contiguous_format)
+    if moved.dtype != torch.uint8:
         return floats
     # By a tensor: CUDA would multiply by the reciprocal of a number.
-    return floats.div_(torch.full((), 127.5, device=images.device)).sub_(1)
+    return floats.div_(torch.full((), 127.5, device=floats.device)).sub_(1)
 
 
 class Loader:
@@ -113,6 +119,7 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
         )
         self._batches: Iterator[Batch] | None = None
+        self._damaged: set[str] = set()  # shards
 
     def __iter__(self) -> Self:
         return self
@@ -123,7 +130,7 @@ class Loader:
         try:
             if self._batches is None:
                 self._batches = iter(self._loader)
-            return next(self._batches)
+            return self._reported(next(self._batches))
         except (EOFError, ConnectionError) as error:  # it died while handing over a batch
             self.close()
             raise RuntimeError(
@@ -133,6 +140,19 @@ class Loader:
         except BaseException:
             self.close()  # DataLoader would go on without the worker that failed
             raise
+
+    def _reported(self, batch: Batch) -> Batch:
+        """The batch, after one warning for each shard that is found to be damaged."""
+        for damage in batch.replaced:
+            shard = damage.partition(": ")[0]
+            if shard not in self._damaged:
+                self._damaged.add(shard)
+                log.warning(
+                    "%s Another sample takes its place, as for all damaged ones of this shard; "
+                    "they are counted in the metrics, and `speed-engine shards check` lists them.",
+                    damage,
+                )
+        return batch
 
     def close(self) -> None:
         """End the workers; batches in flight are dropped."""
@@ -149,15 +169,22 @@ class Loader:
         self.close()
 
 
-def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation; a damaged one is an error.
+def read_all(
+    reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every sample in the order of the shards, for evaluation; the next replaces a damaged one.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
-    images, conditions, _ = BatchReader(reader, image_shape).read(range(len(reader)))
+    batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
+    images, conditions, replaced = batches.read(
+        range(len(reader)), lambda place, attempt: (place + attempt) % len(reader)
+    )
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
+    if replaced:
+        log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
     return np.ascontiguousarray(images), conditions
 
 
@@ -204,7 +231,7 @@ def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Bat
     images, conditions, replaced = batches.read(
         indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
     )
-    told = {name: torch.from_numpy(_scaled(value)) for name, value in conditions.items()}
+    told = {name: torch.from_numpy(value) for name, value in conditions.items()}
     stored = torch.from_numpy(images)
     if images.dtype == np.uint16:
         stored = stored.view(torch.bfloat16)

@@ -79,7 +79,7 @@ class ShardReader:
         self._row = np.concatenate(kept)  # (N,) number in the shard
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
         self._memory = bytearray()  # of one sample at a time
-        self._open: dict[int, int] = {}  # shard -> file descriptor, least recently used first
+        self._open: dict[int, int] = {}  # shard -> file descriptor, the oldest first
 
     def __len__(self) -> int:
         return len(self._row)
@@ -104,13 +104,12 @@ class ShardReader:
         Raises:
             OSError: a shard cannot be read.
         """
-        places = self._places(samples)
-        needed = int(places.extent.max(initial=0))
-        if needed > len(self._memory):
-            self._memory = bytearray(2 * needed)  # in the processor's cache from the second use on
+        places = self._places(samples, stride=0)
+        if places.extent > len(self._memory):  # in the processor's cache from the second use on
+            self._memory = bytearray(2 * places.extent)
         memory = memoryview(self._memory)
-        for number, place in zip(places.numbers, places.rows, strict=True):
-            yield self._read(number, *place, memory)
+        for place in places.rows:
+            yield self._read(*place, memory) or self._sample(place[3], memory)
 
     def read_batch(self, samples: Sequence[int] | np.ndarray) -> "RawBatch":
         """Members of many samples, each in a row of memory of its own.
@@ -118,17 +117,15 @@ class ShardReader:
         Raises:
             OSError: a shard cannot be read.
         """
-        places = self._places(samples)
-        row = -(-int(places.extent.max(initial=0)) // _ALIGNMENT) * _ALIGNMENT
-        memory = np.empty((len(places.numbers), row), dtype=np.uint8)
-        views = map(memoryview, memory)
-        read = [
-            self._read(number, *place, view)
-            for number, place, view in zip(places.numbers, places.rows, views, strict=True)
-        ]
-        return RawBatch(memory, places.offset, places.size, read)
+        places = self._places(samples, stride=1)
+        memory = np.empty((len(places.offset), places.extent), dtype=np.uint8)
+        flat = memoryview(memory.reshape(-1))
+        samples_read = [self._read(*place, flat) for place in places.rows]
+        damage = {j: error for j, error in enumerate(samples_read) if error is not None}
+        return RawBatch(self.keys, memory, places.offset, places.size, damage)
 
-    def _places(self, samples: Sequence[int] | np.ndarray) -> "_Places":
+    def _places(self, samples: Sequence[int] | np.ndarray, stride: int) -> "_Places":
+        """Where samples lie, and where they go: row after row, or each (stride 0) to the first."""
         numbers = np.asarray(samples, dtype=np.int64)
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
         if len(outside):
@@ -138,15 +135,17 @@ class ShardReader:
         start = offset.min(axis=1, keepdims=True)
         length = (offset + size).max(axis=1, keepdims=True) - start
         if (length[:, 0] <= size.sum(axis=1) + _WASTE).all():  # one read, with what lies between
-            target, relative, extent = np.zeros_like(start), offset - start, length[:, 0]
+            begin, relative, extents = np.zeros_like(start), offset - start, length
         else:
             start, length = offset, size
-            target = relative = size.cumsum(axis=1) - size
-            extent = size.sum(axis=1)
-        reads = np.stack([start, length, target], axis=2)
-        members = np.stack([relative, size, self._crc32[numbers]], axis=2)
-        rows = zip(shards.tolist(), reads.tolist(), members.tolist(), strict=True)
-        return _Places(numbers.tolist(), rows, extent, relative, size)
+            begin = relative = size.cumsum(axis=1) - size
+            extents = size.sum(axis=1)
+        extent = -(-int(extents.max(initial=0)) // _ALIGNMENT) * _ALIGNMENT
+        row = np.arange(len(numbers))[:, None] * extent * stride
+        reads = np.stack([start, row + begin, row + begin + length], axis=2)
+        members = np.stack([row + relative, row + relative + size, self._crc32[numbers]], axis=2)
+        rows = zip(numbers.tolist(), shards.tolist(), reads.tolist(), members.tolist(), strict=True)
+        return _Places(rows, extent, relative, size)
 
     def _read(
         self,
@@ -155,30 +154,49 @@ class ShardReader:
         reads: list[list[int]],
         members: list[list[int]],
         memory: memoryview,
-    ) -> Sample | ShardError:
+    ) -> ShardError | None:
         """One sample into ``memory``, a second time where the shard can be had elsewhere."""
-        for _ in range(2):
-            file = self._descriptor(shard)
-            complete = True
-            for start, length, target in reads:
-                part = memory[target : target + length]
-                complete &= os.preadv(file, (part,), start) == length
-            sample = [memory[offset : offset + size] for offset, size, _ in members]
-            for part, (_, _, expected) in zip(sample, members, strict=True):
-                complete &= crc32(part) == expected
-            if complete:
-                return dict(zip(self.keys, sample, strict=True))
-            if not self._folder.refetch(shard):
-                break
+        if self._fill(shard, reads, members, memory):
+            return None
+        if self._folder.refetch(shard):
             os.close(self._open.pop(shard))
+            if self._fill(shard, reads, members, memory):
+                return None
         return ShardError(
             f"{self.describe(number)}: CRC-32 mismatch in its members {list(self.keys)}; the shard "
             f"is damaged, write it again."
         )
 
+    def _fill(
+        self, shard: int, reads: list[list[int]], members: list[list[int]], memory: memoryview
+    ) -> bool:
+        """Whether the bytes are all there and match their checksums."""
+        file = self._open.get(shard)
+        if file is None:
+            file = self._descriptor(shard)
+        for start, begin, end in reads:
+            if os.preadv(file, (memory[begin:end],), start) != end - begin:
+                return False
+        for begin, end, expected in members:
+            if crc32(memory[begin:end]) != expected:
+                return False
+        return True
+
+    def _sample(self, members: list[list[int]], memory: memoryview) -> Sample:
+        parts = [memory[begin:end] for begin, end, _ in members]
+        return dict(zip(self.keys, parts, strict=True))
+
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say that these shards are read next; returns at once."""
         self._folder.prefetch(shards)
+
+    def read_file(self, name: str) -> bytes:
+        """A file of the data set's record beside the shards, verified.
+
+        Raises:
+            ShardError: it is not in the record, or not what the record says.
+        """
+        return self._folder.read_file(name)
 
     def describe(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
@@ -191,13 +209,10 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def _descriptor(self, shard: int) -> int:
-        file = self._open.pop(shard, None)
-        if file is None:
-            if len(self._open) >= MAX_OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            file = self._folder.open(shard)
-        self._open[shard] = file
-        return file
+        if len(self._open) >= MAX_OPEN_FILES:
+            os.close(self._open.pop(next(iter(self._open))))
+        self._open[shard] = self._folder.open(shard)
+        return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}, "_memory": bytearray()}
@@ -208,15 +223,24 @@ class ShardReader:
 
 
 class RawBatch(NamedTuple):
-    """Samples in memory, not decoded; they share it with ``memory``.
+    """Samples in memory, verified and not decoded.
 
     Letters: B samples, L bytes at most of one, K keys.
     """
 
+    keys: tuple[str, ...]
     memory: np.ndarray  # (B, L) uint8
     offset: np.ndarray  # (B, K) of each member in its row
     size: np.ndarray  # (B, K)
-    samples: list[Sample | ShardError]  # (B,) in the place of a damaged one, what is wrong with it
+    damage: dict[int, ShardError]  # what is wrong with some of them
+
+    def sample(self, place: int) -> Sample | ShardError:
+        """Its members, which share the memory, or what is wrong with it."""
+        if place in self.damage:
+            return self.damage[place]
+        row, starts, sizes = memoryview(self.memory[place]), self.offset[place], self.size[place]
+        parts = [row[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        return dict(zip(self.keys, parts, strict=True))
 
     def member(self, k: int) -> np.ndarray | None:
         """(B, size) uint8 of the k-th key; None if it is not in the same place of every row."""
@@ -229,11 +253,12 @@ class RawBatch(NamedTuple):
 class _Places(NamedTuple):
     """Where samples lie in their shards, and where in memory they go."""
 
-    numbers: list[int]
-    rows: Iterator[tuple[int, list[list[int]], list[list[int]]]]  # arguments of ``_read``
-    extent: np.ndarray  # (B,) bytes of memory
-    offset: np.ndarray
-    size: np.ndarray
+    # Per sample: its number, shard, [(start in the shard, begin and end in memory)], [(begin and
+    # end in memory, CRC)].
+    rows: Iterator[tuple[int, int, list[list[int]], list[list[int]]]]
+    extent: int  # bytes of memory of one sample
+    offset: np.ndarray  # (B, K) of the members in their row
+    size: np.ndarray  # (B, K)
 
 
 def _columns(

@@ -89,6 +89,6 @@ class TextDiT(DiT):
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B, L, E) -> (B, C or 2C, H, W)."""
-        text = self.text_embedder(tokens.to(x.dtype))
+        text = self.text_embedder(tokens)
         condition = self.t_embedder(t) + self.pooled_embedder(text.mean(1))
         return self._answer(x, condition, text)

@@ -279,6 +279,11 @@ def _columns(
             )
     chosen = np.ix_(rows, [index.extensions.index(key) for key in keys if len(rows)])
     offset, size = index.offset[chosen], index.size[chosen]
-    if len(rows) and (offset.min() < 0 or (offset + size).max() > index.tar_bytes):
+    # Each by itself first: their sum could pass the largest integer.
+    if len(rows) and not (
+        0 <= offset.min() <= offset.max() <= index.tar_bytes
+        and size.max() <= index.tar_bytes
+        and (offset + size).max() <= index.tar_bytes
+    ):
         raise ShardError(f"{name}: its index names bytes outside of it; write the shard again.")
     return offset, size, index.crc32[chosen]

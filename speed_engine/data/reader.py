@@ -77,6 +77,8 @@ class ShardReader:
         self._ends = np.array(list(accumulate(self.counts)))
         # Arrays, not objects: a million objects would be copied page by page into every worker.
         self._row = np.concatenate(kept)  # (N,) number in the shard
+        if not len(self):
+            raise ShardError(f"{exclude} leaves nothing of {source}.")
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
         self._memory = bytearray()  # of one sample at a time
         self._open: dict[int, int] = {}  # shard -> file descriptor, the oldest first
@@ -267,6 +269,9 @@ def _columns(
     """Offset, size and CRC of the required members of some samples, each (samples, K)."""
     if not len(index):
         raise ShardError(f"{name} holds no samples (members named <key>.<extension>).")
+    if not len(rows):  # all are excluded
+        none = np.empty((0, len(keys)), dtype=np.int64)
+        return none, none, none.astype(np.uint32)
     for key in keys:
         column = index.extensions.index(key) if key in index.extensions else None
         absent = rows if column is None else rows[index.size[rows, column] < 0]
@@ -277,8 +282,13 @@ def _columns(
                 f"{name}: sample {index.key(absent[0])!r} has no member {key!r}, only {present}; "
                 f"every sample needs {list(keys)}: name other keys or write the shard again."
             )
-    chosen = np.ix_(rows, [index.extensions.index(key) for key in keys if len(rows)])
+    chosen = np.ix_(rows, [index.extensions.index(key) for key in keys])
     offset, size = index.offset[chosen], index.size[chosen]
-    if len(rows) and (offset.min() < 0 or (offset + size).max() > index.tar_bytes):
+    # Each by itself first: their sum could pass the largest integer.
+    if not (
+        0 <= offset.min() <= offset.max() <= index.tar_bytes
+        and size.max() <= index.tar_bytes
+        and (offset + size).max() <= index.tar_bytes
+    ):
         raise ShardError(f"{name}: its index names bytes outside of it; write the shard again.")
     return offset, size, index.crc32[chosen]

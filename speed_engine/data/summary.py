@@ -107,10 +107,10 @@ def _labels(folder: Path) -> np.ndarray:
     reader = ShardReader(folder, ["cls"])
     labels: list[int] = []
     for start in range(0, len(reader), _BATCH):
-        for sample in reader.read_batch(range(start, min(start + _BATCH, len(reader)))):
+        for sample in reader.stream(range(start, min(start + _BATCH, len(reader)))):
             if isinstance(sample, ShardError):
                 raise sample
-            labels.append(decode_label(bytes(sample["cls"])))
+            labels.append(decode_label(sample["cls"]))
     return np.array(labels, dtype=np.int64)
 
 

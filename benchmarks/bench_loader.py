@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from harness import summary, write_result
+from harness import result_path, summary, write_result
 from loader_providers import JPG_SHAPE, LATENT_SHAPE, PROVIDERS, npy_bytes
 from speed_engine.data.pictures import encode_picture
 from speed_engine.data.shards import ShardWriter
@@ -43,6 +43,9 @@ GOALS = [  # ours, theirs, how many times as many images per CPU-second
 
 def main() -> None:
     options = _options()
+    if options.table:
+        print(table(json.loads(result_path("loader").read_text())))
+        return
     images = {"jpg": options.jpg, "latents": options.latents}
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch))
@@ -102,6 +105,27 @@ def measure(
                 name: _figures(values) for name, values in costs.items() if values
             }
     return figures
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows of README.md, from a result."""
+    cases = list(result["figures"])
+    head = ["", *(f"{case}: images per CPU-second" for case in cases), "MB per worker"]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name in result["figures"][cases[0]]:
+        figures = [result["figures"][case].get(name) for case in cases]
+        medians = [_median(row, "images_per_cpu_second") for row in figures]
+        rows.append([name, *medians, _median(figures[-1], "worker_megabytes")])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    goals = [
+        f"- {row['ours']} / {row['theirs']}: **{row['ratio']:.2f}**, goal {row['goal']}"
+        for row in result["goals"]
+    ]
+    return "\n".join([*lines, "", *goals])
+
+
+def _median(figures: dict[str, Any] | None, name: str) -> str:
+    return f"{figures[name]['median']:,.0f}" if figures else ""
 
 
 def write_pictures(folder: Path, count: int) -> None:
@@ -226,6 +250,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cold-repeats", type=int, default=3, help="and with files dropped")
     parser.add_argument("--workers", type=int, default=2, help="of the second table")
     parser.add_argument("--scratch", help="folder for the data, on the disk to be measured")
+    parser.add_argument("--table", action="store_true", help="print the rows of README.md")
     parser.add_argument("--dry-run", action="store_true", help="write no result")
     return parser.parse_args()
 

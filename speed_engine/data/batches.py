@@ -57,7 +57,7 @@ class BatchReader:
         on_bad_sample: OnBadSample = "stop",
     ) -> None:
         self.reader = reader
-        self._shape, self._num_classes = tuple(image_shape), num_classes
+        self._shape, self._num_classes = image_shape, num_classes
         self._stop = on_bad_sample == "stop"
         image, *conditions = reader.keys
         self._members = [(image, IMAGE), *((key, condition_name(key)) for key in conditions)]
@@ -158,10 +158,10 @@ class BatchReader:
         """The image, under ``IMAGE``, and the conditions of a sample."""
         if isinstance(sample, ShardError):
             raise sample
-        channels, *size = self._shape
+        channels, height, width = self._shape
         try:
             (key, _), *conditions = self._members
-            image = decode_image(sample[key], key, channels, (*size,))
+            image = decode_image(sample[key], key, channels, (height, width))
             row = {IMAGE: image}
             for key, name in conditions:
                 row[name] = decode_condition(sample[key], key, channels)

@@ -192,6 +192,10 @@ class ShardReader:
         """Say that these shards are read next; returns at once."""
         self._folder.prefetch(shards)
 
+    def open_shard(self, shard: int) -> tuple[str, int]:
+        """Name and file descriptor of a whole shard, which the caller closes."""
+        return self._names[shard], self._folder.open(shard)
+
     def read_file(self, name: str) -> bytes:
         """A file of the data set's record beside the shards, verified.
 

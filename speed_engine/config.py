@@ -235,6 +235,9 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    mode: Literal["exact", "stream"] = "exact"
+    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
+    exact and reads shards from end to end."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A damaged sample is replaced by another and counted, or ends the run."""
     exclude: Path | None = None

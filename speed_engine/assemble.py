@@ -37,11 +37,13 @@ from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
 from speed_engine.models.mdt import MDT
+from speed_engine.models.pretrained import require_shapes
 from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
@@ -95,8 +97,12 @@ def masked_network(model: nn.Module) -> MDT | None:
     return network if isinstance(network, MDT) else None
 
 
-def build_model(config: TrainConfig) -> nn.Module:
-    """The configured model, initialised from the run's seed, on the current default device."""
+def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
+    """The configured model, initialised from the run's seed, on the current default device.
+
+    Attention is not taken from the configuration, since what trained a model need not be there
+    where it is used.
+    """
     data, told = config.data, told_names(config)
     channels, height, width = data.image_shape
     shape = Shape(
@@ -105,6 +111,7 @@ def build_model(config: TrainConfig) -> nn.Module:
         num_classes=data.num_classes if "labels" in told else None,
         token_dim=data.token_shape[1] if "tokens" in told else None,
         low_channels=data.low_shape[0] if "low_resolution" in told else None,
+        attention=attention,
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
@@ -205,7 +212,7 @@ def _null_tokens(config: TrainConfig) -> np.ndarray:
     return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
 
 
-def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
+def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     settings = config.evaluation
     reference, extractor = None, None
@@ -225,6 +232,7 @@ def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
         seed=config.seed,
+        world=world,
     )
 
 
@@ -284,10 +292,10 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
         ValueError: there is no checkpoint, or it belongs to another model.
     """
     path = newest_checkpoint(run)
-    tensors, state = checkpoint.load(path)
     model = build_model(config)
-    load_parameters(model, tensors["ema"], path)
-    return model.to(device).eval().requires_grad_(False), state["step"]
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -309,16 +317,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
         ValueError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-    if ours != theirs:
-        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
-        reshaped = [
-            f"{name} is {theirs[name]} there and {ours[name]} here"
-            for name in ours.keys() & theirs
-            if ours[name] != theirs[name]
-        ]
-        raise ValueError(
-            f"{source} is a checkpoint of another model: "
-            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
-        )
+    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
     model.load_state_dict(tensors)

@@ -95,20 +95,20 @@ class DiTConfig:
     num_heads: int = 4
     """Attention heads per block."""
     variant: Literal["original", "modern"] = "original"
-    """Blocks as published, or with QK-norm, rotary positions and SwiGLU."""
+    """modern has QK-norm, rotary positions and SwiGLU in its blocks."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """What computes attention: PyTorch or xFormers."""
-    frequency_shift: int = 0
-    """Of the timestep's code: 0 as published, 1 as diffusers has it."""
-    checkpointing: float = 0.0
-    """Activations computed again in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    frequency_shift: float = 0
+    """Of the sinusoidal features of t: 0 as in DiT, 1 for weights of diffusers."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+        dial = self.checkpointing
+        _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,14 +338,35 @@ class TrainConfig:
     """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model; auto compiles where that was measured to pay."""
+    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
+    as for one; auto compiles where that was measured to pay."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
+    PyTorch."""
+    init_from: Path | None = None
+    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50
     """Optimizer steps between records; the only points where the device is waited for."""
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
     """Checkpoints kept, newest first."""
+    keep_every: int | None = None
+    """Of the older ones, those at multiples of this step are kept for good; by default none."""
+    microbatch_size: int | None = None
+    """Images per forward and process; gradients of a step are summed over them. By default all."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes (torchrun) hold the parameters: each all of them (ddp), a share (fsdp),
+    or a share within each node (hsdp)."""
+    reshard: bool = True
+    """fsdp, hsdp: drop gathered parameters between forward and backward, and gather them again."""
+    offload: bool = False
+    """fsdp, hsdp: keep parameters and optimizer state in the host's memory."""
+    on_nonfinite: int = 3
+    """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
+    hang_timeout: float = 900.0
+    """Seconds without a step after which several processes stop and name the one that hangs."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
         default_factory=MethodOptions
     )
@@ -355,9 +376,12 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
+                  "keep_every", "microbatch_size", "on_nonfinite")  # fmt: skip
+        for name in counts:
             value = getattr(self, name)
-            _check(name, value, value >= 1, "must be at least 1")
+            _check(name, value, value is None or value >= 1, "must be at least 1")
+        _check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         _check(
             "condition_dropout",

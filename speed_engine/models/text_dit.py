@@ -80,8 +80,9 @@ class TextDiT(DiT):
             nn.Linear(token_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.pooled_embedder = nn.Linear(dim, dim)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attn.proj.weight)
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                nn.init.zeros_(module.proj.weight)
         for layer in (*self.text_embedder, self.pooled_embedder):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)

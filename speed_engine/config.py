@@ -243,7 +243,8 @@ class DataConfig:
     """Where images come from."""
 
     source: str = "digits"
-    """An embedded data set (digits) or the path of a folder of shards (.tar)."""
+    """An embedded data set (digits), the path of a folder of shards (.tar), or its URL (https,
+    http, s3, gs)."""
     members: tuple[str, ...] = ("npy", "cls")
     """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
     it: cls, tokens.npy, low.npy (low.png, ...)."""
@@ -251,6 +252,8 @@ class DataConfig:
     """Channels, height, width of what the model draws."""
     latents: bool = False
     """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
+    vae: str | None = None
+    """That autoencoder, a diffusers AutoencoderKL (folder or hub name), to decode what is drawn."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
     token_shape: tuple[int, int] = (77, 768)
@@ -261,8 +264,20 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    mode: Literal["exact", "stream"] = "exact"
+    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
+    exact and reads shards from end to end."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """A damaged sample is replaced by another and counted, or ends the run."""
+    exclude: Path | None = None
+    """Repair list of `speed-engine shards check`: what it names is left out."""
+    cache_gb: float = 100.0
+    """Disk space for shards that come from a URL, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
+        decodable = self.vae is None or self.latents
+        _check("data.vae", str(self.vae), decodable, "is for data.latents True only")
+        _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")

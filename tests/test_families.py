@@ -24,7 +24,8 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter
 from speed_engine.data.sources import digits_folder
 from speed_engine.families import FAMILIES, Shape, build_network
 

@@ -31,8 +31,10 @@ def run(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(to_json(CONFIG))
     torch.manual_seed(0)
-    tensors = {n: torch.randn_like(v) for n, v in assemble.build_model(CONFIG).state_dict().items()}
-    tensors["pos_embed"] = assemble.build_model(CONFIG).pos_embed
+    model = assemble.build_model(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    tensors = model.state_dict()
     checkpoint.save(folder / "checkpoints", 7, {"ema": tensors}, {"step": 7})
     return folder
 

@@ -207,10 +207,9 @@ def test_unets_load_from_their_own_files_latent_diffusions_and_diffusers(tmp_pat
         assert same_state(back, ours)
     with pytest.raises(ValueError, match="layout diffusers is for DiTs, and this is a UNet"):
         save_pretrained(ours, tmp_path / "out", "diffusers")
-    with pytest.raises(
-        ValueError, match=r"own.safetensors is a checkpoint of another model: .*reshaped"
-    ):
-        load_pretrained(UNet(**(SMALL_UNET | {"learn_sigma": True})), tmp_path / "own.safetensors")
+    wider: dict[str, Any] = SMALL_UNET | {"learn_sigma": True}
+    with pytest.raises(ValueError, match=r"own.safetensors is a checkpoint of another.*reshaped"):
+        load_pretrained(UNet(**wider), tmp_path / "own.safetensors")
 
 
 def test_an_edm_network_loads_from_edms_names(tmp_path):

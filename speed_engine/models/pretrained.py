@@ -48,7 +48,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
         ours = _as_ours(model, tensors, metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    require_shapes(shapes(model.state_dict()), ours, path)
+    require_shapes(shapes(model.state_dict()), shapes(ours), path)
     model.load_state_dict(ours)
 
 
@@ -88,19 +88,18 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def require_shapes(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], source: object
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object
 ) -> None:
     """Compare names and shapes.
 
     Args:
-        expected: by name.
-        tensors: by name.
+        expected: shapes by name.
+        found: shapes by name.
         source: what holds them, for the message.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; lists all of them.
     """
-    found = shapes(tensors)
     if found == expected:
         return
     missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
@@ -152,7 +151,7 @@ def _as_ours(
         _require_shift(model, of_diffusers, metadata)
         if not of_diffusers:
             return tensors
-        require_shapes(shapes(pretrained_dit.to_diffusers(model)), tensors, "it")
+        require_shapes(shapes(pretrained_dit.to_diffusers(model)), shapes(tensors), "it")
         return pretrained_dit.from_diffusers(tensors, model)
     if shapes(tensors) == shapes(model.state_dict()):
         return tensors

@@ -107,8 +107,9 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 
 def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
     """From the newest complete checkpoint; from the start if none had been written yet."""
-    trainer = Trainer(config, run, console, world)
-    if world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*"))):
+    saved = world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*")))
+    trainer = Trainer(config, run, console, world, None if saved else config.init_from)
+    if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
     if world.is_first:
         (run / CONFIG_FILE).write_text(to_json(config))

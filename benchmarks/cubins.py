@@ -17,7 +17,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, adamw_ema, noising, philox, variational_bound, weighted_mse
+from speed_kernels import (
+    adaln,
+    adamw_ema,
+    clean_images,
+    noising,
+    philox,
+    variational_bound,
+    weighted_mse,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -87,6 +95,14 @@ def hybrid(answer: str, noise: str | None = None, mask: str | None = None) -> Ca
     return Case(variational_bound._hybrid_kernel, (*pointers, *sizes))
 
 
+def cleaned(stored: str, flips: str | None, posterior: bool) -> Case:
+    """Rows gathered from a resident data set."""
+    pointers = (stored, *DRAW, INT64, flips, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, "fp32", "fp32")
+    constants = (posterior, stored == BYTES, posterior, philox.BLOCK)
+    return Case(clean_images._clean_images_kernel, (*pointers, *sizes, *constants))
+
+
 CASES = {
     "random_bits": Case(
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
@@ -103,6 +119,9 @@ CASES = {
     "hybrid fp32": hybrid(FP32),
     "hybrid stored noise": hybrid(BF16, noise=FP32),
     "hybrid masked": hybrid(BF16, mask=BYTES),
+    "clean_images pixels": cleaned(BYTES, None, False),
+    "clean_images posterior": cleaned("*fp16", None, True),
+    "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
     "adaln": adaln_forward(has_branch=False),

@@ -27,6 +27,10 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     "hybrid fp32": (72, 10, 8),
     "hybrid stored noise": (72, 8, 6),
     "hybrid masked": (72, 6, 9),
+    "clean_images pixels": (32, 2, 2),
+    "clean_images posterior": (48, 4, 3),
+    # Mirrored elements are loaded one by one.
+    "clean_images flipped posterior": (48, 2, 20),
     "adaln": (48, 4, 2),
     "gated_residual_adaln": (64, 7, 2),
     "adaln_backward": (80, 8, 2),
@@ -36,7 +40,7 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     "adamw_ema 1 horizon": (72, 18, 94),
     "adamw_ema 2 horizons": (72, 22, 114),
 }
-EXACT = ("random_bits", "normal", "noised_input", "squared_error")
+EXACT = ("random_bits", "normal", "noised_input", "squared_error", "clean_images")
 
 # Cases that must break a budget, and whether the noise kernel depends on contraction.
 FAULTS = """

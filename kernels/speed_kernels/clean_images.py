@@ -12,8 +12,9 @@ Fused and reference agree bit for bit.
 
 Letters: N stored images, B of a batch, C channels, H, W; a posterior has 2C stored channels.
 Traffic, in bytes per element of x0: reads the stored bytes (pixels 1, float16 posterior 4; under a
-flip in single elements, of lines that the cache then holds), writes 4. The noised input reads those 4 again; doing both at once would save them and be a kernel more,
-while a training step moves thousands of bytes per element.
+flip in single elements, of lines that the cache then holds), writes 4. The noised input reads those
+4 again; doing both at once would save them and be a kernel more, while a training step moves
+thousands of bytes per element.
 """
 
 import torch

@@ -58,7 +58,7 @@ class Engine:
         before, step = self.steps_done, self.steps_done + 1
         set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
         with self._autocast():
-            output = self.objective(self.forward, batch.images, batch.labels, batch.ids, before)
+            output = self.objective(self.forward, batch.images, batch.conditions, batch.ids, before)
         output.loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()

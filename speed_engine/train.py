@@ -4,7 +4,7 @@ RUN/config.json         resolved configuration; what ``--resume`` reads
 RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; RUN/tensorboard the same
 RUN/checkpoints/        see checkpoint.py
-RUN/samples/*.png       images of the averaged model, one row per class
+RUN/samples/            images of the averaged model, one row per class, as PNG; latents as npy
 """
 
 import json
@@ -26,6 +26,7 @@ from speed_engine.assemble import (
     build_model,
     build_objective,
     build_process,
+    condition_shapes,
     load_parameters,
     newest_checkpoint,
     open_data,
@@ -36,7 +37,7 @@ from speed_engine.data.loader import Loader
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.generate import save_grid
+from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
@@ -95,7 +96,7 @@ class Trainer:
         model = build_model(config).to(self.device)
         self.reader = open_data(config)
         self._loader(start=0).close()  # an unfit data set fails here
-        self.evaluator: Evaluator = build_evaluator(config, process, self.reader)
+        self.evaluator: Evaluator = build_evaluator(config, process)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
@@ -170,12 +171,13 @@ class Trainer:
                 self._fire()
         self.records.close()
         if self.newest_evaluation is not None:
-            fid, grid = self.newest_evaluation
-            where = self.run / "metrics.jsonl"
-            self.console.print(
-                f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
-            )
-            self.console.print(f"samples   {grid}", highlight=False, soft_wrap=True)
+            fid, samples = self.newest_evaluation
+            if fid is not None:
+                where = self.run / "metrics.jsonl"
+                self.console.print(
+                    f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
+                )
+            self.console.print(f"samples   {samples}", highlight=False, soft_wrap=True)
 
     def _introduce(self) -> None:
         parameters = sum(p.numel() for p in self.engine.model.parameters())
@@ -184,7 +186,7 @@ class Trainer:
             "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
             "model": f"{parameters:,} parameters on {self.choices['device'].value}",
             "method": self.config.method,
-            "features": self.evaluator.extractor.describe(),
+            "features": self.evaluator.extractor.describe() if self.evaluator.extractor else "none",
         }
         for name, text in lines.items():
             self.console.print(f"{name:10}{text}", highlight=False, soft_wrap=True)
@@ -217,13 +219,18 @@ class Trainer:
     def _evaluate(self) -> None:
         step = self.engine.steps_done
         begun = time.perf_counter()
-        images, labels, fidelity = self.evaluator(self.engine.ema.model)
-        grid = self.run / "samples" / f"step-{step:08d}.png"
-        save_grid(images, labels, grid, self.config.data.num_classes)
-        measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-        self.records.write(step, {"images": step * self.config.batch_size, **measured})
-        self.newest_evaluation = fidelity.fid, grid
-        self.progress.say(f"step {step}/{self.config.steps}  FID {fidelity.fid:.3f}  {grid}")
+        images, fidelity = self.evaluator(self.engine.ema.model)
+        rows = grid_rows(len(images), self.evaluator.conditions)
+        where = save_images(images, rows, self.run / "samples" / f"step-{step:08d}.png")
+        figure = ""
+        if fidelity is not None:
+            measured = {
+                name: value for name, value in asdict(fidelity).items() if value is not None
+            }
+            self.records.write(step, {"images": step * self.config.batch_size, **measured})
+            figure = f"FID {fidelity.fid:.3f}  "
+        self.newest_evaluation = fidelity and fidelity.fid, where
+        self.progress.say(f"step {step}/{self.config.steps}  {figure}{where}")
         since, first = self._interval
         self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
 
@@ -257,4 +264,5 @@ class Trainer:
             workers=config.data.workers,
             window=config.data.window,
             num_classes=config.data.num_classes,
+            condition_shapes=condition_shapes(config),
         )

@@ -52,7 +52,10 @@ def test_unknown_fields_are_named():
     "make, message",
     [
         (lambda: TrainConfig(steps=0), "steps=0: must be at least 1"),
-        (lambda: TrainConfig(label_dropout=1.5), r"label_dropout=1.5: is a share in \[0, 1\]"),
+        (
+            lambda: TrainConfig(condition_dropout=1.5),
+            r"condition_dropout=1.5: is a share in \[0, 1\]",
+        ),
         (lambda: TrainConfig(seed=2**63), "signed 64-bit"),
         (lambda: ModelConfig(depth=0), "model.depth=0: must be positive"),
         (lambda: DataConfig(workers=-1), "data.workers=-1"),
@@ -63,7 +66,7 @@ def test_unknown_fields_are_named():
             "evaluation.solver_steps=25: must be at most num_timesteps=10",
         ),
         (
-            lambda: TrainConfig(label_dropout=0, evaluation=EvaluationConfig(guidance=2)),
+            lambda: TrainConfig(condition_dropout=0, evaluation=EvaluationConfig(guidance=2)),
             "evaluation.guidance=2: guidance needs a model",
         ),
     ],

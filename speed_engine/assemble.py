@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from speed_engine import checkpoint
 from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.data.clean import Cleaning
 from speed_engine.data.conditions import condition_name, load_null_tokens
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
@@ -57,8 +58,13 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method) -> Objective:
+def build_objective(config: TrainConfig, process: Method, store_noise: bool = False) -> Objective:
     """The objective of the configured method, on the CPU.
+
+    Args:
+        config: of the run.
+        process: its method.
+        store_noise: as in ``Objective``.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -68,8 +74,9 @@ def build_objective(config: TrainConfig, process: Method) -> Objective:
         LowResolutionNoise(config.low_resolution_noise),
     ]
     if config.model.learn_sigma:
-        return HybridObjective(process, config.seed, changes, config.method_options.weigh_bound)
-    return Objective(process, config.seed, changes)
+        weigh_bound = config.method_options.weigh_bound
+        return HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
+    return Objective(process, config.seed, changes, store_noise)
 
 
 def build_model(config: TrainConfig) -> nn.Module:
@@ -120,7 +127,7 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
-    conditions = read_conditions(reader, config.data.image_shape, indices)
+    conditions = read_conditions(reader, stored_shape(config, reader), indices)
     return {name: torch.from_numpy(value) for name, value in conditions.items()}
 
 
@@ -165,6 +172,41 @@ def open_data(config: TrainConfig) -> ShardReader:
         ValueError: they are damaged, or lack a member that the model is to be told.
     """
     return ShardReader(data_folder(config), config.data.members)
+
+
+def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
+    """Whether the data set holds mean and standard deviation of latents, to draw from."""
+    content = reader.dataset.contents.get(config.data.members[0], {})
+    shape = content.get("shape") or (None,)
+    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
+
+
+def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
+    """Of an image in the shards."""
+    channels, height, width = config.data.image_shape
+    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
+
+
+def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
+    """How stored images become clean ones, on the device.
+
+    Raises:
+        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+    """
+    metadata = reader.dataset.metadata if config.data.latents else {}
+    posterior = stores_posterior(config, reader)
+    if posterior and "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} holds mean and standard deviation of latents, and its record "
+            "does not say by which latent_scale to multiply them; encode it again."
+        )
+    return Cleaning(
+        seed=torch.tensor(config.seed, device=device),
+        posterior=posterior,
+        scale=float(metadata.get("latent_scale", 1.0)),
+        shift=float(metadata.get("latent_shift", 0.0)),
+        flip=config.data.flip,
+    )
 
 
 def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:

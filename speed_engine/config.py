@@ -164,6 +164,11 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    flip: bool = False
+    """Mirror one image in two, left to right; of latents an approximation."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well.
+    The run is the same either way."""
 
     def __post_init__(self) -> None:
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")

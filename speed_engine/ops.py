@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from speed_kernels.clean_images import clean_images, clean_images_reference
 from speed_kernels.language import HAS_TRITON
 from speed_kernels.noising import (
     noised_input,
@@ -26,6 +27,7 @@ __all__ = [
 class Operators(NamedTuple):
     """One implementation of each operator of the training step."""
 
+    clean_images: Callable[..., Tensor]
     noised_input: Callable[..., Tensor]
     noised_input_and_noise: Callable[..., tuple[Tensor, Tensor]]
     weighted_mse: Callable[..., tuple[Tensor, Tensor]]
@@ -33,12 +35,13 @@ class Operators(NamedTuple):
 
 
 REFERENCE = Operators(
+    clean_images_reference,
     noised_input_reference,
     noised_input_and_noise_reference,
     weighted_mse_reference,
     hybrid_loss_reference,
 )
-FUSED = Operators(noised_input, noised_input_and_noise, weighted_mse, hybrid_loss)
+FUSED = Operators(clean_images, noised_input, noised_input_and_noise, weighted_mse, hybrid_loss)
 
 
 def operators_for(device: torch.device) -> Operators:

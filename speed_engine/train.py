@@ -11,7 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from speed_engine import checkpoint, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
+    build_cleaning,
     build_evaluator,
     build_model,
     build_objective,
@@ -31,9 +33,11 @@ from speed_engine.assemble import (
     newest_checkpoint,
     open_data,
     read_config,
+    stored_shape,
 )
 from speed_engine.config import TrainConfig, to_json
-from speed_engine.data.loader import Loader
+from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
@@ -90,18 +94,22 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
         self.config, self.run, self.console = config, run, console
-        self.choices = environment.choices(config)
+        self.reader = open_data(config)
+        self.stored_shape = stored_shape(config, self.reader)
+        self._loader(start=0).close()  # an unfit data set fails here
+        num_bytes = resident_bytes(self.reader, self.stored_shape)
+        self.choices = environment.choices(config, num_bytes)
         self.device = torch.device(self.choices["device"].value)
+        self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
         model = build_model(config).to(self.device)
-        self.reader = open_data(config)
-        self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator: Evaluator = build_evaluator(config, process)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
+        store_noise = self.choices["noise"].value == "stored"
+        objective = build_objective(config, process, store_noise).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -159,14 +167,16 @@ class Trainer:
         (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
         self.records = RunLog(self.run, engine.steps_done)
         self._interval = time.perf_counter(), engine.steps_done
-        loader = self._loader(start=engine.steps_done * config.batch_size)
         self._introduce()
-        with loader, TrainingProgress(self.console, engine.steps_done, config.steps) as progress:
+        with (
+            closing(self._batches(start=engine.steps_done * config.batch_size)) as batches,
+            TrainingProgress(self.console, engine.steps_done, config.steps) as progress,
+        ):
             self.progress = progress
-            for batch in loader:
+            for batch in batches:
                 if engine.steps_done >= config.steps:
                     break
-                self.means.add(engine.step(batch.to(self.device)))
+                self.means.add(engine.step(batch))
                 progress.step(engine.steps_done)
                 self._fire()
         self.records.close()
@@ -253,11 +263,34 @@ class Trainer:
         checkpoint.save(folder, engine.steps_done, tensors, state)
         checkpoint.prune(folder, self.config.keep_checkpoints)
 
+    def _batches(self, start: int) -> Generator[Batch]:
+        """Batches of clean images on the device."""
+        if self.choices["resident data"].value == "on":
+            yield from self._resident(start)
+        else:
+            with self._loader(start) as loader:
+                for batch in loader:
+                    batch = batch.to(self.device)
+                    yield self.cleaning.batch(batch.images, batch.conditions, batch.ids)
+
+    def _resident(self, start: int) -> Resident:
+        config = self.config
+        return Resident(
+            self.reader,
+            self.stored_shape,
+            config.batch_size,
+            config.seed,
+            self.cleaning,
+            start=start,
+            window=config.data.window,
+            num_classes=config.data.num_classes,
+        )
+
     def _loader(self, start: int) -> Loader:
         config = self.config
         return Loader(
             self.reader,
-            config.data.image_shape,
+            self.stored_shape,
             config.batch_size,
             config.seed,
             start=start,

@@ -82,7 +82,7 @@ class Loader:
         num_classes: int | None = None,
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        _check_arguments(reader, batch_size, start, workers, rank, world_size)
+        check_arguments(reader, batch_size, start, workers, rank, world_size)
         load = partial(_load_batch, reader, image_shape, num_classes)
         first = load(np.array([[0], [0]]))  # an unfit data set fails here, not in a worker
         _check_conditions(reader, first, condition_shapes or {})
@@ -151,6 +151,14 @@ def read_conditions(
     """(N, ...) of the given samples, as batches have them."""
     _, conditions = _stack(reader, image_shape, None, indices)
     return {name: _scaled(value) for name, value in conditions.items()}
+
+
+def read_stored(
+    reader: ShardReader, image_shape: Shape, num_classes: int | None, indices: range | list[int]
+) -> dict[str, np.ndarray]:
+    """Images, under ``IMAGE``, and conditions (N, ...) of the given samples, as stored."""
+    images, conditions = _stack(reader, image_shape, num_classes, indices)
+    return {IMAGE: images, **conditions}
 
 
 class _Source(IterableDataset):
@@ -247,9 +255,10 @@ def _check_conditions(
             )
 
 
-def _check_arguments(
+def check_arguments(
     reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
 ) -> None:
+    """Raises ValueError where batches cannot be shared out so."""
     for key in reader.keys[1:]:
         condition_name(key)
     if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:

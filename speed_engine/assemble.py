@@ -25,6 +25,7 @@ from speed_engine.diffusion.conditions import (
     LowResolutionNoise,
 )
 from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -32,6 +33,8 @@ from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.families import Shape, build_network
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -58,12 +61,15 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method, store_noise: bool = False) -> Objective:
-    """The objective of the configured method, on the CPU.
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
 
     Args:
         config: of the run.
         process: its method.
+        model: what will be trained.
         store_noise: as in ``Objective``.
 
     Raises:
@@ -73,10 +79,18 @@ def build_objective(config: TrainConfig, process: Method, store_noise: bool = Fa
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
+    objective = Objective(process, config.seed, changes, store_noise)
     if config.model.learn_sigma:
         weigh_bound = config.method_options.weigh_bound
-        return HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
-    return Objective(process, config.seed, changes, store_noise)
+        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
 
 
 def build_model(config: TrainConfig) -> nn.Module:

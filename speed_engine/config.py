@@ -85,7 +85,7 @@ class DiTConfig:
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, DiT-S/2 to DiT-XL/8, in place of the next four."""
+    """Published size, DiT-S/2 to DiT-XL/8, DiT-XL/2-modern, in place of the next five."""
     patch_size: int = 2
     """Pixels per token, along each side; divides height and width."""
     dim: int = 64
@@ -94,6 +94,45 @@ class DiTConfig:
     """Number of blocks."""
     num_heads: int = 4
     """Attention heads per block."""
+    variant: Literal["original", "modern"] = "original"
+    """Blocks as published, or with QK-norm, rotary positions and SwiGLU."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, in units of dim."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """What computes attention: PyTorch or xFormers."""
+    frequency_shift: int = 0
+    """Of the timestep's code: 0 as published, 1 as diffusers has it."""
+    checkpointing: float = 0.0
+    """Activations computed again in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDTConfig:
+    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
+
+    family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2, MDTv2-XL/2, in place of the next six."""
+    version: Literal[1, 2] = 1
+    """Of the paper."""
+    patch_size: int = 2
+    """Pixels per token, along each side; divides height and width."""
+    dim: int = 64
+    """Width of a token; a multiple of 4 and of num_heads."""
+    depth: int = 4
+    """Number of blocks, the interpolater not counted."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    decode_layers: int = 2
+    """How many of the blocks decode; version 2 leaves an even number to the encoder."""
+    mask_ratio: float = 0.3
+    """Share of the tokens hidden, in (0, 1); in version 2 up to 0.2 more."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
@@ -137,7 +176,36 @@ class UNetConfig:
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
 
 
-ModelConfig = DiTConfig | UNetConfig
+@dataclass(frozen=True, kw_only=True)
+class EdmUNetConfig:
+    """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
+
+    family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
+    """Which of the families this is, in config.json."""
+    network: Literal["ddpm++", "adm"] = "ddpm++"
+    """Of the two."""
+    size: str | None = None
+    """Published size, such as ddpm++-cifar10, in place of the next five."""
+    model_channels: int = 32
+    """Channels at multiplier 1; a multiple of 4."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Multiplier of every level, finest first; each level halves height and width."""
+    num_blocks: int = 1
+    """Blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights in pixels at which there is attention."""
+    dropout: float = 0.0
+    """Probability inside blocks, in [0, 1)."""
+    learn_sigma: tyro.conf.Suppress[bool] = False
+    """These networks learn no variance."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("model_channels", "num_blocks"))
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
+        _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
+
+
+ModelConfig = DiTConfig | MDTConfig | UNetConfig | EdmUNetConfig
 MODEL_CONFIGS: dict[str, type] = {cls.family: cls for cls in typing.get_args(ModelConfig)}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.data.loader import Batch
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective
 from speed_engine.ema import Ema
 from speed_engine.optim import set_rates
@@ -38,7 +39,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Objective | MaskedObjective,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         *,

@@ -2,7 +2,8 @@
 
     memory     parameters, gradients, AdamW's two moments and the average: float32, 20 bytes each
     activation bytes that autograd keeps for the backward pass, counted tensor by tensor
-    step       at least  3 forward FLOPs / peak rate + 36 bytes per parameter / bandwidth
+    step       at least  3 forward FLOPs / peak rate + 36 bytes per parameter / bandwidth;
+               MDT goes forward twice, once under its mask
 
 The backward pass takes twice the forward's FLOPs (gradients of inputs and of parameters); the
 optimizer and the average read five and write four float32 per parameter in one sweep.
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from speed_engine.assemble import build_model, condition_shapes, told_names
+from speed_engine.assemble import build_model, condition_shapes, masked_network, told_names
 from speed_engine.config import TrainConfig
 from speed_engine.models.flops import forward_flops
 
@@ -60,7 +61,8 @@ class Estimate:
 
     Attributes:
         parameters: of the model.
-        forward_flops: per image.
+        forward_flops: per image, of one pass.
+        training_flops: per image, of every forward pass of a step and its backward pass.
         activation_bytes: per image, kept for the backward pass in float32.
         autocast_activation_bytes: the same under bfloat16 autocast.
         autocast_weight_bytes: bfloat16 copies of the parameters that autocast keeps.
@@ -69,15 +71,11 @@ class Estimate:
 
     parameters: int
     forward_flops: int
+    training_flops: int
     activation_bytes: int
     autocast_activation_bytes: int
     autocast_weight_bytes: int
     batch_size: int
-
-    @property
-    def training_flops(self) -> int:
-        """Per image, forward and backward."""
-        return 3 * self.forward_flops
 
     @property
     def state_bytes(self) -> int:
@@ -104,15 +102,17 @@ def estimate(config: TrainConfig) -> Estimate:
     """
     with torch.device("meta"):
         model = build_model(config)
-        flops = forward_flops(model, _inputs(config, 1))
-    with FakeTensorMode():  # unlike the meta device it has autocast and fused attention
-        model = build_model(config)
+        flops = [forward_flops(model, inputs) for inputs in _passes(model, config, 1)]
+    # Unlike the meta device, a fake one has autocast and fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
         exact = _saved_bytes(model, config, 2) - _saved_bytes(model, config, 1)
         with torch.autocast("cpu", dtype=torch.bfloat16), _NormsInFloat32():
             one, two = (_saved_bytes(model, config, images) for images in (1, 2))
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
-        forward_flops=flops,
+        forward_flops=flops[0],
+        training_flops=3 * sum(flops),
         activation_bytes=exact,
         autocast_activation_bytes=two - one,
         autocast_weight_bytes=2 * one - two,
@@ -130,7 +130,7 @@ def describe(config: TrainConfig, gpu: str) -> dict[str, str]:
         "model": f"{config.model.size or config.model.family} on {shape}, told {told}",
         "parameters": f"{cost.parameters:,}",
         "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
-        f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP with backward",
+        f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",
         "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
         f"{_short(8 * cost.parameters)}B, AdamW {_short(8 * cost.parameters)}B, average "
         f"{_short(4 * cost.parameters)}B; float32",
@@ -157,17 +157,22 @@ def _short(number: float) -> str:
     return f"{number:.4g} T"
 
 
-def _inputs(config: TrainConfig, images: int) -> dict[str, Tensor]:
-    """The model's arguments, of the right shapes, on the current default device."""
+def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
+    """The model's arguments in every forward pass of a step, on the current default device."""
     conditions = {
         name: torch.zeros(images, *shape, dtype=torch.int64 if name == "labels" else torch.float32)
         for name, shape in condition_shapes(config).items()
     }
-    return {
+    inputs = {
         "x": torch.zeros(images, *config.data.image_shape),
         "t": torch.zeros(images),
         **conditions,
     }
+    network = masked_network(model)
+    if network is None:
+        return [inputs]
+    draws = torch.zeros(images, network.mask_words, dtype=torch.int64)
+    return [inputs, {**inputs, "mask_draws": draws}]
 
 
 def _saved_bytes(model: nn.Module, config: TrainConfig, images: int) -> int:
@@ -182,6 +187,6 @@ def _saved_bytes(model: nn.Module, config: TrainConfig, images: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = model(**_inputs(config, images))
-    del answer
+        answers = [model(**inputs) for inputs in _passes(model, config, images)]
+    del answers
     return sum(size for _, size in kept.values())

@@ -5,11 +5,30 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from speed_engine.config import DiTConfig, UNetConfig
-from speed_engine.models.dit import DIT_SIZES, DiT
+from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
+from speed_engine.models.dit import DIT_SIZES, DiT, dit_size
+from speed_engine.models.edm_unet import EDM_UNET_SIZES, DhariwalUNet, SongUNet
+from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.models.super_resolution import SuperResolution, conditioned_channels
 from speed_engine.models.text_dit import TextDiT
 from speed_engine.models.unet import UNET_SIZES, UNet
+
+# DiT's sizes; how many of the blocks decode is 2 in MDT, and in MDTv2 as its authors train it.
+MDT_SIZES: dict[str, dict] = {
+    f"{name}-{letter}/{patch}": {
+        "version": version, "patch_size": patch, "decode_layers": decoders,
+        **DIT_SIZES[letter]._asdict(),
+    }
+    for name, version, letter, patches, decoders in (
+        ("MDT", 1, "S", (2, 4, 8), 2),
+        ("MDT", 1, "B", (2, 4, 8), 2),
+        ("MDT", 1, "L", (2, 4, 8), 2),
+        ("MDT", 1, "XL", (2, 4, 8), 2),
+        ("MDTv2", 2, "S", (2,), 6),
+        ("MDTv2", 2, "XL", (2,), 4),
+    )
+    for patch in patches
+}  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -29,7 +48,7 @@ class Shape(NamedTuple):
         return conditioned_channels(self.channels, self.low_channels)
 
 
-def build_network(settings: Any, shape: Shape) -> nn.Module:
+def build_network(settings: ModelConfig, shape: Shape) -> nn.Module:
     """The network of a family's configuration, on the current default device.
 
     Raises:
@@ -40,15 +59,15 @@ def build_network(settings: Any, shape: Shape) -> nn.Module:
 
 
 def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
-    own = ("patch_size", "dim", "depth", "num_heads")
-    sizes = _published(settings.size, DIT_SIZES) or {name: getattr(settings, name) for name in own}
+    sizes = ("patch_size", "dim", "depth", "num_heads", "variant")
     arguments = {
-        **sizes,
+        **_some(settings, sizes),
+        **(dit_size(settings.size) if settings.size else {}),
+        **_some(settings, ("mlp_ratio", "learn_sigma", "attention", "frequency_shift")),
+        "checkpointing": settings.checkpointing,
         "input_size": shape.input_size,
         "channels": shape.channels,
         "in_channels": shape.in_channels,
-        "mlp_ratio": settings.mlp_ratio,
-        "learn_sigma": settings.learn_sigma,
     }
     if shape.token_dim is None:
         return DiT(num_classes=shape.num_classes, **arguments)
@@ -57,28 +76,73 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
     return TextDiT(token_dim=shape.token_dim, **arguments)
 
 
+def _mdt(settings: MDTConfig, shape: Shape) -> nn.Module:
+    _refuse_text(settings, shape)
+    sizes = ("version", "patch_size", "dim", "depth", "num_heads", "decode_layers")
+    arguments = _some(settings, sizes) | _published(settings.size, MDT_SIZES)
+    return (MDT, MDTv2)[arguments.pop("version") - 1](
+        **arguments,
+        **_some(settings, ("mask_ratio", "mlp_ratio", "learn_sigma")),
+        input_size=shape.input_size,
+        channels=shape.channels,
+        in_channels=shape.in_channels,
+        num_classes=shape.num_classes,
+    )
+
+
 def _unet(settings: UNetConfig, shape: Shape) -> nn.Module:
-    own = (
+    sizes = (
         "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
         "num_head_channels", "scale_shift_norm", "resblock_updown",
     )  # fmt: skip
-    sizes = _published(settings.size, UNET_SIZES) or {name: getattr(settings, name) for name in own}
     return UNet(
-        **sizes,
+        **(_published(settings.size, UNET_SIZES) or _some(settings, sizes)),
+        **_some(settings, ("dropout", "learn_sigma")),
         input_size=shape.input_size,
         in_channels=shape.in_channels,
         out_channels=shape.channels,
         num_classes=shape.num_classes,
         token_dim=shape.token_dim,
-        dropout=settings.dropout,
-        learn_sigma=settings.learn_sigma,
     )
 
 
-def _published(name: str | None, sizes: dict[str, dict]) -> dict | None:
-    if name is not None and name not in sizes:
+def _edm_unet(settings: EdmUNetConfig, shape: Shape) -> nn.Module:
+    _refuse_text(settings, shape)
+    networks = {"ddpm++": SongUNet, "adm": DhariwalUNet}
+    sizes = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
+    return networks[settings.network](
+        **(_published(settings.size, EDM_UNET_SIZES) or _some(settings, sizes)),
+        input_size=shape.input_size,
+        in_channels=shape.in_channels,
+        out_channels=shape.channels,
+        num_classes=shape.num_classes,
+    )
+
+
+def _some(settings: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in names}
+
+
+def _published(name: str | None, sizes: dict[str, dict]) -> dict[str, Any]:
+    """Arguments of a named size, none without a name."""
+    if name is None:
+        return {}
+    if name not in sizes:
         raise ValueError(f"model.size={name!r} is unknown; choose from {', '.join(sizes)}.")
-    return sizes.get(name) if name else None
+    return sizes[name]
 
 
-FAMILIES: dict[type, Callable[[Any, Shape], nn.Module]] = {DiTConfig: _dit, UNetConfig: _unet}
+def _refuse_text(settings: ModelConfig, shape: Shape) -> None:
+    if shape.token_dim is not None:
+        raise ValueError(
+            f"model family {settings.family} takes no text; use a dit or a unet, or leave "
+            "tokens.npy out of members."
+        )
+
+
+FAMILIES: dict[type, Callable[[Any, Shape], nn.Module]] = {
+    DiTConfig: _dit,
+    MDTConfig: _mdt,
+    UNetConfig: _unet,
+    EdmUNetConfig: _edm_unet,
+}

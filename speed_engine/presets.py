@@ -12,7 +12,10 @@ import math
 from speed_engine.config import (
     DataConfig,
     DiTConfig,
+    EdmUNetConfig,
     EvaluationConfig,
+    MDTConfig,
+    ModelConfig,
     OptimizerConfig,
     TrainConfig,
     UNetConfig,
@@ -34,10 +37,11 @@ EDM_RECIPE = OptimizerConfig(
 CLASS, TEXT, LOW = "cls", "tokens.npy", "low.npy"
 DIT_XL = DiTConfig(size="DiT-XL/2", learn_sigma=True)
 UNET = UNetConfig(size="speed", learn_sigma=True)
+MDT_S = MDTConfig(size="MDT-S/2", learn_sigma=True)
 
 
 def _speed(
-    source: str, model: DiTConfig | UNetConfig, steps: int, *told: str, latent: int = 32
+    source: str, model: ModelConfig, steps: int, *told: str, latent: int = 32
 ) -> TrainConfig:
     """A run of SpeeD's recipe on latents of ``latent`` x ``latent`` x 4."""
     guided = CLASS in told or TEXT in told
@@ -75,7 +79,7 @@ def _edm(process: str) -> TrainConfig:
         condition_dropout=0.0,
         checkpoint_every=10_000,
         log_every=100,
-        model=UNetConfig(),
+        model=EdmUNetConfig(size="ddpm++-cifar10"),
         data=DataConfig(
             source="shards/cifar10", members=("npy", CLASS), image_shape=(3, 32, 32), workers=8
         ),
@@ -108,6 +112,12 @@ _ROWS = (
      UNKNOWN, _speed("imagenet256", DIT_XL, 400_000, CLASS)),
     ("imagenet256-unet", "ImageNet 256, U-Net, told the class",
      UNKNOWN, _speed("imagenet256", UNET, 400_000, CLASS)),
+    ("imagenet256-mdt-s2", "ImageNet 256, MDT-S/2, told the class",
+     UNKNOWN, _speed("imagenet256", MDT_S, 400_000, CLASS)),
+    ("cifar10-edm", "CIFAR-10, DDPM++ on EDM's process, told the class",
+     UNKNOWN, _edm("edm")),
+    ("cifar10-fdm", "CIFAR-10, DDPM++ on FDM's process, told the class",
+     UNKNOWN, _edm("fdm")),
     ("coco-t2i-dit-xl2", "MS-COCO 256, DiT-XL/2, told a text",
      "the paper: FID 25.3, uniform 27.4", _speed("coco256", DIT_XL, 400_000, TEXT)),
     ("metfaces512-superres", "MetFaces 64 to 512, DiT-XL/2, told the smaller image",

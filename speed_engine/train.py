@@ -109,7 +109,7 @@ class Trainer:
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
         store_noise = self.choices["noise"].value == "stored"
-        objective = build_objective(config, process, store_noise).to(self.device)
+        objective = build_objective(config, process, model, store_noise).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -120,7 +120,7 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),

@@ -7,19 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import ModelConfig, TrainConfig
+from speed_engine.config import DiTConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.optim import adamw, linear_warmup
 
-CONFIG = TrainConfig(model=ModelConfig(dim=16, depth=1, num_heads=2))
+CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))
 
 
 def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG) -> Engine:
     model = build_model(config)
-    objective = build_objective(config, build_process(config))
+    objective = build_objective(config, build_process(config), model)
     return Engine(
         model,
         objective,
@@ -98,7 +98,7 @@ def test_a_step_is_forward_backward_clip_adamw_average():
 
 
 def test_dropped_labels_become_the_null_label_at_the_stated_rate():
-    objective = build_objective(CONFIG, build_process(CONFIG))
+    objective = build_objective(CONFIG, build_process(CONFIG), build_model(CONFIG))
     seen = []
 
     def model(x_in, t, labels):

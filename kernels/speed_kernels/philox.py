@@ -39,6 +39,7 @@ class Stream(IntEnum):
     SOLVER = 7
     LOW_RESOLUTION_LEVEL = 8
     LOW_RESOLUTION_NOISE = 9
+    TOKEN_MASK = 10
 
 
 _MASK = 0xFFFFFFFF

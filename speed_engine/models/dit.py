@@ -20,6 +20,7 @@ from speed_engine.models.embeddings import (
     TimestepEmbedding,
     position_grid,
     rotary_grid,
+    unpatchify,
 )
 
 
@@ -195,7 +196,7 @@ class DiT(nn.Module):
         if self.rotates:
             self._register_rotation(dim // num_heads)
         self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
-        self._initialise()
+        initialise(self)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
@@ -210,13 +211,7 @@ class DiT(nn.Module):
         rotation = (self.rotary_cos, self.rotary_sin) if self.rotates else ()
         for block in self.blocks:
             tokens = block(tokens, condition, *told, *rotation)
-        return self._unpatchify(self.final_layer(tokens, condition))
-
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""
-        (rows, columns), p, c = self.grid, self.patch_size, self.out_channels
-        patches = tokens.view(len(tokens), rows, columns, p, p, c)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), c, rows * p, columns * p)
+        return unpatchify(self.final_layer(tokens, condition), self.grid, self.patch_size)
 
     def _register_rotation(self, head_dim: int) -> None:
         if head_dim % 4:
@@ -227,28 +222,30 @@ class DiT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_grid(*self.grid, head_dim), strict=True):
             self.register_buffer(f"rotary_{name}", table, persistent=False)
 
-    def _initialise(self) -> None:
-        """DiT's initialisation: every block starts as the identity, the output as zero."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if "adaLN_modulation" in name or name == "final_layer.linear":
-                nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
-        if patches.bias is not None:
-            nn.init.zeros_(patches.bias)
-        if self.y_embedder is not None:
-            nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+def initialise(model: nn.Module) -> None:
+    """DiT's initialisation: every block starts as the identity, the output as zero."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            nn.init.zeros_(module.weight)
+        elif name.startswith("t_embedder"):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, PatchEmbedding):
+            nn.init.xavier_uniform_(module.proj.weight.view(len(module.proj.weight), -1))
+            if module.proj.bias is not None:
+                nn.init.zeros_(module.proj.bias)
+        elif isinstance(module, LabelEmbedding):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
 
 
 def dit_size(name: str) -> dict[str, Any]:
-    """Arguments of ``DiT`` that a name stands for: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
+    """Arguments of ``DiT`` by a name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
 
     Raises:
         ValueError: another name.

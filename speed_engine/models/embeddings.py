@@ -50,6 +50,13 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, N, P * P * C) -> (B, C, H, W): every token's values in its patch, channel fastest."""
+    (rows, columns), p = grid, patch_size
+    patches = tokens.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * p, columns * p)
+
+
 def sinusoid(t: Tensor, dim: int, frequency_shift: float = 0) -> Tensor:
     """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies.
 

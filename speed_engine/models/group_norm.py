@@ -6,7 +6,7 @@ Letters: B images, C channels, H x W pixels, G groups.
 """
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def group_norm_silu(
@@ -33,3 +33,13 @@ def group_norm_silu(
     if scale is not None and shift is not None:
         y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
     return F.silu(y)
+
+
+class GroupNormSiLU(nn.GroupNorm):
+    """``group_norm_silu`` with parameters; those of ``nn.GroupNorm``."""
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """(B, C, H, W), (B, C), (B, C) -> (B, C, H, W)."""
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, scale, shift, self.eps)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.models.embeddings import sinusoid
+from speed_engine.models.group_norm import GroupNormSiLU
 from speed_engine.models.spatial_transformer import SpatialTransformer
 from speed_engine.models.unet_layers import (
     NORM_GROUPS,
@@ -23,7 +24,8 @@ from speed_engine.models.unet_layers import (
     ResBlock,
     Stage,
     Upsample,
-    norm_silu,
+    check_given,
+    check_halvings,
     zeroed,
 )
 
@@ -60,7 +62,7 @@ class UNet(nn.Module):
 
     Args:
         input_size: (H, W); each a multiple of 2 ** (levels - 1).
-        in_channels: of the input, the low-resolution image's included.
+        in_channels: of the input.
         out_channels: C of the answer.
         model_channels: channels at multiplier 1; a multiple of 32.
         channel_mult: multiplier of every level, finest first.
@@ -104,7 +106,7 @@ class UNet(nn.Module):
         super().__init__()
         check_halvings(input_size, len(channel_mult))
         _check_rates(attention_resolutions, len(channel_mult))
-        self.in_channels, self.model_channels = in_channels, model_channels
+        self.model_channels = model_channels
         self.num_classes, self.token_dim = num_classes, token_dim
         self.out_channels = 2 * out_channels if learn_sigma else out_channels
         self.embedding_dim = 4 * model_channels
@@ -160,8 +162,8 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, channels),
-            nn.SiLU(),
+            GroupNormSiLU(NORM_GROUPS, channels),
+            nn.Identity(),  # where the originals have their SiLU
             zeroed(nn.Conv2d(channels, self.out_channels, 3, padding=1)),
         )
 
@@ -171,25 +173,22 @@ class UNet(nn.Module):
         t: Tensor,
         labels: Tensor | None = None,
         tokens: Tensor | None = None,
-        low_resolution: Tensor | None = None,
     ) -> Tensor:
-        """(B, C, H, W), (B,) timesteps, and what it is conditioned on -> (B, C or 2C, H, W).
+        """(B, in_channels, H, W), (B,) timesteps, conditions -> (B, C or 2C, H, W).
 
         Args:
-            x: the noised image.
+            x: the noised image, and what is joined to it.
             t: on the scale 0 .. 1000.
             labels: (B,) int64, exactly if there are classes.
             tokens: (B, L, D), exactly if there is a width of tokens.
-            low_resolution: (B, in_channels - C, H, W).
 
         Raises:
             ValueError: a condition is missing, or the model has no use for it.
         """
-        self._check(x, labels, tokens, low_resolution)
-        if low_resolution is not None:
-            x = torch.cat([x, low_resolution], dim=1)
-        weight = self.time_embed[0].weight
-        embedding = self.time_embed(sinusoid(t, self.model_channels).to(weight.dtype))
+        check_given("labels", labels, self.num_classes is not None)
+        check_given("tokens", tokens, self.token_dim is not None)
+        code = sinusoid(t, self.model_channels).to(next(self.parameters()).dtype)
+        embedding = self.time_embed(code)
         if labels is not None:
             embedding = embedding + self.label_emb(labels)
         skips = []
@@ -199,38 +198,7 @@ class UNet(nn.Module):
         x = self.middle_block(x, embedding, tokens)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
-        return self.out[2](norm_silu(self.out[0], x))
-
-    def _check(
-        self, x: Tensor, labels: Tensor | None, tokens: Tensor | None, low: Tensor | None
-    ) -> None:
-        for name, value, needed in (
-            ("labels", labels, self.num_classes is not None),
-            ("tokens", tokens, self.token_dim is not None),
-        ):
-            if (value is not None) != needed:
-                verb = "needs" if needed else "has no use for"
-                raise ValueError(
-                    f"this U-Net (num_classes={self.num_classes}, token_dim={self.token_dim}) "
-                    f"{verb} {name}."
-                )
-        channels = x.shape[1] + (0 if low is None else low.shape[1])
-        if channels != self.in_channels:
-            raise ValueError(
-                f"this U-Net reads {self.in_channels} channels; the image and low_resolution "
-                f"have {channels} together."
-            )
-
-
-def check_halvings(input_size: tuple[int, int], levels: int) -> None:
-    """Refuse a size that cannot be halved between all levels."""
-    factor = 2 ** (levels - 1)
-    if any(size % factor for size in input_size):
-        height, width = input_size
-        raise ValueError(
-            f"{levels} levels halve the input {levels - 1} times: its size {height} x {width} must "
-            f"be a multiple of {factor} both ways."
-        )
+        return self.out(x)
 
 
 def _check_rates(rates: Sequence[int], levels: int) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.group_norm import group_norm_silu
+from speed_engine.models.group_norm import GroupNormSiLU
 from speed_engine.models.spatial_transformer import NORM_GROUPS, SpatialTransformer, split_heads
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
@@ -55,15 +55,15 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift_norm, self.resample = scale_shift_norm, resample or nn.Identity()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, channels),
-            nn.SiLU(),
+            GroupNormSiLU(NORM_GROUPS, channels),
+            nn.Identity(),  # where the originals have their SiLU
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         emb_channels = 2 * out_channels if scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, emb_channels))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, out_channels),
-            nn.SiLU(),
+            GroupNormSiLU(NORM_GROUPS, out_channels),
+            nn.Identity(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
@@ -74,12 +74,12 @@ class ResBlock(nn.Module):
         """(B, C, H, W), (B, E) -> (B, C, H, W) of other sizes."""
         in_norm, _, in_conv = self.in_layers
         out_norm, _, dropout, out_conv = self.out_layers
-        h = in_conv(self.resample(norm_silu(in_norm, x)))
+        h = in_conv(self.resample(in_norm(x)))
         told = self.emb_layers(embedding)
         if self.scale_shift_norm:
-            h = norm_silu(out_norm, h, *told.chunk(2, dim=1))
+            h = out_norm(h, *told.chunk(2, dim=1))
         else:
-            h = norm_silu(out_norm, h + told[:, :, None, None])
+            h = out_norm(h + told[:, :, None, None])
         return self.skip_connection(self.resample(x)) + out_conv(dropout(h))
 
 
@@ -142,15 +142,26 @@ class Double(nn.Upsample):
         super().__init__(scale_factor=2, mode="nearest")
 
 
-def norm_silu(
-    norm: nn.GroupNorm, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
-) -> Tensor:
-    """``group_norm_silu`` with the parameters of a module."""
-    return group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, scale, shift, norm.eps)
-
-
 def zeroed(module: Convolution) -> Convolution:
     """The module with all its parameters zero."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def check_halvings(input_size: tuple[int, int], levels: int) -> None:
+    """Refuse a size that cannot be halved between all levels."""
+    factor = 2 ** (levels - 1)
+    if any(size % factor for size in input_size):
+        height, width = input_size
+        raise ValueError(
+            f"{levels} levels halve the input {levels - 1} times: its size {height} x {width} must "
+            f"be a multiple of {factor} both ways."
+        )
+
+
+def check_given(name: str, value: Tensor | None, needed: bool) -> None:
+    """Refuse a condition that the model was not built for, and the lack of one that it was."""
+    if (value is not None) != needed:
+        verb = "needs" if needed else "was built without, and has no use for,"
+        raise ValueError(f"this U-Net {verb} {name}.")

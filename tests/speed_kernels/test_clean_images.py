@@ -1,5 +1,7 @@
 """Clean images: fused equals the reference bit for bit, and the reference its definition."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -40,9 +42,10 @@ def test_fused_equals_the_reference_bit_for_bit(
     arguments = draw(batch, shape, dtype, gather)
     pixels = dtype == torch.uint8
     scale, shift = (0.18215, 0.0609) if scaled and not pixels else (1.0, 0.0)
-    options = dict(posterior=posterior and not pixels, flip=flip, scale=scale, shift=shift)
+    drawn = posterior and not pixels
+    options: dict[str, Any] = dict(posterior=drawn, flip=flip, scale=scale, shift=shift)
     fused, plain = (f(*arguments, **options) for f in (clean_images, clean_images_reference))
-    channels = shape[0] // 2 if options["posterior"] else shape[0]
+    channels = shape[0] // 2 if drawn else shape[0]
     assert fused.dtype == plain.dtype == torch.float32
     assert fused.shape == (batch, channels, *shape[1:])
     assert torch.equal(fused, plain)
@@ -68,8 +71,9 @@ def test_a_posterior_is_drawn_scaled_and_mirrored_as_defined(operator):
     x0 = operator(stored, seed, ids, rows, posterior=True, scale=0.5, shift=2.0, flip=True)
     noise = normal(seed, ids, 60, Stream.LATENT_POSTERIOR).view(3, 3, 4, 5)
     bits = random_bits(seed, ids, 1, Stream.FLIP)
-    for i in range(3):
-        image = stored[rows[i]]
+    assert rows is not None
+    for i, row in enumerate(rows):
+        image = stored[row]
         image = image.flip(-1) if bits[i, 0] >= 2**31 else image
         expected = (image[:3] + image[3:] * noise[i] - 2) / 2
         torch.testing.assert_close(x0[i], expected)
@@ -124,6 +128,7 @@ def test_the_operator_is_registered_soundly(dtype, gather):
 def test_a_compiled_caller_is_not_compiled_again_for_other_images():
     torch._dynamo.reset()
     stored, seed, ids, rows = draw(3, (6, 4, 5), torch.float16, gather=True)
+    assert rows is not None
 
     def call(seed, ids, rows):
         return clean_images(stored, seed, ids, rows, posterior=True, scale=0.2, flip=True) + 1

@@ -124,16 +124,15 @@ def test_what_a_mask_drops_has_no_say_and_no_gradient(operator):
     assert all(torch.equal(before[name], after[name]) for name in before)
     gradient = torch.cat([after["epsilon"], after["v"]], dim=1)
     assert not gradient[dropped].any() and gradient[~dropped].all()
-    whole = [tensor[1:, ..., :2] for tensor in (answer, x0)], [t[1:] for t in rest[:2]]
     corner = torch.zeros_like(mask)
     corner[..., :2] = True
     answer[answer.isnan()] = 0
-    stored = normal(*rest[2:], 60).view_as(x0)
-    part = operator(
-        *whole[0], *whole[1], rest[2], rest[3][1:], noise=stored[1:, ..., :2].contiguous()
-    )
-    masked = operator(answer, x0, *rest, mask=corner)
-    torch.testing.assert_close(masked[0][1:], part[0])
+    coefficients, rows, seed, ids = rest
+    noise = normal(seed, ids, 60).view_as(x0)
+    cut, x0_cut, noise_cut = (tensor[..., :2].contiguous() for tensor in (answer, x0, noise))
+    masked, _ = operator(answer, x0, *rest, mask=corner)
+    part, _ = operator(cut, x0_cut, coefficients, rows, seed, ids, noise=noise_cut)
+    torch.testing.assert_close(masked, part)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -123,8 +123,8 @@ def test_a_masked_mean_is_that_of_the_kept_elements_alone(operator, kind):
 def test_stored_and_regenerated_noise_give_the_same_bits(shape, dtype, kind):
     prediction, x0, *rest = draw(2, *shape, dtype=dtype)
     mask = draw_mask(kind, x0)
-    x_in, noise = noised_input_and_noise(x0, *rest, dtype)
-    assert torch.equal(x_in, noised_input(x0, *rest, dtype))
+    x_in, noise = noised_input_and_noise(x0, *rest, dtype=dtype)
+    assert torch.equal(x_in, noised_input(x0, *rest, dtype=dtype))
     drawn = run(weighted_mse, prediction, x0, *rest, mask=mask)
     read = run(weighted_mse, prediction, x0, *rest, noise=noise, mask=mask)
     assert all(torch.equal(drawn[name], read[name]) for name in drawn)

@@ -199,3 +199,15 @@ def test_what_cannot_be_launched_is_named():
         hybrid_loss(answer, x0, coefficients, rows.double(), seed, ids)
     with pytest.raises(ValueError, match="only the answer has a gradient here"):
         hybrid_loss(answer, x0.requires_grad_(), coefficients, rows, seed, ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_more_than_two_to_the_31_elements():
+    _, x0, coefficients, rows, seed, ids = draw([0, 5, 600], 1, 2)
+    x0, answer = x0.new_zeros(3, 1, 2**29), x0.new_zeros(3, 2, 2**29, dtype=torch.bfloat16)
+    _, error = hybrid_loss(answer, x0, coefficients, rows, seed, ids)
+    _, _, slopes = _hybrid_sums(answer, x0, rows, seed, ids, None, None)
+    assert torch.allclose(error, torch.ones_like(error), atol=1e-3)
+    last = normal(seed, ids[2:], 64)
+    torch.testing.assert_close(slopes[2, 0, :64].float(), -last[0], rtol=1e-2, atol=1e-2)

@@ -136,6 +136,6 @@ def qk_norm_rope(
 def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:
     if len(q) != 1 or sum(lengths) != q.shape[2]:
         raise ValueError(
-            f"lengths of {len(lengths)} packed sequences sum to {sum(lengths)}, for tokens of shape "
-            f"{tuple(q.shape)}; packed tokens need (1, heads, sum(lengths), width)."
+            f"{len(lengths)} packed sequences with {sum(lengths)} tokens together do not fit a "
+            f"tensor of shape {tuple(q.shape)}; it must be (1, heads, tokens, width)."
         )

@@ -223,6 +223,8 @@ class DataConfig:
     """Channels, height, width of what the model draws."""
     latents: bool = False
     """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
+    vae: str | None = None
+    """That autoencoder, a diffusers AutoencoderKL (folder or hub name), to decode what is drawn."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
     token_shape: tuple[int, int] = (77, 768)
@@ -233,6 +235,9 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    mode: Literal["exact", "stream"] = "exact"
+    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
+    exact and reads shards from end to end."""
     flip: bool = False
     """Mirror one image in two, left to right; of latents an approximation."""
     resident: Literal["auto", "on", "off"] = "auto"
@@ -246,7 +251,14 @@ class DataConfig:
     """Disk space for shards that come from a URL, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
+        decodable = self.vae is None or self.latents
+        _check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        if self.resident == "on" and self.mode == "stream":
+            raise ValueError(
+                "data.resident=on keeps the exact order, which data.mode=stream gives up; "
+                "leave one of them at its default."
+            )
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")

@@ -119,16 +119,19 @@ def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESU
     return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
 
 
-def choose_resident(wanted: str, device: str, num_bytes: int | None) -> Choice:
+def choose_resident(wanted: str, device: str, num_bytes: int | None, mode: str = "exact") -> Choice:
     """``on`` or ``off``.
 
     Args:
         wanted: the option.
         device: ``cuda`` or ``cpu``.
         num_bytes: of the data set; None if it is not known yet.
+        mode: in which it is read.
     """
     if wanted != "auto":
         return Choice(wanted, "asked for")
+    if mode == "stream":
+        return Choice("off", "data.mode=stream reads shards from end to end")
     if device != "cuda":
         return Choice("off", "a CPU reads the shards from the same memory")
     free, _ = torch.cuda.mem_get_info()
@@ -163,7 +166,9 @@ def choices(config: TrainConfig, num_bytes: int | None = None) -> dict[str, Choi
         "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
         "noise": choose_noise(device.value, config.data.image_shape),
-        "resident data": choose_resident(config.data.resident, device.value, num_bytes),
+        "resident data": choose_resident(
+            config.data.resident, device.value, num_bytes, config.data.mode
+        ),
         "data workers": _workers(config.data.workers),
     }
 

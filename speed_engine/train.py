@@ -316,4 +316,5 @@ class Trainer:
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
             on_bad_sample=config.data.on_bad_sample,
+            mode=config.data.mode,
         )

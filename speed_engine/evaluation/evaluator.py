@@ -1,6 +1,6 @@
 """A model's quality: images drawn under given conditions, compared with the data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class Evaluator:
         extractor: of the features that are compared; None with no reference.
         conditions: (num_images, ...) each, of the images drawn.
         null: what hides them for guidance.
+        decode: latents to pictures; None leaves what is drawn as it is.
 
     Raises:
         ValueError: too few images for FID with this extractor.
@@ -41,13 +42,14 @@ class Evaluator:
     solver_steps: int
     guidance: float
     seed: int
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.extractor is not None:
             check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult | None]:
-        """Images (N, C, H, W) as ``generate`` returns them, and their fidelity."""
+        """Images (N, C, H, W), decoded or as ``generate`` returns them, and their fidelity."""
         images = generate(
             model,
             self.schedule,
@@ -61,6 +63,8 @@ class Evaluator:
             guidance=self.guidance,
             latents=self.latents,
         )
+        if self.decode is not None:
+            images = self.decode(images)
         if self.reference is None or self.extractor is None:
             return images, None
         return images, measure(images, self.reference, self.extractor, METRICS)

@@ -38,6 +38,7 @@ from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
@@ -253,7 +254,7 @@ def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.devic
     )
 
 
-def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
+def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     settings = config.evaluation
     reference, extractor = None, None
@@ -273,6 +274,7 @@ def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
         seed=config.seed,
+        world=world,
     )
 
 
@@ -332,10 +334,10 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
         ValueError: there is no checkpoint, or it belongs to another model.
     """
     path = newest_checkpoint(run)
-    tensors, state = checkpoint.load(path)
     model = build_model(config)
-    load_parameters(model, tensors["ema"], path)
-    return model.to(device).eval().requires_grad_(False), state["step"]
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -357,5 +359,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
         ValueError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    require_shapes(ours, tensors, source)
+    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
     model.load_state_dict(tensors)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from speed_engine.config import TrainConfig
+from speed_engine.distributed import ALONE, World
 from speed_engine.ops import FUSED, operators_for
 
 PACKAGES = (
@@ -151,16 +152,38 @@ def machine_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
-def choices(config: TrainConfig, num_bytes: int | None = None) -> dict[str, Choice]:
+def choose_parallel(wanted: str, world: World, device: str) -> Choice:
+    """A key of ``distributed.LAYOUTS``.
+
+    Raises:
+        ValueError: hsdp on one node.
+    """
+    nodes = world.size // world.local_size
+    if wanted == "hsdp" and nodes == 1:
+        raise ValueError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
+    if world.size == 1:
+        return Choice("none", "one process; torchrun starts several")
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cpu":
+        return Choice("ddp", "processes on one host share its memory anyway")
+    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
+
+
+def choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> dict[str, Choice]:
     """Every choice, by the name that doctor prints.
 
     Args:
         config: of the run.
+        world: of its processes.
         num_bytes: of its data set, if known.
     """
     device = choose_device(config.device)
     return {
         "device": device,
+        "parallel": choose_parallel(config.parallel, world, device.value),
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": choose_attention(config.attention, device.value),

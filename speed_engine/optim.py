@@ -92,21 +92,21 @@ MOMENTUM_DECAYS: dict[str, Callable[[float, int], Momentum]] = {
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state as one flat dictionary, ``parameter/moment`` -> tensor."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The state as one flat dictionary, ``parameter/moment`` -> tensor; complete at any time."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for key, value in _state(optimizer, parameter).items():
+                tensors[f"{name}/{key}"] = value
+    return tensors
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    """Inverse of ``optimizer_tensors``; the parameters of ``model`` must be the same ones."""
-    parameters = dict(model.named_parameters())
-    for path, value in tensors.items():
-        name, key = path.rsplit("/", 1)
-        parameter = parameters[name]
-        # AdamW's step counter stays where the fused kernel expects it: with its parameter.
-        optimizer.state[parameter][key] = value.to(parameter.device)
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter; what its first step would make, if it had none."""
+    state = optimizer.state[parameter]
+    if not state:
+        # The counter stays where the fused kernel expects it: with its parameter.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 
 from speed_engine import environment, train
 from speed_engine.config import DataConfig, DiTConfig, EvaluationConfig, TrainConfig
@@ -54,13 +55,14 @@ def data(name: str, tmp_path: Path, **options: object) -> DataConfig:
 
 
 def outcome(config: TrainConfig, run: Path) -> tuple[list[tuple], dict[str, bytes]]:
-    """Figures of every step, and the files of the last checkpoint."""
+    """Figures of every step, and the bytes of every tensor of the last checkpoint."""
     train.start(config, run, Console(file=io.StringIO()))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     figures = [(r["loss"], r["squared_error"], r["grad_norm"]) for r in records if "loss" in r]
     assert len(figures) == config.steps
     checkpoint = run / "checkpoints" / f"step-{config.steps:08d}"
-    return figures, {file.name: file.read_bytes() for file in checkpoint.glob("*.safetensors")}
+    (file,) = checkpoint.glob("*.safetensors")
+    return figures, {name: value.numpy().tobytes() for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["as is", "flipped"])

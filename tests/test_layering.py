@@ -19,6 +19,8 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "progress",
         "checkpoint",
         "environment",
+        "preemption",
+        "watchdog",
     },
     {"engine", "evaluation"},
     {"families"},

@@ -50,6 +50,17 @@ class Batch(NamedTuple):
         conditions = {name: move(value) for name, value in self.conditions.items()}
         return Batch(move(self.images), conditions, move(self.ids), self.replaced)
 
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of ``size`` images; the last may be smaller."""
+        return [
+            Batch(
+                self.images[start : start + size],
+                {name: rows[start : start + size] for name, rows in self.conditions.items()},
+                self.ids[start : start + size],
+            )
+            for start in range(0, len(self.ids), size)
+        ]
+
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
     moved = tensor.to(device, non_blocking=True)

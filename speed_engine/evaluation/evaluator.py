@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
 from speed_engine.evaluation.generate import generate
@@ -43,19 +45,29 @@ class Evaluator:
     guidance: float
     seed: int
     decode: Callable[[Tensor], Tensor] | None = None
+    world: World = ALONE
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.extractor is not None:
             check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult | None]:
-        """Images (N, C, H, W), decoded or as ``generate`` returns them, and their fidelity."""
+        """Images (N, C, H, W), decoded or as ``generate`` returns them, and their fidelity.
+
+        Every process draws its part of the images and gets all; the first one measures them, the
+        others have None.
+        """
+        # Each process draws equally many, for sharded models compute together: the last image again
+        # where there is none left.
+        share = -(-self.num_images // self.world.size)
+        first = self.world.rank * share
+        ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
         images = generate(
             model,
             self.schedule,
             self.table,
-            self.conditions,
-            self.num_images,
+            {name: value[ids] for name, value in self.conditions.items()},
+            ids,
             image_shape=self.image_shape,
             null=self.null,
             seed=self.seed,
@@ -65,6 +77,7 @@ class Evaluator:
         )
         if self.decode is not None:
             images = self.decode(images)
-        if self.reference is None or self.extractor is None:
+        images = self.world.gather_on_host(images)[: self.num_images]
+        if self.reference is None or self.extractor is None or not self.world.is_first:
             return images, None
         return images, measure(images, self.reference, self.extractor, METRICS)

@@ -75,7 +75,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
         for name, there in sources.items()
         for n, part in zip(there, _parts(name, ours[name], len(there)), strict=True)
     }
-    require_shapes(expected, tensors, path)
+    require_shapes(expected, {name: tuple(v.shape) for name, v in tensors.items()}, path)
     found = {
         name: _joined(name, [tensors[n] for n in there], path)
         for name, there in sources.items()
@@ -128,14 +128,13 @@ def set_frequency_shift(transformer: nn.Module, shift: float) -> None:
 
 
 def require_shapes(
-    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], source: Path
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path
 ) -> None:
     """Raise one error that lists every tensor that is missing, left over or of another shape.
 
     Raises:
         ValueError: there is any.
     """
-    found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found == expected:
         return
     missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from speed_engine import checkpoint, environment
 from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.data.clean import Cleaning
 from speed_engine.data.conditions import (
     NULL_TOKENS,
     condition_name,
@@ -72,9 +73,15 @@ def build_process(config: TrainConfig) -> Method:
 
 
 def build_objective(
-    config: TrainConfig, process: Method, model: nn.Module
+    config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
 ) -> Objective | MaskedObjective:
     """The objective of the configured method for a model, on the CPU.
+
+    Args:
+        config: of the run.
+        process: its method.
+        model: what will be trained.
+        store_noise: as in ``Objective``.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -83,10 +90,10 @@ def build_objective(
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
-    objective = Objective(process, config.seed, changes)
+    objective = Objective(process, config.seed, changes, store_noise)
     if config.model.learn_sigma:
         weigh_bound = config.method_options.weigh_bound
-        objective = HybridObjective(process, config.seed, changes, weigh_bound)
+        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
     masked = masked_network(model)
     return objective if masked is None else MaskedObjective(objective, masked.mask_words)
 
@@ -150,7 +157,7 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
-    conditions = read_conditions(reader, config.data.image_shape, indices)
+    conditions = read_conditions(reader, stored_shape(config, reader), indices)
     tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
     return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
 
@@ -210,6 +217,41 @@ def _null_tokens(config: TrainConfig) -> np.ndarray:
     if isinstance(source, Path):
         return load_null_tokens(source)
     return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
+
+
+def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
+    """Whether the data set holds mean and standard deviation of latents, to draw from."""
+    content = reader.dataset.contents.get(config.data.members[0], {})
+    shape = content.get("shape") or (None,)
+    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
+
+
+def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
+    """Of an image in the shards."""
+    channels, height, width = config.data.image_shape
+    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
+
+
+def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
+    """How stored images become clean ones, on the device.
+
+    Raises:
+        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+    """
+    metadata = reader.dataset.metadata if config.data.latents else {}
+    posterior = stores_posterior(config, reader)
+    if posterior and "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} holds mean and standard deviation of latents, and its record "
+            "does not say by which latent_scale to multiply them; encode it again."
+        )
+    return Cleaning(
+        seed=torch.tensor(config.seed, device=device),
+        posterior=posterior,
+        scale=float(metadata.get("latent_scale", 1.0)),
+        shift=float(metadata.get("latent_shift", 0.0)),
+        flip=config.data.flip,
+    )
 
 
 def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:

@@ -267,6 +267,11 @@ class DataConfig:
     mode: Literal["exact", "stream"] = "exact"
     """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
     exact and reads shards from end to end."""
+    flip: bool = False
+    """Mirror one image in two, left to right; of latents an approximation."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well.
+    The run is the same either way."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A damaged sample is replaced by another and counted, or ends the run."""
     exclude: Path | None = None
@@ -278,6 +283,11 @@ class DataConfig:
         decodable = self.vae is None or self.latents
         _check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        if self.resident == "on" and self.mode == "stream":
+            raise ValueError(
+                "data.resident=on keeps the exact order, which data.mode=stream gives up; "
+                "leave one of them at its default."
+            )
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")

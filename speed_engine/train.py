@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from speed_engine import checkpoint, distributed, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
+    build_cleaning,
     build_evaluator,
     build_model,
     build_objective,
@@ -38,11 +40,13 @@ from speed_engine.assemble import (
     newest_checkpoint,
     open_data,
     read_config,
+    stored_shape,
 )
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
@@ -129,20 +133,24 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.choices = environment.choices(config, world)
+        self.reader = open_data(config)
+        self.stored_shape = stored_shape(config, self.reader)
+        self._loader(start=0).close()  # an unfit data set fails here
+        num_bytes = resident_bytes(self.reader, self.stored_shape)
+        self.choices = environment.choices(config, world, num_bytes)
         device_type = self.choices["device"].value
         local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
         self.device = torch.device(local_device)
+        self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
         model, ema, forward = self._build_model(init_from)
-        self.reader = open_data(config)
-        self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process, model).to(self.device)
+        store_noise = self.choices["noise"].value == "stored"
+        objective = build_objective(config, process, model, store_noise).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -243,12 +251,12 @@ class Trainer:
         self._introduce()
         first, last = engine.steps_done, config.steps
         with (
-            self._loader(start=first * config.batch_size) as loader,
+            closing(self._batches(start=first * config.batch_size)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, config.hang_timeout) as self.watchdog,
             StopRequest(self.world, self.device) as stop,
         ):
-            self._loop(loader, stop)
+            self._loop(batches, stop)
             self.checkpoints.wait()
         if self.world.is_first:
             self.records.close()
@@ -264,9 +272,8 @@ class Trainer:
         if lost:
             raise OSError(f"not everything could be written (step: cause): {'; '.join(lost)}")
 
-    def _loop(self, loader: Loader, stop: StopRequest) -> None:
+    def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> None:
         engine, watchdog = self.engine, self.watchdog
-        batches = on_device(loader, self.device)
         while engine.steps_done < self.config.steps:
             watchdog.doing(engine.steps_done, "waiting for data")
             waited = time.perf_counter()
@@ -445,11 +452,36 @@ class Trainer:
                 self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
             self._say(f"samples   {samples}")
 
+    def _batches(self, start: int) -> Generator[Batch]:
+        """Batches of clean images on the device."""
+        if self.choices["resident data"].value == "on":
+            yield from self._resident(start)
+        else:
+            with self._loader(start) as loader:
+                for images, conditions, ids, replaced in on_device(loader, self.device):
+                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+
+    def _resident(self, start: int) -> Resident:
+        config = self.config
+        return Resident(
+            self.reader,
+            self.stored_shape,
+            config.batch_size,
+            config.seed,
+            self.cleaning,
+            start=start,
+            window=config.data.window,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_classes=config.data.num_classes,
+            on_bad_sample=config.data.on_bad_sample,
+        )
+
     def _loader(self, start: int) -> Loader:
         config = self.config
         return Loader(
             self.reader,
-            config.data.image_shape,
+            self.stored_shape,
             config.batch_size,
             config.seed,
             start=start,

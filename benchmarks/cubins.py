@@ -7,6 +7,7 @@ accesses from the machine code. ``tests/speed_kernels/test_budgets.py`` holds th
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, adamw_ema, noising, philox, weighted_mse
+from speed_kernels import adaln, adamw_ema, noising, philox, qk_norm_rope, weighted_mse
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -60,6 +61,23 @@ def adaln_backward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
+def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
+    """Queries and keys in the packed result of a qkv layer."""
+    shape = qk_norm_rope.blocks(num_heads, dim)
+    num_warps = shape.pop("num_warps")
+    tensors = (dtype,) * (4 if backward else 2)
+    outputs = (dtype, dtype, FP32, FP32) if backward else (dtype, dtype)
+    sizes = (*["i32"] * 3 * len(tensors), "i32", "i32", "fp32")  # strides, heads, tokens, eps
+    unit = math.gcd(8, dim)
+    tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
+    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"])
+    return Case(
+        qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
+        (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
+        num_warps,
+    )
+
+
 def adamw(horizons: int) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
@@ -95,6 +113,11 @@ CASES = {
     "adaln_backward": adaln_backward(has_branch=False),
     "gated_residual_adaln_backward": adaln_backward(has_branch=True),
     "gated_residual_adaln_backward widest": adaln_backward(True, FP32, adaln.MAX_DIM),
+    "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
+    "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
+    "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
+    "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
+    "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
 }
 
 

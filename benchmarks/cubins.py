@@ -18,7 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, adamw_ema, noising, philox, qk_norm_rope, weighted_mse
+from speed_kernels import (
+    adaln,
+    adamw_ema,
+    group_norm_silu,
+    noising,
+    philox,
+    qk_norm_rope,
+    weighted_mse,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
@@ -78,6 +86,29 @@ def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
     )
 
 
+def group_norm(kernel: str, channels_last: bool) -> Case:
+    """With 256 channels in 32 groups, 64 x 64 positions, scaled and shifted, in bfloat16."""
+    tile, _ = group_norm_silu.tiles(256, 4096, channels_last)
+    num_warps = 4 if "statistics" in kernel else tile["num_warps"]
+    del tile["num_warps"]
+    partials = tuple(group_norm_silu.partials(16, 8).values())
+    statistics, modulation = (FP32, FP32), (FP32, FP32, BF16, BF16, MULTIPLE, MULTIPLE)
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE)  # channels, groups, positions
+    arguments = {
+        "moments": (BF16, FP32, MULTIPLE, MULTIPLE, *tile.values()),
+        "statistics": (FP32, *statistics, *sizes, MULTIPLE, "fp32", *partials),
+        "forward": (BF16, *statistics, *modulation, BF16, *sizes, True, *tile.values()),
+        "backward_sums": (BF16, BF16, *statistics, *modulation, FP32, *sizes, True, *tile.values()),
+        "backward_statistics": (
+            FP32, *modulation, FP32, FP32, *statistics, MULTIPLE, *sizes, True, *partials
+        ),
+        "backward": (
+            BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
+        ),
+    }  # fmt: skip
+    return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
+
+
 def adamw(horizons: int) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
@@ -118,6 +149,19 @@ CASES = {
     "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
     "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
     "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
+    **{
+        f"group_norm_silu {kernel}": group_norm(kernel, channels_last=True)
+        for kernel in (
+            "moments",
+            "statistics",
+            "forward",
+            "backward_sums",
+            "backward_statistics",
+            "backward",
+        )
+    },
+    "group_norm_silu backward_sums NCHW": group_norm("backward_sums", channels_last=False),
+    "group_norm_silu backward NCHW": group_norm("backward", channels_last=False),
 }
 
 

@@ -487,7 +487,8 @@ def optimizer_cases() -> Iterator[Case]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_().grad = gradient
         detached = [parameter.detach() for parameter in parameters]
-        step, norm = torch.tensor(5, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+        steps = torch.full((len(shapes),), 5.0, device=DEVICE)
+        norm = torch.tensor(0.5, device=DEVICE)
         capturable = DEVICE.type == "cuda"
         loops = torch.optim.AdamW(
             parameters, lr=1e-4, weight_decay=0.0, foreach=True, capturable=capturable
@@ -505,7 +506,7 @@ def optimizer_cases() -> Iterator[Case]:
             optimizer.step()
             torch._foreach_lerp_(average, detached, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
 
-        state = (detached, gradients, first, second, [average], step, norm)
+        state = (detached, gradients, first, second, [average], steps, norm)
 
         def one_sweep(_, state=state):
             adamw_ema(*state, max_norm=1.0, decays=[0.9999], **hyper)
@@ -516,7 +517,7 @@ def optimizer_cases() -> Iterator[Case]:
             exact = [[tensor.double() for tensor in group] for group in few]
             for update, (p, g, m, v, mean) in ((adamw_ema, few), (adamw_ema_reference, exact)):
                 update(
-                    p, g, m, v, [mean], state[5].clone(), state[6],
+                    p, g, m, v, [mean], state[5][:3].clone(), state[6],
                     max_norm=1.0, decays=[0.9], **hyper,
                 )  # fmt: skip
             for group in (0, 2, 3, 4):

@@ -42,6 +42,7 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     # The narrow ones are the last, partial tile of a tensor and the table of addresses.
     "adamw_ema 1 horizon": (72, 18, 94),
     "adamw_ema 2 horizons": (72, 22, 114),
+    "adamw_ema shadows": (80, 18, 104),
 }
 EXACT = ("random_bits", "normal", "noised_input", "squared_error")
 

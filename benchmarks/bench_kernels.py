@@ -476,7 +476,9 @@ def parameter_shapes(dim: int, depth: int) -> list[tuple[int, ...]]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    hyper = dict(learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    hyper: dict[str, Any] = dict(
+        learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     for label, (dim, depth) in MODELS.items():
         shapes = parameter_shapes(dim, depth)
         parameters, gradients, first, second, average = (

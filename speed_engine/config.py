@@ -136,6 +136,9 @@ class OptimizerConfig:
     """Decoupled decay per step, in units of the learning rate."""
     grad_clip: float = 1.0
     """Largest gradient norm; inf never clips."""
+    update: Literal["auto", "separate", "one_sweep", "one_sweep_bf16"] = "auto"
+    """Clip, AdamW and average one after the other, or in one sweep that skips updates that are not
+    finite; one_sweep_bf16 keeps bfloat16 copies of the weights, too, which need not be cast."""
     ema_decay: float = 0.999
     """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
 

@@ -20,11 +20,19 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False).float()
-        self._averages: list[Tensor] = list(self.model.parameters())
-        self._parameters: list[Tensor] = list(model.parameters())
+        trained = [
+            (average, parameter)
+            for average, parameter in zip(self.model.parameters(), model.parameters(), strict=True)
+            if parameter.requires_grad
+        ]
+        self.averages: list[Tensor] = [average for average, _ in trained]
+        self._parameters: list[Tensor] = [parameter for _, parameter in trained]
+
+    def decay_at(self, step: int) -> float:
+        """Share kept in optimizer step ``step`` (from 1)."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the parameters after optimizer step ``step`` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(self.averages, self._parameters, 1 - self.decay_at(step))  # pyright: ignore[reportPrivateImportUsage]

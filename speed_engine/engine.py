@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from speed_engine.data.loader import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective
 from speed_engine.ema import Ema
-from speed_engine.optim import set_rates
+from speed_engine.optim import OneSweep, set_rates
 
 
 class StepReport(NamedTuple):
@@ -27,7 +27,7 @@ class Engine:
     Args:
         model: the parameters to train.
         objective: on the model's device.
-        optimizer: of the parameters of model and objective.
+        optimizer: of the parameters of model and objective; ``OneSweep`` clips and averages, too.
         ema: average of the model's parameters.
         learning_rate: step number, from 1 -> learning rate.
         beta1: step number, from 1 -> decay of first moments; by default the optimizer's own.
@@ -60,13 +60,21 @@ class Engine:
         with self._autocast():
             output = self.objective(self.forward, batch.images, batch.labels, batch.ids, before)
         output.loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
+        grad_norm = self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step)
         self.objective.observe(before, output)
         self.steps_done = step
         return StepReport(output.loss.detach(), output.squared_error.mean(), grad_norm)
+
+    def _update(self, step: int) -> Tensor:
+        """Clip, update, average; the gradient norm."""
+        if isinstance(self.optimizer, OneSweep):
+            decay = self.ema.decay_at(step)
+            return self.optimizer.sweep([self.ema.averages], [decay], self.grad_clip)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+        self.ema.update(step)
+        return grad_norm
 
     def _autocast(self) -> AbstractContextManager:
         """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""

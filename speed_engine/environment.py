@@ -74,6 +74,31 @@ def choose_kernels(device: str) -> Choice:
     return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
 
 
+def choose_update(wanted: str, device: str) -> Choice:
+    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
+
+    Raises:
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them.
+    """
+    if wanted == "auto":
+        return Choice(
+            "separate",
+            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "36, but no GPU has measured it yet",
+        )
+    if wanted == "separate":
+        return Choice(wanted, "asked for")
+    if wanted == "one_sweep_bf16" and device != "cuda":
+        raise ValueError(
+            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
+            f"{device} they are float32: use one_sweep or separate."
+        )
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice(wanted, "asked for; a Triton kernel")
+    missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
+    return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
+
+
 def choices(config: TrainConfig) -> dict[str, Choice]:
     """Every choice, by the name that doctor prints."""
     device = choose_device(config.device)
@@ -84,6 +109,7 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": _attention(cuda),
         "kernels": choose_kernels(device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value),
         "data workers": _workers(config.data.workers),
     }
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,12 +41,15 @@ from speed_engine.evaluation.generate import save_grid
 from speed_engine.metrics import IntervalMean, RunLog
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
+    OneSweep,
     adamw,
     linear_warmup,
     load_optimizer_tensors,
+    one_sweep,
     optimizer_tensors,
 )
 from speed_engine.progress import TrainingProgress
+from speed_engine.shadow import ShadowedModel
 
 FIGURES = ("loss", "squared_error", "grad_norm")
 
@@ -101,10 +105,16 @@ class Trainer:
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
         objective = build_objective(config, process).to(self.device)
+        update = self.choices["optimizer"].value
+        compiled = self.choices["torch.compile"].value == "on"
+        make_optimizer, forward = adamw if update == "separate" else one_sweep, model
+        if update == "one_sweep_bf16":
+            forward = ShadowedModel(model)
+            make_optimizer = partial(one_sweep, shadows=forward.shadows)
         self.engine = Engine(
             model,
             objective,
-            adamw(
+            make_optimizer(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
@@ -117,7 +127,7 @@ class Trainer:
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
-            forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            forward=torch.compile(forward) if compiled else forward,
         )
         self.means = IntervalMean(FIGURES, self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None
@@ -204,8 +214,17 @@ class Trainer:
         self._interval = now, step
         self._require_finite(figures["loss"])
         images = step * self.config.batch_size
-        self.records.write(step, {"images": images, **figures, "images_per_second": rate})
+        self.records.write(
+            step, {"images": images, **figures, **self._skipped(), "images_per_second": rate}
+        )
         self.progress.figures(step, figures["loss"], rate)
+
+    def _skipped(self) -> dict[str, int]:
+        """Steps of the run that changed nothing, where the optimizer skips such."""
+        optimizer = self.engine.optimizer
+        if not isinstance(optimizer, OneSweep):
+            return {}
+        return {"skipped_steps": self.engine.steps_done - int(optimizer.updates_done())}
 
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):

@@ -1,5 +1,7 @@
 """AdamW with averages in one sweep, against float64 and PyTorch's own AdamW."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,9 @@ from speed_kernels.adamw_ema import BLOCK, _adamw_ema, adamw_ema, adamw_ema_refe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(3, 5), (BLOCK,), (1,), (BLOCK + 7,), (0,)]
-NUMBERS = dict(learning_rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+NUMBERS: dict[str, Any] = dict(
+    learning_rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1
+)
 
 
 def draw(shapes=SHAPES, horizons=2, dtype=torch.float32, narrow=torch.float32):
@@ -77,14 +81,14 @@ def test_shadows_are_the_parameters_rounded_to_nearest_even():
 def test_each_tensor_has_a_count_of_its_own():
     p, g, m, v, _, counts = draw([(3,), (4,)], horizons=0)
     counts[1] = 0
-    together = [tensor.clone() for tensor in p], [t.clone() for t in m], [t.clone() for t in v]
+    both = [[tensor.clone() for tensor in group] for group in (p, m, v)]
     norm = torch.tensor(1.0, device=DEVICE)
-    options = dict(max_norm=1.0, decays=[], **NUMBERS)
-    adamw_ema(together[0], g, together[1], together[2], [], counts.clone(), norm, **options)
+    options: dict[str, Any] = dict(max_norm=1.0, decays=[], **NUMBERS)
+    adamw_ema(both[0], g, both[1], both[2], [], counts.clone(), norm, **options)
     for i in range(2):
-        one = [[group[i]] for group in (p, g, m, v)]
-        adamw_ema(*one, [], counts[i : i + 1].clone(), norm, **options)
-        assert torch.equal(together[0][i], one[0][0])
+        count = counts[i : i + 1].clone()
+        adamw_ema([p[i]], [g[i]], [m[i]], [v[i]], [], count, norm, **options)
+        assert torch.equal(both[0][i], p[i])
 
 
 def test_the_reference_is_pytorch_s_adamw_and_lerp():

@@ -67,11 +67,14 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
 
 
 def choose_kernels(device: str) -> Choice:
-    """What computes the noise, the noised input and the loss."""
+    """What computes the noise, the noised input and the loss, and the norms of models."""
     if operators_for(torch.device(device)) is FUSED:
-        return Choice("Triton", "noise, noised input and loss fused; the noise is never stored")
+        return Choice(
+            "Triton",
+            "noise, noised input and loss fused, the noise is never stored; QK norm, group norm",
+        )
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
-    return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
+    return Choice("PyTorch reference", f"noise, noised input, loss, norms; {missing}")
 
 
 def choose_update(wanted: str, device: str) -> Choice:

@@ -27,6 +27,7 @@ from torch.library import custom_op
 from speed_kernels.language import runs_kernels, store, tl, triton
 
 BLOCK = 2048  # elements of one tensor per program of 8 warps; not tuned on a GPU
+_TAIL = tl.constexpr(256)  # elements at a time of a tensor's last, partial tile: one per thread
 _ALIGNMENT = 16  # bytes of a wide access
 
 
@@ -242,10 +243,12 @@ def _adamw_ema_kernel(
                 rest1, beta2, rest2, eps, kept, HORIZONS, SHADOWS, ALIGNMENT, False, BLOCK,
             )  # fmt: skip
         else:
-            _update_tile(
-                row_ptr, factors_ptr, step_size, root_scale, start, size,
-                rest1, beta2, rest2, eps, kept, HORIZONS, SHADOWS, ALIGNMENT, True, BLOCK,
-            )  # fmt: skip
+            for i in range(BLOCK // _TAIL):
+                if start + i * _TAIL < size:
+                    _update_tile(
+                        row_ptr, factors_ptr, step_size, root_scale, start + i * _TAIL, size,
+                        rest1, beta2, rest2, eps, kept, HORIZONS, SHADOWS, ALIGNMENT, True, _TAIL,
+                    )  # fmt: skip
 
 
 @custom_op(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from speed_kernels.adamw_ema import BLOCK, _adamw_ema, adamw_ema, adamw_ema_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = [(3, 5), (BLOCK,), (1,), (BLOCK + 7,), (0,)]
+SHAPES = [(3, 5), (BLOCK,), (1,), (BLOCK + 7,), (0,), (27, 19)]
 NUMBERS: dict[str, Any] = dict(
     learning_rate=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1
 )

@@ -40,9 +40,9 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     "group_norm_silu backward_sums NCHW": (64, 2, 8),
     "group_norm_silu backward NCHW": (48, 3, 8),
     # The narrow ones are the last, partial tile of a tensor and the table of addresses.
-    "adamw_ema 1 horizon": (72, 18, 94),
-    "adamw_ema 2 horizons": (72, 22, 114),
-    "adamw_ema shadows": (80, 18, 104),
+    "adamw_ema 1 horizon": (64, 18, 30),
+    "adamw_ema 2 horizons": (64, 22, 36),
+    "adamw_ema shadows": (64, 18, 32),
 }
 EXACT = ("random_bits", "normal", "noised_input", "squared_error")
 

@@ -59,7 +59,7 @@ def run(operator, inputs, upstream, dtype=None):
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(
     shape=st.tuples(
         st.integers(1, 2),

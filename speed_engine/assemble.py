@@ -18,6 +18,7 @@ from speed_engine.diffusion.hybrid import HybridObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
@@ -87,7 +88,9 @@ def open_data(config: TrainConfig) -> ShardReader:
     return ShardReader(folder, config.data.members)
 
 
-def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -> Evaluator:
+def build_evaluator(
+    config: TrainConfig, process: Method, reader: ShardReader, world: World = ALONE
+) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
     settings = config.evaluation
@@ -101,6 +104,7 @@ def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
         seed=config.seed,
+        world=world,
     )
 
 
@@ -129,10 +133,10 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
         ValueError: there is no checkpoint, or it belongs to another model.
     """
     path = newest_checkpoint(run)
-    tensors, state = checkpoint.load(path)
     model = build_model(config)
-    load_parameters(model, tensors["ema"], path)
-    return model.to(device).eval().requires_grad_(False), state["step"]
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -155,15 +159,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     theirs = {name: tuple(value.shape) for name, value in tensors.items()}
-    if ours != theirs:
-        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
-        reshaped = [
-            f"{name} is {theirs[name]} there and {ours[name]} here"
-            for name in ours.keys() & theirs
-            if ours[name] != theirs[name]
-        ]
-        raise ValueError(
-            f"{source} is a checkpoint of another model: "
-            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
-        )
+    checkpoint.require_equal(source, theirs, ours)
     model.load_state_dict(tensors)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -114,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     # busy elsewhere would spin most of the time (two cores, one neighbour: 240 images/s of the
     # digits preset against 1,300 with this limit; alone, 4,000 either way).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # torch's checkpoints warn, in two ways, that there is one process; that is no news.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     console = Console()
     logging.basicConfig(
         level=logging.WARNING,

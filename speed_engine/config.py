@@ -210,6 +210,21 @@ class TrainConfig:
     """Optimizer steps between checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
     """Checkpoints kept, newest first."""
+    keep_every: int | None = None
+    """Of the older ones, those at multiples of this step are kept for good; by default none."""
+    microbatch_size: int | None = None
+    """Images per forward and process; gradients of a step are summed over them. By default all."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes (torchrun) hold the parameters: each all of them (ddp), a share (fsdp),
+    or a share within each node (hsdp)."""
+    reshard: bool = True
+    """fsdp, hsdp: drop gathered parameters between forward and backward, and gather them again."""
+    offload: bool = False
+    """fsdp, hsdp: keep parameters and optimizer state in the host's memory."""
+    on_nonfinite: int = 3
+    """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
+    hang_timeout: float = 900.0
+    """Seconds without a step after which several processes stop and name the one that hangs."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
         default_factory=MethodOptions
     )
@@ -219,9 +234,18 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
+                  "keep_every", "microbatch_size", "on_nonfinite")  # fmt: skip
+        for name in counts:
             value = getattr(self, name)
-            _check(name, value, value >= 1, "must be at least 1")
+            _check(name, value, value is None or value >= 1, "must be at least 1")
+        _check(
+            "microbatch_size",
+            self.microbatch_size or 0,
+            self.microbatch_size is None or self.optimizer.update != "one_sweep_bf16",
+            "gradients of microbatches would be summed in bfloat16; use optimizer.update=one_sweep",
+        )
+        _check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         _check(
             "label_dropout",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from speed_engine.config import TrainConfig
+from speed_engine.distributed import ALONE, World
 from speed_engine.ops import FUSED, operators_for
 
 PACKAGES = (
@@ -77,11 +78,12 @@ def choose_kernels(device: str) -> Choice:
     return Choice("PyTorch reference", f"noise, noised input, loss, norms; {missing}")
 
 
-def choose_update(wanted: str, device: str) -> Choice:
+def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
     """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
 
     Raises:
-        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them.
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+            or on several processes, where FSDP2 makes them.
     """
     if wanted == "auto":
         return Choice(
@@ -96,23 +98,47 @@ def choose_update(wanted: str, device: str) -> Choice:
             f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
             f"{device} they are float32: use one_sweep or separate."
         )
+    if wanted == "one_sweep_bf16" and world.size > 1:
+        raise ValueError(
+            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
+            f"gathers them, here on {world.size} processes: use one_sweep or separate."
+        )
     if operators_for(torch.device(device)) is FUSED:
         return Choice(wanted, "asked for; a Triton kernel")
     missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
     return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
 
 
-def choices(config: TrainConfig) -> dict[str, Choice]:
+def choose_parallel(wanted: str, world: World, device: str) -> Choice:
+    """A key of ``distributed.LAYOUTS``.
+
+    Raises:
+        ValueError: hsdp on one node.
+    """
+    nodes = world.size // world.local_size
+    if wanted == "hsdp" and nodes == 1:
+        raise ValueError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
+    if world.size == 1:
+        return Choice("none", "one process; torchrun starts several")
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cpu":
+        return Choice("ddp", "processes on one host share its memory anyway")
+    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
+
+
+def choices(config: TrainConfig, world: World = ALONE) -> dict[str, Choice]:
     """Every choice, by the name that doctor prints."""
     device = choose_device(config.device)
     cuda = device.value == "cuda"
     return {
         "device": device,
+        "parallel": choose_parallel(config.parallel, world, device.value),
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": _attention(cuda),
         "kernels": choose_kernels(device.value),
-        "optimizer": choose_update(config.optimizer.update, device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
     }
 

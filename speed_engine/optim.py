@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from speed_engine.distributed import local, whole
 from speed_engine.ops import adamw_ema
 
 EPS = 1e-8  # of AdamW
@@ -85,9 +85,9 @@ class OneSweep(torch.optim.Optimizer):
     """AdamW, clipping of the first group, and averages of it, in one sweep over memory.
 
     Its state has the names and meaning of ``torch.optim.AdamW``'s, so that either continues the
-    other's run. Unlike that it skips an update whose gradients are not all finite; the device
-    decides and counts: ``updates_done`` then falls behind the number of sweeps. Parameters may be
-    distributed (FSDP2); every process updates its local shards.
+    other's run. It skips an update whose gradients are not all finite; the device decides, and its
+    counts of updates fall behind the number of sweeps. Parameters may be distributed (FSDP2): every
+    process updates its local shards.
 
     Args:
         groups: as torch.optim has them.
@@ -124,7 +124,7 @@ class OneSweep(torch.optim.Optimizer):
                         f"OneSweep: parameters must be float32; one of shape "
                         f"{tuple(parameter.shape)} is {parameter.dtype}."
                     )
-                if shadowed and isinstance(parameter, DTensor):
+                if shadowed and local(parameter) is not parameter:
                     raise ValueError(
                         "OneSweep: a distributed parameter has a shadow; use FSDP2's "
                         "MixedPrecisionPolicy(param_dtype=torch.bfloat16) instead."
@@ -147,8 +147,8 @@ class OneSweep(torch.optim.Optimizer):
     @torch.no_grad()
     def sweep(
         self, averages: Sequence[Sequence[Tensor]], decays: Sequence[float], max_norm: float
-    ) -> Tensor:
-        """One update from the gradients.
+    ) -> tuple[Tensor, Tensor]:
+        """One update from the gradients, unless one of them is not finite.
 
         Args:
             averages: for each horizon, one tensor per parameter of the first group.
@@ -156,7 +156,7 @@ class OneSweep(torch.optim.Optimizer):
             max_norm: of the first group's gradients, larger ones are scaled down to it.
 
         Returns:
-            () norm of the first group's gradients, before clipping.
+            () norm of the first group's gradients, before clipping; () whether all are finite.
 
         Raises:
             ValueError: a parameter has no gradient.
@@ -189,7 +189,13 @@ class OneSweep(torch.optim.Optimizer):
                 decays=decays if first else (),
                 shadows=[self._shadows[p] for p in part.parameters] if part.shadowed else (),
             )
-        return norms[0]
+        return norms[0], finite
+
+    @torch.no_grad()
+    def renew_shadows(self) -> None:
+        """Copy the parameters again, after they were set by other hands."""
+        for parameter, shadow in self._shadows.items():
+            shadow.copy_(parameter)
 
     def step(self, closure: None = None) -> None:
         """A sweep without clipping and averages."""
@@ -200,10 +206,6 @@ class OneSweep(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for shadow in self._shadows.values():
             shadow.grad = None
-
-    def updates_done(self) -> Tensor:
-        """() on the device: sweeps so far that were not skipped."""
-        return self._parts[0].steps.max()
 
     def _gradients(self, parameters: list[Tensor]) -> list[Tensor]:
         gradients = []
@@ -230,15 +232,14 @@ class _Part(NamedTuple):
 
 def _norm(gradients: list[Tensor]) -> Tensor:
     """() float32 norm over all tensors, of all ranks where they are distributed."""
-    if isinstance(gradients[0], DTensor):
-        norm = nn.utils.get_total_norm(gradients)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if local(gradients[0]) is not gradients[0]:
+        return whole(nn.utils.get_total_norm(gradients))
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)  # pyright: ignore[reportPrivateImportUsage]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [local(tensor) for tensor in tensors]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, beta1: float | None) -> None:
@@ -295,23 +296,21 @@ MOMENTUM_DECAYS: dict[str, Callable[[float, int], Momentum]] = {
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state as one flat dictionary, ``parameter/moment`` -> tensor."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    """The state as one flat dictionary, ``parameter/moment`` -> tensor; complete at any time."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for key, value in _state(optimizer, parameter).items():
+                tensors[f"{name}/{key}"] = value
+    return tensors
 
 
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    """Inverse of ``optimizer_tensors``; the parameters of ``model`` must be the same ones."""
-    parameters = dict(model.named_parameters())
-    for path, value in tensors.items():
-        name, key = path.rsplit("/", 1)
-        state = optimizer.state[parameters[name]]
-        if key in state:  # in place: OneSweep's counts are parts of one tensor
-            state[key].copy_(value)
-        else:  # AdamW's step counter stays where the fused kernel expects it: with its parameter.
-            state[key] = value.to(parameters[name].device)
+def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter; what its first step would make, if it had none."""
+    state = optimizer.state[parameter]
+    if not state:
+        # The counter stays where the fused kernel expects it: with its parameter.
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state

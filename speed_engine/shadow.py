@@ -16,7 +16,7 @@ class ShadowedModel:
     Gradients arrive at the copies, in bfloat16; the optimizer must write them (``OneSweep``).
 
     Args:
-        model: in float32; loading a state into it renews the copies.
+        model: in float32; after loading a state into it, ``OneSweep.renew_shadows``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -27,7 +27,6 @@ class ShadowedModel:
             if parameter.requires_grad
             and isinstance(model.get_submodule(name.rpartition(".")[0]), MATRICES)
         }
-        model.register_load_state_dict_post_hook(lambda *_: self.renew())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.model, dict(self.copies), args, kwargs)
@@ -37,9 +36,3 @@ class ShadowedModel:
         """Parameter -> its copy."""
         parameters = dict(self.model.named_parameters())
         return {parameters[name]: copy for name, copy in self.copies.items()}
-
-    @torch.no_grad()
-    def renew(self) -> None:
-        """Copy the parameters again, after they were set by other hands."""
-        for parameter, copy in self.shadows.items():
-            copy.copy_(parameter)

@@ -70,7 +70,7 @@ def main() -> None:
         ((ours - alone).norm() / alone.norm()).item() for ours, alone in zip(*results, strict=True)
     )
     if rank == 0:
-        print(difference, int(optimizer.updates_done()))
+        print(difference, int(optimizer_tensors(model, optimizer)["0.weight/step"]))
     dist.destroy_process_group()
 
 

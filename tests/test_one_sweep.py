@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speed_engine import checkpoint
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import ModelConfig, TrainConfig
+from speed_engine.checkpoint import Checkpoints, load, newest
+from speed_engine.config import ModelConfig, OptimizerConfig, TrainConfig
 from speed_engine.data.loader import Batch
+from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.environment import choose_update
@@ -24,7 +25,6 @@ from speed_engine.optim import (
     adamw,
     demon,
     linear_warmup,
-    load_optimizer_tensors,
     one_sweep,
     optimizer_tensors,
     set_rates,
@@ -85,10 +85,14 @@ def assert_same_training(ours: Engine, theirs: Engine) -> None:
 @pytest.mark.parametrize("grad_clip", [0.05, math.inf])
 def test_both_ways_train_alike(grad_clip):
     ours, theirs = engine(one_sweep, grad_clip), engine(adamw, grad_clip)
-    for step in range(5):
-        report, expected = ours.step(batch(step)), theirs.step(batch(step))
-        torch.testing.assert_close(report, expected)
-        assert float(expected.grad_norm) > 0.05  # so that clipping is at work
+    for step in range(6):
+        data = batch(step)
+        if step == 3:  # both skip it
+            data.images[0] = math.nan
+        report, expected = ours.step(data), theirs.step(data)
+        torch.testing.assert_close(report, expected, equal_nan=True)
+        assert float(expected.skipped) == (step == 3)
+        assert step == 3 or float(expected.grad_norm) > 0.05  # so that clipping is at work
     assert_same_training(ours, theirs)
 
 
@@ -100,16 +104,10 @@ def test_either_way_continues_the_other_s_run(makers, tmp_path):
         straight.step(batch(step))
     for step in range(2):
         first.step(batch(step))
-    names = {
-        "optimizer": (first.model, second.model),
-        "objective_optimizer": (first.objective, second.objective),
-    }
-    tensors = {name: optimizer_tensors(old, first.optimizer) for name, (old, _) in names.items()}
-    loaded, _ = checkpoint.load(checkpoint.save(tmp_path, 2, tensors, {}))
-    for name, (old, module) in names.items():
-        module.load_state_dict(old.state_dict())
-        load_optimizer_tensors(module, second.optimizer, loaded[name])
-    second.ema.model.load_state_dict(first.ema.model.state_dict())
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, everything(first), {})
+    checkpoints.wait()
+    load(newest(tmp_path), everything(second))
     second.steps_done = 2
     for step in range(2, 4):
         second.step(batch(step))
@@ -133,19 +131,19 @@ def sweeps(model, optimizer, averages, scales, forward=None, max_norm=1.0, autoc
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             answer = (forward or model)(torch.ones(2, 3))
         answer.float().square().sum().mul(scale).backward()
-        norm = optimizer.sweep([averages], [0.9], max_norm)
+        norm_and_finite = optimizer.sweep([averages], [0.9], max_norm)
         optimizer.zero_grad()
-    return norm
+    return norm_and_finite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
     (model, optimizer, _), (other, clean, _) = small(), small()
     averages = [[p.detach().clone() for p in m.parameters()] for m in (model, other)]
-    norm = sweeps(model, optimizer, averages[0], [1, 2, bad])
+    norm, finite = sweeps(model, optimizer, averages[0], [1, 2, bad])
     sweeps(other, clean, averages[1], [1, 2])
-    assert not bool(norm.isfinite())
-    assert int(optimizer.updates_done()) == 2
+    assert not bool(norm.isfinite()) and not bool(finite)
+    assert float(optimizer_tensors(model, optimizer)["0.weight/step"]) == 2
     sweeps(model, optimizer, averages[0], [3])
     sweeps(other, clean, averages[1], [3])
     ours = [*model.parameters(), *averages[0], *optimizer_tensors(model, optimizer).values()]
@@ -179,10 +177,11 @@ def test_shadows_give_the_bits_of_autocast():
         assert torch.equal(copied, parameter.to(torch.bfloat16))
 
 
-def test_a_loaded_model_has_new_shadows():
-    model, _, shadow = small(shadowed=True)
+def test_a_loaded_model_can_have_new_shadows():
+    model, optimizer, shadow = small(shadowed=True)
     assert shadow is not None
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    optimizer.renew_shadows()
     assert torch.equal(shadow.copies["0.weight"], model.get_parameter("0.weight").bfloat16())
 
 
@@ -203,7 +202,7 @@ def test_pytorch_s_own_state_dict_travels_too():
     sweeps(model, optimizer, averages, [3])
     sweeps(other, fresh, others, [3])
     assert all(torch.equal(*pair) for pair in zip(averages, others, strict=True))
-    assert int(fresh.updates_done()) == 3
+    assert float(optimizer_tensors(other, fresh)["0.weight/step"]) == 3
 
 
 def test_groups_keep_their_rates_and_a_plain_step_is_a_sweep():
@@ -237,6 +236,10 @@ def test_the_choice_says_what_runs_and_why():
     assert choose_update("one_sweep_bf16", "cuda").value == "one_sweep_bf16"
     with pytest.raises(ValueError, match="one_sweep_bf16 needs CUDA"):
         choose_update("one_sweep_bf16", "cpu")
+    with pytest.raises(ValueError, match="for one process.*here on 2 processes"):
+        choose_update("one_sweep_bf16", "cuda", World(size=2))
+    with pytest.raises(ValueError, match="microbatch_size=2: gradients of microbatches would be"):
+        TrainConfig(microbatch_size=2, optimizer=OptimizerConfig(update="one_sweep_bf16"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernel in the interpreter")

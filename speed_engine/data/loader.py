@@ -40,6 +40,10 @@ class Batch(NamedTuple):
         """The batch on ``device``; the copy is asynchronous from pinned memory."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of ``size`` images; the last may be smaller."""
+        return [Batch(*part) for part in zip(*(x.split(size) for x in self), strict=True)]
+
 
 class Loader:
     """The endless iterator over one rank's batches.

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from speed_engine.diffusion.laws import Law
 from speed_engine.diffusion.methods import Method
 from speed_engine.ops import Stream, operators_for, random_bits
 
@@ -77,6 +78,11 @@ class Objective(nn.Module):
         loss, squared_error = self._errors(answer, images, coefficients, ids, t)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)
+
+    @property
+    def learns_timesteps(self) -> bool:
+        """Whether the sampler's law depends on what it observes."""
+        return type(self.timesteps.law).observe is not Law.observe
 
     def observe(self, step: int, output: ObjectiveOutput) -> None:
         """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""

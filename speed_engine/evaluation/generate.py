@@ -21,13 +21,14 @@ GRID_COLUMNS = 10
 GRID_IMAGE_PIXELS = 48  # smallest side of one image in a grid, by enlarging whole pixels
 
 
-@torch.inference_mode()
+@torch.no_grad()  # sharded models cannot gather their parameters in inference mode
 def generate(
     model: nn.Module,
     schedule: NoiseSchedule,
     table: TimestepTable,
     labels: Tensor,
     *,
+    ids: Tensor | None = None,
     image_shape: tuple[int, int, int],
     null_label: int,
     seed: int,
@@ -42,6 +43,7 @@ def generate(
         schedule: the process the model was trained on.
         table: its linear form.
         labels: (N,) int64.
+        ids: (N,) int64, which images these are; by default 0, 1, ..
         image_shape: (C, H, W).
         null_label: the label that means "no label".
         seed: root of the noise.
@@ -65,10 +67,11 @@ def generate(
         return unlabelled + guidance * (answer - unlabelled)
 
     images = []
+    ids = torch.arange(len(labels)) if ids is None else ids
     for start in range(0, len(labels), batch_size):
         batch_labels = labels[start : start + batch_size].to(device)
-        ids = torch.arange(start, start + len(batch_labels), device=device)
-        noise = normal(root, ids, int(np.prod(image_shape)), Stream.GENERATION)
+        batch_ids = ids[start : start + batch_size].to(device)
+        noise = normal(root, batch_ids, int(np.prod(image_shape)), Stream.GENERATION)
         x = ddim(predict, schedule, table, noise.view(-1, *image_shape), num_steps)
         images.append(((x + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)

@@ -216,6 +216,12 @@ def test_groups_keep_their_rates_and_a_plain_step_is_a_sweep():
     (model(torch.ones(1, 2)).sum() + loss(torch.ones(1, 1)).sum()).backward()
     optimizer.step()
     torch.testing.assert_close(loss.weight.detach(), before - 0.0025)  # Adam's first step
+    assert loss.weight.grad is not None
+    loss.weight.grad.fill_(math.nan)  # one decision for all groups
+    tensors = [t.clone() for m in (model, loss) for t in optimizer_tensors(m, optimizer).values()]
+    optimizer.step()
+    after = [t for m in (model, loss) for t in optimizer_tensors(m, optimizer).values()]
+    assert all(torch.equal(*pair) for pair in zip(tensors, after, strict=True))
 
 
 def test_what_cannot_be_swept_is_named():

@@ -156,16 +156,12 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
 
     Args:
         checkpoint: one that ``newest`` returned or ``verify`` accepted.
-        tensors: by ``group/name``, sharded or whole.
+        tensors: by ``group/name``, sharded or whole; of the names and shapes in ``shapes``.
         world: the processes that load together.
 
     Returns:
         The checkpoint's state.
-
-    Raises:
-        ValueError: names or shapes differ; lists them.
     """
-    require_equal(checkpoint, shapes(checkpoint), {k: tuple(v.shape) for k, v in tensors.items()})
     dcp.load(
         dict(tensors),
         storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
@@ -242,27 +238,6 @@ def verify(checkpoint: Path) -> None:
     # A file beside them would be read as tensors of another process, or tempt someone to unpickle.
     if added := {path.name for path in checkpoint.iterdir()} - {*files, _MANIFEST}:
         raise InvalidCheckpoint(f"{checkpoint} holds files that are not its own: {sorted(added)}")
-
-
-def require_equal(
-    source: Path, theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Names and shapes of a checkpoint are those of the model.
-
-    Raises:
-        ValueError: they differ; lists where.
-    """
-    if ours != theirs:
-        missing, unexpected = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
-        reshaped = [
-            f"{name} is {theirs[name]} there and {ours[name]} here"
-            for name in ours.keys() & theirs
-            if ours[name] != theirs[name]
-        ]
-        raise ValueError(
-            f"{source} is a checkpoint of another model: "
-            f"missing {missing}, unexpected {unexpected}, reshaped {sorted(reshaped)}."
-        )
 
 
 def _root_cause(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, methods, doctor."""
+"""The command line: train, sample, evaluate, export, methods, doctor."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import DiTConfig, TrainConfig, cache_folder
 from speed_engine.presets import PRESETS
 
 USAGE = """\
@@ -26,6 +26,7 @@ usage: speed-engine COMMAND ...
   train --resume RUN       continue a run exactly where its newest checkpoint stands
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
   methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
 
@@ -41,6 +42,10 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     run: Path | None = None
     """Folder of the run, which must not exist; default runs/PRESET-METHOD-SEED."""
+    dry_run: bool = False
+    """Train nothing: print what the run would take in memory and arithmetic."""
+    gpu: Literal["a100", "h100", "h200", "b200", "l40s", "a6000", "rtx4090"] = "h200"
+    """Of --dry-run: the device of the expected step time."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,17 @@ class SampleCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     count: int = 100
-    """Images, classes in turn; the picture shows the first ten of each."""
+    """Images, classes or prompts in turn; the picture shows the first ten of each."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none; default that of the run."""
     solver_steps: int | None = None
     """Model evaluations per image; default that of the run."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw in turn, one row of the picture each; default those of the run's data."""
+    text_encoder: str | None = None
+    """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
-    """Root of the noise; image i depends on seed, i and its class only."""
+    """Root of the noise; image i depends on seed, i and what it is told only."""
     out: Path | None = None
     """Picture to write; default RUN/samples/sample-seed-SEED.png."""
 
@@ -87,6 +96,18 @@ class EvaluateCommand:
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write the averaged model of a run for another library."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """What to write: a .safetensors file for original, a folder for diffusers."""
+    layout: Literal["original", "diffusers"] = "original"
+    """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "export": _export,
         "methods": _methods,
         "doctor": _doctor,
     }
@@ -158,16 +180,27 @@ def _train(arguments: list[str], console: Console) -> None:
             for name, (text, config) in PRESETS.items()
         }
         command = tyro.extras.overridable_config_cli(
-            presets, args=arguments, prog="speed-engine train"
+            presets,
+            args=arguments,
+            prog="speed-engine train",
+            config=(tyro.conf.AvoidSubcommands,),  # the preset has chosen the family of the model
         )
+        if command.dry_run:
+            from speed_engine import estimate
+
+            for name, text in estimate.describe(command.config, command.gpu).items():
+                console.print(f"{name:12}{text}", highlight=False, soft_wrap=True)
+            return
         config = command.config
         run = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
         train.start(config, run, console)
 
 
 def _sample(arguments: list[str], console: Console) -> None:
+    import torch
+
     from speed_engine import assemble, environment
-    from speed_engine.evaluation.generate import class_cycle, generate, save_grid
+    from speed_engine.evaluation.generate import generate, grid_rows, save_images
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
     config = _with_evaluation(
@@ -178,21 +211,29 @@ def _sample(arguments: list[str], console: Console) -> None:
     )
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
-    labels = class_cycle(config.evaluation.num_images, config.data.num_classes)
+    count = config.evaluation.num_images
+    if command.prompt:
+        conditions, null = assemble.prompted(config, command.prompt, command.text_encoder)
+        rows = torch.arange(count) % len(command.prompt)
+    else:
+        conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
+        rows = grid_rows(count, conditions)
     images = generate(
         model,
         process.schedule,
         process.table,
-        labels,
+        conditions,
+        torch.arange(count),
         image_shape=config.data.image_shape,
-        null_label=config.data.num_classes,
+        null=null,
         seed=command.seed,
         num_steps=config.evaluation.solver_steps,
         guidance=config.evaluation.guidance,
+        latents=config.data.latents,
     )
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    save_grid(images, labels, out, config.data.num_classes)
-    console.print(f"{len(images)} images of step {step}: {out}", highlight=False, soft_wrap=True)
+    out = save_images(images, rows, out)
+    console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
@@ -208,12 +249,38 @@ def _evaluate(arguments: list[str], console: Console) -> None:
         inception_weights=command.inception_weights,
     )
     process = assemble.build_process(config)
-    evaluator = assemble.build_evaluator(config, process, assemble.open_data(config))
+    evaluator = assemble.build_evaluator(config, process)
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    _, _, fidelity = evaluator(model)
+    _, fidelity = evaluator(model)
+    if fidelity is None:
+        raise ValueError(
+            "this run's evaluation.features is none, which measures nothing; choose --features."
+        )
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
     settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
     console.print_json(json.dumps({"step": step, **measured, **settings}))
+
+
+def _export(arguments: list[str], console: Console) -> None:
+    import torch
+
+    from speed_engine import assemble
+    from speed_engine.models.pretrained import save_pretrained
+
+    command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
+    config = assemble.read_config(command.run)
+    model, step = assemble.load_average(command.run, config, torch.device("cpu"))
+    for path in save_pretrained(model, command.out, command.layout):
+        console.print(f"weights of step {step}: {path}", highlight=False, soft_wrap=True)
+    shift = config.model.frequency_shift if isinstance(config.model, DiTConfig) else 1
+    if command.layout == "diffusers" and shift != 1:
+        console.print(
+            f"diffusers computes time features with a frequency shift of 1, this model with "
+            f"{shift:g}: after from_pretrained, call "
+            f"speed_engine.models.pretrained.set_frequency_shift(transformer, {shift:g}).",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:

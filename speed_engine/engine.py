@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.data.loader import Batch
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.distributed import ALONE, World, whole
 from speed_engine.ema import Ema
@@ -44,12 +45,14 @@ class Engine:
         microbatch_size: images per forward; gradients of a batch are summed over them. None takes
             the batch whole.
         world: the processes of the run.
+        seed: of the dropout inside the model, which is drawn by torch's generators: every step
+            sets them, so that a resumed run draws what the whole one does.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Objective | MaskedObjective,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         *,
@@ -59,18 +62,23 @@ class Engine:
         forward: Denoiser | None = None,
         microbatch_size: int | None = None,
         world: World = ALONE,
+        seed: int = 0,
     ) -> None:
         self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
         self.learning_rate, self.beta1, self.grad_clip = learning_rate, beta1, grad_clip
         self.forward: Denoiser = model if forward is None else forward
         self.microbatch_size, self.world = microbatch_size, world
         self.steps_done = 0
+        self._seed = seed
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._device_type = next(model.parameters()).device.type
 
     def step(self, batch: Batch) -> StepReport:
         """One update from this process's part of a batch, on the model's device."""
         before, step = self.steps_done, self.steps_done + 1
         set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
+        if self._has_dropout:
+            torch.manual_seed(hash((self._seed, step, self.world.rank)) % 2**63)
         output = self._accumulate(batch, before)
         for parameter in self.objective.parameters():  # not sharded: nobody has summed these yet
             if parameter.grad is not None:
@@ -91,7 +99,9 @@ class Engine:
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
             with self._autocast():
-                output = self.objective(self.forward, part.images, part.labels, part.ids, before)
+                output = self.objective(
+                    self.forward, part.images, part.conditions, part.ids, before
+                )
             loss = output.loss / len(parts)
             # An infinite loss may have finite gradients. Made NaN, they are so on every process.
             (loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)).backward()
@@ -106,7 +116,7 @@ class Engine:
         if not self.objective.learns_timesteps:
             return
         t, errors = self.world.gather(output.t), self.world.gather(output.weighted_error)
-        state = list(self.objective.timesteps.buffers())
+        state = list(self.objective.sampler.buffers())
         previous = [buffer.clone() for buffer in state]
         self.objective.observe(before, output._replace(t=t, weighted_error=errors))
         for now, was in zip(state, previous, strict=True):

@@ -4,7 +4,7 @@ RUN/config.json         resolved configuration; what ``--resume`` reads
 RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; RUN/tensorboard the same
 RUN/checkpoints/        see checkpoint.py
-RUN/samples/*.png       images of the averaged model, one row per class
+RUN/samples/            images of the averaged model, one row per class, as PNG; latents as npy
 RUN/ema.safetensors     the averaged model, once the run is complete
 
 Several processes, started by torchrun, train one run together; the first one writes.
@@ -35,6 +35,7 @@ from speed_engine.assemble import (
     build_model,
     build_objective,
     build_process,
+    condition_shapes,
     newest_checkpoint,
     open_data,
     read_config,
@@ -45,8 +46,11 @@ from speed_engine.data.loader import Batch, Loader
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
-from speed_engine.evaluation.generate import save_grid
+from speed_engine.evaluation.fidelity import FidelityResult
+from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
+from speed_engine.models.blocks import compiled, compiled_blocks
+from speed_engine.models.pretrained import load_pretrained, require_shapes
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
     OneSweep,
@@ -82,9 +86,13 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
             f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
             "or name another folder with --run."
         )
-    trainer = Trainer(config, run, console, world)
-    # The choice goes on record: compiled code rounds differently, and a resumed run must not.
-    config = replace(config, compile=trainer.choices["torch.compile"].value)
+    trainer = Trainer(config, run, console, world, config.init_from)
+    # The choices go on record: others round differently, and a resumed run must not.
+    config = replace(
+        config,
+        compile=trainer.choices["torch.compile"].value,
+        attention=trainer.choices["attention"].value,
+    )
     if world.is_first:
         run.mkdir(parents=True)
         (run / CONFIG_FILE).write_text(to_json(config))
@@ -119,7 +127,12 @@ class Trainer:
     """One run in this process. Everything is built and checked before anything is written."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, console: Console, world: World = distributed.ALONE
+        self,
+        config: TrainConfig,
+        run: Path,
+        console: Console,
+        world: World = distributed.ALONE,
+        init_from: Path | None = None,
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
@@ -128,15 +141,15 @@ class Trainer:
         local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
         self.device = torch.device(local_device)
         process = build_process(config)
+        model, ema, forward, shadows = self._build_model(init_from)
         self.reader = open_data(config)
         self._loader(start=0).close()  # an unfit data set fails here
-        self.evaluator = build_evaluator(config, process, self.reader, world)
+        self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
-        model, ema, forward, shadows = self._build_model()
+        objective = build_objective(config, process, model).to(self.device)
         separate = self.choices["optimizer"].value == "separate"
         make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
@@ -149,7 +162,7 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             ema,
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
@@ -158,6 +171,7 @@ class Trainer:
             forward=forward,
             microbatch_size=config.microbatch_size,
             world=world,
+            seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
         self.skipped = SkippedSteps(self.device)
@@ -168,21 +182,25 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
-    def _build_model(self) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
+    def _build_model(
+        self, init_from: Path | None
+    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
         """The model, its average, what is called in its place, and the copies that this computes
         with; laid out over the processes.
         """
         config, world = self.config, self.world
-        model = build_model(config).to(self.device)
+        model = build_model(config, self.choices["attention"].value).to(self.device)
+        if init_from is not None:
+            load_pretrained(model, init_from)
         ema = Ema(model, config.optimizer.ema_decay)
-        compiled = self.choices["torch.compile"].value == "on"
+        how = self.choices["torch.compile"].value
         if world.size == 1:
-            forward, shadows = model, {}
             if self.choices["optimizer"].value == "one_sweep_bf16":
-                forward = ShadowedModel(model)
-                shadows = forward.shadows
-            return model, ema, torch.compile(forward) if compiled else forward, shadows
-        if compiled:  # block by block: the gathering of parameters between them cannot be compiled
+                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
+                forward = torch.compile(shadowed) if how == "on" else shadowed
+                return model, ema, forward, shadowed.shadows
+            return model, ema, compiled(model, how), {}
+        if how != "off":  # the gathering of parameters between blocks cannot be compiled
             for block in distributed.blocks(model):
                 block.compile()
         for laid_out in (model, ema.model):
@@ -211,7 +229,10 @@ class Trainer:
                 f"{self.run} is complete at step {state['step']} of {self.config.steps}; "
                 "--steps N trains it longer."
             )
-        checkpoint.load(path, self._tensors(), self.world)
+        tensors = self._tensors()
+        ours = {name: tuple(value.shape) for name, value in tensors.items()}
+        require_shapes(ours, checkpoint.shapes(path), path)
+        checkpoint.load(path, tensors, self.world)
         if isinstance(self.engine.optimizer, OneSweep):
             self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
@@ -293,7 +314,7 @@ class Trainer:
             "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
             "model": f"{parameters:,} parameters on {where}",
             "method": self.config.method,
-            "features": self.evaluator.extractor.describe(),
+            "features": self.evaluator.extractor.describe() if self.evaluator.extractor else "none",
         }
         for name, text in lines.items():
             self._say(f"{name:10}{text}")
@@ -357,27 +378,35 @@ class Trainer:
         step = self.engine.steps_done
         self.watchdog.doing(step, "evaluating")
         begun = time.perf_counter()
-        images, labels, fidelity = self.evaluator(self.engine.ema.model)
-        if fidelity is not None:  # on the first process
-            grid = self.run / "samples" / f"step-{step:08d}.png"
-            self._try_to_write(
-                grid, lambda: save_grid(images, labels, grid, self.config.data.num_classes)
-            )
-            self._record({k: v for k, v in asdict(fidelity).items() if v is not None})
-            self.newest_evaluation = fidelity.fid, grid
-            self.progress.say(f"step {step}/{self.config.steps}  FID {fidelity.fid:.3f}  {grid}")
+        images, fidelity = self.evaluator(self.engine.ema.model)
+        if self.world.is_first:
+            self._keep_evaluation(images, fidelity)
         since, first = self._interval
         self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
         self.watchdog.doing(step, "training")
 
-    def _try_to_write(self, path: Path, write: Callable[[], object]) -> None:
-        """What a full disk may cost without ending the run; safetensors has errors of its own."""
+    def _keep_evaluation(self, images: Tensor, fidelity: FidelityResult | None) -> None:
+        """On the first process: pictures and figures."""
+        step = self.engine.steps_done
+        rows = grid_rows(len(images), self.evaluator.conditions)
+        where = self.run / "samples" / f"step-{step:08d}.png"
+        where = self._try_to_write(where, lambda: save_images(images, rows, where))
+        figure = ""
+        if fidelity is not None:
+            self._record({k: v for k, v in asdict(fidelity).items() if v is not None})
+            figure = f"FID {fidelity.fid:.3f}  "
+        self.newest_evaluation = fidelity and fidelity.fid, where
+        self.progress.say(f"step {step}/{self.config.steps}  {figure}{where}")
+
+    def _try_to_write(self, path: Path, write: Callable[[], Path | None]) -> Path:
+        """What a full disk may cost without ending the run, and the path that was written."""
         try:
-            write()
+            return write() or path
         except (OSError, SafetensorError) as error:
             path.unlink(missing_ok=True)
             log.error("%s could not be written: %s", path, error)
             self.lost.append(f"{path.name}: {error}")
+            return path
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that a run consists of, by ``group/name``."""
@@ -417,9 +446,10 @@ class Trainer:
         if temporary.exists():
             temporary.rename(self.run / EMA_FILE)
         if self.newest_evaluation is not None:
-            fid, grid = self.newest_evaluation
-            self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
-            self._say(f"samples   {grid}")
+            fid, samples = self.newest_evaluation
+            if fid is not None:
+                self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
+            self._say(f"samples   {samples}")
 
     def _loader(self, start: int) -> Loader:
         config = self.config
@@ -434,4 +464,5 @@ class Trainer:
             world_size=self.world.size,
             window=config.data.window,
             num_classes=config.data.num_classes,
+            condition_shapes=condition_shapes(config),
         )

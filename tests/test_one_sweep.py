@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speed_engine.assemble import build_model, build_objective, build_process
 from speed_engine.checkpoint import Checkpoints, load, newest
-from speed_engine.config import ModelConfig, OptimizerConfig, TrainConfig
+from speed_engine.config import DiTConfig, OptimizerConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
@@ -32,13 +32,13 @@ from speed_engine.optim import (
 from speed_engine.shadow import ShadowedModel
 
 ROOT = Path(__file__).parent.parent
-CONFIG = TrainConfig(method="ant_uw", model=ModelConfig(dim=8, depth=1, num_heads=2))
+CONFIG = TrainConfig(method="ant_uw", model=DiTConfig(dim=8, depth=1, num_heads=2))
 
 
 def engine(make_optimizer, grad_clip: float = 0.05) -> Engine:
     """With weight decay, clipping, falling momentum, warm-ups and a loss that learns."""
     model = build_model(CONFIG)
-    objective = build_objective(CONFIG, build_process(CONFIG))
+    objective = build_objective(CONFIG, build_process(CONFIG), model)
     optimizer = make_optimizer(
         model, learning_rate=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.1,
         loss=objective, loss_learning_rate=2e-2,
@@ -57,7 +57,7 @@ def engine(make_optimizer, grad_clip: float = 0.05) -> Engine:
 
 def batch(seed: int = 0, size: int = 4) -> Batch:
     images = torch.rand(size, 1, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return Batch(images, torch.arange(size) % 10, torch.arange(size) + size * seed)
+    return Batch(images, {"labels": torch.arange(size) % 10}, torch.arange(size) + size * seed)
 
 
 def everything(trained: Engine) -> dict[str, Tensor]:

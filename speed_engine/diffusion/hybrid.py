@@ -8,9 +8,12 @@ A model for it answers with twice the channels: the noise, then v, see
 Letters: B images, C channels, H x W pixels, T timesteps.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from speed_engine.diffusion.conditions import ConditionChange
 from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.methods import Method
 from speed_engine.diffusion.objective import Objective
@@ -24,8 +27,7 @@ class HybridObjective(Objective):
     Args:
         method: on a variance-preserving discrete process, predicting epsilon.
         seed: root of all draws.
-        null_label: what a dropped label becomes.
-        label_dropout: share of the labels dropped, in [0, 1].
+        changes: what is done to the conditions, in turn; modules.
         weigh_bound: whether the method's weight multiplies the bound, too.
 
     Raises:
@@ -38,11 +40,10 @@ class HybridObjective(Objective):
         self,
         method: Method,
         seed: int,
-        null_label: int,
-        label_dropout: float = 0.1,
+        changes: Sequence[ConditionChange] = (),
         weigh_bound: bool = False,
     ) -> None:
-        super().__init__(method, seed, null_label, label_dropout)
+        super().__init__(method, seed, changes)
         if method.prediction != "epsilon":
             raise ValueError(
                 f"a learned variance needs prediction epsilon, not {method.prediction}."

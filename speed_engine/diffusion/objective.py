@@ -1,27 +1,30 @@
 """The training objective: draw timesteps, noise the input, weigh the prediction error.
 
-    E over (x0, t, noise) of  w(t) mean((model(x_in, t, label) - target)**2)
+    E over (x0, t, noise) of  w(t) mean((model(x_in, t, conditions) - target)**2)
 
 All randomness is a function of (seed, image counter, step); evaluating twice gives the same bits.
 
 Letters: B images, C channels, H x W pixels.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from speed_engine.diffusion.conditions import ConditionChange, Conditions
 from speed_engine.diffusion.laws import Law
 from speed_engine.diffusion.methods import Method
-from speed_engine.ops import Stream, operators_for, random_bits
+from speed_engine.diffusion.timesteps import TimestepSampler
+from speed_engine.ops import operators_for
 
 
 class Denoiser(Protocol):
     """Any model of this signature can be trained; it does not know what it predicts."""
 
-    def __call__(self, x_in: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+    def __call__(self, x_in: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """(B, C, H, W), (B,), (B, ...) each -> (B, C, H, W)."""
         ...
 
 
@@ -43,30 +46,27 @@ class Objective(nn.Module):
     Args:
         method: process, target, law of timesteps and weights.
         seed: root of all draws.
-        null_label: what a dropped label becomes, for classifier-free guidance.
-        label_dropout: share of the labels dropped, in [0, 1].
+        changes: what is done to the conditions, in turn; modules.
     """
 
     seed: Tensor
 
-    def __init__(
-        self, method: Method, seed: int, null_label: int, label_dropout: float = 0.1
-    ) -> None:
+    def __init__(self, method: Method, seed: int, changes: Sequence[ConditionChange] = ()) -> None:
         super().__init__()
         self.schedule, self.timesteps = method.schedule, method.timesteps
         self.table, self.batch_loss = method.table, method.batch_loss
-        self.null_label, self.label_dropout = null_label, label_dropout
+        self.changes = nn.ModuleList(cast(Sequence[nn.Module], changes))
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
     def forward(
-        self, model: Denoiser, images: Tensor, labels: Tensor, ids: Tensor, step: int
+        self, model: Denoiser, images: Tensor, conditions: Conditions, ids: Tensor, step: int
     ) -> ObjectiveOutput:
         """Mean loss and its parts.
 
         Args:
             model: what is trained.
             images: (B, C, H, W) in [-1, 1].
-            labels: (B,) int64.
+            conditions: (B, ...) each, by the name of the model's argument.
             ids: (B,) int64 image counters.
             step: optimizer steps done so far.
         """
@@ -74,10 +74,17 @@ class Objective(nn.Module):
         coefficients = self.table(t)
         noised_input = operators_for(images.device).noised_input
         x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
-        answer = model(x_in, self.schedule.model_time(t), self._drop_labels(labels, ids))
+        for change in self.changes:
+            conditions = change(conditions, self.seed, ids)
+        answer = model(x_in, self.schedule.model_time(t), **conditions)
         loss, squared_error = self._errors(answer, images, coefficients, ids, t)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)
+
+    @property
+    def sampler(self) -> TimestepSampler:
+        """Of the timesteps; its buffers are what it has learned."""
+        return self.timesteps
 
     @property
     def learns_timesteps(self) -> bool:
@@ -94,7 +101,3 @@ class Objective(nn.Module):
         """(B,) loss and (B,) squared error."""
         weighted_mse = operators_for(images.device).weighted_mse
         return weighted_mse(answer, images, coefficients, self.seed, ids)
-
-    def _drop_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
-        words = random_bits(self.seed, ids, 1, Stream.LABEL_DROPOUT)[:, 0]
-        return torch.where(words < round(self.label_dropout * 2**32), self.null_label, labels)

@@ -1,16 +1,18 @@
-"""A model's quality: images drawn for every class in turn, compared with the data."""
+"""A model's quality: images drawn under given conditions, compared with the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
-from speed_engine.evaluation.generate import class_cycle, generate
+from speed_engine.evaluation.generate import generate
 
 METRICS = ("fid", "kid")
 
@@ -20,9 +22,10 @@ class Evaluator:
     """Draws and measures the same images, by seed, each time it is called.
 
     Attributes:
-        reference: (M, C, H, W) uint8 real images.
-        extractor: of the features that are compared.
-        num_classes: labels drawn in turn; the next label means "no label".
+        reference: (M, C, H, W) uint8 real images; None measures nothing.
+        extractor: of the features that are compared; None with no reference.
+        conditions: (num_images, ...) each, of the images drawn.
+        null: what hides them for guidance.
 
     Raises:
         ValueError: too few images for FID with this extractor.
@@ -30,9 +33,12 @@ class Evaluator:
 
     schedule: NoiseSchedule
     table: TimestepTable
-    reference: Tensor
-    extractor: Extractor
-    num_classes: int
+    reference: Tensor | None
+    extractor: Extractor | None
+    conditions: Conditions
+    null: Mapping[str, Tensor]
+    image_shape: tuple[int, int, int]
+    latents: bool
     num_images: int
     solver_steps: int
     guidance: float
@@ -40,16 +46,15 @@ class Evaluator:
     world: World = ALONE
 
     def __post_init__(self) -> None:
-        check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
+        if self.reference is not None and self.extractor is not None:
+            check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
-    def __call__(self, model: nn.Module) -> tuple[Tensor, Tensor, FidelityResult | None]:
-        """Images (N, C, H, W) uint8, their labels (N,) and their fidelity.
+    def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult | None]:
+        """Images (N, C, H, W) as ``generate`` returns them, and their fidelity.
 
-        Every process draws its part of the images; all get all images, and the first one
-        measures them; the others have None.
+        Every process draws its part of the images and gets all; the first one measures them, the
+        others have None.
         """
-        labels = class_cycle(self.num_images, self.num_classes)
-        channels, height, width = self.reference.shape[1:]
         # Each process draws equally many, for sharded models compute together: the last image again
         # where there is none left.
         share = -(-self.num_images // self.world.size)
@@ -59,15 +64,16 @@ class Evaluator:
             model,
             self.schedule,
             self.table,
-            labels[ids],
-            ids=ids,
-            image_shape=(channels, height, width),
-            null_label=self.num_classes,
+            {name: value[ids] for name, value in self.conditions.items()},
+            ids,
+            image_shape=self.image_shape,
+            null=self.null,
             seed=self.seed,
             num_steps=self.solver_steps,
             guidance=self.guidance,
+            latents=self.latents,
         )
         images = self.world.gather_on_host(images)[: self.num_images]
-        if not self.world.is_first:
-            return images, labels, None
-        return images, labels, measure(images, self.reference, self.extractor, METRICS)
+        if self.reference is None or self.extractor is None or not self.world.is_first:
+            return images, None
+        return images, measure(images, self.reference, self.extractor, METRICS)

@@ -23,11 +23,22 @@ def test_the_digits_are_those_of_scikit_learn():
 
 def test_grey_levels_span_a_byte(tmp_path):
     write_digits(tmp_path)
-    images, labels = read_all(ShardReader(tmp_path), (1, 8, 8))
+    images, conditions = read_all(ShardReader(tmp_path), (1, 8, 8))
     assert images.shape == (1797, 1, 8, 8) and images.dtype == np.uint8
     levels = np.unique(images)
     assert levels.tolist() == [round(v * 255 / 16) for v in range(17)]
-    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(conditions["labels"]).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
 
 
 def test_the_shards_are_frozen(tmp_path):

@@ -82,16 +82,15 @@ def test_the_bound_trains_the_variance_only():
 
 
 def objective(**options) -> HybridObjective:
-    return HybridObjective(build_method("p2", linear()), 3, 10, 0.0, **options)
+    return HybridObjective(build_method("p2", linear()), 3, **options)
 
 
 @pytest.mark.parametrize("weigh_bound", [False, True])
 def test_the_hybrid_loss_adds_the_bound(weigh_bound):
     hybrid = objective(weigh_bound=weigh_bound)
     images, ids = torch.rand(8, 1, 2, 2), torch.arange(8)
-    labels = torch.zeros(8, dtype=torch.int64)
-    model = lambda x, t, y: torch.cat([0.5 * x, 0.1 * x], dim=1)
-    output = hybrid(model, images, labels, ids, 0)
+    model = lambda x, t: torch.cat([0.5 * x, 0.1 * x], dim=1)
+    output = hybrid(model, images, {}, ids, 0)
     rows = hybrid.table(output.t)
     x_in = rows[:, 0].view(-1, 1, 1, 1) * images + rows[:, 1].view(-1, 1, 1, 1) * normal(
         hybrid.seed, ids, 4
@@ -108,9 +107,9 @@ def test_the_hybrid_loss_adds_the_bound(weigh_bound):
 def test_the_bound_is_scaled_as_if_there_were_1000_timesteps():
     """IDDPM's RESCALED_MSE: vb times num_timesteps / 1000."""
     method = build_method("uniform", linear(500))
-    hybrid = HybridObjective(method, 3, 10, 0.0)
+    hybrid = HybridObjective(method, 3)
     images, ids = torch.zeros(4, 1, 2, 2), torch.arange(4)
-    output = hybrid(lambda x, t, y: torch.cat([x, x], dim=1), images, torch.zeros(4).long(), ids, 0)
+    output = hybrid(lambda x, t: torch.cat([x, x], dim=1), images, {}, ids, 0)
     rows = hybrid.table(output.t)
     x_in = rows[:, 1].view(-1, 1, 1, 1) * normal(hybrid.seed, ids, 4).view_as(images)
     bound = variational_bound(x_in, x_in, images, hybrid.bound_rows[output.t], hybrid.seed, ids)
@@ -121,12 +120,12 @@ def test_the_bound_is_scaled_as_if_there_were_1000_timesteps():
 def test_a_process_without_reverse_steps_is_refused(process):
     method = build_method("uniform", build_schedule(process), "epsilon")
     with pytest.raises(ValueError, match="discrete variance-preserving process"):
-        HybridObjective(method, 0, 10)
+        HybridObjective(method, 0)
 
 
 def test_a_target_other_than_epsilon_is_refused():
     with pytest.raises(ValueError, match="prediction epsilon, not v"):
-        HybridObjective(build_method("uniform", linear(), "v"), 0, 10)
+        HybridObjective(build_method("uniform", linear(), "v"), 0)
 
 
 def test_variance_rows_are_finite_for_every_schedule():

@@ -42,6 +42,7 @@ from speed_engine.assemble import (
 )
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
@@ -115,8 +116,9 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 
 def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
     """From the newest complete checkpoint; from the start if none had been written yet."""
-    trainer = Trainer(config, run, console, world)
-    if world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*"))):
+    saved = world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*")))
+    trainer = Trainer(config, run, console, world, None if saved else config.init_from)
+    if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
     if world.is_first:
         (run / CONFIG_FILE).write_text(to_json(config))
@@ -174,6 +176,7 @@ class Trainer:
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
@@ -236,6 +239,7 @@ class Trainer:
         if isinstance(self.engine.optimizer, OneSweep):
             self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
+        self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
         self.engine.steps_done = state["step"]
 
@@ -283,10 +287,11 @@ class Trainer:
 
     def _loop(self, loader: Loader, stop: StopRequest) -> None:
         engine, watchdog = self.engine, self.watchdog
+        batches = on_device(loader, self.device)
         while engine.steps_done < self.config.steps:
             watchdog.doing(engine.steps_done, "waiting for data")
             waited = time.perf_counter()
-            batch = next(loader)
+            batch = next(batches)
             self._data_seconds += time.perf_counter() - waited
             watchdog.doing(engine.steps_done, "training")
             self._step(batch)
@@ -299,7 +304,8 @@ class Trainer:
                 return
 
     def _step(self, batch: Batch) -> None:
-        report = self.engine.step(batch.to(self.device))
+        self._bad += len(batch.replaced)
+        report = self.engine.step(batch)
         figures = self.world.mean_(torch.stack(report[: len(FIGURES)]))
         self.means.add(figures, report.skipped)
         self.skipped.add(report.skipped)
@@ -342,6 +348,7 @@ class Trainer:
         rate = (step - first) * self.config.batch_size / (now - since)
         figures |= self._data_wait(step - first)
         self._interval = now, step
+        figures["bad_samples"] = self._count_bad()
         if skipped:
             figures["skipped_steps"] = skipped
         self._record({**figures, "images_per_second": rate})
@@ -357,6 +364,13 @@ class Trainer:
             slowest = max(range(len(seconds)), key=seconds.__getitem__)
             figures |= {"data_seconds_slowest": seconds[slowest], "slowest_loader_rank": slowest}
         return figures
+
+    def _count_bad(self) -> int:
+        """Damaged samples that were replaced so far, by all processes."""
+        mine = torch.tensor([self._bad], device=self.device)
+        self.bad_samples += int(self.world.gather(mine).sum())
+        self._bad = 0
+        return self.bad_samples
 
     def _check_skipped(self) -> int:
         """Steps skipped so far.
@@ -427,6 +441,7 @@ class Trainer:
         state = {
             "step": step,
             "means": self.means.state(),
+            "bad_samples": self._count_bad(),
             "skipped": self.skipped.state(),
             "data": self.reader.fingerprint,
         }
@@ -465,4 +480,6 @@ class Trainer:
             window=config.data.window,
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
+            on_bad_sample=config.data.on_bad_sample,
+            mode=config.data.mode,
         )

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.ops import block_operators_for
 
 class SelfAttention(nn.Module):
     """Scaled dot-product attention, all tokens to all tokens, through PyTorch's SDPA.
@@ -28,8 +29,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        batch, num_tokens, dim = x.shape
-        heads = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, D / H)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(attended.transpose(1, 2).reshape(batch, num_tokens, dim))
+        return self.proj(self._attend(x))
+
+    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.proj, self._attend(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        op = block_operators_for(x.device)
+        qkv, bias = op.linear(self.qkv, x)
+        q, k, v = op.split_heads(qkv, self.num_heads, bias)  # each (B, H, N, D / H)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

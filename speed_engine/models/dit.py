@@ -5,6 +5,9 @@ Parameter names, initialisation and numerics follow facebookresearch/DiT, so its
 Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width.
 """
 
+from typing import NamedTuple, overload
+
+import torch
 from torch import Tensor, nn
 
 from speed_engine.models.attention import SelfAttention
@@ -14,6 +17,7 @@ from speed_engine.models.embeddings import (
     TimestepEmbedding,
     position_grid,
 )
+from speed_engine.ops import block_operators_for, gated_residual
 
 
 class FeedForward(nn.Module):
@@ -22,12 +26,41 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self._hidden(x))
+
+    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.fc2, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        op = block_operators_for(x.device)
+        return op.gelu(*op.linear(self.fc1, x))
+
+
+class OpenSum(NamedTuple):
+    """tokens + gate branch, not added yet: who normalises the sum adds it in the same pass."""
+
+    tokens: Tensor  # (B, N, D)
+    branch: Tensor | None = None  # (B, N, D); None adds nothing
+    gate: Tensor | None = None  # (B, D)
+    bias: Tensor | None = None  # (D,) as in ``BlockOperators.linear``
+
+    def adaln(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D), (B, D) -> the sum and its norm, scaled and shifted; each (B, N, D)."""
+        op = block_operators_for(self.tokens.device)
+        if self.branch is None:
+            return self.tokens, op.adaln(self.tokens, shift, scale)
+        return op.gated_residual_adaln(*self[:3], shift, scale, self.bias)
+
+    def close(self) -> Tensor:
+        """(B, N, D) the sum."""
+        if self.branch is None or self.gate is None:
+            return self.tokens
+        return gated_residual(self.tokens, self.branch, self.gate, self.bias)
 
 
 class Block(nn.Module):
@@ -35,18 +68,27 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, D)."""
-        modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
+    @overload
+    def forward(self, x: OpenSum, condition: Tensor) -> OpenSum: ...
+
+    @overload
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor: ...
+
+    def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor | OpenSum:
+        """(B, N, D), (B, D) -> (B, N, D); given an open sum, it leaves its own open."""
+        modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn)
-        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        before = x if isinstance(x, OpenSum) else OpenSum(x)
+        tokens, y = before.adaln(shift_attn, scale_attn)
+        branch, bias = self.attn.open(y)
+        tokens, y = OpenSum(tokens, branch, gate_attn, bias).adaln(shift_mlp, scale_mlp)
+        branch, bias = self.mlp.open(y)
+        after = OpenSum(tokens, branch, gate_mlp, bias)
+        return after if isinstance(x, OpenSum) else after.close()
 
 
 class FinalLayer(nn.Module):
@@ -54,14 +96,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, P * P * C)."""
-        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        before = x if isinstance(x, OpenSum) else OpenSum(x)
+        return self.linear(before.adaln(shift, scale)[1])
 
 
 class DiT(nn.Module):
@@ -77,6 +119,9 @@ class DiT(nn.Module):
         num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
+        residual_dtype: of the stream of tokens from block to block. None leaves it to PyTorch:
+            float32 under autocast, which computes branches in bfloat16, else the parameters' dtype.
+            bfloat16 halves its memory traffic and rounds after every sum.
 
     Raises:
         ValueError: sizes that do not divide as said.
@@ -96,6 +141,7 @@ class DiT(nn.Module):
         num_classes: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         height, width = input_size
@@ -107,7 +153,7 @@ class DiT(nn.Module):
             raise ValueError(f"dim={dim} is not a multiple of 4, as the position code needs.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
-        self.num_classes = num_classes
+        self.num_classes, self.residual_dtype = num_classes, residual_dtype
         self.x_embedder = PatchEmbedding(patch_size, channels, dim)
         self.t_embedder = TimestepEmbedding(dim)
         self.y_embedder = LabelEmbedding(num_classes, dim)
@@ -120,9 +166,10 @@ class DiT(nn.Module):
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
         tokens = self.x_embedder(x) + self.pos_embed
         condition = self.t_embedder(t) + self.y_embedder(labels)
+        stream = OpenSum(tokens.to(self.residual_dtype))
         for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self._unpatchify(self.final_layer(tokens, condition))
+            stream = block(stream, condition)
+        return self._unpatchify(self.final_layer(stream, condition))
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""

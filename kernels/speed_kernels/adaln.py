@@ -7,7 +7,7 @@
                 dx      = dx_out + rstd (g - mean(g) - x_hat mean(g x_hat))
                 dbranch = gate dx
                 dshift, dscale, dgate = sums over N of dy, dy x_hat, dx branch
-    dbias = sum over B and N of dbranch                    bias is what a linear layer added to branch
+    dbias = sum over B and N of dbranch                    see ``deferred_bias``
 
 Letters: B images, N tokens, D width. x, branch, y are (B, N, D); shift, scale, gate (B, D).
 Saved for backward: x_out, branch, scale, gate, mean and rstd (B, N) in float32; x_hat is computed
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.deferred_bias import with_bias_gradient
 from speed_kernels.language import rounded, runs_kernels, store, tl, triton
 
 MAX_DIM = 4096  # a program holds a whole token in registers, which spill beyond
@@ -55,9 +56,7 @@ def gated_residual_reference(
     x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """The first half of ``gated_residual_adaln``."""
-    if bias is not None:
-        branch = branch + (bias - bias.detach()).to(branch.dtype)  # adds a gradient and no value
-    return (x + gate.unsqueeze(1) * branch).to(x.dtype)
+    return (x + gate.unsqueeze(1) * with_bias_gradient(branch, bias)).to(x.dtype)
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -95,8 +94,7 @@ def gated_residual_adaln(
         gate: (B, D), factor of the branch.
         shift: (B, D), as in ``adaln``.
         scale: (B, D), as in ``adaln``.
-        bias: (D,), what the branch's last linear layer has added already, detached. Its gradient
-            costs nothing here and a pass over the branch's gradient there.
+        bias: (D,), what the linear layer before has added to the branch, see ``deferred_bias``.
         eps: added to the variance.
 
     Returns:

@@ -3,7 +3,7 @@
     forward     s  = sigmoid(2 u),  u = sqrt(2 / pi) (h + 0.044715 h^3)
                 y  = h s                                   = h (1 + tanh(u)) / 2
     backward    dh = dy (s + h s (1 - s) 2 du/dh)
-                dbias = sum over R of dh                   bias is what a linear layer added to h
+                dbias = sum over R of dh                   see ``deferred_bias``
 
 Letters: R rows (tokens of all images), D width, J chunks of R.
 Saved for backward: h.
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.deferred_bias import with_bias_gradient
 from speed_kernels.language import runs_kernels, store, tl, triton
 
 # Rows that a program sums into one partial sum, and the tile it holds at a time. Not tuned on a GPU.
@@ -26,9 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the
 
 def gelu_reference(h: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of ``gelu`` in plain PyTorch."""
-    if bias is not None:
-        h = h + (bias - bias.detach()).to(h.dtype)  # adds a gradient and no value
-    return F.gelu(h, approximate="tanh")
+    return F.gelu(with_bias_gradient(h, bias), approximate="tanh")
 
 
 def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -36,8 +35,7 @@ def gelu(h: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         h: (..., D), copied in the backward if not contiguous.
-        bias: (D,), what the linear layer before has added already, detached. Its gradient costs
-            nothing here and a pass over the gradient of h there.
+        bias: (D,), what the linear layer before has added to h, see ``deferred_bias``.
 
     Returns:
         Of the shape and dtype of ``h``.

@@ -2,7 +2,7 @@
 
     forward     q, k, v = the three (B, H, N, K) views of qkv (B, N, 3 H K)
     backward    dqkv    = dq, dk, dv side by side
-                dbias   = sum over B and N of dqkv         bias is what a linear layer added to qkv
+                dbias   = sum over B and N of dqkv         see ``deferred_bias``
 
 Letters: B images, N tokens, H heads, K width of one, D = H K, R = B N rows, J chunks of R.
 Saved for backward: nothing.
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.deferred_bias import with_bias_gradient
 from speed_kernels.language import runs_kernels, tl, triton
 
 # Rows that a program sums into one partial sum, and the tile it holds at a time. Not tuned on a GPU.
@@ -26,9 +27,7 @@ def split_heads_reference(
     qkv: Tensor, num_heads: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of ``split_heads`` in plain PyTorch."""
-    if bias is not None:
-        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)  # adds a gradient and no value
-    return _views(qkv, num_heads)
+    return _views(with_bias_gradient(qkv, bias), num_heads)
 
 
 def split_heads(
@@ -39,8 +38,7 @@ def split_heads(
     Args:
         qkv: (B, N, 3 H K).
         num_heads: H.
-        bias: (3 H K,), what the projection has added already, detached. Its gradient costs nothing
-            here and a pass over the gradient of qkv there.
+        bias: (3 H K,), what the projection has added to qkv, see ``deferred_bias``.
 
     Returns:
         q, k, v, each (B, H, N, K), views of ``qkv``. Their gradients cost least where a row (b, n)
@@ -51,9 +49,7 @@ def split_heads(
             f"split_heads: qkv must be (B, N, 3 H K) with H={num_heads}; got {tuple(qkv.shape)}."
         )
     if bias is not None and bias.shape != qkv.shape[-1:]:
-        raise ValueError(
-            f"split_heads: bias must be ({qkv.shape[-1]},); got {tuple(bias.shape)}."
-        )
+        raise ValueError(f"split_heads: bias must be ({qkv.shape[-1]},); got {tuple(bias.shape)}.")
     if bias is None or qkv.dtype not in DTYPES or not runs_kernels(qkv):
         return split_heads_reference(qkv, num_heads, bias)
     return _SplitHeads.apply(qkv, num_heads, bias)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from speed_engine.ops import block_operators_for
 
+
 class SelfAttention(nn.Module):
     """Scaled dot-product attention, all tokens to all tokens, through PyTorch's SDPA.
 

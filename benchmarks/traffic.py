@@ -102,7 +102,7 @@ def count(function: Callable[..., Any], inputs: list[Tensor]) -> list[Kernel]:
 def on_cuda(
     module: torch.fx.GraphModule, examples: list[Any]
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """A graph traced on the CPU, and its inputs, as if traced on a GPU: autograd needs one there."""
+    """A graph traced on the CPU and its inputs, as if on a GPU, where autograd would need one."""
     module = copy.deepcopy(module)
     for node in module.graph.nodes:
         if node.kwargs.get("device") is not None:

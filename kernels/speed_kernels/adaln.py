@@ -135,8 +135,8 @@ def _check(caller: str, x: Tensor, **modulation: Tensor) -> None:
             )
     if modulation["shift"].dtype != modulation["scale"].dtype:
         raise ValueError(
-            f"{caller}: shift is {modulation['shift'].dtype} and scale {modulation['scale'].dtype}; "
-            "cast one to the other's."
+            f"{caller}: shift is {modulation['shift'].dtype} and scale "
+            f"{modulation['scale'].dtype}; cast one to the other's."
         )
     if dim > MAX_DIM:
         raise ValueError(f"{caller}: D={dim} exceeds {MAX_DIM}; use {caller}_reference.")

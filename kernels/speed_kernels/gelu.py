@@ -20,7 +20,7 @@ from torch.library import custom_op
 from speed_kernels.deferred_bias import with_bias_gradient
 from speed_kernels.language import runs_kernels, store, tl, triton
 
-# Rows that a program sums into one partial sum, and the tile it holds at a time. Not tuned on a GPU.
+# Rows that a program sums into one partial sum, and the tile that it holds. Not tuned on a GPU.
 ROWS, TILE_ROWS, TILE_COLUMNS = 128, 4, 512
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
 

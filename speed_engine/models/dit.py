@@ -87,7 +87,7 @@ class Block(nn.Module):
         branch, bias = self.attn.open(y)
         tokens, y = OpenSum(tokens, branch, gate_attn, bias).adaln(shift_mlp, scale_mlp)
         branch, bias = self.mlp.open(y)
-        after = OpenSum(tokens, branch, gate_mlp, bias)
+        after = OpenSum(tokens, branch, gate_mlp.clone(), bias)  # FSDP2 warns of views
         return after if isinstance(x, OpenSum) else after.close()
 
 

@@ -89,11 +89,9 @@ def test_a_linear_layer_leaves_its_bias_gradient(
 ):
     x, branch, gate, shift, scale, dx_out, dy = draw((batch, num_tokens, dim), dtype, DEVICE)
     if layout == "tokens first":
-        branch, dy = (
-            tensor.transpose(0, 1).contiguous().transpose(0, 1) for tensor in (branch, dy)
-        )
+        branch, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (branch, dy))
     elif layout == "every other element":
-        branch, dy = (tensor.repeat_interleave(2, dim=2)[..., ::2] for tensor in (branch, dy))
+        branch, dy = (t.repeat_interleave(2, dim=2)[..., ::2] for t in (branch, dy))
     bias = torch.linspace(-1, 1, dim).to(DEVICE, dtype)
 
     def gradients(operator, dtype):
@@ -160,9 +158,8 @@ def test_recomputing_changes_no_bit(device):
     def recomputed(*leaves):
         return checkpoint(gated_residual_adaln, *leaves, use_reentrant=False)
 
-    plain, again = (
-        run_gated(f, tensors, torch.float32) for f in (gated_residual_adaln, recomputed)
-    )
+    operators = gated_residual_adaln, recomputed
+    plain, again = (run_gated(f, tensors, torch.float32) for f in operators)
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
@@ -201,8 +198,8 @@ def test_the_operators_are_registered_soundly(device):
     )
     torch.library.opcheck(_adaln, (x, shift, scale, 1e-6))
     bias = torch.zeros(16, device=device, requires_grad=True)
-    for given in (None, bias):
-        torch.library.opcheck(_gated_residual_adaln, (x, branch, gate, shift, scale, given, 1e-6))
+    for added in (None, bias):
+        torch.library.opcheck(_gated_residual_adaln, (x, branch, gate, shift, scale, added, 1e-6))
 
 
 def test_compiles_without_graph_breaks(device):

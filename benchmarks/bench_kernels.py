@@ -18,17 +18,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import Timing, interleaved, result_path, write_result
 from speed_engine import environment
+from speed_engine.models import attention, dit
+from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 from speed_kernels.adaln import (
     adaln,
     adaln_reference,
@@ -58,6 +62,7 @@ TOKENS = {  # (B, N, D) of a block
     "DiT-XL/2, latents 32 x 32": (256, 256, 1152),
     "DiT-XL/2, latents 64 x 64": (64, 1024, 1152),
 }
+HEADS = {72: 4, 384: 6, 768: 12, 1024: 16, 1152: 16}  # by width
 MODELS = {"DiT-B/2": (768, 12), "DiT-XL/2": (1152, 28)}  # D, blocks
 if DRY:
     IMAGES = {"tiny": (2, 4, 8, 8)}
@@ -368,6 +373,74 @@ def adaln_cases() -> Iterator[Case]:
             )
 
 
+# A whole block of a DiT, its matrix products and attention included, in bfloat16.
+
+
+@contextmanager
+def running_on(operators: BlockOperators) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in (attention, dit):
+            stack.enter_context(patch.object(module, "block_operators_for", lambda _: operators))
+        yield
+
+
+def block_gradients(
+    operators: BlockOperators, call: Callable, block: nn.Module, inputs: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """Of everything, given the sum before the block open and leaving its own open, as in a DiT."""
+    with running_on(operators):
+        tokens, branch, gate, bias, condition, *upstream = inputs
+        after = call(dit.OpenSum(tokens, branch, gate, bias), condition)
+        weights = [p for name, p in block.named_parameters() if name != "mlp.fc2.bias"]  # the next's
+        leaves = [*weights, tokens, branch, gate, bias, condition]
+        return torch.autograd.grad(after[:2], leaves, upstream)
+
+
+def block_cases() -> Iterator[Case]:
+    for label, shape in TOKENS.items():
+        batch, _, dim = shape
+        block = dit.Block(dim, HEADS[dim], mlp_ratio=4.0).to(DEVICE, torch.bfloat16)
+        sizes = [shape, shape, (batch, dim), (dim,), (batch, dim), shape, shape]
+        sets = [[torch.randn(size, device=DEVICE).bfloat16() for size in sizes] for _ in range(2)]
+        for inputs in sets:
+            for leaf in inputs[:5]:
+                leaf.requires_grad_()
+        by_compiler = compiled(block)
+
+        def run(i, operators, call, block=block, sets=sets):
+            return block_gradients(operators, call, block, sets[i])
+
+        def check(block=block, sets=sets, shape=shape):
+            exact = dit.Block(shape[2], HEADS[shape[2]], mlp_ratio=4.0).to(DEVICE, torch.float64)
+            exact.load_state_dict(block.state_dict())
+            rows = [t.detach()[:2] if len(t) == shape[0] else t.detach() for t in sets[0]]
+            leaves = [
+                [t.to(dtype).requires_grad_() for t in rows]
+                for dtype in (torch.bfloat16, torch.float64)
+            ]
+            ours = block_gradients(BLOCK_FUSED, block, block, leaves[0])
+            plain = block_gradients(BLOCK_REFERENCE, block, block, leaves[0])
+            truth = block_gradients(BLOCK_REFERENCE, exact, exact, leaves[1])
+            for i, (fused, eager, expected) in enumerate(zip(ours, plain, truth, strict=True)):
+                error, allowed = ((g.double() - expected).norm() for g in (fused, eager))
+                assert error <= 2 * allowed + 1e-6 * expected.norm(), f"block gradient {i}"
+
+        yield Case(
+            f"block forward and backward, {label}",
+            46 * 2 * int(np.prod(shape)),  # between matrix products; benchmarks/traffic.py
+            {
+                "eager": lambda i, run=run, f=block: run(i, BLOCK_REFERENCE, f),
+                "torch.compile": lambda i, run=run, f=by_compiler: run(i, BLOCK_REFERENCE, f),
+                "kernels": lambda i, run=run, f=block: run(i, BLOCK_FUSED, f),
+                "kernels, torch.compile": lambda i, run=run, f=by_compiler: run(
+                    i, BLOCK_FUSED, f
+                ),
+            },
+            len(sets),
+            check,
+        )
+
+
 # Optimizer and averages.
 
 
@@ -443,6 +516,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "noise": noise_cases,
     "loss": loss_cases,
     "adaln": adaln_cases,
+    "block": block_cases,
     "optimizer": optimizer_cases,
 }
 

@@ -71,7 +71,7 @@ def first_step(compiled: bool) -> tuple[Callable[[], object], float]:
     size = config.batch_size
     batch = Batch(
         torch.rand(size, *config.data.image_shape, device=device) * 2 - 1,
-        torch.arange(size, device=device) % config.data.num_classes,
+        {"labels": torch.arange(size, device=device) % config.data.num_classes},
         torch.arange(size, device=device),
     )
     step = make_step(config, device, compiled, batch)
@@ -84,7 +84,7 @@ def make_step(config, device: torch.device, compiled: bool, batch: Batch) -> Cal
     model = build_model(config).to(device)
     engine = Engine(
         model,
-        build_objective(config, build_process(config)).to(device),
+        build_objective(config, build_process(config), model).to(device),
         adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
         Ema(model, 0.999),
         learning_rate=linear_warmup(1e-3, 1),

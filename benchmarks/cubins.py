@@ -17,11 +17,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, adamw_ema, gelu, heads, noising, philox, weighted_mse
+from speed_kernels import (
+    adaln,
+    adamw_ema,
+    clean_images,
+    gelu,
+    heads,
+    noising,
+    philox,
+    variational_bound,
+    weighted_mse,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
+BF16, FP32, INT64, BYTES = "*bf16", "*fp32", "*i64", "*u8"
 
 
 class Case(NamedTuple):
@@ -67,27 +77,53 @@ def adamw(horizons: int) -> Case:
     return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
 
 
+def noised(x0: str, noise: str | None = None) -> Case:
+    """A bfloat16 model input; ``noise`` is its type where it is stored."""
+    arguments = (x0, FP32, *DRAW, BF16, noise, MULTIPLE, "i32", philox.BLOCK)
+    return Case(noising._noised_input_kernel, arguments)
+
+
+def squared_error(prediction: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (prediction, FP32, FP32, *DRAW, noise, mask, prediction, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(weighted_mse._squared_error_kernel, (*pointers, *sizes))
+
+
+def hybrid(answer: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (answer, FP32, FP32, *DRAW, noise, mask, answer, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(variational_bound._hybrid_kernel, (*pointers, *sizes))
+
+
+def cleaned(stored: str, flips: str | None, posterior: bool) -> Case:
+    """Rows gathered from a resident data set."""
+    pointers = (stored, *DRAW, INT64, flips, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, "fp32", "fp32")
+    constants = (posterior, stored == BYTES, posterior, philox.BLOCK)
+    return Case(clean_images._clean_images_kernel, (*pointers, *sizes, *constants))
+
+
 CASES = {
     "random_bits": Case(
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
     ),
     "normal": Case(philox._normal_kernel, (FP32, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)),
-    "noised_input": Case(
-        noising._noised_input_kernel,
-        (FP32, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "noised_input bf16": Case(
-        noising._noised_input_kernel,
-        (BF16, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error": Case(
-        weighted_mse._squared_error_kernel,
-        (BF16, FP32, FP32, *DRAW, BF16, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error fp32": Case(
-        weighted_mse._squared_error_kernel,
-        (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
+    "noised_input": noised(FP32),
+    "noised_input bf16": noised(BF16),
+    "noised_input and noise": noised(FP32, noise=FP32),
+    "squared_error": squared_error(BF16),
+    "squared_error fp32": squared_error(FP32),
+    "squared_error stored noise": squared_error(BF16, noise=FP32),
+    "squared_error masked": squared_error(BF16, mask=BYTES),
+    "hybrid": hybrid(BF16),
+    "hybrid fp32": hybrid(FP32),
+    "hybrid stored noise": hybrid(BF16, noise=FP32),
+    "hybrid masked": hybrid(BF16, mask=BYTES),
+    "clean_images pixels": cleaned(BYTES, None, False),
+    "clean_images posterior": cleaned("*fp16", None, True),
+    "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
     "adaln": adaln_forward(has_branch=False),

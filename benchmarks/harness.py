@@ -6,9 +6,6 @@ JSON files under ``results/``, one per benchmark and machine, with what is neede
 """
 
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -19,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from speed_engine import environment
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
@@ -57,10 +52,8 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
 
 def result_path(benchmark: str) -> Path:
     """Where this machine's figures of a benchmark are kept."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = gpu or f"{platform.machine()} {os.cpu_count()} cores"
-    folder = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return RESULTS / folder / f"{benchmark}.json"
+    machine = environment.machine_name("cuda" if torch.cuda.is_available() else "cpu")
+    return environment.RESULTS / machine / f"{benchmark}.json"
 
 
 def _time_cuda(call: Callable[[], object]) -> float:

@@ -35,7 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from harness import write_result
-from speed_engine.models import attention, dit
+from speed_engine.models import attention, dit, open_sum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 from speed_kernels import adaln, gelu, heads
 
@@ -238,7 +238,7 @@ def block_traffic(
 
     def run(condition: Tensor, *tensors: Tensor):
         weights, before = tensors[: len(values)], tensors[len(values) :]
-        stream = dit.OpenSum(*before) if between_others else before[0]
+        stream = open_sum.OpenSum(*before) if between_others else before[0]
         with torch.autocast("cpu", torch.bfloat16, enabled=parameters == torch.float32):
             after = torch.func.functional_call(
                 block, dict(zip(names, weights, strict=True)), (stream, condition)
@@ -263,7 +263,7 @@ def dispatched_to(operators: BlockOperators) -> Iterator[None]:
     """As on a GPU, for tensors that are traced on the CPU."""
     flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     with ExitStack() as stack:
-        for module in (attention, dit):
+        for module in (attention, dit, open_sum):
             stack.enter_context(patch.object(module, "block_operators_for", lambda _: operators))
         for module in (adaln, gelu, heads):
             stack.enter_context(patch.object(module, "runs_kernels", lambda _: True))

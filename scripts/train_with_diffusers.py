@@ -33,7 +33,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from speed_engine.data.loader import Loader
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.methods import build_method

@@ -4,6 +4,7 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,17 +12,29 @@ from torch import Tensor, nn
 
 from speed_engine import checkpoint
 from speed_engine.config import TrainConfig, cache_folder, from_json
-from speed_engine.data.loader import read_all
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.clean import Cleaning
+from speed_engine.data.conditions import condition_name, load_null_tokens
+from speed_engine.data.loader import read_all, read_conditions
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder
+from speed_engine.data.texts import encode_texts
+from speed_engine.diffusion.conditions import (
+    ConditionChange,
+    ConditionDropout,
+    Conditions,
+    LowResolutionNoise,
+)
 from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
-from speed_engine.models.dit import DiT
+from speed_engine.families import Shape, build_network
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
 
 CONFIG_FILE = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -48,55 +61,183 @@ def build_process(config: TrainConfig) -> Method:
     )
 
 
-def build_objective(config: TrainConfig, process: Method) -> Objective:
-    """The objective of the configured method, on the CPU.
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
+
+    Args:
+        config: of the run.
+        process: its method.
+        model: what will be trained.
+        store_noise: as in ``Objective``.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
     """
-    null_label, dropout = config.data.num_classes, config.label_dropout
+    changes: list[ConditionChange] = [
+        ConditionDropout(null_conditions(config), config.condition_dropout),
+        LowResolutionNoise(config.low_resolution_noise),
+    ]
+    objective = Objective(process, config.seed, changes, store_noise)
     if config.model.learn_sigma:
-        return HybridObjective(
-            process, config.seed, null_label, dropout, config.method_options.weigh_bound
-        )
-    return Objective(process, config.seed, null_label, dropout)
+        weigh_bound = config.method_options.weigh_bound
+        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
 
 
 def build_model(config: TrainConfig) -> nn.Module:
-    """The configured model, initialised from the run's seed, on the CPU."""
-    channels, height, width = config.data.image_shape
+    """The configured model, initialised from the run's seed, on the current default device."""
+    data, told = config.data, told_names(config)
+    channels, height, width = data.image_shape
+    shape = Shape(
+        input_size=(height, width),
+        channels=channels,
+        num_classes=data.num_classes if "labels" in told else None,
+        token_dim=data.token_shape[1] if "tokens" in told else None,
+        low_channels=data.low_shape[0] if "low_resolution" in told else None,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return DiT(
-            input_size=(height, width),
-            channels=channels,
-            patch_size=config.model.patch_size,
-            dim=config.model.dim,
-            depth=config.model.depth,
-            num_heads=config.model.num_heads,
-            num_classes=config.data.num_classes,
-            mlp_ratio=config.model.mlp_ratio,
-            learn_sigma=config.model.learn_sigma,
+        return build_network(config.model, shape)
+
+
+def told_names(config: TrainConfig) -> tuple[str, ...]:
+    """The conditions that the model is told, as its arguments are named."""
+    return tuple(condition_name(member) for member in config.data.members[1:])
+
+
+def condition_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of one row of each condition."""
+    data = config.data
+    shapes = {"labels": (), "tokens": data.token_shape, "low_resolution": data.low_shape}
+    return {name: shapes[name] for name in told_names(config)}
+
+
+def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
+    """One row of each condition that can be hidden, as it is when hidden."""
+    null: dict[str, Callable[[], Tensor]] = {
+        "labels": lambda: torch.tensor(config.data.num_classes),
+        "tokens": lambda: torch.from_numpy(load_null_tokens(data_folder(config))),
+    }
+    return {name: null[name]() for name in told_names(config) if name in null}
+
+
+def drawn_conditions(config: TrainConfig) -> Conditions:
+    """(num_images, ...) each, of the images that an evaluation draws.
+
+    Classes come in turn; texts and smaller images are those of the first samples of the data, with
+    their classes.
+    """
+    told, num_images = told_names(config), config.evaluation.num_images
+    if set(told) <= {"labels"}:
+        return {name: torch.arange(num_images) % config.data.num_classes for name in told}
+    reader = open_data(config)
+    indices = [i % len(reader) for i in range(num_images)]
+    conditions = read_conditions(reader, stored_shape(config, reader), indices)
+    return {name: torch.from_numpy(value) for name, value in conditions.items()}
+
+
+def prompted(
+    config: TrainConfig, prompts: Sequence[str], text_encoder: str | None
+) -> tuple[Conditions, dict[str, Tensor]]:
+    """(num_images, ...) of prompts in turn, and what hides them.
+
+    Raises:
+        ValueError: the model is not told texts alone, or not those of this encoder.
+    """
+    if told_names(config) != ("tokens",):
+        raise ValueError(
+            f"this model is told {', '.join(told_names(config)) or 'nothing'}; a prompt needs one "
+            "that is told texts alone (data.members with tokens.npy)."
         )
+    if text_encoder is None:
+        raise ValueError(
+            "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
+            "the data were encoded with."
+        )
+    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder))
+    if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
+        raise ValueError(
+            f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
+            f"trained on {config.data.token_shape}, of another encoder."
+        )
+    turns = torch.arange(config.evaluation.num_images) % len(prompts)
+    return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """Of the configured shards; an embedded data set is written to the cache first."""
+    digits = config.data.source == "digits"
+    return digits_folder(cache_folder()) if digits else Path(config.data.source)
 
 
 def open_data(config: TrainConfig) -> ShardReader:
-    """The configured shards; an embedded data set is written to the cache first."""
-    digits = config.data.source == "digits"
-    folder = digits_folder(cache_folder()) if digits else Path(config.data.source)
-    return ShardReader(folder, config.data.members)
+    """The configured shards.
+
+    Raises:
+        ValueError: they are damaged, or lack a member that the model is to be told.
+    """
+    return ShardReader(data_folder(config), config.data.members)
 
 
-def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -> Evaluator:
+def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
+    """Whether the data set holds mean and standard deviation of latents, to draw from."""
+    content = reader.dataset.contents.get(config.data.members[0], {})
+    shape = content.get("shape") or (None,)
+    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
+
+
+def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
+    """Of an image in the shards."""
+    channels, height, width = config.data.image_shape
+    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
+
+
+def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
+    """How stored images become clean ones, on the device.
+
+    Raises:
+        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+    """
+    metadata = reader.dataset.metadata if config.data.latents else {}
+    posterior = stores_posterior(config, reader)
+    if posterior and "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} holds mean and standard deviation of latents, and its record "
+            "does not say by which latent_scale to multiply them; encode it again."
+        )
+    return Cleaning(
+        seed=torch.tensor(config.seed, device=device),
+        posterior=posterior,
+        scale=float(metadata.get("latent_scale", 1.0)),
+        shift=float(metadata.get("latent_shift", 0.0)),
+        flip=config.data.flip,
+    )
+
+
+def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
-    images, labels = (torch.from_numpy(a) for a in read_all(reader, config.data.image_shape))
     settings = config.evaluation
+    reference, extractor = None, None
+    if settings.features != "none":
+        reference, extractor = _reference(config)
     return Evaluator(
         schedule=process.schedule,
         table=process.table,
-        reference=images,
-        extractor=_extractor(config, images, labels, reader.fingerprint),
-        num_classes=config.data.num_classes,
+        reference=reference,
+        extractor=extractor,
+        conditions=drawn_conditions(config),
+        null=null_conditions(config),
+        image_shape=config.data.image_shape,
+        latents=config.data.latents,
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
@@ -104,10 +245,22 @@ def build_evaluator(config: TrainConfig, process: Method, reader: ShardReader) -
     )
 
 
-def _extractor(config: TrainConfig, images: Tensor, labels: Tensor, fingerprint: str) -> Extractor:
+def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:
+    """Every image of the data, and the features to compare drawn ones by."""
+    members = [m for m in config.data.members if m == config.data.members[0] or m == "cls"]
+    reader = ShardReader(data_folder(config), members)
+    pixels, conditions = read_all(reader, config.data.image_shape)
+    images = torch.from_numpy(pixels)
     if config.evaluation.features == "inception":
-        return inception_features(config.evaluation.inception_weights)
-    return classifier_for(images, labels, cache_folder() / "features", fingerprint)
+        return images, inception_features(config.evaluation.inception_weights)
+    if "labels" not in conditions:
+        raise ValueError(
+            "evaluation.features=classifier needs the labels of the images (member cls); use "
+            "inception, or none to draw images only."
+        )
+    labels = torch.from_numpy(conditions["labels"])
+    cache = cache_folder() / "features"
+    return images, classifier_for(images, labels, cache, reader.fingerprint)
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, methods, doctor."""
+"""The command line: train, sample, evaluate, shards, methods, doctor."""
 
 import json
 import logging
@@ -25,6 +25,7 @@ usage: speed-engine COMMAND ...
   train --resume RUN       continue a run exactly where its newest checkpoint stands
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
 
@@ -40,6 +41,10 @@ class TrainCommand:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     run: Path | None = None
     """Folder of the run, which must not exist; default runs/PRESET-METHOD-SEED."""
+    dry_run: bool = False
+    """Train nothing: print what the run would take in memory and arithmetic."""
+    gpu: Literal["a100", "h100", "h200", "b200", "l40s", "a6000", "rtx4090"] = "h200"
+    """Of --dry-run: the device of the expected step time."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,17 @@ class SampleCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     count: int = 100
-    """Images, classes in turn; the picture shows the first ten of each."""
+    """Images, classes or prompts in turn; the picture shows the first ten of each."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none; default that of the run."""
     solver_steps: int | None = None
     """Model evaluations per image; default that of the run."""
+    prompt: tuple[str, ...] = ()
+    """Texts to draw in turn, one row of the picture each; default those of the run's data."""
+    text_encoder: str | None = None
+    """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
-    """Root of the noise; image i depends on seed, i and its class only."""
+    """Root of the noise; image i depends on seed, i and what it is told only."""
     out: Path | None = None
     """Picture to write; default RUN/samples/sample-seed-SEED.png."""
 
@@ -124,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "shards": _shards,
         "methods": _methods,
         "doctor": _doctor,
     }
@@ -155,16 +165,27 @@ def _train(arguments: list[str], console: Console) -> None:
             for name, (text, config) in PRESETS.items()
         }
         command = tyro.extras.overridable_config_cli(
-            presets, args=arguments, prog="speed-engine train"
+            presets,
+            args=arguments,
+            prog="speed-engine train",
+            config=(tyro.conf.AvoidSubcommands,),  # the preset has chosen the family of the model
         )
+        if command.dry_run:
+            from speed_engine import estimate
+
+            for name, text in estimate.describe(command.config, command.gpu).items():
+                console.print(f"{name:12}{text}", highlight=False, soft_wrap=True)
+            return
         config = command.config
         run = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
         train.start(config, run, console)
 
 
 def _sample(arguments: list[str], console: Console) -> None:
+    import torch
+
     from speed_engine import assemble, environment
-    from speed_engine.evaluation.generate import class_cycle, generate, save_grid
+    from speed_engine.evaluation.generate import generate, grid_rows, save_images
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
     config = _with_evaluation(
@@ -175,21 +196,29 @@ def _sample(arguments: list[str], console: Console) -> None:
     )
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
-    labels = class_cycle(config.evaluation.num_images, config.data.num_classes)
+    count = config.evaluation.num_images
+    if command.prompt:
+        conditions, null = assemble.prompted(config, command.prompt, command.text_encoder)
+        rows = torch.arange(count) % len(command.prompt)
+    else:
+        conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
+        rows = grid_rows(count, conditions)
     images = generate(
         model,
         process.schedule,
         process.table,
-        labels,
+        conditions,
+        count,
         image_shape=config.data.image_shape,
-        null_label=config.data.num_classes,
+        null=null,
         seed=command.seed,
         num_steps=config.evaluation.solver_steps,
         guidance=config.evaluation.guidance,
+        latents=config.data.latents,
     )
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    save_grid(images, labels, out, config.data.num_classes)
-    console.print(f"{len(images)} images of step {step}: {out}", highlight=False, soft_wrap=True)
+    out = save_images(images, rows, out)
+    console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
@@ -205,9 +234,13 @@ def _evaluate(arguments: list[str], console: Console) -> None:
         inception_weights=command.inception_weights,
     )
     process = assemble.build_process(config)
-    evaluator = assemble.build_evaluator(config, process, assemble.open_data(config))
+    evaluator = assemble.build_evaluator(config, process)
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    _, _, fidelity = evaluator(model)
+    _, fidelity = evaluator(model)
+    if fidelity is None:
+        raise ValueError(
+            "this run's evaluation.features is none, which measures nothing; choose --features."
+        )
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
     settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
     console.print_json(json.dumps({"step": step, **measured, **settings}))
@@ -217,6 +250,12 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _shards(arguments: list[str], console: Console) -> None:
+    from speed_engine import shards_cli
+
+    shards_cli.main(arguments, console)
 
 
 def _methods(arguments: list[str], console: Console) -> None:

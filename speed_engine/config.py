@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 
-def _check(name: str, value: float, valid: bool, need: str) -> None:
+def _check(name: str, value: object, valid: bool, need: str) -> None:
     if not valid:
         raise ValueError(f"{name}={value}: {need}.")
 
@@ -72,10 +72,20 @@ class MethodOptions:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A diffusion transformer (DiT)."""
+def _check_positive(config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(f"model.{name}", value, value > 0, "must be positive")
 
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """A diffusion transformer (DiT); told a text, it attends to its tokens in every block."""
+
+    family: tyro.conf.Suppress[Literal["dit"]] = "dit"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, DiT-S/2 to DiT-XL/8, DiT-XL/2-modern, in place of the next five."""
     patch_size: int = 2
     """Pixels per token, along each side; divides height and width."""
     dim: int = 64
@@ -84,15 +94,119 @@ class ModelConfig:
     """Number of blocks."""
     num_heads: int = 4
     """Attention heads per block."""
+    variant: Literal["original", "modern"] = "original"
+    """Blocks as published, or with QK-norm, rotary positions and SwiGLU."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward layers, in units of dim."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """What computes attention: PyTorch or xFormers."""
+    frequency_shift: int = 0
+    """Of the timestep's code: 0 as published, 1 as diffusers has it."""
+    checkpointing: float = 0.0
+    """Activations computed again in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MDTConfig:
+    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
+
+    family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2, MDTv2-XL/2, in place of the next six."""
+    version: Literal[1, 2] = 1
+    """Of the paper."""
+    patch_size: int = 2
+    """Pixels per token, along each side; divides height and width."""
+    dim: int = 64
+    """Width of a token; a multiple of 4 and of num_heads."""
+    depth: int = 4
+    """Number of blocks, the interpolater not counted."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    decode_layers: int = 2
+    """How many of the blocks decode; version 2 leaves an even number to the encoder."""
+    mask_ratio: float = 0.3
+    """Share of the tokens hidden, in (0, 1); in version 2 up to 0.2 more."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"):
-            value = getattr(self, name)
-            _check(f"model.{name}", value, value > 0, "must be positive")
+        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """The U-Net of ADM and latent diffusion; told a text, its attention takes in the tokens."""
+
+    family: tyro.conf.Suppress[Literal["unet"]] = "unet"
+    """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, such as speed or adm-64, in place of the next eight."""
+    model_channels: int = 32
+    """Channels at multiplier 1; a multiple of 32."""
+    channel_mult: tuple[float, ...] = (1, 2)
+    """Multiplier of every level, finest first; each level halves height and width."""
+    num_res_blocks: int = 1
+    """Residual blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (2,)
+    """Downsampling rates, powers of two, at which there is attention."""
+    num_heads: int = 1
+    """Attention heads; not used where num_head_channels is given."""
+    num_head_channels: int | None = None
+    """Channels of a head."""
+    scale_shift_norm: bool = False
+    """The timestep scales and shifts inside the norm, rather than being added before it."""
+    resblock_updown: bool = False
+    """Residual blocks change the resolution, rather than convolutions."""
+    dropout: float = 0.0
+    """Probability inside residual blocks, in [0, 1)."""
+    learn_sigma: bool = False
+    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdmUNetConfig:
+    """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
+
+    family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
+    """Which of the families this is, in config.json."""
+    network: Literal["ddpm++", "adm"] = "ddpm++"
+    """Of the two."""
+    size: str | None = None
+    """Published size, such as ddpm++-cifar10, in place of the next five."""
+    model_channels: int = 32
+    """Channels at multiplier 1; a multiple of 4."""
+    channel_mult: tuple[int, ...] = (1, 2)
+    """Multiplier of every level, finest first; each level halves height and width."""
+    num_blocks: int = 1
+    """Blocks of a level."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights in pixels at which there is attention."""
+    dropout: float = 0.0
+    """Probability inside blocks, in [0, 1)."""
+    learn_sigma: tyro.conf.Suppress[bool] = False
+    """These networks learn no variance."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, ("model_channels", "num_blocks"))
+        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
+        _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
+
+
+ModelConfig = DiTConfig | MDTConfig | UNetConfig | EdmUNetConfig
+MODEL_CONFIGS: dict[str, type] = {cls.family: cls for cls in typing.get_args(ModelConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +215,28 @@ class DataConfig:
 
     source: str = "digits"
     """An embedded data set (digits) or the path of a folder of shards (.tar)."""
-    members: tuple[str, str] = ("npy", "cls")
-    """Extensions of a sample's image (npy, png, jpg, jpeg, webp) and of its label (cls)."""
+    members: tuple[str, ...] = ("npy", "cls")
+    """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
+    it: cls, tokens.npy, low.npy (low.png, ...)."""
     image_shape: tuple[int, int, int] = (1, 8, 8)
-    """Channels, height, width."""
+    """Channels, height, width of what the model draws."""
+    latents: bool = False
+    """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
+    token_shape: tuple[int, int] = (77, 768)
+    """Tokens of a text and their width."""
+    low_shape: tuple[int, int, int] = (3, 64, 64)
+    """Channels, height, width of the low-resolution image."""
     workers: int = 0
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    flip: bool = False
+    """Mirror one image in two, left to right; of latents an approximation."""
+    resident: Literal["auto", "on", "off"] = "auto"
+    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well.
+    The run is the same either way."""
 
     def __post_init__(self) -> None:
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
@@ -162,8 +288,9 @@ class EvaluationConfig:
     """Model evaluations per image (DDIM), at most the number of timesteps."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
-    features: Literal["classifier", "inception"] = "classifier"
-    """What FID compares: a classifier trained on these data, or the standard Inception network."""
+    features: Literal["classifier", "inception", "none"] = "classifier"
+    """What FID compares: a classifier trained on these data, the standard Inception network, or
+    nothing: images are drawn only."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
 
@@ -195,8 +322,10 @@ class TrainConfig:
     """Timesteps of the process; in continuous time, the resolution of laws and weights."""
     prediction: str | None = None
     """What the model predicts: epsilon, x0, v, velocity, F; by default as the baseline does."""
-    label_dropout: float = 0.1
-    """Share of labels hidden in training, so that guidance is possible; in [0, 1]."""
+    condition_dropout: float = 0.1
+    """Share of labels or texts hidden in training, so that guidance is possible; in [0, 1]."""
+    low_resolution_noise: float = 0.5
+    """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -210,7 +339,7 @@ class TrainConfig:
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
         default_factory=MethodOptions
     )
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=DiTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -221,10 +350,16 @@ class TrainConfig:
             _check(name, value, value >= 1, "must be at least 1")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         _check(
-            "label_dropout",
-            self.label_dropout,
-            0 <= self.label_dropout <= 1,
+            "condition_dropout",
+            self.condition_dropout,
+            0 <= self.condition_dropout <= 1,
             "is a share in [0, 1]",
+        )
+        _check(
+            "low_resolution_noise",
+            self.low_resolution_noise,
+            0 <= self.low_resolution_noise <= 1,
+            "is a level in [0, 1]",
         )
         _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
         _check(
@@ -234,10 +369,16 @@ class TrainConfig:
             f"must be at most num_timesteps={self.num_timesteps}",
         )
         _check(
+            "evaluation.features",
+            self.evaluation.features,
+            not self.data.latents or self.evaluation.features == "none",
+            "latents are no pictures that could be compared; choose none",
+        )
+        _check(
             "evaluation.guidance",
             self.evaluation.guidance,
-            self.evaluation.guidance == 1 or self.label_dropout > 0,
-            "guidance needs a model that was trained with label_dropout above 0",
+            self.evaluation.guidance == 1 or self.condition_dropout > 0,
+            "guidance needs a model that was trained with condition_dropout above 0",
         )
 
 
@@ -279,6 +420,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _build(typing.cast(type, hint), value, where)
     if typing.get_origin(hint) is tuple:
         return tuple(value)
+    if hint == ModelConfig:  # a file without the family was written when there was one only
+        return _build(MODEL_CONFIGS[value.get("family", DiTConfig.family)], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     return Path(value) if hint is Path else value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.data.loader import Batch
+from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective
 from speed_engine.ema import Ema
 from speed_engine.optim import set_rates
@@ -38,7 +39,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Objective | MaskedObjective,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         *,
@@ -58,7 +59,7 @@ class Engine:
         before, step = self.steps_done, self.steps_done + 1
         set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
         with self._autocast():
-            output = self.objective(self.forward, batch.images, batch.labels, batch.ids, before)
+            output = self.objective(self.forward, batch.images, batch.conditions, batch.ids, before)
         output.loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()

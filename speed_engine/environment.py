@@ -5,8 +5,11 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,10 @@ PACKAGES = (
 # benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
 # is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
+RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the rest is for training
+# By machine; not part of an installed package, where the defaults hold.
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+STORED_NOISE = "kernels_stored_noise.json"  # written by benchmarks/bench_kernels.py
 
 
 class Choice(NamedTuple):
@@ -69,7 +76,7 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
 def choose_kernels(device: str) -> Choice:
     """What computes the noise, the noised input and the loss."""
     if operators_for(torch.device(device)) is FUSED:
-        return Choice("Triton", "noise, noised input and loss fused; the noise is never stored")
+        return Choice("Triton", "noise, noised input and loss fused, each one pass over memory")
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
     return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
 
@@ -86,8 +93,64 @@ def choose_block_kernels(device: str) -> Choice:
     return Choice("PyTorch reference", f"adaLN, gates, GELU and bias gradients; {missing}")
 
 
-def choices(config: TrainConfig) -> dict[str, Choice]:
-    """Every choice, by the name that doctor prints."""
+def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESULTS) -> Choice:
+    """``stored`` from input to loss, or ``drawn again`` there: the bits are the same.
+
+    What was measured on this kind of machine decides, at the measured size nearest to the images';
+    without a measurement a GPU draws again, which needs no memory.
+    """
+    path = results / machine_name(device) / STORED_NOISE
+    if not path.is_file():
+        if device == "cuda":
+            return Choice("drawn again", "needs no memory; not measured on this GPU")
+        return Choice("stored", "drawing takes a CPU longer than reading")
+    size = math.prod(image_shape)
+    cases = json.loads(path.read_text())["cases"]
+    nearest = min(cases, key=lambda case: abs(math.log(case["elements_per_image"] / size)))
+    times = {
+        name: figures["device_milliseconds"]["median"]
+        for name, figures in nearest["providers"].items()
+    }
+    measured = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+    return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
+
+
+def choose_resident(wanted: str, device: str, num_bytes: int | None) -> Choice:
+    """``on`` or ``off``.
+
+    Args:
+        wanted: the option.
+        device: ``cuda`` or ``cpu``.
+        num_bytes: of the data set; None if it is not known yet.
+    """
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device != "cuda":
+        return Choice("off", "a CPU reads the shards from the same memory")
+    free, _ = torch.cuda.mem_get_info()
+    limit = f"{RESIDENT_SHARE:.0%} of {free / 1e9:.1f} GB of free GPU memory"
+    if num_bytes is None:
+        return Choice("on", f"where the data set fits in {limit}")
+    fits = num_bytes <= RESIDENT_SHARE * free
+    word = "fit" if fits else "do not fit"
+    return Choice("on" if fits else "off", f"{num_bytes / 1e9:.3g} GB of data {word} in {limit}")
+
+
+def machine_name(device: str) -> str:
+    """The folder of a machine's measurements."""
+    hardware = f"{platform.machine()} {os.cpu_count()} cores"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+
+
+def choices(config: TrainConfig, num_bytes: int | None = None) -> dict[str, Choice]:
+    """Every choice, by the name that doctor prints.
+
+    Args:
+        config: of the run.
+        num_bytes: of its data set, if known.
+    """
     device = choose_device(config.device)
     cuda = device.value == "cuda"
     return {
@@ -97,6 +160,8 @@ def choices(config: TrainConfig) -> dict[str, Choice]:
         "attention": _attention(cuda),
         "kernels": choose_kernels(device.value),
         "block kernels": choose_block_kernels(device.value),
+        "noise": choose_noise(device.value, config.data.image_shape),
+        "resident data": choose_resident(config.data.resident, device.value, num_bytes),
         "data workers": _workers(config.data.workers),
     }
 

@@ -14,30 +14,45 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adaln import gated_residual_reference as gated_residual
+from speed_kernels.clean_images import clean_images, clean_images_reference
 from speed_kernels.gelu import gelu, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
 from speed_kernels.language import HAS_TRITON
-from speed_kernels.noising import noised_input, noised_input_reference
+from speed_kernels.noising import (
+    noised_input,
+    noised_input_and_noise,
+    noised_input_and_noise_reference,
+    noised_input_reference,
+)
 from speed_kernels.philox import SPECIFICATION, Stream, normal, random_bits
-from speed_kernels.variational_bound import variational_bound_reference as variational_bound
+from speed_kernels.variational_bound import hybrid_loss, hybrid_loss_reference
 from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
     "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE", "SPECIFICATION",
     "BlockOperators", "Operators", "Stream", "block_operators_for", "gated_residual", "normal",
-    "operators_for", "random_bits", "variational_bound",
+    "operators_for", "random_bits",
 ]  # fmt: skip
 
 
 class Operators(NamedTuple):
     """One implementation of each operator of the training step."""
 
+    clean_images: Callable[..., Tensor]
     noised_input: Callable[..., Tensor]
+    noised_input_and_noise: Callable[..., tuple[Tensor, Tensor]]
     weighted_mse: Callable[..., tuple[Tensor, Tensor]]
+    hybrid_loss: Callable[..., tuple[Tensor, Tensor]]
 
 
-REFERENCE = Operators(noised_input_reference, weighted_mse_reference)
-FUSED = Operators(noised_input, weighted_mse)
+REFERENCE = Operators(
+    clean_images_reference,
+    noised_input_reference,
+    noised_input_and_noise_reference,
+    weighted_mse_reference,
+    hybrid_loss_reference,
+)
+FUSED = Operators(clean_images, noised_input, noised_input_and_noise, weighted_mse, hybrid_loss)
 
 
 def operators_for(device: torch.device) -> Operators:

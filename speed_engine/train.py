@@ -4,14 +4,15 @@ RUN/config.json         resolved configuration; what ``--resume`` reads
 RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; RUN/tensorboard the same
 RUN/checkpoints/        see checkpoint.py
-RUN/samples/*.png       images of the averaged model, one row per class
+RUN/samples/            images of the averaged model, one row per class, as PNG; latents as npy
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,21 +23,25 @@ from speed_engine import checkpoint, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
+    build_cleaning,
     build_evaluator,
     build_model,
     build_objective,
     build_process,
+    condition_shapes,
     load_parameters,
     newest_checkpoint,
     open_data,
     read_config,
+    stored_shape,
 )
 from speed_engine.config import TrainConfig, to_json
-from speed_engine.data.loader import Loader
+from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.generate import save_grid
+from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
@@ -89,18 +94,22 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
         self.config, self.run, self.console = config, run, console
-        self.choices = environment.choices(config)
+        self.reader = open_data(config)
+        self.stored_shape = stored_shape(config, self.reader)
+        self._loader(start=0).close()  # an unfit data set fails here
+        num_bytes = resident_bytes(self.reader, self.stored_shape)
+        self.choices = environment.choices(config, num_bytes)
         self.device = torch.device(self.choices["device"].value)
+        self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
         model = build_model(config).to(self.device)
-        self.reader = open_data(config)
-        self._loader(start=0).close()  # an unfit data set fails here
-        self.evaluator: Evaluator = build_evaluator(config, process, self.reader)
+        self.evaluator: Evaluator = build_evaluator(config, process)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process).to(self.device)
+        store_noise = self.choices["noise"].value == "stored"
+        objective = build_objective(config, process, model, store_noise).to(self.device)
         self.engine = Engine(
             model,
             objective,
@@ -111,7 +120,7 @@ class Trainer:
                 beta2=settings.beta2,
                 weight_decay=settings.weight_decay,
                 loss=objective,
-                loss_learning_rate=objective.batch_loss.learning_rate,
+                loss_learning_rate=process.batch_loss.learning_rate,
             ),
             Ema(model, settings.ema_decay),
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
@@ -158,24 +167,27 @@ class Trainer:
         (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
         self.records = RunLog(self.run, engine.steps_done)
         self._interval = time.perf_counter(), engine.steps_done
-        loader = self._loader(start=engine.steps_done * config.batch_size)
         self._introduce()
-        with loader, TrainingProgress(self.console, engine.steps_done, config.steps) as progress:
+        with (
+            closing(self._batches(start=engine.steps_done * config.batch_size)) as batches,
+            TrainingProgress(self.console, engine.steps_done, config.steps) as progress,
+        ):
             self.progress = progress
-            for batch in loader:
+            for batch in batches:
                 if engine.steps_done >= config.steps:
                     break
-                self.means.add(engine.step(batch.to(self.device)))
+                self.means.add(engine.step(batch))
                 progress.step(engine.steps_done)
                 self._fire()
         self.records.close()
         if self.newest_evaluation is not None:
-            fid, grid = self.newest_evaluation
-            where = self.run / "metrics.jsonl"
-            self.console.print(
-                f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
-            )
-            self.console.print(f"samples   {grid}", highlight=False, soft_wrap=True)
+            fid, samples = self.newest_evaluation
+            if fid is not None:
+                where = self.run / "metrics.jsonl"
+                self.console.print(
+                    f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
+                )
+            self.console.print(f"samples   {samples}", highlight=False, soft_wrap=True)
 
     def _introduce(self) -> None:
         parameters = sum(p.numel() for p in self.engine.model.parameters())
@@ -184,7 +196,7 @@ class Trainer:
             "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
             "model": f"{parameters:,} parameters on {self.choices['device'].value}",
             "method": self.config.method,
-            "features": self.evaluator.extractor.describe(),
+            "features": self.evaluator.extractor.describe() if self.evaluator.extractor else "none",
         }
         for name, text in lines.items():
             self.console.print(f"{name:10}{text}", highlight=False, soft_wrap=True)
@@ -217,13 +229,18 @@ class Trainer:
     def _evaluate(self) -> None:
         step = self.engine.steps_done
         begun = time.perf_counter()
-        images, labels, fidelity = self.evaluator(self.engine.ema.model)
-        grid = self.run / "samples" / f"step-{step:08d}.png"
-        save_grid(images, labels, grid, self.config.data.num_classes)
-        measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-        self.records.write(step, {"images": step * self.config.batch_size, **measured})
-        self.newest_evaluation = fidelity.fid, grid
-        self.progress.say(f"step {step}/{self.config.steps}  FID {fidelity.fid:.3f}  {grid}")
+        images, fidelity = self.evaluator(self.engine.ema.model)
+        rows = grid_rows(len(images), self.evaluator.conditions)
+        where = save_images(images, rows, self.run / "samples" / f"step-{step:08d}.png")
+        figure = ""
+        if fidelity is not None:
+            measured = {
+                name: value for name, value in asdict(fidelity).items() if value is not None
+            }
+            self.records.write(step, {"images": step * self.config.batch_size, **measured})
+            figure = f"FID {fidelity.fid:.3f}  "
+        self.newest_evaluation = fidelity and fidelity.fid, where
+        self.progress.say(f"step {step}/{self.config.steps}  {figure}{where}")
         since, first = self._interval
         self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
 
@@ -246,15 +263,39 @@ class Trainer:
         checkpoint.save(folder, engine.steps_done, tensors, state)
         checkpoint.prune(folder, self.config.keep_checkpoints)
 
+    def _batches(self, start: int) -> Generator[Batch]:
+        """Batches of clean images on the device."""
+        if self.choices["resident data"].value == "on":
+            yield from self._resident(start)
+        else:
+            with self._loader(start) as loader:
+                for batch in loader:
+                    batch = batch.to(self.device)
+                    yield self.cleaning.batch(batch.images, batch.conditions, batch.ids)
+
+    def _resident(self, start: int) -> Resident:
+        config = self.config
+        return Resident(
+            self.reader,
+            self.stored_shape,
+            config.batch_size,
+            config.seed,
+            self.cleaning,
+            start=start,
+            window=config.data.window,
+            num_classes=config.data.num_classes,
+        )
+
     def _loader(self, start: int) -> Loader:
         config = self.config
         return Loader(
             self.reader,
-            config.data.image_shape,
+            self.stored_shape,
             config.batch_size,
             config.seed,
             start=start,
             workers=config.data.workers,
             window=config.data.window,
             num_classes=config.data.num_classes,
+            condition_shapes=condition_shapes(config),
         )

@@ -17,5 +17,6 @@ def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for section in ("noise", "loss", "adaln", "block", "optimizer"):
+    losses = ("noise", "loss", "hybrid_loss", "stored_noise", "clean_images")
+    for section in (*losses, "adaln", "block", "optimizer"):
         assert f"{section}: " in done.stdout

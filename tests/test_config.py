@@ -6,9 +6,9 @@ import pytest
 
 from speed_engine.config import (
     DataConfig,
+    DiTConfig,
     EvaluationConfig,
     MethodOptions,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
     from_json,
@@ -33,7 +33,7 @@ def test_every_field_is_documented_in_the_source():
     """The text under a field is its help on the command line."""
     source = Path(__file__).parent.parent / "speed_engine" / "config.py"
     text = source.read_text()
-    for cls in (TrainConfig, DataConfig, EvaluationConfig, ModelConfig, OptimizerConfig):
+    for cls in (TrainConfig, DataConfig, EvaluationConfig, DiTConfig, OptimizerConfig):
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.type) and "Config" not in str(field.type):
                 declared = text.index(f"    {field.name}: ", text.index(f"class {cls.__name__}"))
@@ -52,9 +52,12 @@ def test_unknown_fields_are_named():
     "make, message",
     [
         (lambda: TrainConfig(steps=0), "steps=0: must be at least 1"),
-        (lambda: TrainConfig(label_dropout=1.5), r"label_dropout=1.5: is a share in \[0, 1\]"),
+        (
+            lambda: TrainConfig(condition_dropout=1.5),
+            r"condition_dropout=1.5: is a share in \[0, 1\]",
+        ),
         (lambda: TrainConfig(seed=2**63), "signed 64-bit"),
-        (lambda: ModelConfig(depth=0), "model.depth=0: must be positive"),
+        (lambda: DiTConfig(depth=0), "model.depth=0: must be positive"),
         (lambda: DataConfig(workers=-1), "data.workers=-1"),
         (lambda: OptimizerConfig(ema_decay=1.0), r"ema_decay=1.0: must lie in \[0, 1\)"),
         (lambda: OptimizerConfig(learning_rate=0), "learning_rate=0: must be positive"),
@@ -63,7 +66,7 @@ def test_unknown_fields_are_named():
             "evaluation.solver_steps=25: must be at most num_timesteps=10",
         ),
         (
-            lambda: TrainConfig(label_dropout=0, evaluation=EvaluationConfig(guidance=2)),
+            lambda: TrainConfig(condition_dropout=0, evaluation=EvaluationConfig(guidance=2)),
             "evaluation.guidance=2: guidance needs a model",
         ),
     ],

@@ -7,19 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import ModelConfig, TrainConfig
+from speed_engine.config import DiTConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.optim import adamw, linear_warmup
 
-CONFIG = TrainConfig(model=ModelConfig(dim=16, depth=1, num_heads=2))
+CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))
 
 
 def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG) -> Engine:
     model = build_model(config)
-    objective = build_objective(config, build_process(config))
+    objective = build_objective(config, build_process(config), model)
     return Engine(
         model,
         objective,
@@ -32,7 +32,7 @@ def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG) -> Engine:
 
 def batch(size: int = 8) -> Batch:
     images = torch.rand(size, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return Batch(images, torch.arange(size) % 10, torch.arange(size))
+    return Batch(images, {"labels": torch.arange(size) % 10}, torch.arange(size))
 
 
 class Reads(TorchDispatchMode):
@@ -79,7 +79,7 @@ def test_a_step_is_forward_backward_clip_adamw_average():
     report = ours.step(batch())
 
     model, data = by_hand.model, batch()
-    output = by_hand.objective(model, data.images, data.labels, data.ids, 0)
+    output = by_hand.objective(model, data.images, data.conditions, data.ids, 0)
     output.loss.backward()
     norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()  # pyright: ignore[reportOptionalMemberAccess]
     for parameter in model.parameters():
@@ -98,14 +98,14 @@ def test_a_step_is_forward_backward_clip_adamw_average():
 
 
 def test_dropped_labels_become_the_null_label_at_the_stated_rate():
-    objective = build_objective(CONFIG, build_process(CONFIG))
+    objective = build_objective(CONFIG, build_process(CONFIG), build_model(CONFIG))
     seen = []
 
     def model(x_in, t, labels):
         seen.append(labels)
         return torch.zeros_like(x_in)
 
-    images, labels = torch.zeros(20_000, 1, 1, 1), torch.zeros(20_000).long()
-    objective(model, images, labels, torch.arange(20_000), 0)
+    images, told = torch.zeros(20_000, 1, 1, 1), {"labels": torch.zeros(20_000).long()}
+    objective(model, images, told, torch.arange(20_000), 0)
     share = (seen[0] == CONFIG.data.num_classes).double().mean()
-    assert abs(float(share) - CONFIG.label_dropout) < 0.01
+    assert abs(float(share) - CONFIG.condition_dropout) < 0.01

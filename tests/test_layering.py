@@ -21,8 +21,10 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "environment",
     },
     {"engine", "evaluation"},
+    {"families"},
     {"assemble"},
-    {"presets", "train"},
+    {"presets", "train", "estimate"},
+    {"shards_cli"},
     {"cli"},
     {"__main__"},
 ]

@@ -1,7 +1,6 @@
 """Which implementation a device gets, and that doctor says the same."""
 
 import torch
-
 from torch import nn
 
 from speed_engine.environment import choose_block_kernels, choose_kernels

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from speed_engine import assemble, checkpoint, train
 from speed_engine.config import (
+    DiTConfig,
     EvaluationConfig,
     MethodOptions,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
     from_json,
@@ -34,7 +34,7 @@ TINY = TrainConfig(
     batch_size=16,
     log_every=7,  # does not divide the checkpoint interval: a checkpoint falls inside an average
     checkpoint_every=20,
-    model=ModelConfig(dim=16, depth=1, num_heads=2),
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
     evaluation=EvaluationConfig(every=1000, num_images=100, solver_steps=2),
 )
 OPTIONS = (
@@ -237,7 +237,7 @@ def test_a_bad_option_leaves_no_run_folder(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = tmp_path / "run"
     train.start(dataclasses.replace(TINY, steps=5), run, quiet())
-    other = dataclasses.replace(TINY, model=ModelConfig(dim=32, depth=2, num_heads=2))
+    other = dataclasses.replace(TINY, model=DiTConfig(dim=32, depth=2, num_heads=2))
     (run / "config.json").write_text(to_json(other))
     with pytest.raises(ValueError, match="checkpoint of another model: missing .*blocks.1"):
         train.resume(run, quiet())

@@ -37,6 +37,9 @@ class Stream(IntEnum):
     ORDER = 5
     GENERATION = 6
     SOLVER = 7
+    LOW_RESOLUTION_LEVEL = 8
+    LOW_RESOLUTION_NOISE = 9
+    TOKEN_MASK = 10
 
 
 _MASK = 0xFFFFFFFF

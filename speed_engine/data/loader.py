@@ -10,7 +10,7 @@ whatever the ranks, the workers and the batches in flight were.
 Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple, Self, cast
 
@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
 
-from speed_engine.data.decode import decode_image, decode_label
+from speed_engine.data.conditions import condition_name, decode_condition
+from speed_engine.data.decode import decode_image
 from speed_engine.data.order import DataOrder
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 
 PREFETCH = 4  # batches in flight per worker
+IMAGE = "image"  # in a decoded sample, beside the names of its conditions
 Shape = tuple[int, int, int]  # C, H, W
 
 
@@ -33,12 +35,14 @@ class Batch(NamedTuple):
     """One rank's part of a global batch."""
 
     images: Tensor  # (B, C, H, W) float32: pixels in [-1, 1], or latents as stored
-    labels: Tensor  # (B,) int64
+    conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``; the copy is asynchronous from pinned memory."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        conditions = {name: move(value) for name, value in self.conditions.items()}
+        return Batch(move(self.images), conditions, move(self.ids))
 
 
 class Loader:
@@ -47,7 +51,7 @@ class Loader:
     A context manager; ``close`` ends the workers, as does any error.
 
     Args:
-        reader: its keys are the image and the label.
+        reader: its first key is the image, the others are conditions.
         image_shape: (C, H, W) that every image must have.
         batch_size: images per step, all ranks together.
         seed: of the run.
@@ -57,6 +61,7 @@ class Loader:
         world_size: number of ranks.
         window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
+        condition_shapes: of one row, by the condition's name; others accept any.
 
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
@@ -75,10 +80,12 @@ class Loader:
         world_size: int = 1,
         window: int = 8,
         num_classes: int | None = None,
+        condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
-        _check_arguments(reader, batch_size, start, workers, rank, world_size)
+        check_arguments(reader, batch_size, start, workers, rank, world_size)
         load = partial(_load_batch, reader, image_shape, num_classes)
-        load(np.array([[0], [0]]))  # an unfit data set fails here rather than in a worker
+        first = load(np.array([[0], [0]]))  # an unfit data set fails here, not in a worker
+        _check_conditions(reader, first, condition_shapes or {})
         order = DataOrder(reader.counts, seed, window)
         source = _Source(order, start, batch_size, rank, world_size)
         pipeline = DataPipeline(source, map_stage(load))
@@ -126,16 +133,32 @@ class Loader:
         self.close()
 
 
-def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Every sample in the order of the shards, for evaluation.
 
     Returns:
-        images (N, C, H, W) uint8 and labels (N,) int64.
+        images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
-    images, labels = _stack(reader, image_shape, None, range(len(reader)))
+    images, conditions = _stack(reader, image_shape, None, range(len(reader)))
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
-    return images, labels
+    return images, conditions
+
+
+def read_conditions(
+    reader: ShardReader, image_shape: Shape, indices: list[int]
+) -> dict[str, np.ndarray]:
+    """(N, ...) of the given samples, as batches have them."""
+    _, conditions = _stack(reader, image_shape, None, indices)
+    return {name: _scaled(value) for name, value in conditions.items()}
+
+
+def read_stored(
+    reader: ShardReader, image_shape: Shape, num_classes: int | None, indices: range | list[int]
+) -> dict[str, np.ndarray]:
+    """Images, under ``IMAGE``, and conditions (N, ...) of the given samples, as stored."""
+    images, conditions = _stack(reader, image_shape, num_classes, indices)
+    return {IMAGE: images, **conditions}
 
 
 class _Source(IterableDataset):
@@ -162,44 +185,53 @@ def _load_batch(
     reader: ShardReader, image_shape: Shape, num_classes: int | None, part: np.ndarray
 ) -> Batch:
     indices, ids = part
-    images, labels = _stack(reader, image_shape, num_classes, indices.tolist())
-    if images.dtype == np.uint8:
-        images = images.astype(np.float32) / np.float32(127.5) - np.float32(1)
-    return Batch(
-        torch.from_numpy(images.astype(np.float32, copy=False)),
-        torch.from_numpy(labels),
-        torch.from_numpy(ids),
-    )
+    images, conditions = _stack(reader, image_shape, num_classes, indices.tolist())
+    told = {name: torch.from_numpy(_scaled(value)) for name, value in conditions.items()}
+    images = _scaled(images).astype(np.float32, copy=False)
+    return Batch(torch.from_numpy(images), told, torch.from_numpy(ids))
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Pixels to [-1, 1]; anything else as it is."""
+    if values.dtype != np.uint8:
+        return values
+    return values.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def _stack(
     reader: ShardReader, image_shape: Shape, num_classes: int | None, indices: range | list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Images (B, C, H, W), of one dtype, and labels (B,) int64."""
-    images, labels = [], []
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Images (B, C, H, W) and conditions (B, ...), each of one dtype and shape."""
+    rows: list[dict[str, np.ndarray]] = []
     for i in indices:
-        image, label = _decode(reader, i, image_shape)
-        if images and image.dtype != images[0].dtype:
+        row = _decode(reader, i, image_shape)
+        for name, value in row.items():
+            first = rows[0][name] if rows else value
+            if (value.dtype, value.shape) != (first.dtype, first.shape):
+                raise ValueError(
+                    f"{reader.describe(i)} has {name} of {value.dtype} and shape {value.shape}, "
+                    f"others {first.dtype} and {first.shape}; a data set needs one dtype and shape."
+                )
+        if num_classes is not None and row.get("labels", 0) >= num_classes:
             raise ValueError(
-                f"{reader.describe(i)} holds {image.dtype}, others {images[0].dtype}; all images "
-                f"of a data set need one dtype."
-            )
-        if num_classes is not None and label >= num_classes:
-            raise ValueError(
-                f"{reader.describe(i)} has label {label}; needed: less than "
+                f"{reader.describe(i)} has label {row['labels']}; needed: less than "
                 f"num_classes={num_classes}. Correct num_classes or the data."
             )
-        images.append(image)
-        labels.append(label)
-    return np.stack(images), np.array(labels, dtype=np.int64)
+        rows.append(row)
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    return stacked.pop(IMAGE), stacked
 
 
-def _decode(reader: ShardReader, i: int, image_shape: Shape) -> tuple[np.ndarray, int]:
-    image_key, label_key = reader.keys
+def _decode(reader: ShardReader, i: int, image_shape: Shape) -> dict[str, np.ndarray]:
+    """The image, under ``IMAGE``, and the conditions of a sample."""
+    image_key, *condition_keys = reader.keys
     sample = reader.read(i)
     try:
         image = decode_image(sample[image_key], image_key, image_shape[0])
-        label = decode_label(sample[label_key])
+        conditions = {
+            condition_name(key): decode_condition(sample[key], key, image_shape[0])
+            for key in condition_keys
+        }
     except ValueError as error:
         raise ValueError(f"{reader.describe(i)}: {error}") from error
     if image.shape != tuple(image_shape) or image.dtype == np.int64:
@@ -208,14 +240,27 @@ def _decode(reader: ShardReader, i: int, image_shape: Shape) -> tuple[np.ndarray
             f"uint8 or floating point of shape {tuple(image_shape)}. Correct image_shape or the "
             f"data."
         )
-    return image, label
+    return {IMAGE: image, **conditions}
 
 
-def _check_arguments(
+def _check_conditions(
+    reader: ShardReader, batch: Batch, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in shapes.items():
+        found = tuple(batch.conditions[name].shape[1:])
+        if found != tuple(shape):
+            raise ValueError(
+                f"{reader.describe(0)} has {name} of shape {found}; expected {tuple(shape)}. "
+                "Correct the data options (token_shape, low_shape) or the data."
+            )
+
+
+def check_arguments(
     reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
 ) -> None:
-    if len(reader.keys) != 2:
-        raise ValueError(f"the reader has keys {reader.keys}; a Loader needs (image, label).")
+    """Raises ValueError where batches cannot be shared out so."""
+    for key in reader.keys[1:]:
+        condition_name(key)
     if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:
         raise ValueError(
             f"batch_size={batch_size}, start={start}, workers={workers}, rank={rank}, "

@@ -1,26 +1,28 @@
 """The training objective: draw timesteps, noise the input, weigh the prediction error.
 
-    E over (x0, t, noise) of  w(t) mean((model(x_in, t, label) - target)**2)
+    E over (x0, t, noise) of  w(t) mean((model(x_in, t, conditions) - target)**2)
 
 All randomness is a function of (seed, image counter, step); evaluating twice gives the same bits.
 
 Letters: B images, C channels, H x W pixels.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from speed_engine.diffusion.conditions import ConditionChange, Conditions
 from speed_engine.diffusion.methods import Method
-from speed_engine.ops import Stream, operators_for, random_bits
+from speed_engine.ops import operators_for
 
 
 class Denoiser(Protocol):
     """Any model of this signature can be trained; it does not know what it predicts."""
 
-    def __call__(self, x_in: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """(B, C, H, W), (B,), (B,) -> (B, C, H, W)."""
+    def __call__(self, x_in: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
+        """(B, C, H, W), (B,), (B, ...) each -> (B, C, H, W)."""
         ...
 
 
@@ -42,39 +44,46 @@ class Objective(nn.Module):
     Args:
         method: process, target, law of timesteps and weights.
         seed: root of all draws.
-        null_label: what a dropped label becomes, for classifier-free guidance.
-        label_dropout: share of the labels dropped, in [0, 1].
+        changes: what is done to the conditions, in turn; modules.
+        store_noise: keep the noise from input to loss instead of drawing it again. The bits are
+            the same; which is faster depends on the device.
     """
 
     seed: Tensor
 
     def __init__(
-        self, method: Method, seed: int, null_label: int, label_dropout: float = 0.1
+        self,
+        method: Method,
+        seed: int,
+        changes: Sequence[ConditionChange] = (),
+        store_noise: bool = False,
     ) -> None:
         super().__init__()
         self.schedule, self.timesteps = method.schedule, method.timesteps
         self.table, self.batch_loss = method.table, method.batch_loss
-        self.null_label, self.label_dropout = null_label, label_dropout
+        self.changes = nn.ModuleList(cast(Sequence[nn.Module], changes))
+        self.store_noise = store_noise
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
     def forward(
-        self, model: Denoiser, images: Tensor, labels: Tensor, ids: Tensor, step: int
+        self, model: Denoiser, images: Tensor, conditions: Conditions, ids: Tensor, step: int
     ) -> ObjectiveOutput:
         """Mean loss and its parts.
 
         Args:
             model: what is trained.
             images: (B, C, H, W) in [-1, 1].
-            labels: (B,) int64.
+            conditions: (B, ...) each, by the name of the model's argument.
             ids: (B,) int64 image counters.
             step: optimizer steps done so far.
         """
         t = self.timesteps.sample(self.seed, ids, step)
         coefficients = self.table(t)
-        noised_input = operators_for(images.device).noised_input
-        x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
-        answer = model(x_in, self.schedule.model_time(t), self._drop_labels(labels, ids))
-        loss, squared_error = self._errors(answer, images, coefficients, ids, t)
+        x_in, noise = self._noised_input(images, coefficients, ids)
+        for change in self.changes:
+            conditions = change(conditions, self.seed, ids)
+        answer = model(x_in, self.schedule.model_time(t), **conditions)
+        loss, squared_error = self._errors(answer, images, coefficients, ids, t, noise)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)
 
@@ -82,13 +91,29 @@ class Objective(nn.Module):
         """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""
         self.timesteps.observe(step, output.t, output.weighted_error)
 
+    def _noised_input(
+        self, images: Tensor, coefficients: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the model sees, and the noise if it is stored.
+
+        Under autocast in its dtype, to which the model's first product would round it anyway.
+        """
+        operators, kind = operators_for(images.device), images.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else images.dtype
+        if self.store_noise:
+            return operators.noised_input_and_noise(images, coefficients, self.seed, ids, dtype)
+        return operators.noised_input(images, coefficients, self.seed, ids, dtype), None
+
     def _errors(
-        self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
+        self,
+        answer: Tensor,
+        images: Tensor,
+        coefficients: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) squared error."""
         weighted_mse = operators_for(images.device).weighted_mse
-        return weighted_mse(answer, images, coefficients, self.seed, ids)
-
-    def _drop_labels(self, labels: Tensor, ids: Tensor) -> Tensor:
-        words = random_bits(self.seed, ids, 1, Stream.LABEL_DROPOUT)[:, 0]
-        return torch.where(words < round(self.label_dropout * 2**32), self.null_label, labels)
+        return weighted_mse(answer, images, coefficients, self.seed, ids, noise)

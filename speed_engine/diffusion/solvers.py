@@ -19,8 +19,9 @@ def ddim(
     table: TimestepTable,
     x: Tensor,
     num_steps: int,
+    clip: bool = True,
 ) -> Tensor:
-    """Deterministic DDIM (Song et al. 2021, eta = 0) for pixels in [-1, 1].
+    """Deterministic DDIM (Song et al. 2021, eta = 0).
 
     In alpha and sigma it is one solver for every process: Euler's for flows and in sigma space.
 
@@ -30,15 +31,17 @@ def ddim(
         table: the linear form of the process and the prediction.
         x: (B, C, H, W) float32 standard normal noise.
         num_steps: model evaluations.
+        clip: keep the estimate of the clean image in [-1, 1], as pixels are.
 
     Returns:
-        (B, C, H, W) clean images in [-1, 1].
+        (B, C, H, W) clean images.
     """
     clean = torch.zeros_like(x)
     noise = x
     for t in schedule.solver_times(num_steps):
         rows = table.rows_at(t)
         x = rows.a_x * clean + rows.a_e * noise
-        clean = solve(rows, x, predict(x, t))[0].clamp(-1, 1)
+        clean = solve(rows, x, predict(x, t))[0]
+        clean = clean.clamp(-1, 1) if clip else clean
         noise = (x - rows.a_x * clean) / rows.a_e  # consistent with the clamped image
     return clean

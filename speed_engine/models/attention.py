@@ -1,43 +1,145 @@
-"""Multi-head self-attention over tokens."""
+"""Multi-head self-attention over tokens, and the libraries that compute it.
 
+Letters: B images, H heads, N tokens, D width, K = D / H width of a head.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed_engine.ops import block_operators_for
 
+# (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
+Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
+NORM_EPS = 1e-6  # of queries and keys
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """PyTorch's ``scaled_dot_product_attention``, which picks its kernel itself.
+
+    Args:
+        q: (B, H, N, K) queries.
+        k: (B, H, N, K) keys.
+        v: (B, H, N, K) values.
+        lengths: tokens of each of several sequences that are packed one after the other, B = 1 and
+            sum(lengths) = N; tokens attend within their sequence. None: all N are one sequence.
+    """
+    if lengths is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    _check_packed(q, lengths)
+    sequences = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*one) for one in sequences], dim=2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """xFormers' ``memory_efficient_attention``; packed sequences take one call.
+
+    Arguments as of ``sdpa``.
+
+    Raises:
+        NotImplementedError: no operator of xFormers takes this device and dtype; lists why.
+    """
+    from xformers.ops import fmha
+
+    mask = None
+    if lengths is not None:
+        _check_packed(q, lengths)
+        mask = fmha.BlockDiagonalMask.from_seqlens(list(lengths), device=q.device)
+    tokens_first = (x.transpose(1, 2) for x in (q, k, v))
+    return fmha.memory_efficient_attention(*tokens_first, attn_bias=mask).transpose(1, 2)
+
+
+BACKENDS: dict[str, Attend] = {"sdpa": sdpa, "xformers": xformers}
+
 
 class SelfAttention(nn.Module):
-    """Scaled dot-product attention, all tokens to all tokens, through PyTorch's SDPA.
+    """Scaled dot-product attention, all tokens of a sequence to all.
 
     Args:
         dim: width D.
         num_heads: heads H; must divide D.
+        backend: a name of ``BACKENDS``.
 
     Raises:
-        ValueError: num_heads does not divide dim.
+        ValueError: num_heads does not divide dim, or there is no such backend.
     """
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
         super().__init__()
         if dim % num_heads:
             divisors = [h for h in range(1, dim + 1) if dim % h == 0]
             raise ValueError(
                 f"num_heads={num_heads} does not divide the width {dim}; choose from {divisors}."
             )
-        self.num_heads = num_heads
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"attention={backend!r} is unknown; choose from {', '.join(BACKENDS)}."
+            )
+        self.num_heads, self.attend = num_heads, BACKENDS[backend]
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        return self.proj(self._attend(x))
+    def forward(self, x: Tensor, *rotation: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); ``lengths`` of packed sequences as in ``sdpa``."""
+        return self.proj(self._mix(x, *rotation, lengths=lengths))
 
-    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def open(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, Tensor | None]:
         """The answer, and the bias of ``BlockOperators.linear``."""
-        return block_operators_for(x.device).linear(self.proj, self._attend(x))
+        return block_operators_for(x.device).linear(self.proj, self._mix(x, *rotation))
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _mix(self, x: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), before the last projection."""
+        return self.attend(*self._heads(x), lengths).transpose(1, 2).flatten(2)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, D) -> queries, keys and values, each (B, H, N, K)."""
         op = block_operators_for(x.device)
         qkv, bias = op.linear(self.qkv, x)
-        q, k, v = op.split_heads(qkv, self.num_heads, bias)  # each (B, H, N, D / H)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return op.split_heads(qkv, self.num_heads, bias)
+
+
+class RotaryAttention(SelfAttention):
+    """Self-attention whose queries and keys are normalised, then turned by position.
+
+    QK-norm (Dehghani et al. 2023) keeps attention logits bounded; RoPE (Su et al. 2021) makes them
+    depend on relative position. Arguments and errors as of ``SelfAttention``.
+    """
+
+    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
+        super().__init__(dim, num_heads, backend)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
+
+    def _mix(
+        self, x: Tensor, cos: Tensor, sin: Tensor, *, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
+        q, k, v = self._heads(x)
+        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin)
+        return self.attend(q, k, v, lengths).transpose(1, 2).flatten(2)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of each head's query and key, then rotation by position: x cos + rotated(x) sin.
+
+    Element i turns with element i + K / 2. Computed in float32, answered in the dtype of ``q``.
+    """
+
+    def turned(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps=NORM_EPS)
+        first, second = y.chunk(2, dim=-1)
+        return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+    return turned(q, q_weight), turned(k, k_weight)
+
+
+def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:
+    if len(q) != 1 or sum(lengths) != q.shape[2]:
+        raise ValueError(
+            f"{len(lengths)} packed sequences with {sum(lengths)} tokens together do not fit a "
+            f"tensor of shape {tuple(q.shape)}; it must be (1, heads, tokens, width)."
+        )

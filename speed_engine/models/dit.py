@@ -1,23 +1,47 @@
 """Diffusion transformer (DiT, Peebles and Xie 2022) with adaLN-Zero conditioning.
 
 Parameter names, initialisation and numerics follow facebookresearch/DiT, so its checkpoints load.
+The modern variant has the same frame with QK-norm, rotary positions and SwiGLU inside the blocks.
 
-Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width.
+Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width, K width of a head.
 """
 
-from typing import NamedTuple, overload
+import re
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.attention import SelfAttention
+from speed_engine.models.attention import RotaryAttention, SelfAttention
+from speed_engine.models.blocks import recomputable, set_recompute
 from speed_engine.models.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
     TimestepEmbedding,
     position_grid,
+    rotary_grid,
+    unpatchify,
 )
-from speed_engine.ops import block_operators_for, gated_residual
+from speed_engine.models.open_sum import OpenSum, opened
+from speed_engine.ops import block_operators_for
+
+
+class Size(NamedTuple):
+    """Of a transformer."""
+
+    dim: int
+    depth: int
+    num_heads: int
+
+
+# Table 1 of the DiT paper; patches of 2, 4 and 8 there.
+DIT_SIZES = {
+    "S": Size(384, 12, 6),
+    "B": Size(768, 12, 12),
+    "L": Size(1024, 24, 16),
+    "XL": Size(1152, 28, 16),
+}
 
 
 class FeedForward(nn.Module):
@@ -41,54 +65,72 @@ class FeedForward(nn.Module):
         return op.gelu(*op.linear(self.fc1, x))
 
 
-class OpenSum(NamedTuple):
-    """tokens + gate branch, not added yet: who normalises the sum adds it in the same pass."""
+class SwiGLU(nn.Module):
+    """Two linear maps, one gating the other through SiLU, and a third back (Shazeer 2020).
 
-    tokens: Tensor  # (B, N, D)
-    branch: Tensor | None = None  # (B, N, D); None adds nothing
-    gate: Tensor | None = None  # (B, D)
-    bias: Tensor | None = None  # (D,) as in ``BlockOperators.linear``
+    Two thirds of ``hidden_dim``, rounded up to a multiple of 8, so that parameters and work are
+    those of ``FeedForward``; sizes and names as in LightningDiT (Yao et al. 2025).
+    """
 
-    def adaln(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D), (B, D) -> the sum and its norm, scaled and shifted; each (B, N, D)."""
-        op = block_operators_for(self.tokens.device)
-        if self.branch is None:
-            return self.tokens, op.adaln(self.tokens, shift, scale)
-        return op.gated_residual_adaln(*self[:3], shift, scale, self.bias)
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        hidden = -(-2 * hidden_dim // 24) * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
 
-    def close(self) -> Tensor:
-        """(B, N, D) the sum."""
-        if self.branch is None or self.gate is None:
-            return self.tokens
-        return gated_residual(self.tokens, self.branch, self.gate, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.w3(self._hidden(x))
+
+    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.w3, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+# What a block is made of, by the variant's name.
+VARIANTS: dict[str, tuple[type[SelfAttention], type[nn.Module]]] = {
+    "original": (SelfAttention, FeedForward),
+    "modern": (RotaryAttention, SwiGLU),
+}
 
 
 class Block(nn.Module):
     """Attention and feed-forward, each shifted, scaled and gated by the condition."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        attention: str = "sdpa",
+        variant: str = "original",
+    ) -> None:
         super().__init__()
-        self.attn = SelfAttention(dim, num_heads)
-        self.mlp = FeedForward(dim, int(dim * mlp_ratio))
+        attention_class, feed_forward_class = VARIANTS[variant]
+        self.attn = attention_class(dim, num_heads, attention)
+        self.mlp = feed_forward_class(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    @overload
-    def forward(self, x: OpenSum, condition: Tensor) -> OpenSum: ...
+    @recomputable
+    def forward(
+        self, x: Tensor | OpenSum, condition: Tensor, *rotation: Tensor
+    ) -> Tensor | OpenSum:
+        """(B, N, D), (B, D) -> (B, N, D); rotation as the variant's attention takes it.
 
-    @overload
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor: ...
-
-    def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor | OpenSum:
-        """(B, N, D), (B, D) -> (B, N, D); given an open sum, it leaves its own open."""
+        Given an open sum, it leaves its own open.
+        """
         modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        before = x if isinstance(x, OpenSum) else OpenSum(x)
-        tokens, y = before.adaln(shift_attn, scale_attn)
-        branch, bias = self.attn.open(y)
+        tokens, y = opened(x).adaln(shift_attn, scale_attn)
+        branch, bias = self.attn.open(y, *rotation)
         tokens, y = OpenSum(tokens, branch, gate_attn, bias).adaln(shift_mlp, scale_mlp)
         branch, bias = self.mlp.open(y)
         after = OpenSum(tokens, branch, gate_mlp.clone(), bias)  # FSDP2 warns of views
-        return after if isinstance(x, OpenSum) else after.close()
+        return after if isinstance(x, OpenSum) else after.closed()
 
 
 class FinalLayer(nn.Module):
@@ -102,32 +144,40 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, P * P * C)."""
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        before = x if isinstance(x, OpenSum) else OpenSum(x)
-        return self.linear(before.adaln(shift, scale)[1])
+        return self.linear(opened(x).adaln(shift, scale)[1])
 
 
 class DiT(nn.Module):
-    """Class-conditional transformer on patches of an image or latent.
+    """Transformer on patches of an image or latent, told a class or nothing.
 
     Args:
         input_size: (H, W); each a multiple of the patch size.
-        channels: C.
+        channels: C, of the answer.
         patch_size: P.
         dim: width D, a multiple of 4 (two axes, sine and cosine).
         depth: number of blocks.
         num_heads: attention heads; divides D.
-        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label".
+        num_classes: labels 0 .. num_classes - 1; num_classes itself means "no label". None takes no
+            labels.
+        in_channels: of the input; by default C.
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
+        variant: a name of ``VARIANTS``. In ``modern``, K is a multiple of 4.
+        attention: a name of ``attention.BACKENDS``.
+        frequency_shift: of the time features, see ``embeddings.sinusoid``; 1 as in diffusers.
+        checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
         residual_dtype: of the stream of tokens from block to block. None leaves it to PyTorch:
-            float32 under autocast, which computes branches in bfloat16, else the parameters' dtype.
-            bfloat16 halves its memory traffic and rounds after every sum.
+            float32 under autocast, where branches are bfloat16, else the parameters' dtype.
+            bfloat16 halves the stream's memory traffic and rounds after every sum.
 
     Raises:
-        ValueError: sizes that do not divide as said.
+        ValueError: sizes that do not divide as said, an unknown name, a dial outside [0, 1].
     """
 
+    block_class: ClassVar[type[nn.Module]] = Block
     pos_embed: Tensor
+    rotary_cos: Tensor
+    rotary_sin: Tensor
 
     def __init__(
         self,
@@ -138,9 +188,14 @@ class DiT(nn.Module):
         dim: int,
         depth: int,
         num_heads: int,
-        num_classes: int,
+        num_classes: int | None,
+        in_channels: int | None = None,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        variant: str = "original",
+        attention: str = "sdpa",
+        frequency_shift: float = 0,
+        checkpointing: float = 0,
         residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -151,46 +206,115 @@ class DiT(nn.Module):
             )
         if dim % 4:
             raise ValueError(f"dim={dim} is not a multiple of 4, as the position code needs.")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r} is unknown; choose from {', '.join(VARIANTS)}.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes, self.residual_dtype = num_classes, residual_dtype
-        self.x_embedder = PatchEmbedding(patch_size, channels, dim)
-        self.t_embedder = TimestepEmbedding(dim)
-        self.y_embedder = LabelEmbedding(num_classes, dim)
+        self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
+        self.t_embedder = TimestepEmbedding(dim, frequency_shift)
+        self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
         self.register_buffer("pos_embed", position_grid(*self.grid, dim))
-        self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            self.block_class(dim, num_heads, mlp_ratio, attention, variant) for _ in range(depth)
+        )
+        set_recompute(self.blocks, checkpointing)
+        self.rotates = variant == "modern"
+        if self.rotates:
+            self._register_rotation(dim // num_heads)
         self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
-        self._initialise()
+        initialise(self)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
+        condition = self.t_embedder(t)
+        if self.y_embedder is not None:
+            condition = condition + self.y_embedder(labels)
+        return self._answer(x, condition)
+
+    def _answer(self, x: Tensor, condition: Tensor, *told: Tensor) -> Tensor:
+        """``told`` is what the blocks take beside tokens and condition."""
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = self.t_embedder(t) + self.y_embedder(labels)
-        stream = OpenSum(tokens.to(self.residual_dtype))
+        rotation = (self.rotary_cos, self.rotary_sin) if self.rotates else ()
+        stream = OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
         for block in self.blocks:
-            stream = block(stream, condition)
-        return self._unpatchify(self.final_layer(stream, condition))
+            stream = block(stream, condition, *told, *rotation)
+        return unpatchify(self.final_layer(stream, condition), self.grid, self.patch_size)
 
-    def _unpatchify(self, tokens: Tensor) -> Tensor:
-        """(B, N, P * P * C) -> (B, C, H, W), C counting what the model answers."""
-        (rows, columns), p, c = self.grid, self.patch_size, self.out_channels
-        patches = tokens.view(len(tokens), rows, columns, p, p, c)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), c, rows * p, columns * p)
+    def _register_rotation(self, head_dim: int) -> None:
+        if head_dim % 4:
+            raise ValueError(
+                f"a head of width {head_dim} cannot be rotated on two axes; choose num_heads such "
+                "that dim / num_heads is a multiple of 4."
+            )
+        for name, table in zip(("cos", "sin"), rotary_grid(*self.grid, head_dim), strict=True):
+            self.register_buffer(f"rotary_{name}", table, persistent=False)
 
-    def _initialise(self) -> None:
-        """DiT's initialisation: every block starts as the identity, the output as zero."""
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear):
-                continue
-            if "adaLN_modulation" in name or name == "final_layer.linear":
-                nn.init.zeros_(module.weight)
-            elif name.startswith("t_embedder"):
-                nn.init.normal_(module.weight, std=0.02)
-            else:
-                nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        patches = self.x_embedder.proj
-        nn.init.xavier_uniform_(patches.weight.view(len(patches.weight), -1))
-        if patches.bias is not None:
-            nn.init.zeros_(patches.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+
+def initialise(model: nn.Module) -> None:
+    """DiT's initialisation: every block starts as the identity, the output as zero."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if "adaLN_modulation" in name or name == "final_layer.linear":
+            nn.init.zeros_(module.weight)
+        elif name.startswith("t_embedder"):
+            nn.init.normal_(module.weight, std=0.02)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, PatchEmbedding):
+            nn.init.xavier_uniform_(module.proj.weight.view(len(module.proj.weight), -1))
+            if module.proj.bias is not None:
+                nn.init.zeros_(module.proj.bias)
+        elif isinstance(module, LabelEmbedding):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
+
+
+def dit_size(name: str) -> dict[str, Any]:
+    """Arguments of ``DiT`` by a name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
+
+    Raises:
+        ValueError: another name.
+    """
+    match = re.fullmatch(r"DiT-(\w+)/([1-9]\d*)(-modern)?", name)
+    if match is None or match[1] not in DIT_SIZES:
+        raise ValueError(
+            f"{name!r} names no DiT; it is DiT-SIZE/PATCH or DiT-SIZE/PATCH-modern, "
+            f"with a size from {', '.join(DIT_SIZES)}, such as DiT-XL/2."
+        )
+    return {
+        "patch_size": int(match[2]),
+        "variant": "modern" if match[3] else "original",
+        **DIT_SIZES[match[1]]._asdict(),
+    }
+
+
+def build_dit(
+    name: str,
+    *,
+    input_size: tuple[int, int],
+    channels: int,
+    num_classes: int | None,
+    **options: Any,
+) -> DiT:
+    """A DiT by its name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
+
+    Args:
+        name: size, patch size and variant.
+        input_size: (H, W); each a multiple of the patch size.
+        channels: C.
+        num_classes: labels.
+        options: further arguments of ``DiT``.
+
+    Raises:
+        ValueError: another name.
+    """
+    return DiT(
+        input_size=input_size,
+        channels=channels,
+        num_classes=num_classes,
+        **dit_size(name),
+        **options,
+    )

@@ -25,15 +25,17 @@ class PatchEmbedding(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
-    """(B,) timesteps on the scale 0 .. 1000 -> (B, D)."""
+    """(B,) timesteps on the scale 0 .. 1000 -> (B, D); see ``sinusoid`` for the frequency shift."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, frequency_shift: float = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.mlp = nn.Sequential(nn.Linear(FREQUENCY_DIM, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         """(B,) -> (B, D)."""
-        return self.mlp(sinusoid(t, FREQUENCY_DIM).to(next(self.mlp.parameters()).dtype))
+        features = sinusoid(t, FREQUENCY_DIM, self.frequency_shift)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedding(nn.Module):
@@ -48,10 +50,22 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies."""
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(B, N, P * P * C) -> (B, C, H, W): every token's values in its patch, channel fastest."""
+    (rows, columns), p = grid, patch_size
+    patches = tokens.unflatten(2, (p, p, -1)).unflatten(1, (rows, columns))
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(tokens), -1, rows * p, columns * p)
+
+
+def sinusoid(t: Tensor, dim: int, frequency_shift: float = 0) -> Tensor:
+    """(B,) -> (B, dim) float32: cosines, then sines, of geometrically spaced frequencies.
+
+    The i-th of n = dim / 2 is MAX_PERIOD ** (-i / (n - frequency_shift)): 0 in DiT and ADM, 1 in
+    DDPM and in diffusers' DiT.
+    """
     half = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
-    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * half / (dim // 2))
+    exponent = -math.log(MAX_PERIOD) * half / (dim // 2 - frequency_shift)
+    angles = t.float()[:, None] * torch.exp(exponent)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -60,6 +74,20 @@ def position_grid(rows: int, columns: int, dim: int) -> Tensor:
     column, row = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
     halves = [_positions(axis.flatten(), dim // 2) for axis in (column, row)]
     return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+def rotary_grid(rows: int, columns: int, dim: int) -> tuple[Tensor, Tensor]:
+    """(rows * columns, dim) float32 cosines and sines that turn a head by its token's 2-D position.
+
+    Half of the pairs turn with the row and half with the column, at frequencies that fall from 1 to
+    nearly 1 / MAX_PERIOD (RoFormer, Su et al. 2021; two axes as in EVA-02 and LightningDiT). Pair i
+    is elements i and i + dim / 2.
+    """
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    frequency = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = [axis.flatten().double()[:, None] * frequency for axis in (row, column)]
+    both = torch.cat([*angles, *angles], dim=1)
+    return both.cos().float(), both.sin().float()
 
 
 def _positions(places: Tensor, dim: int) -> Tensor:

@@ -1,3 +1,4 @@
+import io
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,8 @@ import torch
 
 from speed_engine.data.loader import Batch, Loader, read_all
 from speed_engine.data.order import DataOrder
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -37,11 +39,15 @@ def expected_batches(reader, start, count, batch_size=8, seed=5, window=2):
         pixels = (indices.numpy().astype(np.float32) / np.float32(127.5) - 1)[:, None, None, None]
         images = torch.from_numpy(np.broadcast_to(pixels, (batch_size, *SHAPE)).copy())
         first = start + k * batch_size
-        yield Batch(images, indices % 10, torch.arange(first, first + batch_size))
+        yield Batch(images, {"labels": indices % 10}, torch.arange(first, first + batch_size))
+
+
+def parts(batch: Batch) -> list[torch.Tensor]:
+    return [batch.images, *batch.conditions.values(), batch.ids]
 
 
 def assert_equal(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
+    for a, e in zip(parts(actual), parts(expected), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)  # values, shapes and dtypes
 
 
@@ -53,10 +59,11 @@ def test_batches_do_not_depend_on_ranks_or_workers(reader, world_size, workers):
         take(Loader(reader, SHAPE, 8, 5, start, workers, rank, world_size, window=2), count)
         for rank in range(world_size)
     ]
-    for parts, expected in zip(
+    for of_ranks, expected in zip(
         zip(*ranks, strict=True), expected_batches(reader, start, count), strict=True
     ):
-        assert_equal(map(torch.cat, zip(*parts, strict=True)), expected)
+        images, labels, ids = map(torch.cat, zip(*map(parts, of_ranks), strict=True))
+        assert_equal(Batch(images, {"labels": labels}, ids), expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -72,7 +79,8 @@ def test_another_batch_size_continues_the_same_stream(reader):
     small, large = (take(Loader(reader, SHAPE, size, 5, start=13), 36 // size) for size in (4, 12))
     for column in range(3):
         torch.testing.assert_close(
-            torch.cat([b[column] for b in small]), torch.cat([b[column] for b in large])
+            torch.cat([parts(b)[column] for b in small]),
+            torch.cat([parts(b)[column] for b in large]),
         )
 
 
@@ -82,13 +90,17 @@ def test_an_epoch_holds_every_sample_once_and_a_batch_straddles_it(reader):
     assert (samples.sort(dim=1).values == torch.arange(N)).all()
 
 
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
 def write(folder, images, labels=None):
     with ShardWriter(folder, "x", 4) as writer:
         for i, image in enumerate(images):
-            np.save(folder / "one.npy", image)
             label = labels[i] if labels else 0
-            data = (folder / "one.npy").read_bytes()
-            writer.write(str(i), {"npy": data, "cls": str(label).encode()})
+            writer.write(str(i), {"npy": npy(image), "cls": str(label).encode()})
     return ShardReader(folder)
 
 
@@ -103,11 +115,13 @@ def test_pixels_are_scaled_to_minus_one_to_one(tmp_path):
 def test_latents_pass_unchanged(tmp_path, dtype):
     latent = np.linspace(-30, 30, 6).astype(dtype).reshape(SHAPE)
     (batch,) = take(Loader(write(tmp_path, [latent]), SHAPE, 1, 0), 1)
-    assert_equal(batch.images, torch.from_numpy(latent.astype(np.float32))[None])
+    expected = torch.from_numpy(latent.astype(np.float32))[None]
+    torch.testing.assert_close(batch.images, expected, rtol=0, atol=0)
 
 
 def test_read_all_returns_the_stored_bytes_in_order(reader):
-    images, labels = read_all(reader, SHAPE)
+    images, conditions = read_all(reader, SHAPE)
+    labels = conditions["labels"]
     assert images.shape == (N, *SHAPE) and images.dtype == np.uint8 and labels.dtype == np.int64
     assert images[:, 0, 1, 2].tolist() == list(range(N))
     assert labels.tolist() == [i % 10 for i in range(N)]
@@ -121,7 +135,9 @@ def test_read_all_is_for_pixels(tmp_path):
 def test_a_batch_moves_between_devices(reader, device):
     (batch,) = take(Loader(reader, SHAPE, 8, 5), 1)
     moved = batch.to(device)
-    assert isinstance(moved, Batch) and {tensor.device.type for tensor in moved} == {device.type}
+    assert isinstance(moved, Batch) and {tensor.device.type for tensor in parts(moved)} == {
+        device.type
+    }
     assert_equal(moved.to("cpu"), batch)
 
 
@@ -140,7 +156,7 @@ def test_one_image_of_another_shape_is_named(tmp_path, workers):
 
 def test_pixels_and_latents_are_never_mixed(tmp_path):
     images = [np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.float16)]
-    with pytest.raises(ValueError, match="need one dtype"):
+    with pytest.raises(ValueError, match="needs one dtype"):
         take(Loader(write(tmp_path, images), SHAPE, 2, 0), 1)
 
 
@@ -148,7 +164,11 @@ def test_a_label_out_of_range_is_named(tmp_path):
     reader = write(tmp_path, [np.zeros(SHAPE, np.uint8)] * 3, labels=[0, 9, 10])
     with pytest.raises(ValueError, match="sample '2' has label 10; needed: less than num_classes"):
         take(Loader(reader, SHAPE, 3, 0, num_classes=10), 1)
-    assert sorted(take(Loader(reader, SHAPE, 3, 0), 1)[0].labels.tolist()) == [0, 9, 10]
+    assert sorted(take(Loader(reader, SHAPE, 3, 0), 1)[0].conditions["labels"].tolist()) == [
+        0,
+        9,
+        10,
+    ]
 
 
 def test_a_damaged_sample_stops_the_run_in_a_worker_too(reader, make_shards):
@@ -180,9 +200,43 @@ def test_bad_arguments_are_named(reader, arguments, reason):
         Loader(reader, SHAPE, **{"batch_size": 8, "seed": 0} | arguments)
 
 
-def test_a_reader_of_one_member_is_refused(make_shards):
-    with pytest.raises(ValueError, match=r"keys \('npy',\); a Loader needs"):
-        Loader(ShardReader(make_shards(3, per_shard=2), keys=("npy",)), SHAPE, 2, 0)
+def test_images_alone_have_no_conditions(make_shards):
+    reader = ShardReader(make_shards(3, per_shard=2), keys=("npy",))
+    (batch,) = take(Loader(reader, SHAPE, 2, 0), 1)
+    assert batch.conditions == {}
+
+
+def test_a_member_that_conditions_nothing_is_refused(tmp_path):
+    with ShardWriter(tmp_path, "x", 4) as writer:
+        writer.write("0", {"npy": npy(np.zeros(SHAPE, np.uint8)), "json": b"{}"})
+    with pytest.raises(ValueError, match="'json' is no condition; the known are cls, tokens.npy"):
+        Loader(ShardReader(tmp_path, ("npy", "json")), SHAPE, 1, 0)
+
+
+def conditioned(folder, tokens, low):
+    with ShardWriter(folder, "x", 2) as writer:
+        for i, (text, small) in enumerate(zip(tokens, low, strict=True)):
+            image = np.full(SHAPE, i, np.uint8)
+            members = {"npy": image, "tokens.npy": text, "low.npy": small}
+            writer.write(str(i), {name: npy(array) for name, array in members.items()})
+    return ShardReader(folder, ("npy", "tokens.npy", "low.npy"))
+
+
+def test_text_and_low_resolution_come_with_their_image(tmp_path):
+    tokens = [np.full((4, 3), i, np.float16) for i in range(3)]
+    reader = conditioned(tmp_path, tokens, [np.full((1, 1, 1), i, np.uint8) for i in range(3)])
+    (batch,) = take(Loader(reader, SHAPE, 3, 0), 1)
+    which = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round()
+    assert batch.conditions["tokens"].dtype == torch.float16
+    torch.testing.assert_close(batch.conditions["tokens"][:, 0, 0].float(), which)
+    torch.testing.assert_close(batch.conditions["low_resolution"], batch.images[:, :, :1, :1])
+
+
+def test_texts_of_two_lengths_are_named(tmp_path):
+    tokens = [np.zeros((length, 3), np.float16) for length in (4, 4, 5)]
+    reader = conditioned(tmp_path, tokens, [np.zeros((1, 1, 1), np.uint8)] * 3)
+    with pytest.raises(ValueError, match=r"has tokens of float16 and shape .*needs one dtype"):
+        take(Loader(reader, SHAPE, 3, 0), 1)
 
 
 def test_iterating_again_continues(reader):
@@ -225,7 +279,7 @@ def test_what_workers_get_survives_pickling(reader):
 def test_a_process_that_forgets_to_close_exits_cleanly(make_shards):
     script = f"""
 from speed_engine.data.loader import Loader
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 loader = Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=2)
 print(next(loader).ids.tolist())
 """

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 
 from speed_engine.data import sources
 from speed_engine.data.loader import read_all
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder, write_digits
 
 ROOT = Path(__file__).parents[2]
@@ -23,17 +23,28 @@ def test_the_digits_are_those_of_scikit_learn():
 
 def test_grey_levels_span_a_byte(tmp_path):
     write_digits(tmp_path)
-    images, labels = read_all(ShardReader(tmp_path), (1, 8, 8))
+    images, conditions = read_all(ShardReader(tmp_path), (1, 8, 8))
     assert images.shape == (1797, 1, 8, 8) and images.dtype == np.uint8
     levels = np.unique(images)
     assert levels.tolist() == [round(v * 255 / 16) for v in range(17)]
-    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(conditions["labels"]).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
 
 
 def test_the_shards_are_frozen(tmp_path):
     write_digits(tmp_path)
     assert ShardReader(tmp_path).fingerprint == (
-        "9f3aeec4b3ac9b1f2126159d33f6229059beee8251b33d92d0bc01ad39cfdbea"
+        "009afacbadc31f1e0dc312b91bb6846cf1266f133534280fd81cb1566f8a5ed1"
     )
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.models import attention, dit
-from speed_engine.models.dit import Block, DiT, OpenSum
+from speed_engine.models import attention, dit, open_sum
+from speed_engine.models.dit import Block, DiT
+from speed_engine.models.open_sum import OpenSum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +24,7 @@ def kernels(monkeypatch):
     """Choose what blocks run on, whatever the device."""
 
     def choose(operators):
-        for module in (attention, dit):
+        for module in (attention, dit, open_sum):
             monkeypatch.setattr(module, "block_operators_for", lambda device: operators)
 
     return choose
@@ -92,9 +93,9 @@ def test_a_sum_left_open_is_the_closed_one(operators, kernels):
     block = trained(Block(DIM, 4, mlp_ratio=2.0))
     tokens, condition = torch.randn(2, 5, DIM).to(DEVICE), torch.randn(2, DIM).to(DEVICE)
     after = block(OpenSum(tokens), condition)
-    torch.testing.assert_close(after.close(), block(tokens, condition))
+    torch.testing.assert_close(after.closed(), block(tokens, condition))
     torch.testing.assert_close(
-        block(after, condition).close(), block(block(tokens, condition), condition)
+        block(after, condition).closed(), block(block(tokens, condition), condition)
     )
 
 

@@ -1,0 +1,91 @@
+"""What is done to a model's repeated blocks: recomputing activations, compiling one by one.
+
+A model that has them keeps them in ``model.blocks``. Both change how a block is run, neither its
+parameters, their names, nor (but for rounding in compiled code) what it computes.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+# What is dear to compute for the bytes it takes to keep: matrix products and attention.
+DEAR = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._flash_attention_forward.default,
+    aten._efficient_attention_forward.default,
+]
+# What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.
+RECOMPUTE: dict[str, dict[str, Any] | None] = {
+    "nothing": None,
+    "cheap": {"context_fn": functools.partial(create_selective_checkpoint_contexts, DEAR)},
+    "everything": {},
+}
+
+
+def recomputable(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates ``Block.forward`` to recompute in the backward pass what ``block.recompute`` names.
+
+    Nothing random is drawn inside blocks, so no generator's state is kept.
+    """
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *inputs: Any) -> Any:
+        options = RECOMPUTE[getattr(self, "recompute", "nothing")]
+        if options is None or not torch.is_grad_enabled():
+            return forward(self, *inputs)
+        return checkpoint(
+            forward, self, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+        )
+
+    return run
+
+
+def set_recompute(blocks: Iterable[nn.Module], dial: float) -> None:
+    """Trade memory for time: 0 keeps every activation, 1 keeps only the input of each block.
+
+    Up to 1/2, that share (doubled) of the blocks recomputes all but matrix products and attention,
+    which costs little; beyond, the others give those up, too, in the end a third more work. The
+    blocks that give up more are spread evenly over the depth.
+
+    Raises:
+        ValueError: dial is outside [0, 1].
+    """
+    if not 0 <= dial <= 1:
+        raise ValueError(f"checkpointing={dial} is a share; choose from [0, 1].")
+    less, more, share = ("nothing", "cheap", 2 * dial)
+    if dial > 0.5:
+        less, more, share = "cheap", "everything", 2 * dial - 1
+    for index, block in enumerate(blocks):
+        spends = int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
+        block.recompute = more if spends else less  # type: ignore[assignment]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block by itself, in place.
+
+    Equal blocks share one compilation, so that its time does not grow with the depth.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    blocks = getattr(model, "blocks", None)
+    if blocks is None:
+        raise ValueError(
+            f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
+            "choose on or off."
+        )
+    for block in blocks:
+        block.compile(fullgraph=True)

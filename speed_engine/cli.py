@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, shards, methods, doctor."""
+"""The command line: train, sample, evaluate, export, shards, methods, doctor."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import DiTConfig, TrainConfig, cache_folder
 from speed_engine.presets import PRESETS
 
 USAGE = """\
@@ -25,6 +25,7 @@ usage: speed-engine COMMAND ...
   train --resume RUN       continue a run exactly where its newest checkpoint stands
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
   shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
@@ -98,6 +99,18 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
+class ExportCommand:
+    """Write the averaged model of a run for another library."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """What to write: a .safetensors file for original, a folder for diffusers."""
+    layout: Literal["original", "diffusers"] = "original"
+    """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
+
+
+@dataclass(frozen=True)
 class MethodsCommand:
     """List the methods and the processes that each works on; print or draw what they do."""
 
@@ -133,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
         "train": _train,
         "sample": _sample,
         "evaluate": _evaluate,
+        "export": _export,
         "shards": _shards,
         "methods": _methods,
         "doctor": _doctor,
@@ -244,6 +258,28 @@ def _evaluate(arguments: list[str], console: Console) -> None:
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
     settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
     console.print_json(json.dumps({"step": step, **measured, **settings}))
+
+
+def _export(arguments: list[str], console: Console) -> None:
+    import torch
+
+    from speed_engine import assemble
+    from speed_engine.models.pretrained import save_pretrained
+
+    command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
+    config = assemble.read_config(command.run)
+    model, step = assemble.load_average(command.run, config, torch.device("cpu"))
+    for path in save_pretrained(model, command.out, command.layout):
+        console.print(f"weights of step {step}: {path}", highlight=False, soft_wrap=True)
+    shift = config.model.frequency_shift if isinstance(config.model, DiTConfig) else 1
+    if command.layout == "diffusers" and shift != 1:
+        console.print(
+            f"diffusers computes time features with a frequency shift of 1, this model with "
+            f"{shift:g}: after from_pretrained, call "
+            f"speed_engine.models.pretrained.set_frequency_shift(transformer, {shift:g}).",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:

@@ -95,20 +95,20 @@ class DiTConfig:
     num_heads: int = 4
     """Attention heads per block."""
     variant: Literal["original", "modern"] = "original"
-    """Blocks as published, or with QK-norm, rotary positions and SwiGLU."""
+    """modern has QK-norm, rotary positions and SwiGLU in its blocks."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """What computes attention: PyTorch or xFormers."""
-    frequency_shift: int = 0
-    """Of the timestep's code: 0 as published, 1 as diffusers has it."""
-    checkpointing: float = 0.0
-    """Activations computed again in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    frequency_shift: float = 0
+    """Of the sinusoidal features of t: 0 as in DiT, 1 for weights of diffusers."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+        dial = self.checkpointing
+        _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,8 +328,14 @@ class TrainConfig:
     """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model; auto compiles where that was measured to pay."""
+    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
+    as for one; auto compiles where that was measured to pay."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
+    PyTorch."""
+    init_from: Path | None = None
+    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50
     """Optimizer steps between records; the only points where the device is waited for."""
     checkpoint_every: int = 500
@@ -421,7 +427,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if typing.get_origin(hint) is tuple:
         return tuple(value)
     if hint == ModelConfig:  # a file without the family was written when there was one only
-        return _build(MODEL_CONFIGS[value.get("family", DiTConfig.family)], value, where)
+        family = value.get("family", DiTConfig.family)
+        if family not in MODEL_CONFIGS:
+            known = ", ".join(MODEL_CONFIGS)
+            raise ValueError(f"{where}.family={family!r} is unknown; choose from {known}.")
+        return _build(MODEL_CONFIGS[family], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     return Path(value) if hint is Path else value

@@ -34,6 +34,8 @@ class Engine:
         beta1: step number, from 1 -> decay of first moments; by default the optimizer's own.
         grad_clip: largest gradient norm of the model; inf never clips.
         forward: what is called in place of the model, such as its compiled form.
+        seed: of the dropout inside the model, which is drawn by torch's generators: every step
+            sets them, so that a resumed run draws what the whole one does.
     """
 
     def __init__(
@@ -47,17 +49,22 @@ class Engine:
         beta1: Callable[[int], float] | None = None,
         grad_clip: float,
         forward: Denoiser | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
         self.learning_rate, self.beta1, self.grad_clip = learning_rate, beta1, grad_clip
         self.forward: Denoiser = model if forward is None else forward
         self.steps_done = 0
+        self._seed = seed
+        self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         self._device_type = next(model.parameters()).device.type
 
     def step(self, batch: Batch) -> StepReport:
         """One update from one batch that is on the model's device."""
         before, step = self.steps_done, self.steps_done + 1
         set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
+        if self._has_dropout:
+            torch.manual_seed(hash((self._seed, step)) % 2**63)
         with self._autocast():
             output = self.objective(self.forward, batch.images, batch.conditions, batch.ids, before)
         output.loss.backward()

@@ -64,13 +64,29 @@ def choose_precision(device: str) -> Choice:
 
 
 def choose_compile(wanted: str, device: str, steps: int) -> Choice:
-    """``on`` or ``off``."""
+    """``on``, ``blocks`` or ``off``."""
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
         return Choice("on", "the step is then a few large kernels")
     measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+
+
+def choose_attention(wanted: str, device: str) -> Choice:
+    """``sdpa``, PyTorch's, or ``xformers``.
+
+    Raises:
+        ValueError: xFormers was asked for and cannot run here.
+    """
+    obstacle = _xformers_obstacle(device)
+    if wanted == "xformers":
+        if obstacle:
+            raise ValueError(f"attention=xformers, but {obstacle}; use sdpa or auto.")
+        return Choice("xformers", "asked for")
+    if wanted == "sdpa":
+        return Choice("sdpa", "PyTorch's; asked for")
+    return Choice("sdpa", f"PyTorch's; {obstacle or 'xFormers would run, too'}")
 
 
 def choose_kernels(device: str) -> Choice:
@@ -152,12 +168,11 @@ def choices(config: TrainConfig, num_bytes: int | None = None) -> dict[str, Choi
         num_bytes: of its data set, if known.
     """
     device = choose_device(config.device)
-    cuda = device.value == "cuda"
     return {
         "device": device,
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
-        "attention": _attention(cuda),
+        "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
         "block kernels": choose_block_kernels(device.value),
         "noise": choose_noise(device.value, config.data.image_shape),
@@ -194,14 +209,21 @@ def _workers(count: int) -> Choice:
     return Choice(str(count), f"processes that read ahead, of {os.cpu_count()} cores")
 
 
-def _attention(cuda: bool) -> Choice:
-    has_xformers = importlib.util.find_spec("xformers") is not None
-    installed = "xformers is installed, but not used" if has_xformers else "xformers not installed"
-    if cuda:
-        return Choice(
-            "PyTorch SDPA", f"picks cuDNN, flash or efficient kernels itself; {installed}"
-        )
-    return Choice("PyTorch SDPA", f"its CPU flash kernel; {installed}")
+def _xformers_obstacle(device: str) -> str | None:
+    """Why xFormers cannot compute attention here; None if it just did, forward and backward."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xFormers is not installed (the extra `xformers`)"
+    if device == "cpu":
+        return f"xFormers {_version('xformers')} has operators for CUDA only"
+    try:
+        from xformers.ops import fmha
+
+        x = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        fmha.memory_efficient_attention(x, x, x).sum().backward()
+    except Exception as error:  # whatever a binary built for another machine may raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"xFormers {_version('xformers')} does not run here: {lines[0]}"
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,7 @@
 """What a run will cost, from its configuration alone: nothing is allocated, no data are read.
 
     memory     parameters, gradients, AdamW's two moments and the average: float32, 20 bytes each
-    activation bytes that autograd keeps for the backward pass, counted tensor by tensor
+    activation bytes that are kept for the backward pass, counted storage by storage
     step       at least  3 forward FLOPs / peak rate + 36 bytes per parameter / bandwidth;
                MDT goes forward twice, once under its mask
 
@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from speed_engine.assemble import build_model, condition_shapes, masked_network, told_names
 from speed_engine.config import TrainConfig
@@ -106,9 +109,9 @@ def estimate(config: TrainConfig) -> Estimate:
     # Unlike the meta device, a fake one has autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        exact = _saved_bytes(model, config, 2) - _saved_bytes(model, config, 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16), _NormsInFloat32():
-            one, two = (_saved_bytes(model, config, images) for images in (1, 2))
+        exact = _kept_bytes(model, config, 2) - _kept_bytes(model, config, 1)
+        with _NormsInFloat32():
+            one, two = (_kept_bytes(model, config, images, autocast=True) for images in (1, 2))
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         forward_flops=flops[0],
@@ -175,18 +178,33 @@ def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str
     return [inputs, {**inputs, "mask_draws": draws}]
 
 
-def _saved_bytes(model: nn.Module, config: TrainConfig, images: int) -> int:
-    """Of the storages that autograd keeps from one forward pass, parameters and buffers aside."""
-    own = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}  # alive, so that no address returns
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage, storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answers = [model(**inputs) for inputs in _passes(model, config, images)]
+def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:
+    """Of the storages made by a step's forward passes and alive after them, for the backward."""
+    with _Storages(model) as storages:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            answers = [model(**inputs) for inputs in _passes(model, config, images)]
+        kept = storages.bytes_alive()
     del answers
-    return sum(size for _, size in kept.values())
+    return kept
+
+
+class _Storages(TorchDispatchMode):
+    """Watches what is allocated beside a model, by whatever it is held: autograd, or a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tensors = (*model.parameters(), *model.buffers())
+        self._own = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._own:
+                storage = leaf.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        """Of the storages that are still held."""
+        return sum(size for reference, size in self._made.values() if not reference.expired())

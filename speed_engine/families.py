@@ -1,4 +1,4 @@
-"""Model families: from a configuration and what the data decide of it to a network."""
+"""Model families: from a configuration and what data and machine decide of it to a network."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,13 +32,14 @@ MDT_SIZES: dict[str, dict] = {
 
 
 class Shape(NamedTuple):
-    """What the data decide of a model."""
+    """What data and machine decide of a model."""
 
     input_size: tuple[int, int]
     channels: int  # of the answer
     num_classes: int | None = None  # None: it is told no class
     token_dim: int | None = None  # None: it is told no text
     low_channels: int | None = None  # None: it is told no smaller image
+    attention: str = "sdpa"  # what computes it
 
     @property
     def in_channels(self) -> int:
@@ -54,6 +55,11 @@ def build_network(settings: ModelConfig, shape: Shape) -> nn.Module:
     Raises:
         ValueError: sizes that do not fit each other, or a condition that the family does not take.
     """
+    if shape.attention != "sdpa" and not isinstance(settings, DiTConfig):
+        raise ValueError(
+            f"attention={shape.attention} is for a dit; model family {settings.family} computes "
+            "its own: use auto or sdpa."
+        )
     network = FAMILIES[type(settings)](settings, shape)
     return network if shape.low_channels is None else SuperResolution(network)
 
@@ -63,8 +69,8 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
     arguments = {
         **_some(settings, sizes),
         **(dit_size(settings.size) if settings.size else {}),
-        **_some(settings, ("mlp_ratio", "learn_sigma", "attention", "frequency_shift")),
-        "checkpointing": settings.checkpointing,
+        **_some(settings, ("mlp_ratio", "learn_sigma", "frequency_shift", "checkpointing")),
+        "attention": shape.attention,
         "input_size": shape.input_size,
         "channels": shape.channels,
         "in_channels": shape.in_channels,

@@ -43,6 +43,8 @@ from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog
+from speed_engine.models.blocks import compiled
+from speed_engine.models.pretrained import load_pretrained
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
     adamw,
@@ -66,10 +68,14 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
             f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
             "or name another folder with --run."
         )
-    trainer = Trainer(config, run, console)
+    trainer = Trainer(config, run, console, config.init_from)
+    # The choices go on record: others round differently, and a resumed run must not.
+    config = replace(
+        config,
+        compile=trainer.choices["torch.compile"].value,
+        attention=trainer.choices["attention"].value,
+    )
     run.mkdir(parents=True)
-    # The choice goes on record: compiled code rounds differently, and a resumed run must not.
-    config = replace(config, compile=trainer.choices["torch.compile"].value)
     (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 
@@ -92,7 +98,9 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 class Trainer:
     """One run in this process. Everything is built and checked before anything is written."""
 
-    def __init__(self, config: TrainConfig, run: Path, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, run: Path, console: Console, init_from: Path | None = None
+    ) -> None:
         self.config, self.run, self.console = config, run, console
         self.reader = open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
@@ -102,7 +110,9 @@ class Trainer:
         self.device = torch.device(self.choices["device"].value)
         self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
-        model = build_model(config).to(self.device)
+        model = build_model(config, self.choices["attention"].value).to(self.device)
+        if init_from is not None:
+            load_pretrained(model, init_from)
         self.evaluator: Evaluator = build_evaluator(config, process)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
@@ -126,7 +136,8 @@ class Trainer:
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
-            forward=torch.compile(model) if self.choices["torch.compile"].value == "on" else model,
+            forward=compiled(model, self.choices["torch.compile"].value),
+            seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None

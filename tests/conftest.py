@@ -13,6 +13,9 @@ from hypothesis import settings
 
 settings.register_profile("default", deadline=None, derandomize=True)
 settings.load_profile("default")
+# `with torch.device("meta")` remembers torch.empty when first used: not the one replaced below.
+with torch.device("cpu"):
+    torch.empty(0)
 
 
 @pytest.fixture

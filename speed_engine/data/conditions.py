@@ -60,7 +60,7 @@ def load_null_tokens(folder: Path) -> np.ndarray:
             "stand for no text. `speed-engine shards encode` writes it beside the tokens."
         )
     try:
-        return _checked_tokens(decode_npy(path.read_bytes()))
+        return _checked_tokens(decode_npy(path.read_bytes())).copy()  # of its own memory
     except ValueError as error:
         raise ShardError(f"{path}: {error}") from error
 

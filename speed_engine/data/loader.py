@@ -39,8 +39,12 @@ class Batch(NamedTuple):
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``; the copy is asynchronous from pinned memory."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        """The batch on ``device``, floats as float32; copies from pinned memory do not wait."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = tensor.to(device, non_blocking=True)
+            return moved.float() if moved.is_floating_point() else moved
+
         conditions = {name: move(value) for name, value in self.conditions.items()}
         return Batch(move(self.images), conditions, move(self.ids))
 

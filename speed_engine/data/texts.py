@@ -25,7 +25,7 @@ def encode_texts(texts: Sequence[str], name: str) -> np.ndarray:
     try:
         from transformers import CLIPTextModel, CLIPTokenizer
     except ImportError as error:
-        raise ValueError("texts need transformers: pip install speed-engine[text].") from error
+        raise ValueError("texts need transformers: pip install speed-engine[prepare].") from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(name)
         model = CLIPTextModel.from_pretrained(name, use_safetensors=True).eval()

@@ -73,8 +73,18 @@ def set_recompute(blocks: Iterable[nn.Module], dial: float) -> None:
         block.recompute = more if spends else less  # type: ignore[assignment]
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block by itself, in place.
+def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
+    """What to call in place of the model.
+
+    Args:
+        model: stays as it is, but for its blocks under ``blocks``.
+        how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
+    """
+    return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    """The model itself, each of its blocks compiled in place.
 
     Equal blocks share one compilation, so that its time does not grow with the depth.
 
@@ -89,3 +99,4 @@ def compile_blocks(model: nn.Module) -> None:
         )
     for block in blocks:
         block.compile(fullgraph=True)
+    return model

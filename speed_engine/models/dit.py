@@ -210,7 +210,8 @@ class DiT(nn.Module):
             raise ValueError(f"variant={variant!r} is unknown; choose from {', '.join(VARIANTS)}.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
-        self.num_classes, self.residual_dtype = num_classes, residual_dtype
+        self.num_classes, self.num_heads, self.mlp_ratio = num_classes, num_heads, mlp_ratio
+        self.residual_dtype = residual_dtype
         self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim, frequency_shift)
         self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
@@ -235,11 +236,15 @@ class DiT(nn.Module):
     def _answer(self, x: Tensor, condition: Tensor, *told: Tensor) -> Tensor:
         """``told`` is what the blocks take beside tokens and condition."""
         tokens = self.x_embedder(x) + self.pos_embed
-        rotation = (self.rotary_cos, self.rotary_sin) if self.rotates else ()
+        rotation = self.rotation()
         stream = OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
         for block in self.blocks:
             stream = block(stream, condition, *told, *rotation)
         return unpatchify(self.final_layer(stream, condition), self.grid, self.patch_size)
+
+    def rotation(self) -> tuple[Tensor, ...]:
+        """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""
+        return (self.rotary_cos, self.rotary_sin) if self.rotates else ()
 
     def _register_rotation(self, head_dim: int) -> None:
         if head_dim % 4:

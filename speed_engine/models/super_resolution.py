@@ -6,6 +6,8 @@ The smaller image is enlarged to the size of x and joined to it along the channe
 Letters: B images, C channels, H x W pixels, h x w pixels of the smaller image.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,11 @@ class SuperResolution(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Of the model, if it has any."""
+        return cast(nn.ModuleList, self.model.blocks)
 
     def forward(
         self,

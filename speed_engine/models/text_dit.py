@@ -87,8 +87,9 @@ class TextDiT(DiT):
             nn.Linear(token_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
         )
         self.pooled_embedder = nn.Linear(dim, dim)
-        for block in self.blocks:
-            nn.init.zeros_(block.cross_attn.proj.weight)
+        for module in self.modules():
+            if isinstance(module, CrossAttention):
+                nn.init.zeros_(module.proj.weight)
         for layer in (*self.text_embedder, self.pooled_embedder):
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -96,6 +97,6 @@ class TextDiT(DiT):
 
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B, L, E) -> (B, C or 2C, H, W)."""
-        text = self.text_embedder(tokens.to(x.dtype))
+        text = self.text_embedder(tokens)
         condition = self.t_embedder(t) + self.pooled_embedder(text.mean(1))
         return self._answer(x, condition, text)

@@ -1,6 +1,6 @@
 import torch
 
-from speed_engine.diffusion.conditions import ConditionDropout, hidden
+from speed_engine.diffusion.conditions import ConditionDropout, LowResolutionNoise, hidden
 
 SEED, IDS = torch.tensor(3), torch.arange(20_000)
 NULL = {"labels": torch.tensor(10), "tokens": torch.full((2, 3), -1.0)}
@@ -9,6 +9,7 @@ TOLD = {
     "tokens": torch.zeros(20_000, 2, 3, dtype=torch.float16),
     "low_resolution": torch.zeros(20_000, 1, 2, 2),
 }
+TOLD_CLASS = {"labels": TOLD["labels"]}
 
 
 def test_an_images_label_and_text_are_hidden_together_at_the_stated_rate():
@@ -41,3 +42,27 @@ def test_guidance_hides_all_of_them():
 
 def test_hidden_values_are_no_state():
     assert ConditionDropout(NULL, 0.5).state_dict() == {}
+
+
+def test_low_resolution_images_get_noise_of_a_told_level():
+    low = torch.full((20_000, 1, 2, 2), 0.5)
+    told = LowResolutionNoise(0.8)({"low_resolution": low}, SEED, IDS)
+    level = told["low_resolution_noise"]
+    assert 0 < float(level.min()) and float(level.max()) < 0.8
+    assert abs(float(level.mean()) - 0.4) < 0.01
+    share = level.view(-1, 1, 1, 1)
+    noise = (told["low_resolution"] - (1 - share**2).sqrt() * low) / share
+    noise = noise[level > 0.1]
+    assert abs(float(noise.mean())) < 0.02 and abs(float(noise.std()) - 1) < 0.02
+
+
+def test_low_resolution_noise_is_a_function_of_seed_and_image():
+    low = torch.zeros(100, 1, 2, 2)
+    whole = LowResolutionNoise(0.5)({"low_resolution": low}, SEED, IDS[:100])
+    part = LowResolutionNoise(0.5)({"low_resolution": low[:10]}, SEED, IDS[50:60])
+    for name in whole:
+        assert torch.equal(part[name], whole[name][50:60])
+
+
+def test_without_a_low_resolution_image_there_is_nothing_to_do():
+    assert LowResolutionNoise(0.5)(TOLD_CLASS, SEED, IDS) is TOLD_CLASS

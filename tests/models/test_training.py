@@ -1,0 +1,108 @@
+"""Every family of models on real digits: loss falls, steps compile into one graph and stay so."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import speed_engine.data
+from speed_engine.data.loader import Batch
+from speed_engine.diffusion.masked import MaskedObjective
+from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.objective import Objective
+from speed_engine.diffusion.processes import build_schedule
+from speed_engine.ema import Ema
+from speed_engine.engine import Engine
+from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
+from speed_engine.models.mdt import MDT, MDTv2
+from speed_engine.models.unet import UNet
+from speed_engine.optim import adamw
+
+BATCH = 32
+UNET = {
+    "input_size": (8, 8), "in_channels": 1, "out_channels": 1, "model_channels": 32,
+    "channel_mult": (1, 2), "num_classes": 10,
+}  # fmt: skip
+MDT_SIZE = {
+    "input_size": (8, 8), "channels": 1, "patch_size": 2, "dim": 64, "depth": 4, "num_heads": 4,
+    "num_classes": 10, "decode_layers": 2,
+}  # fmt: skip
+FAMILIES = {
+    "unet": lambda: UNet(**UNET, num_res_blocks=1, attention_resolutions=(2,)),
+    "unet-adm": lambda: UNet(
+        **UNET,
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        scale_shift_norm=True,
+        resblock_updown=True,
+    ),
+    "unet-tokens": lambda: UNet(
+        **UNET | {"num_classes": None},
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        token_dim=10,
+    ),
+    "ddpm++": lambda: SongUNet(**UNET, num_blocks=1, attention_resolutions=(4,)),
+    "adm-edm": lambda: DhariwalUNet(
+        **UNET | {"channel_mult": (2, 2)}, num_blocks=1, attention_resolutions=(4,)
+    ),
+    "mdt": lambda: MDT(**MDT_SIZE),
+    "mdt-v2": lambda: MDTv2(**MDT_SIZE),
+}
+
+
+def digits(start: int, told: str) -> Batch:
+    """Real images; a text is one token that says the class."""
+    with np.load(Path(speed_engine.data.__file__).with_name("digits.npz")) as stored:
+        rows = np.arange(start, start + BATCH) % len(stored["labels"])
+        images, labels = stored["images"][rows], torch.from_numpy(stored["labels"][rows]).long()
+    pixels = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1
+    tokens = nn.functional.one_hot(labels, 10).float().unsqueeze(1)
+    conditions = {"labels": labels} if told == "labels" else {"tokens": tokens}
+    return Batch(pixels, conditions, torch.arange(start, start + BATCH))
+
+
+def engine(family: str, **options) -> Engine:
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    process = "edm" if isinstance(model, (SongUNet, DhariwalUNet)) else "linear"
+    method = build_method("uniform", build_schedule(process, 1000))
+    objective = Objective(method, seed=0)
+    if isinstance(model, MDT):
+        objective = MaskedObjective(objective, model.mask_words)
+    return Engine(
+        model,
+        objective,
+        adamw(model, learning_rate=2e-3, beta1=0.9, beta2=0.999, weight_decay=0),
+        Ema(model, 0.99),
+        learning_rate=lambda step: 2e-3,
+        grad_clip=1.0,
+        **{name: make(model) for name, make in options.items()},
+    )
+
+
+def told(family: str) -> str:
+    return "tokens" if family == "unet-tokens" else "labels"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_falls_on_digits(family):
+    trained = engine(family)
+    losses = [
+        float(trained.step(digits(BATCH * step, told(family))).squared_error) for step in range(40)
+    ]
+    assert np.mean(losses[-8:]) < 0.75 * np.mean(losses[:4]), losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_one_graph_and_no_step_after_the_second_compiles(family):
+    compile = lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled, eager = engine(family, forward=compile), engine(family)
+    for step in range(4):
+        batch = digits(BATCH * step, told(family))
+        stance = "fail_on_recompile" if step >= 2 else "default"
+        with torch.compiler.set_stance(stance):
+            report = compiled.step(batch)
+        torch.testing.assert_close(report.loss, eager.step(batch).loss, rtol=1e-3, atol=1e-4)

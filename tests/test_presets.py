@@ -1,0 +1,40 @@
+from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig, from_json, to_json
+from speed_engine.presets import PRESETS
+
+EXPERIMENTS = {
+    "metfaces-dit-xl2", "ffhq-dit-xl2", "ffhq-unet", "imagenet256-dit-xl2", "imagenet256-unet",
+    "imagenet256-mdt-s2", "cifar10-edm", "cifar10-fdm", "coco-t2i-dit-xl2", "metfaces512-superres",
+}  # fmt: skip
+
+
+def test_the_papers_experiments_are_there():
+    assert set(PRESETS) == EXPERIMENTS | {"digits"}
+    families = {type(config.model) for _, config in PRESETS.values()}
+    assert families == {DiTConfig, MDTConfig, UNetConfig, EdmUNetConfig}
+
+
+def test_every_preset_says_what_to_expect():
+    assert all(help_text.endswith(")") for help_text, _ in PRESETS.values())
+
+
+def test_every_preset_survives_its_run_folder():
+    assert all(from_json(to_json(config)) == config for _, config in PRESETS.values())
+
+
+def test_the_paper_trains_with_one_recipe():
+    latent = [config for _, config in PRESETS.values() if config.data.latents]
+    assert len(latent) == 8
+    for config in latent:
+        optimizer = config.optimizer
+        assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0)
+        assert (optimizer.ema_decay, config.batch_size, config.schedule) == (0.9999, 256, "linear")
+        assert config.method == "speed_paper" and config.model.learn_sigma
+
+
+def test_edm_trains_on_200_million_images():
+    for name in ("cifar10-edm", "cifar10-fdm"):
+        _, config = PRESETS[name]
+        assert abs(config.steps * config.batch_size - 200e6) < config.batch_size
+        assert round(config.optimizer.warmup_steps * config.batch_size / 1e6) == 10
+        kept_of_half_a_million = config.optimizer.ema_decay ** (500_000 / config.batch_size)
+        assert abs(kept_of_half_a_million - 0.5) < 1e-9

@@ -239,7 +239,9 @@ class DiT(nn.Module):
         rotation = self.rotation()
         stream = OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
         for block in self.blocks:
-            stream = block(stream, condition, *told, *rotation)
+            # What a block is given is kept for it to recompute: then one tensor, not two.
+            given = stream.closed() if block.recompute == "everything" else stream
+            stream = opened(block(given, condition, *told, *rotation))
         return unpatchify(self.final_layer(stream, condition), self.grid, self.patch_size)
 
     def rotation(self) -> tuple[Tensor, ...]:

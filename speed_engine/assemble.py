@@ -7,15 +7,22 @@ process.
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speed_engine import checkpoint
 from speed_engine.config import TrainConfig, cache_folder, from_json
 from speed_engine.data.clean import Cleaning
-from speed_engine.data.conditions import condition_name, load_null_tokens
+from speed_engine.data.conditions import (
+    NULL_TOKENS,
+    condition_name,
+    decode_null_tokens,
+    load_null_tokens,
+)
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
+from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
 from speed_engine.data.texts import encode_texts
 from speed_engine.diffusion.conditions import (
@@ -131,7 +138,7 @@ def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
     """One row of each condition that can be hidden, as it is when hidden."""
     null: dict[str, Callable[[], Tensor]] = {
         "labels": lambda: torch.tensor(config.data.num_classes),
-        "tokens": lambda: torch.from_numpy(load_null_tokens(data_folder(config))),
+        "tokens": lambda: torch.from_numpy(_null_tokens(config)),
     }
     return {name: null[name]() for name in told_names(config) if name in null}
 
@@ -180,19 +187,32 @@ def prompted(
     return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}
 
 
-def data_folder(config: TrainConfig) -> Path:
-    """Of the configured shards; an embedded data set is written to the cache first."""
-    digits = config.data.source == "digits"
-    return digits_folder(cache_folder()) if digits else Path(config.data.source)
+def data_source(config: TrainConfig) -> Path | str:
+    """Path or URL of the configured shards; an embedded data set is written to the cache first."""
+    if config.data.source == "digits":
+        return digits_folder(cache_folder())
+    return config.data.source if is_url(config.data.source) else Path(config.data.source)
 
 
-def open_data(config: TrainConfig) -> ShardReader:
-    """The configured shards.
+def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> ShardReader:
+    """The configured shards, with the configured or other members.
 
     Raises:
         ValueError: they are damaged, or lack a member that the model is to be told.
     """
-    return ShardReader(data_folder(config), config.data.members)
+    return ShardReader(
+        data_source(config),
+        members or config.data.members,
+        Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
+        config.data.exclude,
+    )
+
+
+def _null_tokens(config: TrainConfig) -> np.ndarray:
+    source = data_source(config)
+    if isinstance(source, Path):
+        return load_null_tokens(source)
+    return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
 
 
 def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
@@ -255,8 +275,8 @@ def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
 def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:
     """Every image of the data, and the features to compare drawn ones by."""
     members = [m for m in config.data.members if m == config.data.members[0] or m == "cls"]
-    reader = ShardReader(data_folder(config), members)
-    pixels, conditions = read_all(reader, config.data.image_shape)
+    reader = open_data(config, members)
+    pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
     images = torch.from_numpy(pixels)
     if config.evaluation.features == "inception":
         return images, inception_features(config.evaluation.inception_weights)

@@ -216,7 +216,8 @@ class DataConfig:
     """Where images come from."""
 
     source: str = "digits"
-    """An embedded data set (digits) or the path of a folder of shards (.tar)."""
+    """An embedded data set (digits), the path of a folder of shards (.tar), or its URL (https,
+    http, s3, gs)."""
     members: tuple[str, ...] = ("npy", "cls")
     """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
     it: cls, tokens.npy, low.npy (low.png, ...)."""
@@ -239,8 +240,15 @@ class DataConfig:
     resident: Literal["auto", "on", "off"] = "auto"
     """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well.
     The run is the same either way."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """A damaged sample is replaced by another and counted, or ends the run."""
+    exclude: Path | None = None
+    """Repair list of `speed-engine shards check`: what it names is left out."""
+    cache_gb: float = 100.0
+    """Disk space for shards that come from a URL, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
+        _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")

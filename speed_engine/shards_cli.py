@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ usage: speed-engine shards COMMAND ...
   encode SHARDS OUT        pictures to latents of a VAE, captions to text tokens; under torchrun
                            the ranks share the work
   index FOLDER             make a data set of the tars in a folder, whoever wrote them
+  check FOLDER             read everything once; list what is damaged, unlike the rest, or twice
 
 Each command explains its options with --help.
 """
@@ -82,6 +84,20 @@ class IndexCommand:
     """JSON file of facts about the whole, such as {"latent_scale": 0.18215}."""
 
 
+@dataclass(frozen=True)
+class CheckCommand:
+    """Read everything once; exits with status 1 if something is wrong."""
+
+    folder: tyro.conf.Positional[Path]
+    """Holds the tars."""
+    members: tuple[str, ...] = ()
+    """Extensions that every sample must have; by default those that most have."""
+    workers: int = os.cpu_count() or 1
+    """Processes."""
+    out: Path | None = None
+    """Repair list to write if something is wrong, for data.exclude; default FOLDER/repair.json."""
+
+
 def main(arguments: list[str], console: Console) -> None:
     """Run one command.
 
@@ -93,6 +109,7 @@ def main(arguments: list[str], console: Console) -> None:
         "make": _make,
         "encode": _encode,
         "index": _index,
+        "check": _check,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(USAGE, end="", markup=False, highlight=False)
@@ -192,3 +209,32 @@ def _index(arguments: list[str], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check(arguments: list[str], console: Console) -> None:
+    from speed_engine.data.check import check_folder
+
+    command = tyro.cli(CheckCommand, args=arguments, prog="speed-engine shards check")
+    found = check_folder(command.folder, command.members, command.workers)
+    lines = [f"{name}: {reason}" for name, reason in found.repair.shards.items()]
+    lines += [f"{name}: {note}" for name, note in found.notes.items()]
+    lines += [
+        f"{name}: sample {key!r}: {reason}"
+        for name, samples in found.repair.samples.items()
+        for key, reason in samples.items()
+    ]
+    for line in [*lines[:50], *([f"and {len(lines) - 50:,} more"] if len(lines) > 50 else [])]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    bad = sum(map(len, found.repair.samples.values()))
+    console.print(
+        f"{found.num_samples:,} samples read: {len(found.repair.shards):,} shards unreadable, "
+        f"{bad:,} samples damaged, unlike the rest or twice",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if found.repair:
+        out = command.out or command.folder / "repair.json"
+        found.repair.save(out)
+        console.print(f"repair list: {out}", highlight=False, soft_wrap=True)
+    if lines:
+        sys.exit(1)

@@ -36,6 +36,7 @@ from speed_engine.assemble import (
     stored_shape,
 )
 from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
 from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.ema import Ema
@@ -140,6 +141,7 @@ class Trainer:
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.bad_samples = 0  # of the whole run
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
@@ -169,6 +171,7 @@ class Trainer:
             self.engine.objective, self.engine.optimizer, tensors["objective_optimizer"]
         )
         self.means.load_state(state["means"])
+        self.bad_samples = state["bad_samples"]
         self.engine.steps_done = state["step"]
 
     def train(self) -> None:
@@ -187,6 +190,7 @@ class Trainer:
             for batch in batches:
                 if engine.steps_done >= config.steps:
                     break
+                self.bad_samples += len(batch.replaced)
                 self.means.add(engine.step(batch))
                 progress.step(engine.steps_done)
                 self._fire()
@@ -227,7 +231,8 @@ class Trainer:
         self._interval = now, step
         self._require_finite(figures["loss"])
         images = step * self.config.batch_size
-        self.records.write(step, {"images": images, **figures, "images_per_second": rate})
+        counts = {"images": images, "bad_samples": self.bad_samples}
+        self.records.write(step, {**counts, **figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
 
     def _require_finite(self, loss: float) -> None:
@@ -267,6 +272,7 @@ class Trainer:
         state = {
             "step": engine.steps_done,
             "means": self.means.state(),
+            "bad_samples": self.bad_samples,
             "data": self.reader.fingerprint,
         }
         self._require_finite(state["means"]["sum"][FIGURES.index("loss")])
@@ -280,9 +286,8 @@ class Trainer:
             yield from self._resident(start)
         else:
             with self._loader(start) as loader:
-                for batch in loader:
-                    batch = batch.to(self.device)
-                    yield self.cleaning.batch(batch.images, batch.conditions, batch.ids)
+                for images, conditions, ids, replaced in on_device(loader, self.device):
+                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
 
     def _resident(self, start: int) -> Resident:
         config = self.config
@@ -295,6 +300,7 @@ class Trainer:
             start=start,
             window=config.data.window,
             num_classes=config.data.num_classes,
+            on_bad_sample=config.data.on_bad_sample,
         )
 
     def _loader(self, start: int) -> Loader:
@@ -309,4 +315,5 @@ class Trainer:
             window=config.data.window,
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
+            on_bad_sample=config.data.on_bad_sample,
         )

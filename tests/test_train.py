@@ -25,6 +25,7 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
+from speed_engine.data.shards import index_folder
 from speed_engine.data.sources import write_digits
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.diffusion.recipes import METHODS
@@ -264,6 +265,9 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path):
     data = dataclasses.replace(TINY.data, source=str(shards))
     train.start(dataclasses.replace(TINY, steps=5, data=data), run, quiet())
     sorted(shards.glob("*.tar"))[-1].unlink()
+    with pytest.raises(ValueError, match=r"lacks \['digits-000005.tar'\]"):
+        train.resume(run, quiet(), steps=10)
+    index_folder(shards)
     with pytest.raises(ValueError, match="holds other data than when"):
         train.resume(run, quiet(), steps=10)
 

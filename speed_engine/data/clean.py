@@ -37,7 +37,7 @@ class Cleaning(NamedTuple):
 
         Args:
             images: (N, C or 2C, H, W) on the device: uint8 pixels, or floating point.
-            conditions: (N, ...) each.
+            conditions: (N, ...) each; floats become float32.
             ids: (B,) int64 positions in the stream.
             rows: (B,) int64, which of the N; None takes all in turn.
         """
@@ -48,6 +48,7 @@ class Cleaning(NamedTuple):
             if name in PICTURES:
                 told[name] = clean(value, self.seed, ids, rows, flip=self.flip)
             else:
-                told[name] = value if rows is None else value[rows]
+                taken = value if rows is None else value[rows]
+                told[name] = taken.float() if taken.is_floating_point() else taken
         x0 = clean(images, self.seed, ids, rows, flip=self.flip, **latents)
         return Batch(x0, told, ids)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,14 @@ def merge_description(contents: Contents, extension: str, description: dict[str,
         contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
 
 
-def verify_file(dataset: Dataset, name: str, data: bytes, where: str) -> None:
-    """Raises ShardError unless a file beside the shards is the recorded one."""
+def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes]) -> bytes:
+    """A file beside the shards; raises ShardError unless it is the recorded one."""
     if name not in dataset.files:
         raise ShardError(f"{where} is not among the recorded files {sorted(dataset.files)}.")
+    data = read()
     if dataset.files[name] != _record_of(data):
         raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
+    return data
 
 
 def write_durably(path: Path, data: bytes | bytearray) -> None:

@@ -34,6 +34,10 @@ _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
+class UnfitSample(ValueError):
+    """A sample is intact, but not what the run, or the rest of its data set, is like."""
+
+
 def decode_image(
     data: Buffer, extension: str, channels: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
@@ -75,6 +79,22 @@ def decode_npy(data: Buffer) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
+def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
+    """Many npy files of equal headers at once, without a copy.
+
+    Args:
+        rows: (B, size) uint8, one file each.
+
+    Returns:
+        (B, *shape) that shares the memory of ``rows``; None if the headers differ.
+    """
+    first = decode_npy(memoryview(rows[0]))
+    start = rows.shape[1] - first.nbytes
+    if (rows[:, :start] != rows[0, :start]).any():
+        return None
+    return rows[:, start:].view(first.dtype).reshape(len(rows), *first.shape)
+
+
 def decode_label(data: Buffer) -> int:
     """Decimal digits, with or without white space around them."""
     text = bytes(data[:32]).strip() if len(data) <= 32 else b""
@@ -103,6 +123,29 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
     except Exception:  # the loader, and `shards check`, say what is wrong with it
         return {}
     return {}
+
+
+def decode_labels(memory: np.ndarray, offset: np.ndarray, size: np.ndarray) -> np.ndarray | None:
+    """Many labels at once.
+
+    Args:
+        memory: (B, L) uint8, one row each.
+        offset: (B,) of the label in its row.
+        size: (B,) bytes of it.
+
+    Returns:
+        (B,) int64; None if one of them is anything but one to 18 digits.
+    """
+    if not 1 <= size.min() <= size.max() <= 18:
+        return None
+    labels, rows = np.zeros(len(memory), dtype=np.int64), np.arange(len(memory))
+    for place in range(int(size.max())):
+        inside = place < size
+        digits = memory[rows, np.where(inside, offset + place, 0)].astype(np.int64) - ord("0")
+        if ((digits < 0) | (digits > 9))[inside].any():
+            return None
+        labels = np.where(inside, 10 * labels + digits, labels)
+    return labels
 
 
 def _npy_header_bytes(data: Buffer) -> int:
@@ -185,7 +228,10 @@ def _torchvision_jpeg() -> Callable[[Buffer, bool], np.ndarray] | None:
 
 def _check_size(height: int, width: int, size: tuple[int, int] | None) -> None:
     if size is not None and (height, width) != tuple(size):
-        raise ValueError(f"the picture is {height} x {width}; expected {size[0]} x {size[1]}.")
+        raise UnfitSample(
+            f"the picture is {height} x {width}; expected {size[0]} x {size[1]}. Correct "
+            f"image_shape or the data."
+        )
     if not 0 < height * width <= MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels; at least 1 and at most {MAX_PIXELS}.")
 
@@ -200,6 +246,8 @@ def _decode_picture(
                 raise ValueError(f"mode {image.mode} is not 8-bit grey or colour.")
             keep_grey = image.mode in _GREY_MODES and channels == 1
             pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+    except UnfitSample:
+        raise
     except Exception as error:  # whatever the bytes provoke in Pillow
         raise ValueError(f"unusable {pillow_format} picture: {error}") from error
     return pixels[None] if keep_grey else pixels.transpose(2, 0, 1)

@@ -17,7 +17,7 @@ from speed_engine.data.dataset import (
     dataset_from_json,
     merge_description,
     refuse_incomplete,
-    verify_file,
+    verified,
 )
 from speed_engine.data.index import Contents, ShardIndex, index_path, load_index
 from speed_engine.data.remote import RECORD_LIMIT, Cache, fetch, is_url
@@ -144,9 +144,7 @@ class LocalFolder:
     def read_file(self, name: str) -> bytes:
         """See ``Folder``."""
         path = self._path / name
-        data = path.read_bytes()
-        verify_file(self._dataset, name, data, str(path))
-        return data
+        return verified(self._dataset, name, str(path), path.read_bytes)
 
     def _load_shard(self, path: Path) -> tuple[ShardIndex, str]:
         """Index and content hash, checked against the size of the tar."""
@@ -235,9 +233,7 @@ class RemoteFolder:
     def read_file(self, name: str) -> bytes:
         """See ``Folder``."""
         url = self.describe(name)
-        data = self._fetch_bytes(url, self._dataset.files[name].bytes)
-        verify_file(self._dataset, name, data, url)
-        return data
+        return verified(self._dataset, name, url, partial(self._fetch_bytes, url, RECORD_LIMIT))
 
     def _prefetch(self, shard: int) -> None:
         try:

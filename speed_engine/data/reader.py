@@ -8,9 +8,10 @@ Letters: N samples, K keys.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +24,7 @@ from speed_engine.data.tarscan import ShardError
 
 MAX_OPEN_FILES = 64
 _WASTE = 2**16  # bytes between the members of a sample that are read along rather than left out
+_ALIGNMENT = 64  # of the rows of a batch in memory
 
 Sample = dict[str, memoryview]
 
@@ -75,8 +77,11 @@ class ShardReader:
         self._ends = np.array(list(accumulate(self.counts)))
         # Arrays, not objects: a million objects would be copied page by page into every worker.
         self._row = np.concatenate(kept)  # (N,) number in the shard
+        if not len(self):
+            raise ShardError(f"{exclude} leaves nothing of {source}.")
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
-        self._open: dict[int, int] = {}  # shard -> file descriptor, least recently used first
+        self._memory = bytearray()  # of one sample at a time
+        self._open: dict[int, int] = {}  # shard -> file descriptor, the oldest first
 
     def __len__(self) -> int:
         return len(self._row)
@@ -88,78 +93,112 @@ class ShardReader:
             ShardError: the bytes are not those that were written; names shard, sample and member.
             OSError: the shard cannot be read.
         """
-        (sample,) = self.read_batch([i])
+        (sample,) = self.stream([i])
         if isinstance(sample, ShardError):
             raise sample
         return {key: bytes(data) for key, data in sample.items()}
 
-    def read_batch(self, samples: Sequence[int] | np.ndarray) -> list[Sample | ShardError]:
-        """Members of many samples; in the place of a damaged one, what is wrong with it.
+    def stream(self, samples: Sequence[int] | np.ndarray) -> Iterator[Sample | ShardError]:
+        """Members of many samples, one after the other, in memory that the next one reuses.
+
+        In the place of a damaged sample comes what is wrong with it.
 
         Raises:
             OSError: a shard cannot be read.
         """
+        places = self._places(samples, stride=0)
+        if places.extent > len(self._memory):  # in the processor's cache from the second use on
+            self._memory = bytearray(2 * places.extent)
+        memory = memoryview(self._memory)
+        for place in places.rows:
+            yield self._read(*place, memory) or self._sample(place[3], memory)
+
+    def read_batch(self, samples: Sequence[int] | np.ndarray) -> "RawBatch":
+        """Members of many samples, each in a row of memory of its own.
+
+        Raises:
+            OSError: a shard cannot be read.
+        """
+        places = self._places(samples, stride=1)
+        memory = np.empty((len(places.offset), places.extent), dtype=np.uint8)
+        flat = memoryview(memory.reshape(-1))
+        samples_read = [self._read(*place, flat) for place in places.rows]
+        damage = {j: error for j, error in enumerate(samples_read) if error is not None}
+        return RawBatch(self.keys, memory, places.offset, places.size, damage)
+
+    def _places(self, samples: Sequence[int] | np.ndarray, stride: int) -> "_Places":
+        """Where samples lie, and where they go: row after row, or each (stride 0) to the first."""
         numbers = np.asarray(samples, dtype=np.int64)
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
         if len(outside):
             raise IndexError(f"sample {outside[0]} of {len(self)}.")
-        shards = np.searchsorted(self._ends, numbers, side="right").tolist()
-        offsets, sizes = self._offset[numbers], self._size[numbers]
-        starts = offsets.min(axis=1)
-        lengths = (offsets + sizes).max(axis=1) - starts
-        apart = lengths > sizes.sum(axis=1) + _WASTE
-        rows = zip(
-            numbers.tolist(),
-            shards,
-            starts.tolist(),
-            lengths.tolist(),
-            apart.tolist(),
-            (offsets - starts[:, None]).tolist(),
-            sizes.tolist(),
-            self._crc32[numbers].tolist(),
-            strict=True,
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        offset, size = self._offset[numbers], self._size[numbers]
+        start = offset.min(axis=1, keepdims=True)
+        length = (offset + size).max(axis=1, keepdims=True) - start
+        if (length[:, 0] <= size.sum(axis=1) + _WASTE).all():  # one read, with what lies between
+            begin, relative, extents = np.zeros_like(start), offset - start, length
+        else:
+            start, length = offset, size
+            begin = relative = size.cumsum(axis=1) - size
+            extents = size.sum(axis=1)
+        extent = -(-int(extents.max(initial=0)) // _ALIGNMENT) * _ALIGNMENT
+        row = np.arange(len(numbers))[:, None] * extent * stride
+        reads = np.stack([start, row + begin, row + begin + length], axis=2)
+        members = np.stack([row + relative, row + relative + size, self._crc32[numbers]], axis=2)
+        rows = zip(numbers.tolist(), shards.tolist(), reads.tolist(), members.tolist(), strict=True)
+        return _Places(rows, extent, relative, size)
+
+    def _read(
+        self,
+        number: int,
+        shard: int,
+        reads: list[list[int]],
+        members: list[list[int]],
+        memory: memoryview,
+    ) -> ShardError | None:
+        """One sample into ``memory``, a second time where the shard can be had elsewhere."""
+        if self._fill(shard, reads, members, memory):
+            return None
+        if self._folder.refetch(shard):
+            os.close(self._open.pop(shard))
+            if self._fill(shard, reads, members, memory):
+                return None
+        return ShardError(
+            f"{self.describe(number)}: CRC-32 mismatch in its members {list(self.keys)}; the shard "
+            f"is damaged, write it again."
         )
-        return [self._read(*row) for row in rows]
+
+    def _fill(
+        self, shard: int, reads: list[list[int]], members: list[list[int]], memory: memoryview
+    ) -> bool:
+        """Whether the bytes are all there and match their checksums."""
+        file = self._open.get(shard)
+        if file is None:
+            file = self._descriptor(shard)
+        for start, begin, end in reads:
+            if os.preadv(file, (memory[begin:end],), start) != end - begin:
+                return False
+        for begin, end, expected in members:
+            if crc32(memory[begin:end]) != expected:
+                return False
+        return True
+
+    def _sample(self, members: list[list[int]], memory: memoryview) -> Sample:
+        parts = [memory[begin:end] for begin, end, _ in members]
+        return dict(zip(self.keys, parts, strict=True))
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say that these shards are read next; returns at once."""
         self._folder.prefetch(shards)
 
-    def _read(
-        self,
-        i: int,
-        shard: int,
-        start: int,
-        length: int,
-        apart: bool,
-        offsets: list[int],
-        sizes: list[int],
-        crcs: list[int],
-    ) -> Sample | ShardError:
-        """One sample, with one system call unless its members lie far apart."""
-        for _ in range(2):
-            file = self._descriptor(shard)
-            if apart:
-                parts = [
-                    _pread(file, size, start + offset)
-                    for offset, size in zip(offsets, sizes, strict=True)
-                ]
-            else:
-                data = _pread(file, length, start)
-                parts = [data[o : o + size] for o, size in zip(offsets, sizes, strict=True)]
-            checks = zip(self.keys, parts, sizes, crcs, strict=True)
-            damaged = [
-                k for k, part, size, crc in checks if len(part) != size or crc32(part) != crc
-            ]
-            if not damaged:
-                return dict(zip(self.keys, parts, strict=True))
-            if not self._folder.refetch(shard):
-                break
-            os.close(self._open.pop(shard))
-        return ShardError(
-            f"{self.describe(i)}, member {damaged[0]!r}: CRC-32 mismatch; the shard is damaged, "
-            f"write it again."
-        )
+    def read_file(self, name: str) -> bytes:
+        """A file of the data set's record beside the shards, verified.
+
+        Raises:
+            ShardError: it is not in the record, or not what the record says.
+        """
+        return self._folder.read_file(name)
 
     def describe(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
@@ -172,26 +211,56 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def _descriptor(self, shard: int) -> int:
-        file = self._open.pop(shard, None)
-        if file is None:
-            if len(self._open) >= MAX_OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            file = self._folder.open(shard)
-        self._open[shard] = file
-        return file
+        if len(self._open) >= MAX_OPEN_FILES:
+            os.close(self._open.pop(next(iter(self._open))))
+        self._open[shard] = self._folder.open(shard)
+        return self._open[shard]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_memory": bytearray()}
 
     def __del__(self) -> None:
         if hasattr(self, "_open"):  # absent if construction failed
             self.close()
 
 
-def _pread(file: int, size: int, offset: int) -> memoryview:
-    """Writable, because torch wants its memory so; shorter at the end of the file."""
-    data = bytearray(size)
-    return memoryview(data)[: os.preadv(file, [data], offset)]
+class RawBatch(NamedTuple):
+    """Samples in memory, verified and not decoded.
+
+    Letters: B samples, L bytes at most of one, K keys.
+    """
+
+    keys: tuple[str, ...]
+    memory: np.ndarray  # (B, L) uint8
+    offset: np.ndarray  # (B, K) of each member in its row
+    size: np.ndarray  # (B, K)
+    damage: dict[int, ShardError]  # what is wrong with some of them
+
+    def sample(self, place: int) -> Sample | ShardError:
+        """Its members, which share the memory, or what is wrong with it."""
+        if place in self.damage:
+            return self.damage[place]
+        row, starts, sizes = memoryview(self.memory[place]), self.offset[place], self.size[place]
+        parts = [row[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+        return dict(zip(self.keys, parts, strict=True))
+
+    def member(self, k: int) -> np.ndarray | None:
+        """(B, size) uint8 of the k-th key; None if it is not in the same place of every row."""
+        offset, size = int(self.offset[0, k]), int(self.size[0, k])
+        if (self.offset[:, k] != offset).any() or (self.size[:, k] != size).any():
+            return None
+        return self.memory[:, offset : offset + size]
+
+
+class _Places(NamedTuple):
+    """Where samples lie in their shards, and where in memory they go."""
+
+    # Per sample: its number, shard, [(start in the shard, begin and end in memory)], [(begin and
+    # end in memory, CRC)].
+    rows: Iterator[tuple[int, int, list[list[int]], list[list[int]]]]
+    extent: int  # bytes of memory of one sample
+    offset: np.ndarray  # (B, K) of the members in their row
+    size: np.ndarray  # (B, K)
 
 
 def _columns(
@@ -200,6 +269,9 @@ def _columns(
     """Offset, size and CRC of the required members of some samples, each (samples, K)."""
     if not len(index):
         raise ShardError(f"{name} holds no samples (members named <key>.<extension>).")
+    if not len(rows):  # all are excluded
+        none = np.empty((0, len(keys)), dtype=np.int64)
+        return none, none, none.astype(np.uint32)
     for key in keys:
         column = index.extensions.index(key) if key in index.extensions else None
         absent = rows if column is None else rows[index.size[rows, column] < 0]
@@ -210,8 +282,13 @@ def _columns(
                 f"{name}: sample {index.key(absent[0])!r} has no member {key!r}, only {present}; "
                 f"every sample needs {list(keys)}: name other keys or write the shard again."
             )
-    chosen = np.ix_(rows, [index.extensions.index(key) for key in keys if len(rows)])
+    chosen = np.ix_(rows, [index.extensions.index(key) for key in keys])
     offset, size = index.offset[chosen], index.size[chosen]
-    if len(rows) and (offset.min() < 0 or (offset + size).max() > index.tar_bytes):
+    # Each by itself first: their sum could pass the largest integer.
+    if not (
+        0 <= offset.min() <= offset.max() <= index.tar_bytes
+        and size.max() <= index.tar_bytes
+        and (offset + size).max() <= index.tar_bytes
+    ):
         raise ShardError(f"{name}: its index names bytes outside of it; write the shard again.")
     return offset, size, index.crc32[chosen]

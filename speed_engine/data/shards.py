@@ -12,11 +12,11 @@ with an ``.incomplete`` marker, so a killed writer leaves nothing that could pas
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from speed_engine.data.dataset import (
     RECORD,
@@ -31,6 +31,8 @@ from speed_engine.data.dataset import (
 from speed_engine.data.decode import describe_member
 from speed_engine.data.index import Contents, ShardIndex, index_path, load_index
 from speed_engine.data.tarscan import BLOCK, Member, Samples, ShardError, scan_tar
+
+T = TypeVar("T")
 
 _KEY = re.compile(r"[^\W_][^.\0]*")
 _EXTENSION = re.compile(r"[a-z0-9][a-z0-9_.]*")
@@ -140,15 +142,19 @@ def index_folder(
         known = dataset_from_json(record.read_bytes(), str(record))
         metadata, files = metadata or known.metadata, known.files
     paths = [path for path in sorted(folder.glob("*.tar")) if not is_complete(path)]
-    if workers > 1:
-        # Not forked: the caller may have threads, such as those of PyTorch.
-        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            for _ in pool.map(index_shard, paths):
-                pass  # errors are raised here
-    else:
-        for path in paths:
-            index_shard(path)
+    for _ in each_shard(index_shard, paths, workers):
+        pass  # errors are raised here
     return commit(folder, None, metadata, files)
+
+
+def each_shard(function: Callable[[Path], T], paths: Sequence[Path], workers: int) -> Iterator[T]:
+    """Results of ``function`` for all paths in turn, computed in so many processes."""
+    if workers <= 1 or len(paths) <= 1:
+        yield from map(function, paths)
+        return
+    # Not forked: the caller may have threads, such as those of PyTorch.
+    with ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
+        yield from pool.map(function, paths)
 
 
 def index_shard(path: Path) -> None:

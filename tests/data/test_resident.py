@@ -1,5 +1,7 @@
 """A resident data set gives the batches of a loader, bit for bit."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,10 @@ def cleaning(reader, **options) -> Cleaning:
 def from_loader(reader, clean, count, **options):
     with Loader(reader, SHAPE, 8, SEED, **options) as loader:
         batches = [next(loader) for _ in range(count)]
-    return [clean.batch(batch.images, batch.conditions, batch.ids) for batch in batches]
+    return [
+        clean.batch(batch.images, batch.conditions, batch.ids)._replace(replaced=batch.replaced)
+        for batch in (batch.to("cpu") for batch in batches)
+    ]
 
 
 def from_memory(reader, clean, count, **options):
@@ -52,7 +57,7 @@ def from_memory(reader, clean, count, **options):
 
 def assert_equal(one, other):
     assert torch.equal(one.images, other.images) and one.images.dtype == torch.float32
-    assert torch.equal(one.ids, other.ids)
+    assert torch.equal(one.ids, other.ids) and list(one.replaced) == list(other.replaced)
     assert one.conditions.keys() == other.conditions.keys()
     for name, value in one.conditions.items():
         assert torch.equal(value, other.conditions[name])
@@ -65,7 +70,7 @@ def test_batches_are_those_of_a_loader(reader, flip):
     pairs = zip(from_loader(reader, clean, 20), from_memory(reader, clean, 20), strict=True)
     for loaded, resident in pairs:
         assert_equal(loaded, resident)
-    assert resident.conditions["tokens"].dtype == torch.float16
+    assert resident.conditions["tokens"].dtype == torch.float32
 
 
 def test_every_rank_gets_its_part_from_any_start(reader):
@@ -93,8 +98,9 @@ def test_a_smaller_picture_is_mirrored_with_its_image(reader):
 
 def test_what_it_takes_is_what_it_holds(reader):
     resident = Resident(reader, SHAPE, 8, SEED, cleaning(reader))
-    held = [resident._images, *resident._conditions.values()]
+    held = resident._stored.values()
     assert resident_bytes(reader, SHAPE) == sum(tensor.nbytes for tensor in held)
+    assert resident._stored["tokens"].dtype == torch.float16  # as stored
     assert all(len(tensor) == N for tensor in held)
 
 
@@ -118,3 +124,20 @@ def test_what_does_not_fit_is_named(make_shards):
         Resident(reader, (1, 2, 3), 8, SEED, clean, num_classes=3)
     with pytest.raises(ValueError, match=r"expected .* of shape \(1, 3, 3\)"):
         Resident(reader, (1, 3, 3), 8, SEED, clean)
+
+
+def test_damaged_samples_have_the_substitutes_of_a_loader(reader, tmp_path):
+    path = sorted((tmp_path / "shards").glob("*.tar"))[2]
+    data = bytearray(path.read_bytes())
+    members = [match.start() for match in re.finditer(rb"\x93NUMPY", data)]
+    for place in (members[1], members[9]):  # of different samples, one of which is no image
+        data[place + 70] ^= 0xFF
+    path.write_bytes(data)
+    clean = cleaning(reader, flip=True)
+    loaded = from_loader(reader, clean, 40, on_bad_sample="skip")
+    resident = from_memory(reader, clean, 40, on_bad_sample="skip")
+    for pair in zip(loaded, resident, strict=True):
+        assert_equal(*pair)
+    assert sum(len(batch.replaced) for batch in resident) >= 2
+    with pytest.raises(ValueError, match="CRC-32 mismatch"):
+        Resident(reader, SHAPE, 8, SEED, clean)

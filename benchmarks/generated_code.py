@@ -9,17 +9,20 @@ that they read and write just that.
 
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+from functorch.compile import (
+    aot_function,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
-from torch._functorch.aot_autograd import aot_function, make_boxed_func
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import compile_fx, decomposition, ir
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import BaseSchedulerNode, ExternKernelSchedulerNode
@@ -65,9 +68,9 @@ def count(function: Callable[..., Any], inputs: list[Tensor]) -> list[Kernel]:
     """
     kernels: list[Kernel] = []
 
-    def compiler(module: torch.fx.GraphModule, examples: list[Any]) -> Callable:
-        kernels.extend(generated_kernels(on_cuda(module, examples)))
-        return make_boxed_func(module.forward)
+    def compiler(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        kernels.extend(generated_kernels(on_cuda(gm, example_inputs)))
+        return make_boxed_func(gm.forward)
 
     def partition(module: torch.fx.GraphModule, joint_inputs: Any, **options: Any):
         compile_fx._recursive_joint_graph_passes(module)
@@ -75,12 +78,12 @@ def count(function: Callable[..., Any], inputs: list[Tensor]) -> list[Kernel]:
             module, joint_inputs, compiler="inductor", **options
         )
 
-    def without_gradient(module: torch.fx.GraphModule, examples: list[Any]) -> Callable:
-        moved, inputs = on_cuda(module, examples)
+    def without_gradient(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable:
+        moved, inputs = on_cuda(gm, example_inputs)
         with V.set_fake_mode(fake_mode(inputs)):
             compile_fx._recursive_joint_graph_passes(moved)
         kernels.extend(generated_kernels((moved, inputs)))
-        return make_boxed_func(module.forward)
+        return make_boxed_func(gm.forward)
 
     traced = aot_function(
         function,
@@ -98,7 +101,7 @@ def count(function: Callable[..., Any], inputs: list[Tensor]) -> list[Kernel]:
 
 
 def on_cuda(
-    module: torch.fx.GraphModule, examples: list[Any]
+    module: torch.fx.GraphModule, examples: Sequence[Any]
 ) -> tuple[torch.fx.GraphModule, list[Any]]:
     """A graph traced on the CPU and its inputs, as if on a GPU, where autograd would need one."""
     module = copy.deepcopy(module)

@@ -62,8 +62,9 @@ def block_traffic(
     if between_others:
         branch = tensor(BATCH, TOKENS, DIM, dtype=product, gradient=True)
         gate = tensor(BATCH, DIM, dtype=product, gradient=True)
-        bias = operators.linear(block.mlp.fc2, tensor(1, 4 * DIM, dtype=parameters))[1]
-        before += (branch, gate) if bias is None else (branch, gate, bias)
+        before += (branch, gate)
+        if operators.linear is BLOCK_FUSED.linear:  # the block before leaves it that
+            before += (tensor(DIM, dtype=parameters, gradient=True),)
 
     def run(condition: Tensor, *tensors: Tensor):
         weights, before = tensors[: len(values)], tensors[len(values) :]
@@ -123,14 +124,14 @@ def _fused_steps(x0: Tensor, t: Tensor, tokens: Tensor, layout: Callable) -> lis
     seed, ids = tensor(dtype=torch.int64), tensor(len(x0), dtype=torch.int64)
     coefficients, rows = (tensor(len(x0), 5, dtype=torch.float32) for _ in range(2))
 
-    def noise(x0: Tensor, *address: Tensor):
-        return noising.noised_input(x0, *address, torch.bfloat16)
+    def noise(x0: Tensor, coefficients: Tensor, seed: Tensor, ids: Tensor):
+        return noising.noised_input(x0, coefficients, seed, ids, torch.bfloat16)
 
     def loss(tokens: Tensor, *rest: Tensor):
         return variational_bound.hybrid_loss(layout(tokens), *rest)[0].mean()
 
-    address = coefficients, seed, ids
-    return count(noise, [x0, *address]) + count(loss, [tokens, x0, coefficients, rows, seed, ids])
+    moved = count(noise, [x0, coefficients, seed, ids])
+    return moved + count(loss, [tokens, x0, coefficients, rows, seed, ids])
 
 
 def _steps_of_dit(x0: Tensor, t: Tensor, tokens: Tensor, layout: Callable) -> list[Kernel]:

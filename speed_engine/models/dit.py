@@ -92,7 +92,7 @@ class SwiGLU(nn.Module):
 
 
 # What a block is made of, by the variant's name.
-VARIANTS: dict[str, tuple[type[SelfAttention], type[nn.Module]]] = {
+VARIANTS: dict[str, tuple[type[SelfAttention], type[FeedForward] | type[SwiGLU]]] = {
     "original": (SelfAttention, FeedForward),
     "modern": (RotaryAttention, SwiGLU),
 }

@@ -37,11 +37,11 @@ def make_model() -> nn.Module:
 
 def gradients(model: nn.Module, images: slice) -> dict[str, torch.Tensor]:
     method = build_method("uniform", build_schedule("linear", 1000), None, seed=3)
-    loss_of = Objective(method, seed=3, null_label=CLASSES)
+    loss_of = Objective(method, seed=3)
     generator = torch.Generator().manual_seed(1)
     x0 = torch.randn(BATCH, 3, 4, 4, generator=generator)[images]
     labels, ids = torch.arange(BATCH)[images], torch.arange(BATCH)[images]
-    loss_of(model, x0, labels, ids, 0).loss.backward()
+    loss_of(model, x0, {"labels": labels}, ids, 0).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

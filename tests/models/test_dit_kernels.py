@@ -105,7 +105,7 @@ def test_a_sum_left_open_is_the_closed_one(operators, kernels):
 def test_the_stream_is_kept_in_the_dtype_asked_for(dtype, operators, kernels):
     kernels(operators)
     model, seen = make_model(residual_dtype=dtype), []
-    for block in model.get_submodule("blocks"):
+    for block in model.get_submodule("blocks").children():
         block.register_forward_hook(lambda _, __, after: seen.append(after.tokens.dtype))
     for autocast in (False, True):
         answer(model, autocast)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import block_cases
 import noise_and_loss_cases
 from harness import Timing, interleaved, result_path, write_result
 from kernel_case import DEVICE, DRY, Case, compiled, require, sets_for
@@ -398,6 +399,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "adaln": adaln_cases,
     "qk_norm_rope": qk_norm_rope_cases,
     "group_norm": group_norm_cases,
+    "block": lambda: block_cases.block_cases(TOKENS),
     "optimizer": optimizer_cases,
 }
 

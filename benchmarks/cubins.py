@@ -22,7 +22,9 @@ from speed_kernels import (
     adaln,
     adamw_ema,
     clean_images,
+    gelu,
     group_norm_silu,
+    heads,
     noising,
     philox,
     qk_norm_rope,
@@ -62,12 +64,12 @@ def adaln_forward(has_branch: bool) -> Case:
     )
 
 
-def adaln_backward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case:
+def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     """At the width of DiT-XL and in bfloat16, unless said otherwise."""
-    block_d = triton.next_power_of_2(dim)
+    block_d, has_branch = triton.next_power_of_2(dim), num_sums > 2
     pointers = (*[dtype] * 6, FP32, FP32, dtype, dtype, FP32)
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
-    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, block_d)
+    constants = (has_branch, has_branch, num_sums, adaln.TOKENS_BACKWARD, block_d)
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
@@ -171,9 +173,17 @@ CASES = {
     "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
-    "adaln_backward": adaln_backward(has_branch=False),
-    "gated_residual_adaln_backward": adaln_backward(has_branch=True),
-    "gated_residual_adaln_backward widest": adaln_backward(True, FP32, adaln.MAX_DIM),
+    "adaln_backward": adaln_backward(num_sums=2),
+    "gated_residual_adaln_backward": adaln_backward(num_sums=4),
+    "gated_residual_adaln_backward widest": adaln_backward(4, FP32, adaln.MAX_DIM),
+    "gelu_backward": Case(
+        gelu._backward_kernel,
+        (BF16, BF16, BF16, FP32, MULTIPLE, MULTIPLE, gelu.ROWS, gelu.TILE_ROWS, gelu.TILE_COLUMNS),
+    ),
+    "pack_heads": Case(
+        heads._pack_kernel,
+        (*[BF16] * 4, FP32, MULTIPLE, MULTIPLE, heads.ROWS, heads.TILE_ROWS, heads.TILE_COLUMNS),
+    ),
     "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
     "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
     "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),

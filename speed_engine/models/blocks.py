@@ -87,7 +87,8 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
 def compiled_blocks(model: nn.Module) -> nn.Module:
     """The model itself, each of its blocks compiled in place.
 
-    Equal blocks share one compilation, so that its time does not grow with the depth.
+    Equal blocks share one compilation, but for the first, which has no branch to add (see
+    ``open_sum``), so that its time does not grow with the depth.
 
     Raises:
         ValueError: the model has no blocks.

@@ -26,6 +26,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"families"},
     {"assemble"},
     {"presets", "train", "estimate"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -111,6 +111,18 @@ def test_a_checkpoint_of_latent_diffusion_loads_with_a_blank_label():
     assert not bool(ours.label_emb.weight[5].any())
 
 
+def test_queries_keys_and_values_in_the_other_order_are_put_in_this_one():
+    # One number per row: its head, whether query, key or value, and its channel in the head.
+    rows = torch.tensor(
+        [[100 * k + 10 * h + c for c in range(2)] for k in range(3) for h in (1, 2)]
+    )
+    theirs = {"middle_block.1.qkv.bias": rows.flatten()}
+    by_head = from_ldm(theirs, head_channels=2)["middle_block.1.qkv.bias"].tolist()
+    assert by_head == [10, 11, 110, 111, 210, 211, 20, 21, 120, 121, 220, 221]
+    weights = {"middle_block.1.qkv.weight": rows.flatten().view(12, 1, 1)}
+    assert from_ldm(weights, 2)["middle_block.1.qkv.weight"].flatten().tolist() == by_head
+
+
 def test_a_network_of_edm_loads_unless_its_filters_are_others():
     arguments = {"input_size": (8, 8), "in_channels": 3, "out_channels": 3, "model_channels": 16}
     ours = SongUNet(

@@ -96,7 +96,7 @@ def choose_norm_kernels(device: str) -> Choice:
     if norm_kernels_run_on(torch.device(device)):
         return Choice(
             "Triton",
-            "QK-norm with RoPE, group norm with SiLU: 10 and 8 tensors moved, by count, forward and "
+            "QK-norm with RoPE, group norm with SiLU: by count 10 and 8 tensors moved, forward and "
             "backward together; not yet timed on a GPU",
         )
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"

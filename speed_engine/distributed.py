@@ -148,7 +148,8 @@ def rendezvous_store(keeper: bool, timeout: timedelta) -> "Store":
         keeper: whether this process keeps the store, unless torchrun's agent does.
         timeout: of every request.
     """
-    from torch.distributed.distributed_c10d import PrefixStore, TCPStore
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed.distributed_c10d import PrefixStore
 
     agent_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(

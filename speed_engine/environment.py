@@ -84,11 +84,45 @@ def choose_attention(wanted: str, device: str) -> Choice:
 
 
 def choose_kernels(device: str) -> Choice:
-    """What computes the noise, the noised input and the loss."""
+    """What computes the noise, the noised input and the loss, and the norms of models."""
     if operators_for(torch.device(device)) is FUSED:
-        return Choice("Triton", "noise, noised input and loss fused; the noise is never stored")
+        return Choice(
+            "Triton",
+            "noise, noised input and loss fused, the noise is never stored; QK norm, group norm",
+        )
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
-    return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
+    return Choice("PyTorch reference", f"noise, noised input, loss, norms; {missing}")
+
+
+def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
+    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
+
+    Raises:
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+            or on several processes, where FSDP2 makes them.
+    """
+    if wanted == "auto":
+        return Choice(
+            "separate",
+            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "36, but no GPU has measured it yet",
+        )
+    if wanted == "separate":
+        return Choice(wanted, "asked for")
+    if wanted == "one_sweep_bf16" and device != "cuda":
+        raise ValueError(
+            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
+            f"{device} they are float32: use one_sweep or separate."
+        )
+    if wanted == "one_sweep_bf16" and world.size > 1:
+        raise ValueError(
+            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
+            f"gathers them, here on {world.size} processes: use one_sweep or separate."
+        )
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice(wanted, "asked for; a Triton kernel")
+    missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
+    return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
 
 
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
@@ -119,6 +153,7 @@ def choices(config: TrainConfig, world: World = ALONE) -> dict[str, Choice]:
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
     }
 

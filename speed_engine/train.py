@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,17 @@ from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
 from speed_engine.models.blocks import compiled
 from speed_engine.models.pretrained import load_pretrained, require_shapes
-from speed_engine.optim import MOMENTUM_DECAYS, adamw, linear_warmup, optimizer_tensors
+from speed_engine.optim import (
+    MOMENTUM_DECAYS,
+    OneSweep,
+    adamw,
+    linear_warmup,
+    one_sweep,
+    optimizer_tensors,
+)
 from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
+from speed_engine.shadow import ShadowedModel
 from speed_engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -133,7 +142,7 @@ class Trainer:
         local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
         self.device = torch.device(local_device)
         process = build_process(config)
-        model, ema, forward = self._build_model(init_from)
+        model, ema, forward, shadows = self._build_model(init_from)
         self.reader = open_data(config)
         self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator = build_evaluator(config, process, world)
@@ -142,10 +151,12 @@ class Trainer:
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
         objective = build_objective(config, process, model).to(self.device)
+        separate = self.choices["optimizer"].value == "separate"
+        make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
             model,
             objective,
-            adamw(
+            make_optimizer(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
@@ -172,8 +183,12 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
-    def _build_model(self, init_from: Path | None) -> tuple[torch.nn.Module, Ema, Any]:
-        """The model, its average and what is called in its place, laid out over the processes."""
+    def _build_model(
+        self, init_from: Path | None
+    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
+        """The model, its average, what is called in its place, and the copies that this computes
+        with; laid out over the processes.
+        """
         config, world = self.config, self.world
         model = build_model(config, self.choices["attention"].value).to(self.device)
         if init_from is not None:
@@ -181,7 +196,11 @@ class Trainer:
         ema = Ema(model, config.optimizer.ema_decay)
         how = self.choices["torch.compile"].value
         if world.size == 1:
-            return model, ema, compiled(model, how)
+            forward, shadows = model, {}
+            if self.choices["optimizer"].value == "one_sweep_bf16":
+                forward = ShadowedModel(model)
+                shadows = forward.shadows
+            return model, ema, compiled(forward, how), shadows
         if how != "off":  # the gathering of parameters between blocks cannot be compiled
             for block in distributed.blocks(model):
                 block.compile()
@@ -195,7 +214,7 @@ class Trainer:
                 offload=config.offload,
             )
         ema.follow(model)
-        return model, ema, model
+        return model, ema, model, {}
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
@@ -214,7 +233,9 @@ class Trainer:
         tensors = self._tensors()
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
-        checkpoint.load(path, tensors, self.world)
+        checkpoint.load(path, self._tensors(), self.world)
+        if isinstance(self.engine.optimizer, OneSweep):
+            self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
         self.skipped.load_state(state["skipped"])
         self.engine.steps_done = state["step"]

@@ -17,5 +17,5 @@ def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for section in ("noise", "loss", "adaln", "optimizer"):
+    for section in ("noise", "loss", "adaln", "qk_norm_rope", "group_norm", "optimizer"):
         assert f"{section}: " in done.stdout

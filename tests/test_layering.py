@@ -21,6 +21,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "environment",
         "preemption",
         "watchdog",
+        "shadow",
     },
     {"engine", "evaluation"},
     {"families"},

@@ -12,11 +12,11 @@ from speed_engine.models.attention import (
     BACKENDS,
     RotaryAttention,
     SelfAttention,
-    qk_norm_rope,
     sdpa,
 )
 from speed_engine.models.dit import DiT, build_dit
 from speed_engine.models.embeddings import rotary_grid
+from speed_engine.ops import qk_norm_rope
 
 
 def heads(tokens: int, batch: int = 1, width: int = 8) -> list[Tensor]:

@@ -15,14 +15,14 @@ from speed_kernels.group_norm_silu import group_norm_silu
 from speed_kernels.language import HAS_TRITON
 from speed_kernels.noising import noised_input, noised_input_reference
 from speed_kernels.philox import SPECIFICATION, Stream, normal, random_bits
-from speed_kernels.qk_norm_rope import qk_norm_rope
+from speed_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from speed_kernels.variational_bound import variational_bound_reference as variational_bound
 from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
     "FUSED", "HAS_TRITON", "REFERENCE", "SPECIFICATION", "Operators", "Stream", "adamw_ema",
-    "group_norm_silu", "normal", "operators_for", "qk_norm_rope", "random_bits",
-    "variational_bound",
+    "group_norm_silu", "normal", "operators_for", "qk_norm_rope",
+    "qk_norm_rope_reference", "random_bits", "variational_bound",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.ops import qk_norm_rope
+from speed_engine.ops import qk_norm_rope, qk_norm_rope_reference
 
 # (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
@@ -115,7 +115,10 @@ class RotaryAttention(SelfAttention):
     ) -> Tensor:
         """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
         q, k, v = self._heads(x)
-        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, NORM_EPS)
+        turn = qk_norm_rope if x.is_cuda else qk_norm_rope_reference
+        weights = self.q_norm.weight, self.k_norm.weight
+        # A model that was cast as a whole has cast the tables.
+        q, k = turn(q, k, *weights, cos.float(), sin.float(), NORM_EPS)
         return self._join(self.attend(q, k, v, lengths))
 
 

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -27,7 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import block_cases
+import noise_and_loss_cases
 from harness import Timing, interleaved, result_path, write_result
+from kernel_case import DEVICE, DRY, Case, compiled, require, sets_for
 from speed_engine import environment
 from speed_kernels.adaln import (
     adaln,
@@ -37,22 +40,8 @@ from speed_kernels.adaln import (
 )
 from speed_kernels.adamw_ema import adamw_ema, adamw_ema_reference
 from speed_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
-from speed_kernels.noising import noised_input, noised_input_reference
 from speed_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
-DRY = "--dry-run" in sys.argv
-DEVICE = torch.device("cpu" if DRY or not torch.cuda.is_available() else "cuda")
-CACHE_BYTES = 128 * 2**20  # inputs of a replayed graph together exceed this, up to MOST_SETS
-MOST_SETS = 1 if DRY else 16
-TIMESTEPS = 1000
-
-IMAGES = {  # (B, C, H, W) of one training step
-    "DiT-S to XL, latents 32 x 32 x 4": (256, 4, 32, 32),
-    "DiT-S to XL, latents 64 x 64 x 4": (256, 4, 64, 64),
-    "pixels 64 x 64 x 3": (256, 3, 64, 64),
-    "pixels 256 x 256 x 3": (256, 3, 256, 256),
-}
 TOKENS = {  # (B, N, D) of a block
     "DiT-S/2, latents 32 x 32": (256, 256, 384),
     "DiT-B/2, latents 32 x 32": (256, 256, 768),
@@ -75,21 +64,10 @@ CHANNELS = {  # (B, C, H, W) of a block of a U-Net, and its groups
 }
 MODELS = {"DiT-B/2": (768, 12), "DiT-XL/2": (1152, 28)}  # D, blocks
 if DRY:
-    IMAGES = {"tiny": (2, 4, 8, 8)}
     TOKENS = {"tiny": (1, 3, 72)}
     HEADS = {"tiny": (1, 2, 3, 8)}
     CHANNELS = {"tiny": ((2, 6, 3, 5), 3)}
     MODELS = {"tiny": (8, 1)}
-
-
-class Case(NamedTuple):
-    """One operation in several implementations; each takes the number of a set of inputs."""
-
-    name: str
-    num_bytes: int
-    providers: dict[str, Callable[[int], object]]
-    num_sets: int
-    check: Callable[[], None]
 
 
 def main() -> None:
@@ -147,7 +125,8 @@ def measure(case: Case, rate: float) -> dict[str, Any]:
     calls = {provider: (lambda run=run: run(0)) for provider, run in case.providers.items()}
     call_times = interleaved(calls, **repeats())
     device_times, refusals = replay_times(case)
-    figures: dict[str, Any] = {"case": case.name, "bytes": case.num_bytes, "providers": {}}
+    figures: dict[str, Any] = {"case": case.name, "bytes": case.num_bytes, **case.facts}
+    figures["providers"] = {}
     for provider, call_time in call_times.items():
         device_time = device_times.get(provider)
         row: dict[str, Any] = {"call_milliseconds": call_time._asdict()}
@@ -199,135 +178,6 @@ def capture(run: Callable[[int], object], num_sets: int) -> "torch.cuda.CUDAGrap
         for i in range(num_sets):
             run(i)
     return graph
-
-
-def compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, backend="aot_eager" if DRY else "inductor")
-
-
-def sets_for(num_bytes: int) -> int:
-    return min(MOST_SETS, -(-CACHE_BYTES // num_bytes))
-
-
-def require(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative error in the norm, against float64."""
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"
-
-
-# Noised input.
-
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, TIMESTEPS))
-ROOTS = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)  # float64 on the host, as DiT keeps them
-
-
-def extract(table: np.ndarray, t: Tensor) -> Tensor:
-    """DiT's lookup: the table travels to the device in every step."""
-    return torch.from_numpy(table).to(t.device)[t].float()[:, None, None, None]
-
-
-def noise_eager(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    noise = torch.randn_like(x0)
-    return (extract(ROOTS[0], t) * x0 + extract(ROOTS[1], t) * noise).bfloat16(), noise
-
-
-def noise_on_device(x0: Tensor, t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    noise = torch.randn_like(x0)
-    return (a[t][:, None, None, None] * x0 + s[t][:, None, None, None] * noise).bfloat16(), noise
-
-
-def draw_batch(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """x0, timesteps, epsilon-prediction coefficients, seed and ids."""
-    t = torch.randint(0, TIMESTEPS, shape[:1], device=DEVICE)
-    a, s = (torch.from_numpy(root).float().to(DEVICE)[t] for root in ROOTS)
-    rows = torch.stack([a, s, torch.zeros_like(a), torch.ones_like(a), torch.ones_like(a)], dim=1)
-    return {
-        "x0": torch.randn(shape, device=DEVICE).clamp(-1, 1),
-        "t": t,
-        "coefficients": rows.contiguous(),
-        "seed": torch.tensor(-1, device=DEVICE),
-        "ids": torch.arange(shape[0], device=DEVICE) + 2**33,
-    }
-
-
-def noise_cases() -> Iterator[Case]:
-    for label, shape in IMAGES.items():
-        num_bytes = 6 * int(np.prod(shape))  # x0 in float32, x_in in bfloat16
-        batches = [draw_batch(shape) for _ in range(sets_for(num_bytes))]
-        tables = [torch.from_numpy(root).float().to(DEVICE) for root in ROOTS]
-        fused = [(b["x0"], b["coefficients"], b["seed"], b["ids"], torch.bfloat16) for b in batches]
-        by_compiler = compiled(noise_on_device)
-
-        def check(arguments=fused[0]):
-            x0, rows, seed, ids, dtype = arguments
-            few = x0[:2].cpu(), rows[:2].cpu(), seed.cpu(), ids[:2].cpu()
-            expected = noised_input_reference(*few, dtype)
-            same = torch.equal(noised_input(*arguments)[:2].cpu(), expected)
-            assert same, "noised input: not the CPU's bits"
-
-        yield Case(
-            f"noised input, {label}",
-            num_bytes,
-            {
-                "eager as in DiT": lambda i, b=batches: noise_eager(b[i]["x0"], b[i]["t"]),
-                "torch.compile": lambda i, b=batches, f=by_compiler, tables=tables: f(
-                    b[i]["x0"], b[i]["t"], *tables
-                ),
-                "fused": lambda i, f=fused: noised_input(*f[i]),
-            },
-            len(batches),
-            check,
-        )
-
-
-# Loss and its gradient.
-
-
-def loss_eager(prediction: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    return (weight * ((prediction.float() - noise) ** 2).flatten(1).mean(dim=1)).mean()
-
-
-def loss_cases() -> Iterator[Case]:
-    for label, shape in IMAGES.items():
-        num_bytes = 8 * int(np.prod(shape))  # bfloat16: read, write and read of difference, write
-        batches, noises, predictions = [], [], []
-        for _ in range(sets_for(num_bytes)):
-            batches.append(draw_batch(shape))
-            noises.append(torch.randn(shape, device=DEVICE))
-            predictions.append(torch.randn(shape, device=DEVICE).bfloat16().requires_grad_())
-        by_compiler = compiled(loss_eager)
-
-        def stored(i, loss, p=predictions, n=noises, b=batches):
-            return torch.autograd.grad(loss(p[i], n[i], b[i]["coefficients"][:, 4]), p[i])
-
-        def regenerated(i, loss=weighted_mse, p=predictions, b=batches):
-            batch = [b[i][key] for key in ("x0", "coefficients", "seed", "ids")]
-            return torch.autograd.grad(loss(p[i], *batch)[0].mean(), p[i])
-
-        def check(run=regenerated, p=predictions, b=batches):
-            small = [[tensor.detach()[:2] for tensor in p[:1]]]
-            small.append([{k: v[:2] if v.dim() else v for k, v in b[0].items()}])
-            small[0] = [tensor.requires_grad_() for tensor in small[0]]
-            exact = [tensor.detach().double().requires_grad_() for tensor in small[0]]
-            require(
-                "loss gradient",
-                run(0, p=small[0], b=small[1])[0],
-                run(0, loss=weighted_mse_reference, p=exact, b=small[1])[0],
-                5e-3,
-            )
-
-        yield Case(
-            f"loss and gradient, {label}",
-            num_bytes,
-            {
-                "eager as in DiT": lambda i, f=stored: f(i, loss_eager),
-                "torch.compile": lambda i, f=stored, g=by_compiler: f(i, g),
-                "fused": lambda i, f=regenerated: f(i),
-            },
-            len(batches),
-            check,
-        )
 
 
 # adaLN with the gated residual sum.
@@ -541,11 +391,15 @@ def optimizer_cases() -> Iterator[Case]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
-    "noise": noise_cases,
-    "loss": loss_cases,
+    "noise": noise_and_loss_cases.noise_cases,
+    "loss": noise_and_loss_cases.loss_cases,
+    "hybrid_loss": noise_and_loss_cases.hybrid_cases,
+    "stored_noise": noise_and_loss_cases.stored_noise_cases,
+    "clean_images": noise_and_loss_cases.clean_cases,
     "adaln": adaln_cases,
     "qk_norm_rope": qk_norm_rope_cases,
     "group_norm": group_norm_cases,
+    "block": lambda: block_cases.block_cases(TOKENS),
     "optimizer": optimizer_cases,
 }
 

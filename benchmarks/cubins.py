@@ -21,16 +21,20 @@ from triton.compiler import ASTSource
 from speed_kernels import (
     adaln,
     adamw_ema,
+    clean_images,
+    gelu,
     group_norm_silu,
+    heads,
     noising,
     philox,
     qk_norm_rope,
+    variational_bound,
     weighted_mse,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
+BF16, FP32, INT64, BYTES = "*bf16", "*fp32", "*i64", "*u8"
 
 
 class Case(NamedTuple):
@@ -60,12 +64,12 @@ def adaln_forward(has_branch: bool) -> Case:
     )
 
 
-def adaln_backward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case:
+def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     """At the width of DiT-XL and in bfloat16, unless said otherwise."""
-    block_d = triton.next_power_of_2(dim)
+    block_d, has_branch = triton.next_power_of_2(dim), num_sums > 2
     pointers = (*[dtype] * 6, FP32, FP32, dtype, dtype, FP32)
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
-    constants = (has_branch, has_branch, 2 + has_branch, adaln.TOKENS_BACKWARD, block_d)
+    constants = (has_branch, has_branch, num_sums, adaln.TOKENS_BACKWARD, block_d)
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
@@ -117,35 +121,69 @@ def adamw(horizons: int, shadows: bool = False) -> Case:
     return Case(adamw_ema._adamw_ema_kernel, arguments, num_warps=8)
 
 
+def noised(x0: str, noise: str | None = None) -> Case:
+    """A bfloat16 model input; ``noise`` is its type where it is stored."""
+    arguments = (x0, FP32, *DRAW, BF16, noise, MULTIPLE, "i32", philox.BLOCK)
+    return Case(noising._noised_input_kernel, arguments)
+
+
+def squared_error(prediction: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (prediction, FP32, FP32, *DRAW, noise, mask, prediction, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(weighted_mse._squared_error_kernel, (*pointers, *sizes))
+
+
+def hybrid(answer: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (answer, FP32, FP32, *DRAW, noise, mask, answer, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(variational_bound._hybrid_kernel, (*pointers, *sizes))
+
+
+def cleaned(stored: str, flips: str | None, posterior: bool) -> Case:
+    """Rows gathered from a resident data set."""
+    pointers = (stored, *DRAW, INT64, flips, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, "fp32", "fp32")
+    constants = (posterior, stored == BYTES, posterior, philox.BLOCK)
+    return Case(clean_images._clean_images_kernel, (*pointers, *sizes, *constants))
+
+
 CASES = {
     "random_bits": Case(
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
     ),
     "normal": Case(philox._normal_kernel, (FP32, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)),
-    "noised_input": Case(
-        noising._noised_input_kernel,
-        (FP32, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "noised_input bf16": Case(
-        noising._noised_input_kernel,
-        (BF16, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error": Case(
-        weighted_mse._squared_error_kernel,
-        (BF16, FP32, FP32, *DRAW, BF16, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error fp32": Case(
-        weighted_mse._squared_error_kernel,
-        (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
+    "noised_input": noised(FP32),
+    "noised_input bf16": noised(BF16),
+    "noised_input and noise": noised(FP32, noise=FP32),
+    "squared_error": squared_error(BF16),
+    "squared_error fp32": squared_error(FP32),
+    "squared_error stored noise": squared_error(BF16, noise=FP32),
+    "squared_error masked": squared_error(BF16, mask=BYTES),
+    "hybrid": hybrid(BF16),
+    "hybrid fp32": hybrid(FP32),
+    "hybrid stored noise": hybrid(BF16, noise=FP32),
+    "hybrid masked": hybrid(BF16, mask=BYTES),
+    "clean_images pixels": cleaned(BYTES, None, False),
+    "clean_images posterior": cleaned("*fp16", None, True),
+    "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
     "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
-    "adaln_backward": adaln_backward(has_branch=False),
-    "gated_residual_adaln_backward": adaln_backward(has_branch=True),
-    "gated_residual_adaln_backward widest": adaln_backward(True, FP32, adaln.MAX_DIM),
+    "adaln_backward": adaln_backward(num_sums=2),
+    "gated_residual_adaln_backward": adaln_backward(num_sums=4),
+    "gated_residual_adaln_backward widest": adaln_backward(4, FP32, adaln.MAX_DIM),
+    "gelu_backward": Case(
+        gelu._backward_kernel,
+        (BF16, BF16, BF16, FP32, MULTIPLE, MULTIPLE, gelu.ROWS, gelu.TILE_ROWS, gelu.TILE_COLUMNS),
+    ),
+    "pack_heads": Case(
+        heads._pack_kernel,
+        (*[BF16] * 4, FP32, MULTIPLE, MULTIPLE, heads.ROWS, heads.TILE_ROWS, heads.TILE_COLUMNS),
+    ),
     "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
     "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
     "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),

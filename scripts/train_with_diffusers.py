@@ -33,7 +33,7 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from speed_engine.data.loader import Loader
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import digits_folder
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.methods import build_method
@@ -98,9 +98,10 @@ def train(options: Options) -> None:
     losses = []
     with Loader(reader, (1, 8, 8), options.batch_size, options.seed) as loader:
         for step, batch in zip(range(options.steps), loader, strict=False):
-            noise = torch.randn_like(batch.images)
+            images = batch.to("cpu").images  # pixels in [-1, 1]
+            noise = torch.randn_like(images)
             timesteps, weights = method.draw(options.batch_size, step)  # (2)
-            noisy, target = noisy_and_target(noise_scheduler, batch.images, noise, timesteps)
+            noisy, target = noisy_and_target(noise_scheduler, images, noise, timesteps)
             prediction = model(noisy, timesteps).sample
             error = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
             loss = (weights * error).mean()  # (2, used)

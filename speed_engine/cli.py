@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, export, methods, doctor."""
+"""The command line: train, sample, evaluate, export, shards, methods, doctor."""
 
 import json
 import logging
@@ -27,6 +27,7 @@ usage: speed-engine COMMAND ...
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
   export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
+  shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
   doctor                   what will be used on this machine, and why
 
@@ -149,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         "sample": _sample,
         "evaluate": _evaluate,
         "export": _export,
+        "shards": _shards,
         "methods": _methods,
         "doctor": _doctor,
     }
@@ -209,6 +211,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=command.guidance,
         solver_steps=command.solver_steps,
     )
+    decode = assemble.build_decoder(config)
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
     count = config.evaluation.num_images
@@ -231,6 +234,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=config.evaluation.guidance,
         latents=config.data.latents,
     )
+    images = images if decode is None else decode(images)
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
     out = save_images(images, rows, out)
     console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
@@ -287,6 +291,12 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _shards(arguments: list[str], console: Console) -> None:
+    from speed_engine import shards_cli
+
+    shards_cli.main(arguments, console)
 
 
 def _methods(arguments: list[str], console: Console) -> None:

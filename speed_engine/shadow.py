@@ -32,11 +32,6 @@ class ShadowedModel:
         return functional_call(self.model, dict(self.copies), args, kwargs)
 
     @property
-    def blocks(self) -> Any:
-        """Of the model, if it has any."""
-        return self.model.blocks
-
-    @property
     def shadows(self) -> dict[Tensor, Tensor]:
         """Parameter -> its copy."""
         parameters = dict(self.model.named_parameters())

@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from speed_engine import checkpoint, distributed, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
+    build_cleaning,
     build_evaluator,
     build_model,
     build_objective,
@@ -39,17 +41,20 @@ from speed_engine.assemble import (
     newest_checkpoint,
     open_data,
     read_config,
+    stored_shape,
 )
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.fidelity import FidelityResult
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
-from speed_engine.models.blocks import compiled
+from speed_engine.models.blocks import compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained, require_shapes
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
@@ -137,20 +142,24 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.choices = environment.choices(config, world)
+        self.reader = open_data(config)
+        self.stored_shape = stored_shape(config, self.reader)
+        self._loader(start=0).close()  # an unfit data set fails here
+        num_bytes = resident_bytes(self.reader, self.stored_shape)
+        self.choices = environment.choices(config, world, num_bytes)
         device_type = self.choices["device"].value
         local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
         self.device = torch.device(local_device)
+        self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
         model, ema, forward, shadows = self._build_model(init_from)
-        self.reader = open_data(config)
-        self._loader(start=0).close()  # an unfit data set fails here
         self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process, model).to(self.device)
+        store_noise = self.choices["noise"].value == "stored"
+        objective = build_objective(config, process, model, store_noise).to(self.device)
         separate = self.choices["optimizer"].value == "separate"
         make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
@@ -175,6 +184,7 @@ class Trainer:
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
@@ -196,11 +206,11 @@ class Trainer:
         ema = Ema(model, config.optimizer.ema_decay)
         how = self.choices["torch.compile"].value
         if world.size == 1:
-            forward, shadows = model, {}
             if self.choices["optimizer"].value == "one_sweep_bf16":
-                forward = ShadowedModel(model)
-                shadows = forward.shadows
-            return model, ema, compiled(forward, how), shadows
+                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
+                forward = torch.compile(shadowed) if how == "on" else shadowed
+                return model, ema, forward, shadowed.shadows
+            return model, ema, compiled(model, how), {}
         if how != "off":  # the gathering of parameters between blocks cannot be compiled
             for block in distributed.blocks(model):
                 block.compile()
@@ -233,10 +243,11 @@ class Trainer:
         tensors = self._tensors()
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
-        checkpoint.load(path, self._tensors(), self.world)
+        checkpoint.load(path, tensors, self.world)
         if isinstance(self.engine.optimizer, OneSweep):
             self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
+        self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
         self.engine.steps_done = state["step"]
 
@@ -261,12 +272,12 @@ class Trainer:
         self._introduce()
         first, last = engine.steps_done, config.steps
         with (
-            self._loader(start=first * config.batch_size) as loader,
+            closing(self._batches(start=first * config.batch_size)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, config.hang_timeout) as self.watchdog,
             StopRequest(self.world, self.device) as stop,
         ):
-            self._loop(loader, stop)
+            self._loop(batches, stop)
             self.checkpoints.wait()
         if self.world.is_first:
             self.records.close()
@@ -282,12 +293,12 @@ class Trainer:
         if lost:
             raise OSError(f"not everything could be written (step: cause): {'; '.join(lost)}")
 
-    def _loop(self, loader: Loader, stop: StopRequest) -> None:
+    def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> None:
         engine, watchdog = self.engine, self.watchdog
         while engine.steps_done < self.config.steps:
             watchdog.doing(engine.steps_done, "waiting for data")
             waited = time.perf_counter()
-            batch = next(loader)
+            batch = next(batches)
             self._data_seconds += time.perf_counter() - waited
             watchdog.doing(engine.steps_done, "training")
             self._step(batch)
@@ -300,7 +311,8 @@ class Trainer:
                 return
 
     def _step(self, batch: Batch) -> None:
-        report = self.engine.step(batch.to(self.device))
+        self._bad += len(batch.replaced)
+        report = self.engine.step(batch)
         figures = self.world.mean_(torch.stack(report[: len(FIGURES)]))
         self.means.add(figures, report.skipped)
         self.skipped.add(report.skipped)
@@ -343,6 +355,7 @@ class Trainer:
         rate = (step - first) * self.config.batch_size / (now - since)
         figures |= self._data_wait(step - first)
         self._interval = now, step
+        figures["bad_samples"] = self._count_bad()
         if skipped:
             figures["skipped_steps"] = skipped
         self._record({**figures, "images_per_second": rate})
@@ -358,6 +371,13 @@ class Trainer:
             slowest = max(range(len(seconds)), key=seconds.__getitem__)
             figures |= {"data_seconds_slowest": seconds[slowest], "slowest_loader_rank": slowest}
         return figures
+
+    def _count_bad(self) -> int:
+        """Damaged samples that were replaced so far, by all processes."""
+        mine = torch.tensor([self._bad], device=self.device)
+        self.bad_samples += int(self.world.gather(mine).sum())
+        self._bad = 0
+        return self.bad_samples
 
     def _check_skipped(self) -> int:
         """Steps skipped so far.
@@ -428,6 +448,7 @@ class Trainer:
         state = {
             "step": step,
             "means": self.means.state(),
+            "bad_samples": self._count_bad(),
             "skipped": self.skipped.state(),
             "data": self.reader.fingerprint,
         }
@@ -452,11 +473,36 @@ class Trainer:
                 self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
             self._say(f"samples   {samples}")
 
+    def _batches(self, start: int) -> Generator[Batch]:
+        """Batches of clean images on the device."""
+        if self.choices["resident data"].value == "on":
+            yield from self._resident(start)
+        else:
+            with self._loader(start) as loader:
+                for images, conditions, ids, replaced in on_device(loader, self.device):
+                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+
+    def _resident(self, start: int) -> Resident:
+        config = self.config
+        return Resident(
+            self.reader,
+            self.stored_shape,
+            config.batch_size,
+            config.seed,
+            self.cleaning,
+            start=start,
+            window=config.data.window,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_classes=config.data.num_classes,
+            on_bad_sample=config.data.on_bad_sample,
+        )
+
     def _loader(self, start: int) -> Loader:
         config = self.config
         return Loader(
             self.reader,
-            config.data.image_shape,
+            self.stored_shape,
             config.batch_size,
             config.seed,
             start=start,
@@ -466,4 +512,6 @@ class Trainer:
             window=config.data.window,
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
+            on_bad_sample=config.data.on_bad_sample,
+            mode=config.data.mode,
         )

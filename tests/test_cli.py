@@ -20,14 +20,15 @@ def fails(capsys, *arguments: str) -> str:
 def test_without_arguments_the_commands_are_listed(capsys):
     cli.main([])
     shown = capsys.readouterr().out
-    for command in ("train", "sample", "evaluate", "methods", "doctor"):
+    for command in ("train", "sample", "evaluate", "shards", "methods", "doctor"):
         assert command in shown
 
 
 def test_doctor_says_what_will_be_used_and_why(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out
-    topics = ("device", "precision", "torch.compile", "attention", "kernels", "data workers")
+    topics = ("device", "precision", "torch.compile", "attention", "kernels", "block kernels")
+    topics += ("noise", "resident data", "data workers")
     for topic in topics:
         assert topic in shown
 

@@ -42,8 +42,8 @@ def group_norm_silu_reference(
     eps: float = 1e-5,
 ) -> Tensor:
     """The definition of ``group_norm_silu`` in plain PyTorch."""
-    wide = x.to(torch.promote_types(x.dtype, weight.dtype))
-    z = torch.group_norm(wide, num_groups, weight, bias, eps)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    z = torch.group_norm(wide, num_groups, weight.to(wide.dtype), bias.to(wide.dtype), eps)
     if scale is not None and shift is not None:
         per_image = (*scale.shape, *[1] * (x.dim() - 2))
         z = z * (1 + scale.view(per_image)) + shift.view(per_image)

@@ -47,7 +47,7 @@ def qk_norm_rope_reference(
     """The definition of ``qk_norm_rope`` in plain PyTorch."""
 
     def rotated(x: Tensor, weight: Tensor) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, weight.dtype))
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = torch.nn.functional.rms_norm(y, y.shape[-1:], eps=eps) * weight
         first, second = y.chunk(2, dim=-1)
         return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speed_engine.data.decode import decode_image, decode_label, decode_npy
+from speed_engine.data.decode import Buffer, decode_image, decode_label, decode_npy
 from speed_engine.data.tarscan import ShardError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}
@@ -33,7 +33,7 @@ def condition_name(member: str) -> str:
     return name
 
 
-def decode_condition(data: bytes, member: str, channels: int) -> np.ndarray:
+def decode_condition(data: Buffer, member: str, channels: int) -> np.ndarray:
     """A member's bytes to its row of the batch; ``channels`` as in ``decode_image``.
 
     Raises:
@@ -59,10 +59,19 @@ def load_null_tokens(folder: Path) -> np.ndarray:
             f"{path} does not exist; it holds the text encoder's tokens of the empty prompt, which "
             "stand for no text. `speed-engine shards encode` writes it beside the tokens."
         )
+    return decode_null_tokens(path.read_bytes(), str(path))
+
+
+def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
+    """(L, D) of the empty prompt, from its file.
+
+    Raises:
+        ValueError: it holds something else; ``where`` names it.
+    """
     try:
-        return _checked_tokens(decode_npy(path.read_bytes())).copy()  # of its own memory
+        return _checked_tokens(decode_npy(data)).copy()  # of its own memory
     except ValueError as error:
-        raise ShardError(f"{path}: {error}") from error
+        raise ShardError(f"{where}: {error}") from error
 
 
 def _checked_tokens(tokens: np.ndarray) -> np.ndarray:

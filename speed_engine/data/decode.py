@@ -1,29 +1,46 @@
 """Bytes of a member to an array: a closed table by extension, nothing that could run code.
 
     npy                   uint8, float16, float32 or int64, C order; objects (pickles) are refused
-    png, jpg, jpeg, webp  8-bit images through Pillow, as (C, H, W) uint8
+    bf16.npy              bfloat16, of which npy knows nothing: its bit patterns as uint16
+    png, jpg, jpeg, webp  8-bit images as (C, H, W) uint8
     cls                   a label as decimal text
 
-Every failure is a ValueError that says what is wrong; the caller adds whose bytes they are.
+JPEGs go through torchvision, a third faster than Pillow and here of equal pixels, where it can be
+imported; everything else through Pillow. Sizes are checked before anything is decompressed. Every
+failure is a ValueError that says what is wrong; the caller adds whose bytes they are.
 """
 
 import io
+import logging
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from PIL import Image
 
+log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+
 MAX_BYTES = 2**28  # of one array
 MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
-_DTYPES = {np.dtype(name) for name in ("uint8", "float16", "float32", "int64")}
+_DTYPES = {np.dtype(name) for name in ("uint8", "float16", "float32", "int64", "uint16")}
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
+_FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
-def decode_image(data: bytes, extension: str, channels: int) -> np.ndarray:
+class UnfitSample(ValueError):
+    """A sample is intact, but not what the run, or the rest of its data set, is like."""
+
+
+def decode_image(
+    data: Buffer, extension: str, channels: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """(C, H, W) uint8 from a picture, any listed dtype and shape from npy.
 
     Args:
@@ -31,19 +48,28 @@ def decode_image(data: bytes, extension: str, channels: int) -> np.ndarray:
         extension: of the member; only what follows its last dot counts.
         channels: grey pictures are repeated to three channels where 1 is not asked for; colour
             is never reduced to grey.
+        size: (H, W) that a picture must have; None accepts up to ``MAX_PIXELS``.
     """
     kind = extension.rpartition(".")[2]
     if kind == "npy":
-        return decode_npy(data)
-    if kind in _PILLOW_FORMATS:
-        return _decode_picture(data, _PILLOW_FORMATS[kind], channels)
-    raise ValueError(f"no decoder for {extension!r}; known: npy, {', '.join(_PILLOW_FORMATS)}.")
+        array = decode_npy(data)
+        if (array.dtype == np.uint16) != f".{extension}".endswith(".bf16.npy"):
+            raise ValueError(f"{array.dtype} in a member {extension!r}; bf16.npy holds uint16.")
+        return array
+    if kind not in _PILLOW_FORMATS:
+        raise ValueError(f"no decoder for {extension!r}; known: npy, {', '.join(_PILLOW_FORMATS)}.")
+    header = _jpeg_header(data) if _PILLOW_FORMATS[kind] == "JPEG" else None
+    decode_jpeg = _torchvision_jpeg() if header else None
+    if header is None or decode_jpeg is None or header.components not in (1, 3):
+        return _decode_picture(data, _PILLOW_FORMATS[kind], channels, size)
+    _check_size(header.height, header.width, size)
+    return decode_jpeg(data, header.components == 1 and channels == 1)
 
 
-def decode_npy(data: bytes) -> np.ndarray:
+def decode_npy(data: Buffer) -> np.ndarray:
     """An array that shares the memory of ``data``."""
     start = _npy_header_bytes(data)
-    dtype, shape = _parse_npy_header(data[:start])
+    dtype, shape = _parse_npy_header(bytes(data[:start]))
     size = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 1 or size != len(data) - start or size > MAX_BYTES:
         raise ValueError(
@@ -53,19 +79,81 @@ def decode_npy(data: bytes) -> np.ndarray:
     return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
-def decode_label(data: bytes) -> int:
+def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
+    """Many npy files of equal headers at once, without a copy.
+
+    Args:
+        rows: (B, size) uint8, one file each.
+
+    Returns:
+        (B, *shape) that shares the memory of ``rows``; None if the headers differ.
+    """
+    first = decode_npy(memoryview(rows[0]))
+    start = rows.shape[1] - first.nbytes
+    if (rows[:, :start] != rows[0, :start]).any():
+        return None
+    return rows[:, start:].view(first.dtype).reshape(len(rows), *first.shape)
+
+
+def decode_label(data: Buffer) -> int:
     """Decimal digits, with or without white space around them."""
-    text = data.strip()
+    text = bytes(data[:32]).strip() if len(data) <= 32 else b""
     if not text.isdigit() or len(text) > 18:
-        raise ValueError(f"label {data[:32]!r} is not a non-negative integer.")
+        raise ValueError(f"label {bytes(data[:32])!r} is not a non-negative integer.")
     return int(text)
 
 
-def _npy_header_bytes(data: bytes) -> int:
+def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
+    """What a member holds, from its first bytes: dtype and shape, or a bound of its labels.
+
+    Returns:
+        {"dtype", "shape"} of an array; the same with shape [H, W] of a picture; {"classes": label
+        + 1}; or {} of anything else and of what cannot be read.
+    """
+    kind = extension.rpartition(".")[2]
+    try:
+        if kind == "npy":
+            dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
+            return {"dtype": str(dtype), "shape": list(shape)}
+        if kind == "cls":
+            return {"classes": decode_label(data) + 1}
+        if kind in _PILLOW_FORMATS:
+            with Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]]) as image:
+                return {"dtype": "uint8", "shape": [image.height, image.width]}
+    except Exception:  # the loader, and `shards check`, say what is wrong with it
+        return {}
+    return {}
+
+
+def decode_labels(memory: np.ndarray, offset: np.ndarray, size: np.ndarray) -> np.ndarray | None:
+    """Many labels at once.
+
+    Args:
+        memory: (B, L) uint8, one row each.
+        offset: (B,) of the label in its row.
+        size: (B,) bytes of it.
+
+    Returns:
+        (B,) int64; None if one of them is anything but one to 18 digits.
+    """
+    if not 1 <= size.min() <= size.max() <= 18:
+        return None
+    labels, rows = np.zeros(len(memory), dtype=np.int64), np.arange(len(memory))
+    for place in range(int(size.max())):
+        inside = place < size
+        digits = memory[rows, np.where(inside, offset + place, 0)].astype(np.int64) - ord("0")
+        if ((digits < 0) | (digits > 9))[inside].any():
+            return None
+        labels = np.where(inside, 10 * labels + digits, labels)
+    return labels
+
+
+def _npy_header_bytes(data: Buffer) -> int:
     """Length of magic, version and header; version 1 has two bytes of length, version 2 four."""
-    width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(data[:8])
+    magic = bytes(data[:8])
+    width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(magic)
     if width is None:
-        raise ValueError(f"not an npy file of version 1 or 2: it begins with {data[:8]!r}.")
+        raise ValueError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
     return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
 
 
@@ -86,15 +174,80 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     return dtype, shape
 
 
-def _decode_picture(data: bytes, pillow_format: str, channels: int) -> np.ndarray:
+class _JpegHeader(NamedTuple):
+    height: int
+    width: int
+    components: int
+
+
+def _jpeg_header(data: Buffer) -> _JpegHeader | None:
+    """Of the first frame; None of what is not plainly a JPEG, which Pillow then judges."""
+    at = 2
+    try:
+        while data[at] == 0xFF:
+            marker = data[at + 1]
+            if marker in _FRAME_MARKERS:
+                frame = bytes(data[at + 5 : at + 10])
+                height, width = int.from_bytes(frame[:2], "big"), int.from_bytes(frame[2:4], "big")
+                return _JpegHeader(height, width, frame[4])
+            if marker < 0xC0 or 0xD0 <= marker <= 0xDA or marker == 0xFF:
+                return None
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    except IndexError:
+        pass
+    return None
+
+
+@cache
+def _torchvision_jpeg() -> Callable[[Buffer, bool], np.ndarray] | None:
+    """(content, whether to keep grey) -> (C, H, W) uint8; None where torchvision is unusable."""
+    try:
+        import torch
+        from torchvision.io import ImageReadMode
+
+        # The operator itself: its wrapper warns at every call that it will be removed one day. Then
+        # this raises, and Pillow takes over.
+        decode = torch.ops.image.decode_jpeg
+    except Exception as error:  # one of another build than torch raises RuntimeError
+        log.warning(
+            "JPEGs are decoded by Pillow, a third slower: no usable torchvision (%s).", error
+        )
+        return None
+
+    def decode_jpeg(data: Buffer, keep_grey: bool) -> np.ndarray:
+        if isinstance(data, bytes) or (isinstance(data, memoryview) and data.readonly):
+            data = bytearray(data)  # torch warns about memory that it could not write to
+        mode = ImageReadMode.GRAY.value if keep_grey else ImageReadMode.RGB.value
+        try:
+            return decode(torch.frombuffer(data, dtype=torch.uint8), mode, False).numpy()
+        except RuntimeError as error:
+            raise ValueError(f"unusable JPEG picture: {error}") from error
+
+    return decode_jpeg
+
+
+def _check_size(height: int, width: int, size: tuple[int, int] | None) -> None:
+    if size is not None and (height, width) != tuple(size):
+        raise UnfitSample(
+            f"the picture is {height} x {width}; expected {size[0]} x {size[1]}. Correct "
+            f"image_shape or the data."
+        )
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"{height} x {width} pixels; at least 1 and at most {MAX_PIXELS}.")
+
+
+def _decode_picture(
+    data: Buffer, pillow_format: str, channels: int, size: tuple[int, int] | None
+) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=[pillow_format]) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
+            _check_size(image.height, image.width, size)
             if image.mode not in _GREY_MODES | _COLOUR_MODES:
                 raise ValueError(f"mode {image.mode} is not 8-bit grey or colour.")
             keep_grey = image.mode in _GREY_MODES and channels == 1
             pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+    except UnfitSample:
+        raise
     except Exception as error:  # whatever the bytes provoke in Pillow
         raise ValueError(f"unusable {pillow_format} picture: {error}") from error
     return pixels[None] if keep_grey else pixels.transpose(2, 0, 1)

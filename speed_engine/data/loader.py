@@ -10,9 +10,10 @@ whatever the ranks, the workers and the batches in flight were.
 Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple, Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -21,32 +22,33 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import map as map_stage
 from webdataset.pipeline import DataPipeline
 
-from speed_engine.data.conditions import condition_name, decode_condition
-from speed_engine.data.decode import decode_image
-from speed_engine.data.order import DataOrder
-from speed_engine.data.shards import ShardReader
+from speed_engine.data.batches import Arrays, BatchReader, OnBadSample, Shape
+from speed_engine.data.conditions import condition_name
+from speed_engine.data.order import DataOrder, elsewhere
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.stream import StreamSource
+
+log = logging.getLogger(__name__)
 
 PREFETCH = 4  # batches in flight per worker
-IMAGE = "image"  # in a decoded sample, beside the names of its conditions
-Shape = tuple[int, int, int]  # C, H, W
 
 
 class Batch(NamedTuple):
     """One rank's part of a global batch."""
 
-    images: Tensor  # (B, C, H, W) float32: pixels in [-1, 1], or latents as stored
+    images: Tensor  # (B, C, H, W) as stored: uint8 pixels, floating-point latents
     conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
+    replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``, floats as float32; copies from pinned memory do not wait."""
+        """The batch on ``device``: pixels as float32 in [-1, 1], other floats as float32.
 
-        def move(tensor: Tensor) -> Tensor:
-            moved = tensor.to(device, non_blocking=True)
-            return moved.float() if moved.is_floating_point() else moved
-
+        Copies are asynchronous from pinned memory; everything travels as it is stored.
+        """
+        move = partial(_move, device=device)
         conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(move(self.images), conditions, move(self.ids))
+        return Batch(move(self.images), conditions, move(self.ids), self.replaced)
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of ``size`` images; the last may be smaller."""
@@ -58,6 +60,17 @@ class Batch(NamedTuple):
             )
             for start in range(0, len(self.ids), size)
         ]
+
+
+def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    moved = tensor.to(device, non_blocking=True)
+    if moved.dtype == torch.int64:
+        return moved
+    floats = moved.to(torch.float32, memory_format=torch.contiguous_format)
+    if moved.dtype != torch.uint8:
+        return floats
+    # By a tensor: CUDA would multiply by the reciprocal of a number.
+    return floats.div_(torch.full((), 127.5, device=floats.device)).sub_(1)
 
 
 class Loader:
@@ -77,9 +90,12 @@ class Loader:
         window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
         condition_shapes: of one row, by the condition's name; others accept any.
+        on_bad_sample: what happens to a damaged sample, see batches.py.
+        mode: exact as above, or stream, see stream.py.
 
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
+        OSError: a shard cannot be read.
         RuntimeError: a worker died, or the loader is closed.
     """
 
@@ -96,14 +112,23 @@ class Loader:
         window: int = 8,
         num_classes: int | None = None,
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
+        on_bad_sample: OnBadSample = "stop",
+        mode: Literal["exact", "stream"] = "exact",
     ) -> None:
-        _check_arguments(reader, batch_size, start, workers, rank, world_size)
-        load = partial(_load_batch, reader, image_shape, num_classes)
-        first = load(np.array([[0], [0]]))  # an unfit data set fails here, not in a worker
-        _check_conditions(reader, first, condition_shapes or {})
+        check_arguments(reader, batch_size, start, workers, rank, world_size)
         order = DataOrder(reader.counts, seed, window)
-        source = _Source(order, start, batch_size, rank, world_size)
-        pipeline = DataPipeline(source, map_stage(load))
+        batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
+        load = partial(_load_batch, batches, order)
+        # An unfit data set fails here, not in a worker. The order of this epoch is computed, too,
+        # which the workers then share.
+        first = load(np.array([order.sample_indices(start, 1), [start]]))
+        _check_conditions(reader, first, condition_shapes or {})
+        if mode == "exact":
+            source = _Source(reader, order, start, batch_size, rank, world_size)
+            pipeline = DataPipeline(source, map_stage(load))
+        else:
+            stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
+            pipeline = DataPipeline(stream, map_stage(as_batch))
         self._loader: DataLoader | None = DataLoader(
             cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
             batch_size=None,
@@ -112,6 +137,7 @@ class Loader:
             pin_memory=torch.cuda.is_available(),
         )
         self._batches: Iterator[Batch] | None = None
+        self._damaged: set[str] = set()  # shards
 
     def __iter__(self) -> Self:
         return self
@@ -122,7 +148,7 @@ class Loader:
         try:
             if self._batches is None:
                 self._batches = iter(self._loader)
-            return next(self._batches)
+            return self._reported(next(self._batches))
         except (EOFError, ConnectionError) as error:  # it died while handing over a batch
             self.close()
             raise RuntimeError(
@@ -132,6 +158,19 @@ class Loader:
         except BaseException:
             self.close()  # DataLoader would go on without the worker that failed
             raise
+
+    def _reported(self, batch: Batch) -> Batch:
+        """The batch, after one warning for each shard that is found to be damaged."""
+        for damage in batch.replaced:
+            shard = damage.partition(": ")[0]
+            if shard not in self._damaged:
+                self._damaged.add(shard)
+                log.warning(
+                    "%s Another sample takes its place, as for all damaged ones of this shard; "
+                    "they are counted in the metrics, and `speed-engine shards check` lists them.",
+                    damage,
+                )
+        return batch
 
     def close(self) -> None:
         """End the workers; batches in flight are dropped."""
@@ -148,23 +187,30 @@ class Loader:
         self.close()
 
 
-def read_all(reader: ShardReader, image_shape: Shape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation.
+def read_all(
+    reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every sample in the order of the shards, for evaluation; others replace damaged ones.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
-    images, conditions = _stack(reader, image_shape, None, range(len(reader)))
+    batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
+    images, conditions, replaced = batches.read(
+        range(len(reader)), partial(elsewhere, num_samples=len(reader))
+    )
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
-    return images, conditions
+    if replaced:
+        log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
+    return np.ascontiguousarray(images), conditions
 
 
 def read_conditions(
     reader: ShardReader, image_shape: Shape, indices: list[int]
 ) -> dict[str, np.ndarray]:
     """(N, ...) of the given samples, as batches have them."""
-    _, conditions = _stack(reader, image_shape, None, indices)
+    _, conditions, _ = BatchReader(reader, image_shape).read(indices)
     return {name: _scaled(value) for name, value in conditions.items()}
 
 
@@ -172,30 +218,48 @@ class _Source(IterableDataset):
     """This worker's batches as (2, B) int64: sample indices, positions in the stream."""
 
     def __init__(
-        self, order: DataOrder, start: int, batch_size: int, rank: int, world_size: int
+        self,
+        reader: ShardReader,
+        order: DataOrder,
+        start: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self._order, self._batch_size = order, batch_size
+        self._reader, self._order, self._batch_size = reader, order, batch_size
         self._rank_size = batch_size // world_size
         self._first = start + rank * self._rank_size
 
     def __iter__(self) -> Iterator[np.ndarray]:
         worker = get_worker_info()
         k, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        begin = end = self._first + k * self._batch_size  # of the last window that was announced
         while True:
             first = self._first + k * self._batch_size
+            while first >= begin:  # announce the next window when the one before it begins
+                begin, (end, shards) = end, self._order.window_at(end)
+                self._reader.prefetch(shards)
             indices = self._order.sample_indices(first, self._rank_size)
             yield np.stack([indices, np.arange(first, first + self._rank_size)])
             k += stride
 
 
-def _load_batch(
-    reader: ShardReader, image_shape: Shape, num_classes: int | None, part: np.ndarray
-) -> Batch:
+def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Batch:
     indices, ids = part
-    images, conditions = _stack(reader, image_shape, num_classes, indices.tolist())
-    told = {name: torch.from_numpy(_scaled(value)) for name, value in conditions.items()}
-    images = _scaled(images).astype(np.float32, copy=False)
-    return Batch(torch.from_numpy(images), told, torch.from_numpy(ids))
+    arrays = batches.read(
+        indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
+    )
+    return as_batch((arrays, ids))
+
+
+def as_batch(part: tuple[Arrays, np.ndarray]) -> Batch:
+    """The tensors that share the arrays' memory."""
+    (images, conditions, replaced), ids = part
+    told = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    stored = torch.from_numpy(images)
+    if images.dtype == np.uint16:
+        stored = stored.view(torch.bfloat16)
+    return Batch(stored, told, torch.from_numpy(ids), replaced)
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:
@@ -203,51 +267,6 @@ def _scaled(values: np.ndarray) -> np.ndarray:
     if values.dtype != np.uint8:
         return values
     return values.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _stack(
-    reader: ShardReader, image_shape: Shape, num_classes: int | None, indices: range | list[int]
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images (B, C, H, W) and conditions (B, ...), each of one dtype and shape."""
-    rows: list[dict[str, np.ndarray]] = []
-    for i in indices:
-        row = _decode(reader, i, image_shape)
-        for name, value in row.items():
-            first = rows[0][name] if rows else value
-            if (value.dtype, value.shape) != (first.dtype, first.shape):
-                raise ValueError(
-                    f"{reader.describe(i)} has {name} of {value.dtype} and shape {value.shape}, "
-                    f"others {first.dtype} and {first.shape}; a data set needs one dtype and shape."
-                )
-        if num_classes is not None and row.get("labels", 0) >= num_classes:
-            raise ValueError(
-                f"{reader.describe(i)} has label {row['labels']}; needed: less than "
-                f"num_classes={num_classes}. Correct num_classes or the data."
-            )
-        rows.append(row)
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return stacked.pop(IMAGE), stacked
-
-
-def _decode(reader: ShardReader, i: int, image_shape: Shape) -> dict[str, np.ndarray]:
-    """The image, under ``IMAGE``, and the conditions of a sample."""
-    image_key, *condition_keys = reader.keys
-    sample = reader.read(i)
-    try:
-        image = decode_image(sample[image_key], image_key, image_shape[0])
-        conditions = {
-            condition_name(key): decode_condition(sample[key], key, image_shape[0])
-            for key in condition_keys
-        }
-    except ValueError as error:
-        raise ValueError(f"{reader.describe(i)}: {error}") from error
-    if image.shape != tuple(image_shape) or image.dtype == np.int64:
-        raise ValueError(
-            f"{reader.describe(i)}: the image is {image.dtype} of shape {image.shape}; expected "
-            f"uint8 or floating point of shape {tuple(image_shape)}. Correct image_shape or the "
-            f"data."
-        )
-    return {IMAGE: image, **conditions}
 
 
 def _check_conditions(
@@ -262,9 +281,10 @@ def _check_conditions(
             )
 
 
-def _check_arguments(
+def check_arguments(
     reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
 ) -> None:
+    """Raises ValueError where batches cannot be shared out so."""
     for key in reader.keys[1:]:
         condition_name(key)
     if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:

@@ -6,13 +6,17 @@
 
 So every process can compute any slice of the stream: the order depends neither on the number of
 processes nor on that of workers. Nothing is dropped or padded; batches may straddle epochs. The
-groups keep reads near each other on disk. Frozen, like the bits it is made from: resumed runs rely
-on it.
+groups, called windows, keep reads near each other on disk. Frozen, like the bits it is made from:
+resumed runs rely on it.
+
+A sample that cannot be read is replaced by the one that stands elsewhere in the same epoch: again a
+function of the image's place only.
 
 Letters: N samples, S shards.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +34,34 @@ def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> np
         window: shards that are shuffled together.
     """
     num_shards, num_samples = len(counts), sum(counts)
-    words = random_bits(
-        torch.tensor(seed), torch.tensor([epoch]), num_shards + num_samples, Stream.ORDER
-    )[0].numpy()
-    shard_words, sample_words = words[:num_shards], words[num_shards:]
-    group_of_shard = np.empty(num_shards, dtype=np.int64)
-    group_of_shard[np.argsort(shard_words, kind="stable")] = np.arange(num_shards) // window
-    return np.argsort(np.repeat(group_of_shard, counts) << 32 | sample_words, kind="stable")
+    sample_words = _words(seed, epoch, num_shards + num_samples)[num_shards:]
+    groups = _window_of_shard(num_shards, seed, epoch, window)
+    return np.argsort(np.repeat(groups, counts) << 32 | sample_words, kind="stable")
+
+
+def _window_of_shard(num_shards: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """(S,) int64, the number of each shard's window in an epoch."""
+    windows = np.empty(num_shards, dtype=np.int64)
+    shuffled = np.argsort(_words(seed, epoch, num_shards), kind="stable")
+    windows[shuffled] = np.arange(num_shards) // window
+    return windows
+
+
+def _words(seed: int, epoch: int, count: int) -> np.ndarray:
+    return random_bits(torch.tensor(seed), torch.tensor([epoch]), count, Stream.ORDER)[0].numpy()
+
+
+def elsewhere(place: int, attempt: int, num_samples: int) -> int:
+    """Another place among ``num_samples``, far from those of other attempts."""
+    stride = max(1, num_samples * 618_034 // 1_000_000)  # the golden section
+    return (place + attempt * stride) % num_samples
+
+
+class Window(NamedTuple):
+    """Shards that are read in the same stretch of the stream."""
+
+    end: int  # the first image of the stream after it
+    shards: list[int]
 
 
 class DataOrder:
@@ -66,6 +91,25 @@ class DataOrder:
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces)
+
+    def substitute(self, image: int, attempt: int) -> int:
+        """The sample that takes the place of ``image`` if those of all attempts before are bad.
+
+        Args:
+            image: of the stream.
+            attempt: from 1; each is far from the others, in other windows where there are any.
+        """
+        epoch, place = divmod(image, self._num_samples)
+        return int(self._epoch(epoch)[elsewhere(place, attempt, self._num_samples)])
+
+    def window_at(self, image: int) -> Window:
+        """The window that holds an image of the stream."""
+        epoch, place = divmod(image, self._num_samples)
+        windows = _window_of_shard(len(self._counts), self._seed, epoch, self._window)
+        ends = np.cumsum(np.bincount(windows, weights=self._counts).astype(np.int64))
+        number = int(np.searchsorted(ends, place, side="right"))
+        end = image - place + int(ends[number])
+        return Window(end, np.flatnonzero(windows == number).tolist())
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:

@@ -5,17 +5,21 @@ drops what follows; here each header must pass its checksum and the end marker m
 Understood: ustar (with prefix), GNU long names, pax ``path`` and ``size``.
 
 Members are grouped into samples as WebDataset does: ``folder/key.ext`` belongs to the sample
-``folder/key``; the extension starts at the first dot of the file name and is lower-cased.
+``folder/key``; the extension starts at the first dot of the file name and is lower-cased. Names are
+compared and reported, never opened or created.
 """
 
 import mmap
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 BLOCK = 512
+MAX_MEMBERS = 2**22  # of one tar
+MAX_NAME = 4096  # bytes of a member's name
+MAX_EXTENSION_HEADER = 2**20  # bytes of a long name or of pax records
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset keeps such names for itself
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
@@ -37,15 +41,21 @@ class Member(NamedTuple):
 Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
 
 
-def scan_tar(path: Path) -> Samples:
-    """Index a tar, reading all of it.
+def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None = None) -> Samples:
+    """Find every member of a tar, reading all of it once.
+
+    Args:
+        path: of the tar; a compressed one is refused as damaged.
+        visit: called with key, extension and data of each member, in the tar's order; the data must
+            not be kept.
 
     Raises:
-        ShardError: damaged header, missing end, a key whose members are not adjacent, or one
-            member twice; names file, offset and reason.
+        ShardError: damaged header, missing end, a key whose members are not adjacent, one member
+            twice, or more members or longer names than any data set has; names file, offset and
+            reason.
     """
     samples: Samples = {}
-    last = None
+    last, num_members = None, 0
     with open(path, "rb") as file:
         if path.stat().st_size < 2 * BLOCK:
             raise ShardError(f"{path}: shorter than the end marker of an empty tar.")
@@ -60,10 +70,13 @@ def scan_tar(path: Path) -> Samples:
                 members = samples.setdefault(key, {})
                 if extension in members:
                     raise _error(path, at, f"{name!r} is there twice")
-                with memoryview(tar) as view:
-                    members[extension] = Member(
-                        offset, size, zlib.crc32(view[offset : offset + size])
-                    )
+                num_members += 1
+                if num_members > MAX_MEMBERS:
+                    raise _error(path, at, f"more than {MAX_MEMBERS} members")
+                with memoryview(tar) as view, view[offset : offset + size] as data:
+                    members[extension] = Member(offset, size, zlib.crc32(data))
+                    if visit is not None:
+                        visit(key, extension, data)
                 last = key
     return samples
 
@@ -88,6 +101,8 @@ def _regular_members(path: Path, tar: mmap.mmap) -> Iterator[tuple[int, str, int
             size = 0
         if data + size > end:
             raise _error(path, at, f"a member of {size} bytes passes the end of the file")
+        if kind in (b"L", b"x") and size > MAX_EXTENSION_HEADER:
+            raise _error(path, at, f"an extension header of {size} bytes")
         if kind == b"L":
             override["path"] = _text(path, at, tar[data : data + size].rstrip(b"\0"))
         elif kind == b"x":
@@ -142,6 +157,8 @@ def _pax_records(path: Path, at: int, data: bytes) -> dict[str, str]:
 
 
 def _text(path: Path, at: int, name: bytes) -> str:
+    if len(name) > MAX_NAME or b"\0" in name:
+        raise _error(path, at, f"name {name[:40]!r}... of {len(name)} bytes, or with a zero byte")
     try:
         return name.decode()
     except UnicodeDecodeError:

@@ -74,7 +74,7 @@ def set_recompute(blocks: Iterable[nn.Module], dial: float) -> None:
         block.recompute = more if spends else less  # type: ignore[assignment]
 
 
-def compiled(model: Callable[..., Any], how: str) -> Callable[..., Any]:
+def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
     """What to call in place of the model.
 
     Args:
@@ -84,10 +84,11 @@ def compiled(model: Callable[..., Any], how: str) -> Callable[..., Any]:
     return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
 
 
-def compiled_blocks(model: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_blocks(model: nn.Module) -> nn.Module:
     """The model itself, each of its blocks compiled in place.
 
-    Equal blocks share one compilation, so that its time does not grow with the depth.
+    Equal blocks share one compilation, but for the first, which has no branch to add (see
+    ``open_sum``), so that its time does not grow with the depth.
 
     Raises:
         ValueError: the model has no blocks.

@@ -2,12 +2,20 @@ import io
 import os
 import pickle
 import random
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from speed_engine.data.decode import MAX_PIXELS, decode_image, decode_label, decode_npy
+from speed_engine.data import decode
+from speed_engine.data.decode import (
+    MAX_PIXELS,
+    decode_image,
+    decode_label,
+    decode_npy,
+    describe_member,
+)
 
 
 def npy(array, **options):
@@ -112,7 +120,7 @@ def test_a_decompression_bomb_is_refused_unread():
     side = int(MAX_PIXELS**0.5) + 1
     file = io.BytesIO()
     Image.new("1", (side, side)).save(file, "png")
-    with pytest.raises(ValueError, match="exceed the limit"):
+    with pytest.raises(ValueError, match="pixels; at least 1 and at most"):
         decode_image(file.getvalue(), "png", 1)
 
 
@@ -130,3 +138,73 @@ def test_labels_are_decimal_text():
 def test_other_labels_are_refused(text):
     with pytest.raises(ValueError, match="not a non-negative integer"):
         decode_label(text)
+
+
+def jpeg(mode="RGB", **options):
+    return picture(mode, (40, 24), "jpeg", **options)[0]
+
+
+@pytest.mark.parametrize(
+    "mode, channels", [("RGB", 3), ("RGB", 1), ("L", 1), ("L", 3), ("CMYK", 3)]
+)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
+def test_jpegs_are_the_same_without_torchvision(monkeypatch, mode, channels, options):
+    data = jpeg(mode, **options)
+    with_torchvision = decode_image(data, "jpg", channels)
+    monkeypatch.setattr("speed_engine.data.decode._torchvision_jpeg", lambda: None)
+    assert np.array_equal(with_torchvision, decode_image(data, "jpg", channels))
+
+
+def test_an_unusable_torchvision_is_said_once_and_pillow_decodes(monkeypatch, caplog):
+    decode._torchvision_jpeg.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)  # importing it raises ImportError
+    try:
+        for _ in range(3):
+            assert decode_image(jpeg(), "jpg", 3).shape == (3, 24, 40)
+    finally:
+        decode._torchvision_jpeg.cache_clear()
+    assert len(caplog.messages) == 1 and "no usable torchvision" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_a_picture_of_another_size_is_refused_unread(kind):
+    data, _ = picture(size=(40, 24), kind=kind)
+    assert decode_image(data, kind, 3, (24, 40)).shape == (3, 24, 40)
+    with pytest.raises(ValueError, match="the picture is 24 x 40; expected 40 x 24"):
+        decode_image(data, kind, 3, (40, 24))
+
+
+def test_a_jpeg_that_claims_gigapixels_is_refused_unread():
+    data = bytearray(jpeg())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff" * 4
+    with pytest.raises(ValueError, match="65535 x 65535 pixels"):
+        decode_image(bytes(data), "jpg", 3)
+
+
+def test_an_array_that_claims_more_than_its_bytes_is_refused():
+    data = npy(np.zeros((8, 8), np.uint8))
+    for claim in (b"(10**9, 8)", b"(88888888, 8), ", b"(-8, -8), ", b"(8, 9), "):
+        with pytest.raises(ValueError, match="npy"):
+            decode_npy(data.replace(b"(8, 8), ", claim.ljust(8))[: len(data) + 40])
+
+
+def test_bfloat16_travels_as_its_bits():
+    bits = np.array([[0x3F80, 0xC000]], dtype=np.uint16)
+    assert np.array_equal(decode_image(npy(bits), "latent.bf16.npy", 1), bits)
+    assert np.array_equal(decode_image(npy(bits), "bf16.npy", 1), bits)
+    with pytest.raises(ValueError, match="uint16 in a member 'npy'; bf16.npy holds uint16"):
+        decode_image(npy(bits), "npy", 1)
+    with pytest.raises(ValueError, match="float16 in a member 'bf16.npy'"):
+        decode_image(npy(np.zeros((1, 2), np.float16)), "bf16.npy", 1)
+
+
+def test_members_are_described_by_their_first_bytes():
+    assert describe_member(npy(np.zeros((4, 2), np.float16)), "npy") == {
+        "dtype": "float16",
+        "shape": [4, 2],
+    }
+    assert describe_member(jpeg(), "jpg") == {"dtype": "uint8", "shape": [24, 40]}
+    assert describe_member(b"7", "cls") == {"classes": 8}
+    for data, extension in ((b"junk", "npy"), (b"junk", "png"), (b"cat", "cls"), (b"{}", "json")):
+        assert describe_member(data, extension) == {}

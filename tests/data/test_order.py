@@ -97,3 +97,28 @@ def test_an_empty_data_set_or_window_is_refused(counts, window):
 def test_the_stream_has_no_negative_images():
     with pytest.raises(ValueError, match="start=-1"):
         DataOrder(COUNTS, seed=0, window=1).sample_indices(-1, 1)
+
+
+@given(image=st.integers(0, 4 * N - 1), size=st.integers(1, 6))
+def test_a_window_holds_the_images_up_to_its_end(image, size):
+    order = DataOrder(COUNTS, seed=9, window=size)
+    end, shards = order.window_at(image)
+    assert len(shards) <= size and image < end <= (image // N + 1) * N
+    bounds = np.concatenate([[0], np.cumsum(COUNTS)])
+    members = {i for s in shards for i in range(bounds[s], bounds[s + 1])}
+    read = order.sample_indices(image, end - image).tolist()
+    assert members.issuperset(read)
+    begin = end - len(members)
+    assert begin <= image and sorted(order.sample_indices(begin, len(members))) == sorted(members)
+
+
+def test_substitutes_come_from_elsewhere_and_reach_everything():
+    counts = (10,) * 100
+    order = DataOrder(counts, seed=4, window=2)
+    for image in (0, 999, 1000, 123_456):
+        (bad,) = order.sample_indices(image, 1)
+        substitutes = [order.substitute(image, attempt) for attempt in range(1, 1000)]
+        assert bad not in substitutes[:50] and substitutes[0] // 10 != bad // 10
+        assert len(set(substitutes)) > 450
+        fresh = DataOrder(counts, seed=4, window=2)
+        assert fresh.substitute(image, 3) == substitutes[2]

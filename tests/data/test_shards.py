@@ -5,13 +5,18 @@ import random
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter as WebDatasetWriter
 
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.index import index_path, load_index
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter, scan_index
 from speed_engine.data.tarscan import ShardError, scan_tar
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +28,7 @@ def read_everything(folder, keys=("npy", "cls")):
 
 
 def without_indices(folder):
-    for path in folder.glob("*.index.json"):
+    for path in (*folder.glob("*.index.safetensors"), folder / "dataset.json"):
         path.unlink()
     return folder
 
@@ -56,19 +61,20 @@ def test_samples_come_in_the_order_of_writing(make_shards):
 
 def test_equal_samples_give_equal_bytes(make_shards):
     a, b = make_shards(5, per_shard=3, name="a"), make_shards(5, per_shard=3, name="b")
-    names = ["x-000000.index.json", "x-000000.tar", "x-000001.index.json", "x-000001.tar"]
+    shards = [f"x-00000{n}.{suffix}" for n in (0, 1) for suffix in ("index.safetensors", "tar")]
+    names = ["dataset.json", *shards]
     assert sorted(os.listdir(a)) == sorted(os.listdir(b)) == names
     assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
 def test_the_index_is_that_of_the_tar(make_shards):
-    folder = make_shards(5, per_shard=5)
-    index = json.loads((folder / "x-000000.index.json").read_text())
-    scanned = scan_tar(folder / "x-000000.tar")
-    assert index["samples"] == [
-        {"key": key, "members": {k: list(m) for k, m in members.items()}}
-        for key, members in scanned.items()
-    ]
+    tar = make_shards(5, per_shard=5) / "x-000000.tar"
+    index, _ = load_index(index_path(tar))
+    for n, (key, members) in enumerate(scan_tar(tar).items()):
+        assert index.key(n) == key
+        columns = zip(index.offset[n], index.size[n], index.crc32[n], strict=True)
+        assert dict(zip(index.extensions, columns, strict=True)) == members
+    assert index_path(tar).read_bytes() == scan_index(tar).to_bytes()
 
 
 def test_the_fingerprint_is_that_of_the_content(make_shards):
@@ -115,7 +121,7 @@ def scan_tar_of(data, path):
 def test_a_flipped_byte_in_a_header_is_never_silent_without_an_index(make_shards):
     folder = without_indices(make_shards(8, per_shard=8))
     truth, rng = read_everything(folder), random.Random(0)
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.tar")
     intact, detected = path.read_bytes(), 0
     with tarfile.open(path) as tar:
         headers = [member.offset for member in tar]
@@ -146,17 +152,19 @@ def test_a_truncated_shard_is_refused(make_shards, indexed):
 KILLED_AT_EACH_CALL = """
 import os, signal, sys
 from pathlib import Path
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.index import index_path, load_index
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter, scan_index
 
 def write_and_die(folder, calls_to_live):
     calls = 0
     def counted(function):
-        def call(*args):
+        def call(*args, **options):
             nonlocal calls
             calls += 1
             if calls > calls_to_live:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args)
+            return function(*args, **options)
         return call
     os.fsync, Path.rename, Path.unlink = map(counted, (os.fsync, Path.rename, Path.unlink))
     with ShardWriter(folder, "x", 2) as writer:
@@ -184,7 +192,7 @@ def test_a_writer_killed_anywhere_leaves_nothing_that_is_accepted(tmp_path):
     command = [sys.executable, "-c", KILLED_AT_EACH_CALL, str(tmp_path)]
     output = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True).stdout
     *killed, committed, finished = [line.split("\t") for line in output.splitlines()]
-    assert len(killed) == 20
+    assert len(killed) == 24
     for signaled, outcome in killed:
         assert signaled == "True" and "did not finish" in outcome
     assert committed == ["True", "5"]  # the marker is gone, only its durability was pending
@@ -228,7 +236,7 @@ def test_a_missing_folder_is_named():
 
 
 def test_a_folder_without_shards_says_how_to_make_some(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no \.tar shards; write some with .*ShardWriter"):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shards; `speed-engine shards make`"):
         ShardReader(tmp_path)
 
 
@@ -246,32 +254,45 @@ def test_a_shard_without_samples_is_refused(tmp_path):
         ShardReader(tmp_path)
 
 
+def damaged(name, change):
+    """A copy of an index in which one field is another."""
+    return lambda index: replace(index, **{name: change(getattr(index, name))})
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda index: index.update(version=2), "has version 2; this program reads 1"),
-        (lambda index: index.update(tar_bytes=1), "its index says 1"),
-        (lambda index: index["samples"].pop(), "does not match its own checksum"),
-        (lambda index: index.pop("samples"), "is not a shard index"),
-        (lambda index: index["samples"][0]["members"]["npy"].append(0), "is not a shard index"),
-        (lambda index: index["samples"][0]["members"].update(npy=[10**6, 134, 0]), "checksum"),
+        (damaged("tar_bytes", lambda n: n + 512), r"has \d+ bytes, its index says \d+"),
+        (damaged("offset", lambda a: a + 10**6), "names bytes outside"),
+        (damaged("offset", lambda a: a - 10**6), "names bytes outside"),
+        (damaged("size", lambda a: a[:-1]), "is not a shard index .*size has shape"),
+        (damaged("crc32", lambda a: a.astype(np.int64)), "is not a shard index .*crc32 is int64"),
+        (damaged("crc32", lambda a: a + np.uint32(1)), "is of another data set"),
+        (damaged("key_ends", lambda a: a.reshape(1, -1)), "is not a shard index .*key_ends is"),
     ],
 )
 def test_an_index_that_is_not_of_its_tar_is_refused(make_shards, change, reason):
-    path = make_shards(3, per_shard=3) / "x-000000.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    path.write_text(json.dumps(index))
+    path = index_path(make_shards(3, per_shard=3) / "x-000000.tar")
+    path.write_bytes(change(load_index(path)[0]).to_bytes())
     with pytest.raises(ShardError, match=reason):
         ShardReader(path.parent)
 
 
-def test_an_index_cannot_point_outside_its_tar(make_shards):
-    path = make_shards(3, per_shard=3) / "x-000000.index.json"
-    index = json.loads(path.read_text())
-    index["samples"][0]["members"]["npy"][0] = 10**6
-    path.write_text(json.dumps(index))
-    with pytest.raises(ShardError, match="names bytes outside"):
+@pytest.mark.parametrize(
+    "metadata, reason",
+    [
+        (None, "is not a shard index"),
+        ({"index": "[1]"}, "is not a shard index"),
+        ({"index": "[" * 100_000}, "is not a shard index"),
+        ({"index": json.dumps({"version": 1})}, "has version 1; this program reads 2"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_index(make_shards, metadata, reason):
+    path = index_path(make_shards(3, per_shard=3) / "x-000000.tar")
+    index, _ = load_index(path)
+    columns = ("key_bytes", "key_ends", "offset", "size", "crc32")
+    path.write_bytes(save({name: getattr(index, name) for name in columns}, metadata))
+    with pytest.raises(ShardError, match=reason):
         ShardReader(path.parent)
 
 
@@ -283,11 +304,13 @@ def test_pickles_beside_the_members_are_ignored(tmp_path):
 
 def test_paths_are_never_commands(make_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        ShardReader("pipe:touch executed")
+    for command in ("pipe:touch executed", "pipe://touch executed", "file:///etc", "ssh://x/y"):
+        with pytest.raises(ValueError, match="commands and other schemes are never opened"):
+            ShardReader(command)
     folder = make_shards(2, per_shard=2)
+    without_indices(folder)
     (folder / "x-000000.tar").rename(folder / "pipe:touch executed|{0..3}::#.tar")
-    assert len(read_everything(without_indices(folder))) == 2
+    assert len(read_everything(folder)) == 2
     assert not list(tmp_path.rglob("executed"))
 
 

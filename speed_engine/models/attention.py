@@ -117,7 +117,8 @@ class RotaryAttention(SelfAttention):
     ) -> Tensor:
         """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
         q, k, v = self._heads(x)
-        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, NORM_EPS)
+        tables = cos.float(), sin.float()  # cast where the model was cast as a whole
+        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, *tables, NORM_EPS)
         return self.attend(q, k, v, lengths).transpose(1, 2).flatten(2)
 
 

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -27,7 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import noise_and_loss_cases
 from harness import Timing, interleaved, result_path, write_result
+from kernel_case import DEVICE, DRY, Case, compiled, require, sets_for
 from speed_engine import environment
 from speed_kernels.adaln import (
     adaln,
@@ -36,21 +38,9 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adamw_ema import adamw_ema, adamw_ema_reference
-from speed_kernels.noising import noised_input, noised_input_reference
-from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
+from speed_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from speed_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
-DRY = "--dry-run" in sys.argv
-DEVICE = torch.device("cpu" if DRY or not torch.cuda.is_available() else "cuda")
-CACHE_BYTES = 128 * 2**20  # inputs of a replayed graph together exceed this, up to MOST_SETS
-MOST_SETS = 1 if DRY else 16
-TIMESTEPS = 1000
-
-IMAGES = {  # (B, C, H, W) of one training step
-    "DiT-S to XL, latents 32 x 32 x 4": (256, 4, 32, 32),
-    "DiT-S to XL, latents 64 x 64 x 4": (256, 4, 64, 64),
-    "pixels 64 x 64 x 3": (256, 3, 64, 64),
-    "pixels 256 x 256 x 3": (256, 3, 256, 256),
-}
 TOKENS = {  # (B, N, D) of a block
     "DiT-S/2, latents 32 x 32": (256, 256, 384),
     "DiT-B/2, latents 32 x 32": (256, 256, 768),
@@ -58,21 +48,25 @@ TOKENS = {  # (B, N, D) of a block
     "DiT-XL/2, latents 32 x 32": (256, 256, 1152),
     "DiT-XL/2, latents 64 x 64": (64, 1024, 1152),
 }
+HEADS = {  # (B, H, N, D) of attention
+    "DiT-S/2-modern, latents 32 x 32": (256, 6, 256, 64),
+    "DiT-B/2-modern, latents 32 x 32": (256, 12, 256, 64),
+    "DiT-L/2-modern, latents 32 x 32": (256, 16, 256, 64),
+    "DiT-XL/2-modern, latents 32 x 32": (256, 16, 256, 72),
+    "DiT-XL/2-modern, latents 64 x 64": (64, 16, 1024, 72),
+}
+CHANNELS = {  # (B, C, H, W) of a block of a U-Net, and its groups
+    "DDPM++, 32 x 32": ((256, 128, 32, 32), 32),
+    "ADM, 64 x 64": ((64, 192, 64, 64), 32),
+    "ADM, 256 x 256": ((8, 256, 256, 256), 32),
+    "latent diffusion, 16 x 16": ((64, 640, 16, 16), 32),
+}
 MODELS = {"DiT-B/2": (768, 12), "DiT-XL/2": (1152, 28)}  # D, blocks
 if DRY:
-    IMAGES = {"tiny": (2, 4, 8, 8)}
     TOKENS = {"tiny": (1, 3, 72)}
+    HEADS = {"tiny": (1, 2, 3, 8)}
+    CHANNELS = {"tiny": ((2, 6, 3, 5), 3)}
     MODELS = {"tiny": (8, 1)}
-
-
-class Case(NamedTuple):
-    """One operation in several implementations; each takes the number of a set of inputs."""
-
-    name: str
-    num_bytes: int
-    providers: dict[str, Callable[[int], object]]
-    num_sets: int
-    check: Callable[[], None]
 
 
 def main() -> None:
@@ -130,7 +124,8 @@ def measure(case: Case, rate: float) -> dict[str, Any]:
     calls = {provider: (lambda run=run: run(0)) for provider, run in case.providers.items()}
     call_times = interleaved(calls, **repeats())
     device_times, refusals = replay_times(case)
-    figures: dict[str, Any] = {"case": case.name, "bytes": case.num_bytes, "providers": {}}
+    figures: dict[str, Any] = {"case": case.name, "bytes": case.num_bytes, **case.facts}
+    figures["providers"] = {}
     for provider, call_time in call_times.items():
         device_time = device_times.get(provider)
         row: dict[str, Any] = {"call_milliseconds": call_time._asdict()}
@@ -182,135 +177,6 @@ def capture(run: Callable[[int], object], num_sets: int) -> "torch.cuda.CUDAGrap
         for i in range(num_sets):
             run(i)
     return graph
-
-
-def compiled(function: Callable) -> Callable:
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False, backend="aot_eager" if DRY else "inductor")
-
-
-def sets_for(num_bytes: int) -> int:
-    return min(MOST_SETS, -(-CACHE_BYTES // num_bytes))
-
-
-def require(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Relative error in the norm, against float64."""
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error <= tolerance, f"{what}: relative error {error:.2e}, allowed {tolerance:.0e}"
-
-
-# Noised input.
-
-ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, TIMESTEPS))
-ROOTS = np.sqrt(ALPHA_BAR), np.sqrt(1 - ALPHA_BAR)  # float64 on the host, as DiT keeps them
-
-
-def extract(table: np.ndarray, t: Tensor) -> Tensor:
-    """DiT's lookup: the table travels to the device in every step."""
-    return torch.from_numpy(table).to(t.device)[t].float()[:, None, None, None]
-
-
-def noise_eager(x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    noise = torch.randn_like(x0)
-    return (extract(ROOTS[0], t) * x0 + extract(ROOTS[1], t) * noise).bfloat16(), noise
-
-
-def noise_on_device(x0: Tensor, t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    noise = torch.randn_like(x0)
-    return (a[t][:, None, None, None] * x0 + s[t][:, None, None, None] * noise).bfloat16(), noise
-
-
-def draw_batch(shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """x0, timesteps, epsilon-prediction coefficients, seed and ids."""
-    t = torch.randint(0, TIMESTEPS, shape[:1], device=DEVICE)
-    a, s = (torch.from_numpy(root).float().to(DEVICE)[t] for root in ROOTS)
-    rows = torch.stack([a, s, torch.zeros_like(a), torch.ones_like(a), torch.ones_like(a)], dim=1)
-    return {
-        "x0": torch.randn(shape, device=DEVICE).clamp(-1, 1),
-        "t": t,
-        "coefficients": rows.contiguous(),
-        "seed": torch.tensor(-1, device=DEVICE),
-        "ids": torch.arange(shape[0], device=DEVICE) + 2**33,
-    }
-
-
-def noise_cases() -> Iterator[Case]:
-    for label, shape in IMAGES.items():
-        num_bytes = 6 * int(np.prod(shape))  # x0 in float32, x_in in bfloat16
-        batches = [draw_batch(shape) for _ in range(sets_for(num_bytes))]
-        tables = [torch.from_numpy(root).float().to(DEVICE) for root in ROOTS]
-        fused = [(b["x0"], b["coefficients"], b["seed"], b["ids"], torch.bfloat16) for b in batches]
-        by_compiler = compiled(noise_on_device)
-
-        def check(arguments=fused[0]):
-            x0, rows, seed, ids, dtype = arguments
-            few = x0[:2].cpu(), rows[:2].cpu(), seed.cpu(), ids[:2].cpu()
-            expected = noised_input_reference(*few, dtype)
-            same = torch.equal(noised_input(*arguments)[:2].cpu(), expected)
-            assert same, "noised input: not the CPU's bits"
-
-        yield Case(
-            f"noised input, {label}",
-            num_bytes,
-            {
-                "eager as in DiT": lambda i, b=batches: noise_eager(b[i]["x0"], b[i]["t"]),
-                "torch.compile": lambda i, b=batches, f=by_compiler, tables=tables: f(
-                    b[i]["x0"], b[i]["t"], *tables
-                ),
-                "fused": lambda i, f=fused: noised_input(*f[i]),
-            },
-            len(batches),
-            check,
-        )
-
-
-# Loss and its gradient.
-
-
-def loss_eager(prediction: Tensor, noise: Tensor, weight: Tensor) -> Tensor:
-    return (weight * ((prediction.float() - noise) ** 2).flatten(1).mean(dim=1)).mean()
-
-
-def loss_cases() -> Iterator[Case]:
-    for label, shape in IMAGES.items():
-        num_bytes = 8 * int(np.prod(shape))  # bfloat16: read, write and read of difference, write
-        batches, noises, predictions = [], [], []
-        for _ in range(sets_for(num_bytes)):
-            batches.append(draw_batch(shape))
-            noises.append(torch.randn(shape, device=DEVICE))
-            predictions.append(torch.randn(shape, device=DEVICE).bfloat16().requires_grad_())
-        by_compiler = compiled(loss_eager)
-
-        def stored(i, loss, p=predictions, n=noises, b=batches):
-            return torch.autograd.grad(loss(p[i], n[i], b[i]["coefficients"][:, 4]), p[i])
-
-        def regenerated(i, loss=weighted_mse, p=predictions, b=batches):
-            batch = [b[i][key] for key in ("x0", "coefficients", "seed", "ids")]
-            return torch.autograd.grad(loss(p[i], *batch)[0].mean(), p[i])
-
-        def check(run=regenerated, p=predictions, b=batches):
-            small = [[tensor.detach()[:2] for tensor in p[:1]]]
-            small.append([{k: v[:2] if v.dim() else v for k, v in b[0].items()}])
-            small[0] = [tensor.requires_grad_() for tensor in small[0]]
-            exact = [tensor.detach().double().requires_grad_() for tensor in small[0]]
-            require(
-                "loss gradient",
-                run(0, p=small[0], b=small[1])[0],
-                run(0, loss=weighted_mse_reference, p=exact, b=small[1])[0],
-                5e-3,
-            )
-
-        yield Case(
-            f"loss and gradient, {label}",
-            num_bytes,
-            {
-                "eager as in DiT": lambda i, f=stored: f(i, loss_eager),
-                "torch.compile": lambda i, f=stored, g=by_compiler: f(i, g),
-                "fused": lambda i, f=regenerated: f(i),
-            },
-            len(batches),
-            check,
-        )
 
 
 # adaLN with the gated residual sum.
@@ -368,6 +234,87 @@ def adaln_cases() -> Iterator[Case]:
             )
 
 
+# Queries and keys; group norm with SiLU.
+
+
+def differentiable_cases(
+    name: str, sizes: tuple[int, int], sets: list, fused: Callable, reference: Callable
+) -> Iterator[Case]:
+    """Forward alone and with the gradients of all leaves; sizes in bytes, sets of
+    (leaves, the other arguments, gradients from above).
+    """
+
+    def forward(i, f):
+        leaves, others, _ = sets[i]
+        with torch.no_grad():
+            return f(*leaves, *others)
+
+    def both(i, f):
+        leaves, others, upstream = sets[i]
+        return torch.autograd.grad(f(*leaves, *others), leaves, upstream)
+
+    def check():
+        leaves, others, upstream = sets[0]
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        ours, truth = fused(*leaves, *others), reference(*exact, *others)
+        if isinstance(ours, Tensor):
+            ours, truth = (ours,), (truth,)
+        results = torch.autograd.grad(ours, leaves, upstream)
+        truths = torch.autograd.grad(truth, exact, [gradient.double() for gradient in upstream])
+        for i, pair in enumerate(zip((*ours, *results), (*truth, *truths), strict=True)):
+            require(f"{name}, figure {i}", *pair, 1e-2)
+
+    implementations = {"eager": reference, "torch.compile": compiled(reference), "fused": fused}
+    for title, run, num_bytes in (
+        ("forward", forward, sizes[0]),
+        ("forward and backward", both, sizes[1]),
+    ):
+        providers = {
+            provider: (lambda i, run=run, f=f: run(i, f)) for provider, f in implementations.items()
+        }
+        yield Case(f"{name}, {title}", num_bytes, providers, len(sets), check)
+
+
+def qk_norm_rope_cases() -> Iterator[Case]:
+    for label, (batch, heads, tokens, dim) in HEADS.items():
+        size = 2 * batch * heads * tokens * dim
+        angles = torch.rand(tokens, dim, device=DEVICE)
+        sets = []
+        for _ in range(min(sets_for(size), 4)):
+            qkv = torch.randn(batch, tokens, 3, heads, dim, device=DEVICE).bfloat16()
+            q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+            weights = (torch.ones(dim, device=DEVICE).requires_grad_() for _ in range(2))
+            leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), *weights)
+            upstream = [torch.randn_like(q), torch.randn_like(k)]
+            sets.append((leaves, (angles.cos(), angles.sin()), upstream))
+        yield from differentiable_cases(
+            f"QK norm and RoPE, {label}", (4 * size, 10 * size), sets, qk_norm_rope,
+            qk_norm_rope_reference,
+        )  # fmt: skip
+
+
+def group_norm_cases() -> Iterator[Case]:
+    for label, (shape, groups) in CHANNELS.items():
+        size = 2 * int(np.prod(shape))
+        for layout in (torch.channels_last, torch.contiguous_format):
+            sets = []
+            for _ in range(min(sets_for(size), 4)):
+                x, dy = (
+                    torch.randn(shape, device=DEVICE).bfloat16().to(memory_format=layout)
+                    for _ in range(2)
+                )
+                affine = [torch.randn(shape[1], device=DEVICE) for _ in range(2)]
+                rows = [torch.randn(shape[:2], device=DEVICE).bfloat16() for _ in range(2)]
+                leaves = tuple(t.requires_grad_() for t in (x, *affine, *rows))
+                sets.append((leaves, (), [dy]))
+            fused, reference = (
+                lambda x, *rest, f=f, groups=groups: f(x, groups, *rest)
+                for f in (group_norm_silu, group_norm_silu_reference)
+            )
+            name = f"group norm and SiLU, {label}, {str(layout).removeprefix('torch.')}"
+            yield from differentiable_cases(name, (3 * size, 8 * size), sets, fused, reference)
+
+
 # Optimizer and averages.
 
 
@@ -378,7 +325,9 @@ def parameter_shapes(dim: int, depth: int) -> list[tuple[int, ...]]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    hyper = dict(learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    hyper: dict[str, Any] = dict(
+        learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     for label, (dim, depth) in MODELS.items():
         shapes = parameter_shapes(dim, depth)
         parameters, gradients, first, second, average = (
@@ -389,7 +338,8 @@ def optimizer_cases() -> Iterator[Case]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_().grad = gradient
         detached = [parameter.detach() for parameter in parameters]
-        step, norm = torch.tensor(5, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+        steps = torch.full((len(shapes),), 5.0, device=DEVICE)
+        norm = torch.tensor(0.5, device=DEVICE)
         capturable = DEVICE.type == "cuda"
         loops = torch.optim.AdamW(
             parameters, lr=1e-4, weight_decay=0.0, foreach=True, capturable=capturable
@@ -407,7 +357,7 @@ def optimizer_cases() -> Iterator[Case]:
             optimizer.step()
             torch._foreach_lerp_(average, detached, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
 
-        state = (detached, gradients, first, second, [average], step, norm)
+        state = (detached, gradients, first, second, [average], steps, norm)
 
         def one_sweep(_, state=state):
             adamw_ema(*state, max_norm=1.0, decays=[0.9999], **hyper)
@@ -418,7 +368,7 @@ def optimizer_cases() -> Iterator[Case]:
             exact = [[tensor.double() for tensor in group] for group in few]
             for update, (p, g, m, v, mean) in ((adamw_ema, few), (adamw_ema_reference, exact)):
                 update(
-                    p, g, m, v, [mean], state[5].clone(), state[6],
+                    p, g, m, v, [mean], state[5][:3].clone(), state[6],
                     max_norm=1.0, decays=[0.9], **hyper,
                 )  # fmt: skip
             for group in (0, 2, 3, 4):
@@ -440,9 +390,14 @@ def optimizer_cases() -> Iterator[Case]:
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
-    "noise": noise_cases,
-    "loss": loss_cases,
+    "noise": noise_and_loss_cases.noise_cases,
+    "loss": noise_and_loss_cases.loss_cases,
+    "hybrid_loss": noise_and_loss_cases.hybrid_cases,
+    "stored_noise": noise_and_loss_cases.stored_noise_cases,
+    "clean_images": noise_and_loss_cases.clean_cases,
     "adaln": adaln_cases,
+    "qk_norm_rope": qk_norm_rope_cases,
+    "group_norm": group_norm_cases,
     "optimizer": optimizer_cases,
 }
 

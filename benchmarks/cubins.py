@@ -7,6 +7,7 @@ accesses from the machine code. ``tests/speed_kernels/test_budgets.py`` holds th
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -17,11 +18,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from speed_kernels import adaln, adamw_ema, noising, philox, weighted_mse
+from speed_kernels import (
+    adaln,
+    adamw_ema,
+    clean_images,
+    group_norm_silu,
+    noising,
+    philox,
+    qk_norm_rope,
+    variational_bound,
+    weighted_mse,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHITECTURES = (80, 90, 100)  # A100, H100 and H200, B200
-BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
+BF16, FP32, INT64, BYTES = "*bf16", "*fp32", "*i64", "*u8"
 
 
 class Case(NamedTuple):
@@ -60,11 +71,80 @@ def adaln_backward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
-def adamw(horizons: int) -> Case:
+def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
+    """Queries and keys in the packed result of a qkv layer."""
+    shape = qk_norm_rope.blocks(num_heads, dim)
+    num_warps = shape.pop("num_warps")
+    tensors = (dtype,) * (4 if backward else 2)
+    outputs = (dtype, dtype, FP32, FP32) if backward else (dtype, dtype)
+    sizes = (*["i32"] * 3 * len(tensors), "i32", "i32", "fp32")  # strides, heads, tokens, eps
+    unit = math.gcd(8, dim)
+    tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
+    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"])
+    return Case(
+        qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
+        (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
+        num_warps,
+    )
+
+
+def group_norm(kernel: str, channels_last: bool) -> Case:
+    """With 256 channels in 32 groups, 64 x 64 positions, scaled and shifted, in bfloat16."""
+    tile, _ = group_norm_silu.tiles(256, 4096, channels_last)
+    num_warps = 4 if "statistics" in kernel else tile["num_warps"]
+    del tile["num_warps"]
+    partials = tuple(group_norm_silu.partials(16, 8).values())
+    statistics, modulation = (FP32, FP32), (FP32, FP32, BF16, BF16, MULTIPLE, MULTIPLE)
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE)  # channels, groups, positions
+    arguments = {
+        "moments": (BF16, FP32, MULTIPLE, MULTIPLE, *tile.values()),
+        "statistics": (FP32, *statistics, *sizes, MULTIPLE, "fp32", *partials),
+        "forward": (BF16, *statistics, *modulation, BF16, *sizes, True, *tile.values()),
+        "backward_sums": (BF16, BF16, *statistics, *modulation, FP32, *sizes, True, *tile.values()),
+        "backward_statistics": (
+            FP32, *modulation, FP32, FP32, *statistics, MULTIPLE, *sizes, True, *partials
+        ),
+        "backward": (
+            BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
+        ),
+    }  # fmt: skip
+    return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
+
+
+def adamw(horizons: int, shadows: bool = False) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
-    constants = (horizons, 16, adamw_ema.BLOCK)
-    return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
+    constants = (horizons, shadows, 16, adamw_ema.BLOCK)
+    arguments = (*tables, "i32", *["fp32"] * 5, *constants)  # i32: number of tensors
+    return Case(adamw_ema._adamw_ema_kernel, arguments, num_warps=8)
+
+
+def noised(x0: str, noise: str | None = None) -> Case:
+    """A bfloat16 model input; ``noise`` is its type where it is stored."""
+    arguments = (x0, FP32, *DRAW, BF16, noise, MULTIPLE, "i32", philox.BLOCK)
+    return Case(noising._noised_input_kernel, arguments)
+
+
+def squared_error(prediction: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (prediction, FP32, FP32, *DRAW, noise, mask, prediction, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(weighted_mse._squared_error_kernel, (*pointers, *sizes))
+
+
+def hybrid(answer: str, noise: str | None = None, mask: str | None = None) -> Case:
+    """Against a float32 x0."""
+    pointers = (answer, FP32, FP32, *DRAW, noise, mask, answer, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    return Case(variational_bound._hybrid_kernel, (*pointers, *sizes))
+
+
+def cleaned(stored: str, flips: str | None, posterior: bool) -> Case:
+    """Rows gathered from a resident data set."""
+    pointers = (stored, *DRAW, INT64, flips, FP32)
+    sizes = (MULTIPLE, "i32", MULTIPLE, "fp32", "fp32")
+    constants = (posterior, stored == BYTES, posterior, philox.BLOCK)
+    return Case(clean_images._clean_images_kernel, (*pointers, *sizes, *constants))
 
 
 CASES = {
@@ -72,29 +152,46 @@ CASES = {
         philox._random_bits_kernel, (INT64, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)
     ),
     "normal": Case(philox._normal_kernel, (FP32, *DRAW, MULTIPLE, "i32", 0, philox.BLOCK)),
-    "noised_input": Case(
-        noising._noised_input_kernel,
-        (FP32, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "noised_input bf16": Case(
-        noising._noised_input_kernel,
-        (BF16, FP32, *DRAW, BF16, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error": Case(
-        weighted_mse._squared_error_kernel,
-        (BF16, FP32, FP32, *DRAW, BF16, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
-    "squared_error fp32": Case(
-        weighted_mse._squared_error_kernel,
-        (FP32, FP32, FP32, *DRAW, FP32, FP32, MULTIPLE, "i32", philox.BLOCK),
-    ),
+    "noised_input": noised(FP32),
+    "noised_input bf16": noised(BF16),
+    "noised_input and noise": noised(FP32, noise=FP32),
+    "squared_error": squared_error(BF16),
+    "squared_error fp32": squared_error(FP32),
+    "squared_error stored noise": squared_error(BF16, noise=FP32),
+    "squared_error masked": squared_error(BF16, mask=BYTES),
+    "hybrid": hybrid(BF16),
+    "hybrid fp32": hybrid(FP32),
+    "hybrid stored noise": hybrid(BF16, noise=FP32),
+    "hybrid masked": hybrid(BF16, mask=BYTES),
+    "clean_images pixels": cleaned(BYTES, None, False),
+    "clean_images posterior": cleaned("*fp16", None, True),
+    "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
+    "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(has_branch=False),
     "gated_residual_adaln_backward": adaln_backward(has_branch=True),
     "gated_residual_adaln_backward widest": adaln_backward(True, FP32, adaln.MAX_DIM),
+    "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
+    "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
+    "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
+    "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
+    "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
+    **{
+        f"group_norm_silu {kernel}": group_norm(kernel, channels_last=True)
+        for kernel in (
+            "moments",
+            "statistics",
+            "forward",
+            "backward_sums",
+            "backward_statistics",
+            "backward",
+        )
+    },
+    "group_norm_silu backward_sums NCHW": group_norm("backward_sums", channels_last=False),
+    "group_norm_silu backward NCHW": group_norm("backward", channels_last=False),
 }
 
 

@@ -6,9 +6,6 @@ JSON files under ``results/``, one per benchmark and machine, with what is neede
 """
 
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -20,11 +17,9 @@ import torch
 
 from speed_engine import environment
 
-RESULTS = Path(__file__).parent / "results"
-
 
 class Timing(NamedTuple):
-    """Milliseconds per call."""
+    """Milliseconds per call, where nothing else is said."""
 
     median: float
     p20: float
@@ -43,7 +38,7 @@ def interleaved(
     for _ in range(repeats):
         for name, call in providers.items():
             samples[name].append(once(call))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
@@ -57,10 +52,8 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
 
 def result_path(benchmark: str) -> Path:
     """Where this machine's figures of a benchmark are kept."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    hardware = gpu or f"{platform.machine()} {os.cpu_count()} cores"
-    folder = re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
-    return RESULTS / folder / f"{benchmark}.json"
+    machine = environment.machine_name("cuda" if torch.cuda.is_available() else "cpu")
+    return environment.RESULTS / machine / f"{benchmark}.json"
 
 
 def _time_cuda(call: Callable[[], object]) -> float:
@@ -79,7 +72,8 @@ def _time_cpu(call: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Of measurements of any unit."""
     ordered = sorted(values)
     p20, p80 = ordered[len(ordered) // 5], ordered[4 * len(ordered) // 5]
     return Timing(statistics.median(ordered), p20, p80)

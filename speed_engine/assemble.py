@@ -5,25 +5,28 @@ process.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speed_engine import checkpoint
+from speed_engine import checkpoint, environment
 from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.data.clean import Cleaning
 from speed_engine.data.conditions import (
     NULL_TOKENS,
     condition_name,
     decode_null_tokens,
     load_null_tokens,
 )
+from speed_engine.data.latents import decode_latents, load_vae
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
-from speed_engine.data.texts import encode_texts
+from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
@@ -70,9 +73,15 @@ def build_process(config: TrainConfig) -> Method:
 
 
 def build_objective(
-    config: TrainConfig, process: Method, model: nn.Module
+    config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
 ) -> Objective | MaskedObjective:
     """The objective of the configured method for a model, on the CPU.
+
+    Args:
+        config: of the run.
+        process: its method.
+        model: what will be trained.
+        store_noise: as in ``Objective``.
 
     Raises:
         ValueError: a learned variance is asked for where there is none.
@@ -81,10 +90,10 @@ def build_objective(
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
-    objective = Objective(process, config.seed, changes)
+    objective = Objective(process, config.seed, changes, store_noise)
     if config.model.learn_sigma:
         weigh_bound = config.method_options.weigh_bound
-        objective = HybridObjective(process, config.seed, changes, weigh_bound)
+        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
     masked = masked_network(model)
     return objective if masked is None else MaskedObjective(objective, masked.mask_words)
 
@@ -148,7 +157,7 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
     reader = open_data(config)
     indices = [i % len(reader) for i in range(num_images)]
-    conditions = read_conditions(reader, config.data.image_shape, indices)
+    conditions = read_conditions(reader, stored_shape(config, reader), indices)
     tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
     return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
 
@@ -171,7 +180,8 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder)).float()
+    encoder = TextEncoder(text_encoder, torch.device("cpu"))
+    tokens = torch.from_numpy(encoder(["", *prompts])).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
@@ -209,6 +219,41 @@ def _null_tokens(config: TrainConfig) -> np.ndarray:
     return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
 
 
+def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
+    """Whether the data set holds mean and standard deviation of latents, to draw from."""
+    content = reader.dataset.contents.get(config.data.members[0], {})
+    shape = content.get("shape") or (None,)
+    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
+
+
+def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
+    """Of an image in the shards."""
+    channels, height, width = config.data.image_shape
+    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
+
+
+def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
+    """How stored images become clean ones, on the device.
+
+    Raises:
+        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+    """
+    metadata = reader.dataset.metadata if config.data.latents else {}
+    posterior = stores_posterior(config, reader)
+    if posterior and "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} holds mean and standard deviation of latents, and its record "
+            "does not say by which latent_scale to multiply them; encode it again."
+        )
+    return Cleaning(
+        seed=torch.tensor(config.seed, device=device),
+        posterior=posterior,
+        scale=float(metadata.get("latent_scale", 1.0)),
+        shift=float(metadata.get("latent_shift", 0.0)),
+        flip=config.data.flip,
+    )
+
+
 def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     settings = config.evaluation
@@ -224,12 +269,32 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         null=null_conditions(config),
         image_shape=config.data.image_shape,
         latents=config.data.latents,
+        decode=build_decoder(config),
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
         seed=config.seed,
         world=world,
     )
+
+
+def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+    """Drawn latents to pictures, by the configured VAE; None where there is none.
+
+    Raises:
+        ValueError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+    """
+    if config.data.vae is None:
+        return None
+    metadata = open_data(config).dataset.metadata
+    if "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} does not record its latent_scale, which decoding needs; "
+            "`speed-engine shards index --metadata` records it."
+        )
+    vae = load_vae(config.data.vae, environment.torch_device(config))
+    scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
+    return partial(decode_latents, vae, scale=scale, shift=shift)
 
 
 def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:

@@ -211,6 +211,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=command.guidance,
         solver_steps=command.solver_steps,
     )
+    decode = assemble.build_decoder(config)
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
     count = config.evaluation.num_images
@@ -233,6 +234,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=config.evaluation.guidance,
         latents=config.data.latents,
     )
+    images = images if decode is None else decode(images)
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
     out = save_images(images, rows, out)
     console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
@@ -279,7 +281,7 @@ def _export(arguments: list[str], console: Console) -> None:
         console.print(
             f"diffusers computes time features with a frequency shift of 1, this model with "
             f"{shift:g}: after from_pretrained, call "
-            f"speed_engine.models.pretrained.set_frequency_shift(transformer, {shift:g}).",
+            f"speed_engine.models.pretrained_dit.set_frequency_shift(transformer, {shift:g}).",
             highlight=False,
             soft_wrap=True,
         )

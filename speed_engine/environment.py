@@ -5,8 +5,11 @@
 
 import importlib.metadata
 import importlib.util
+import json
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +20,7 @@ import torch
 
 from speed_engine.config import TrainConfig
 from speed_engine.distributed import ALONE, World
-from speed_engine.ops import FUSED, operators_for
+from speed_engine.ops import FUSED, norm_kernels_run_on, operators_for
 
 PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
@@ -26,6 +29,10 @@ PACKAGES = (
 # benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
 # is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
+RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the rest is for training
+# By machine; not part of an installed package, where the defaults hold.
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+STORED_NOISE = "kernels_stored_noise.json"  # written by benchmarks/bench_kernels.py
 
 
 class Choice(NamedTuple):
@@ -86,9 +93,106 @@ def choose_attention(wanted: str, device: str) -> Choice:
 def choose_kernels(device: str) -> Choice:
     """What computes the noise, the noised input and the loss."""
     if operators_for(torch.device(device)) is FUSED:
-        return Choice("Triton", "noise, noised input and loss fused; the noise is never stored")
+        return Choice("Triton", "noise, noised input and loss fused, each one pass over memory")
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
     return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
+
+
+def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESULTS) -> Choice:
+    """``stored`` from input to loss, or ``drawn again`` there: the bits are the same.
+
+    What was measured on this kind of machine decides, at the measured size nearest to the images';
+    without a measurement a GPU draws again, which needs no memory.
+    """
+    path = results / machine_name(device) / STORED_NOISE
+    if not path.is_file():
+        if device == "cuda":
+            return Choice("drawn again", "needs no memory; not measured on this GPU")
+        return Choice("stored", "drawing takes a CPU longer than reading")
+    size = math.prod(image_shape)
+    cases = json.loads(path.read_text())["cases"]
+    nearest = min(cases, key=lambda case: abs(math.log(case["elements_per_image"] / size)))
+    times = {
+        name: figures["device_milliseconds"]["median"]
+        for name, figures in nearest["providers"].items()
+    }
+    measured = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+    return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
+
+
+def choose_resident(wanted: str, device: str, num_bytes: int | None, mode: str = "exact") -> Choice:
+    """``on`` or ``off``.
+
+    Args:
+        wanted: the option.
+        device: ``cuda`` or ``cpu``.
+        num_bytes: of the data set; None if it is not known yet.
+        mode: in which it is read.
+    """
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if mode == "stream":
+        return Choice("off", "data.mode=stream reads shards from end to end")
+    if device != "cuda":
+        return Choice("off", "a CPU reads the shards from the same memory")
+    free, _ = torch.cuda.mem_get_info()
+    limit = f"{RESIDENT_SHARE:.0%} of {free / 1e9:.1f} GB of free GPU memory"
+    if num_bytes is None:
+        return Choice("on", f"where the data set fits in {limit}")
+    fits = num_bytes <= RESIDENT_SHARE * free
+    word = "fit" if fits else "do not fit"
+    return Choice("on" if fits else "off", f"{num_bytes / 1e9:.3g} GB of data {word} in {limit}")
+
+
+def machine_name(device: str) -> str:
+    """The folder of a machine's measurements."""
+    hardware = f"{platform.machine()} {os.cpu_count()} cores"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+
+
+def choose_norm_kernels(device: str) -> Choice:
+    """What computes QK-norm with RoPE, and group norm with SiLU."""
+    if norm_kernels_run_on(torch.device(device)):
+        return Choice(
+            "Triton",
+            "QK-norm with RoPE, group norm with SiLU: 10 and 8 tensors moved, by count, where "
+            "torch.compile moves 28 and 16 to 19; not yet timed on a GPU",
+        )
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"QK-norm with RoPE, group norm with SiLU; {missing}")
+
+
+def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
+    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
+
+    Raises:
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+            or on several processes, where FSDP2 makes them.
+    """
+    if wanted == "auto":
+        return Choice(
+            "separate",
+            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "36, but no GPU has measured it yet",
+        )
+    if wanted == "separate":
+        return Choice(wanted, "asked for")
+    if wanted == "one_sweep_bf16" and device != "cuda":
+        raise ValueError(
+            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
+            f"{device} they are float32: use one_sweep or separate."
+        )
+    if wanted == "one_sweep_bf16" and world.size > 1:
+        raise ValueError(
+            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
+            f"gathers them, here on {world.size} processes: use one_sweep or separate."
+        )
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice(wanted, "asked for; a Triton kernel")
+    missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
+    return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
 
 
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
@@ -109,8 +213,16 @@ def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
 
 
-def choices(config: TrainConfig, world: World = ALONE) -> dict[str, Choice]:
-    """Every choice, by the name that doctor prints."""
+def choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> dict[str, Choice]:
+    """Every choice, by the name that doctor prints.
+
+    Args:
+        config: of the run.
+        world: of its processes.
+        num_bytes: of its data set, if known.
+    """
     device = choose_device(config.device)
     return {
         "device": device,
@@ -119,6 +231,12 @@ def choices(config: TrainConfig, world: World = ALONE) -> dict[str, Choice]:
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
+        "noise": choose_noise(device.value, config.data.image_shape),
+        "resident data": choose_resident(
+            config.data.resident, device.value, num_bytes, config.data.mode
+        ),
+        "norm kernels": choose_norm_kernels(device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
     }
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one live line in a terminal, plain lines elsewhere."""
+"""What a person sees while work is done: one live line in a terminal, plain lines elsewhere."""
 
 import time
 from typing import Self
@@ -47,6 +47,52 @@ class TrainingProgress:
     def say(self, text: str) -> None:
         """Print a line; it stays above the live one."""
         self._bar.console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class SampleProgress:
+    """A context manager that shows how many samples of a known number are done.
+
+    Args:
+        console: where to write; whether it is a terminal decides the form.
+        total: samples.
+        interval: seconds between plain lines.
+    """
+
+    def __init__(self, console: Console, total: int, interval: float = 30.0) -> None:
+        self._total, self._interval = total, interval
+        self._begun: float | None = None
+        self._at_begin = self._done = 0
+        self._said = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.completed:,}/{task.total:,} samples"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=total, figures="")
+
+    def advance(self, samples: int) -> None:
+        """So many more; the first call says what was there already."""
+        now = time.monotonic()
+        self._done += samples
+        if self._begun is None:
+            self._begun, self._at_begin = now, self._done
+        rate = (self._done - self._at_begin) / max(now - self._begun, 1e-9)
+        remaining = (self._total - self._done) / rate if rate else 0
+        text = f"{rate:,.0f}/s  ETA {_clock(remaining)}"
+        self._bar.update(self._task, completed=self._done, figures=text)
+        if self._bar.disable and now - self._said > self._interval:
+            self._said = now
+            line = f"{self._done:,}/{self._total:,} samples  {text}"
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

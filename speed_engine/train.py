@@ -15,8 +15,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from speed_engine import checkpoint, distributed, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
+    build_cleaning,
     build_evaluator,
     build_model,
     build_objective,
@@ -38,22 +41,32 @@ from speed_engine.assemble import (
     newest_checkpoint,
     open_data,
     read_config,
+    stored_shape,
 )
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.fidelity import FidelityResult
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
-from speed_engine.models.blocks import compiled
+from speed_engine.models.blocks import compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained, require_shapes
-from speed_engine.optim import MOMENTUM_DECAYS, adamw, linear_warmup, optimizer_tensors
+from speed_engine.optim import (
+    MOMENTUM_DECAYS,
+    OneSweep,
+    adamw,
+    linear_warmup,
+    one_sweep,
+    optimizer_tensors,
+)
 from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
+from speed_engine.shadow import ShadowedModel
 from speed_engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -107,8 +120,9 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 
 def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
     """From the newest complete checkpoint; from the start if none had been written yet."""
-    trainer = Trainer(config, run, console, world)
-    if world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*"))):
+    saved = world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*")))
+    trainer = Trainer(config, run, console, world, None if saved else config.init_from)
+    if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
     if world.is_first:
         (run / CONFIG_FILE).write_text(to_json(config))
@@ -128,24 +142,30 @@ class Trainer:
     ) -> None:
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.choices = environment.choices(config, world)
+        self.reader = open_data(config)
+        self.stored_shape = stored_shape(config, self.reader)
+        self._loader(start=0).close()  # an unfit data set fails here
+        num_bytes = resident_bytes(self.reader, self.stored_shape)
+        self.choices = environment.choices(config, world, num_bytes)
         device_type = self.choices["device"].value
         local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
         self.device = torch.device(local_device)
+        self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
-        model, ema, forward = self._build_model(init_from)
-        self.reader = open_data(config)
-        self._loader(start=0).close()  # an unfit data set fails here
+        model, ema, forward, shadows = self._build_model(init_from)
         self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        objective = build_objective(config, process, model).to(self.device)
+        store_noise = self.choices["noise"].value == "stored"
+        objective = build_objective(config, process, model, store_noise).to(self.device)
+        separate = self.choices["optimizer"].value == "separate"
+        make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
             model,
             objective,
-            adamw(
+            make_optimizer(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
@@ -173,8 +193,12 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
-    def _build_model(self, init_from: Path | None) -> tuple[torch.nn.Module, Ema, Any]:
-        """The model, its average and what is called in its place, laid out over the processes."""
+    def _build_model(
+        self, init_from: Path | None
+    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
+        """The model, its average, what is called in its place, and the copies that this computes
+        with; laid out over the processes.
+        """
         config, world = self.config, self.world
         model = build_model(config, self.choices["attention"].value).to(self.device)
         if init_from is not None:
@@ -182,7 +206,11 @@ class Trainer:
         ema = Ema(model, config.optimizer.ema_decay)
         how = self.choices["torch.compile"].value
         if world.size == 1:
-            return model, ema, compiled(model, how)
+            if self.choices["optimizer"].value == "one_sweep_bf16":
+                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
+                forward = torch.compile(shadowed) if how == "on" else shadowed
+                return model, ema, forward, shadowed.shadows
+            return model, ema, compiled(model, how), {}
         if how != "off":  # the gathering of parameters between blocks cannot be compiled
             for block in distributed.blocks(model):
                 block.compile()
@@ -196,7 +224,7 @@ class Trainer:
                 offload=config.offload,
             )
         ema.follow(model)
-        return model, ema, model
+        return model, ema, model, {}
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
@@ -216,6 +244,8 @@ class Trainer:
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
         checkpoint.load(path, tensors, self.world)
+        if isinstance(self.engine.optimizer, OneSweep):
+            self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
         self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
@@ -242,12 +272,12 @@ class Trainer:
         self._introduce()
         first, last = engine.steps_done, config.steps
         with (
-            self._loader(start=first * config.batch_size) as loader,
+            closing(self._batches(start=first * config.batch_size)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, config.hang_timeout) as self.watchdog,
             StopRequest(self.world, self.device) as stop,
         ):
-            self._loop(loader, stop)
+            self._loop(batches, stop)
             self.checkpoints.wait()
         if self.world.is_first:
             self.records.close()
@@ -263,9 +293,8 @@ class Trainer:
         if lost:
             raise OSError(f"not everything could be written (step: cause): {'; '.join(lost)}")
 
-    def _loop(self, loader: Loader, stop: StopRequest) -> None:
+    def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> None:
         engine, watchdog = self.engine, self.watchdog
-        batches = on_device(loader, self.device)
         while engine.steps_done < self.config.steps:
             watchdog.doing(engine.steps_done, "waiting for data")
             waited = time.perf_counter()
@@ -444,11 +473,36 @@ class Trainer:
                 self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
             self._say(f"samples   {samples}")
 
+    def _batches(self, start: int) -> Generator[Batch]:
+        """Batches of clean images on the device."""
+        if self.choices["resident data"].value == "on":
+            yield from self._resident(start)
+        else:
+            with self._loader(start) as loader:
+                for images, conditions, ids, replaced in on_device(loader, self.device):
+                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+
+    def _resident(self, start: int) -> Resident:
+        config = self.config
+        return Resident(
+            self.reader,
+            self.stored_shape,
+            config.batch_size,
+            config.seed,
+            self.cleaning,
+            start=start,
+            window=config.data.window,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            num_classes=config.data.num_classes,
+            on_bad_sample=config.data.on_bad_sample,
+        )
+
     def _loader(self, start: int) -> Loader:
         config = self.config
         return Loader(
             self.reader,
-            config.data.image_shape,
+            self.stored_shape,
             config.batch_size,
             config.seed,
             start=start,

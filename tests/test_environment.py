@@ -1,10 +1,94 @@
-"""What will be used here, and the reasons given."""
+"""Choices follow what is asked for, what was measured and what there is; and say why."""
 
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
+import torch
 
-from speed_engine.environment import choose_attention, choose_compile
+from speed_engine import environment
+from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.environment import (
+    choose_attention,
+    choose_compile,
+    choose_noise,
+    choose_resident,
+    machine_name,
+)
+
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with 100 GB of free GPU memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 10**9, 140 * 10**9))
+
+
+def write_measurement(results: Path, elements: dict[str, tuple[int, float, float]]) -> None:
+    folder = results / "nvidia-h200"
+    folder.mkdir(parents=True)
+    cases = [
+        {
+            "case": name,
+            "elements_per_image": size,
+            "providers": {
+                provider: {"device_milliseconds": {"median": time, "p20": time, "p80": time}}
+                for provider, time in (("stored", stored), ("drawn again", drawn))
+            },
+        }
+        for name, (size, stored, drawn) in elements.items()
+    ]
+    (folder / environment.STORED_NOISE).write_text(json.dumps({"cases": cases}))
+
+
+def test_noise_is_drawn_again_where_nothing_was_measured(gpu, tmp_path):
+    choice = choose_noise("cuda", (3, 256, 256), tmp_path)
+    assert choice.value == "drawn again" and "not measured" in choice.reason
+
+
+def test_a_cpu_stores_noise_unless_measured_otherwise(tmp_path):
+    assert choose_noise("cpu", (3, 256, 256), tmp_path).value == "stored"
+
+
+def test_the_measurement_nearest_in_size_decides_on_noise(gpu, tmp_path):
+    measured = {"latents": (4096, 0.2, 0.1), "pixels": (196608, 1.0, 2.0)}
+    write_measurement(tmp_path, measured)
+    few = choose_noise("cuda", (4, 32, 32), tmp_path)
+    many = choose_noise("cuda", (3, 256, 128), tmp_path)
+    assert (few.value, many.value) == ("drawn again", "stored")
+    assert few.reason == "latents: stored 0.200 ms, drawn again 0.100 ms"
+
+
+def test_machines_are_told_apart_by_gpu_or_by_cores(gpu):
+    assert machine_name("cuda") == "nvidia-h200"
+    assert machine_name("cpu").endswith("-cores")
+
+
+@pytest.mark.parametrize("size, value", [(49 * 10**9, "on"), (51 * 10**9, "off"), (None, "on")])
+def test_data_are_resident_where_they_take_half_of_the_free_memory_at_most(gpu, size, value):
+    choice = choose_resident("auto", "cuda", size)
+    assert choice.value == value and "50% of 100.0 GB" in choice.reason
+
+
+def test_data_are_resident_where_it_is_asked_for_and_not_on_a_cpu_by_itself(gpu):
+    assert choose_resident("auto", "cpu", 1).value == "off"
+    for wanted in ("on", "off"):
+        assert choose_resident(wanted, "cuda", 10**15) == (wanted, "asked for")
+
+
+def test_streaming_and_resident_data_exclude_each_other(gpu):
+    assert choose_resident("auto", "cuda", 1, "stream").value == "off"
+    with pytest.raises(ValueError, match="data.resident=on keeps the exact order"):
+        DataConfig(resident="on", mode="stream")
+
+
+def test_every_choice_of_a_run_is_among_those_that_doctor_shows():
+    config = TrainConfig(device="cpu", data=DataConfig(resident="on"))
+    shown = environment.choices(config)
+    assert shown["resident data"].value == "on" and shown["noise"].value == "stored"
 
 
 def test_attention_is_pytorchs_and_says_what_xformers_lacks(monkeypatch):

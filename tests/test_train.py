@@ -104,6 +104,17 @@ def test_a_run_resumes_bit_for_bit_from_any_checkpoint(tmp_path, changes):
             assert torch.equal(tensor, expected[name])
 
 
+def test_a_run_in_one_sweep_resumes_bit_for_bit(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    settings = OptimizerConfig(update="one_sweep")
+    config = dataclasses.replace(TINY, steps=6, log_every=2, checkpoint_every=3, optimizer=settings)
+    train.start(config, straight, quiet())
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    train.resume(resumed, quiet())
+    assert losses(resumed) == losses(straight)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_process_trains_and_draws(tmp_path, schedule):
     config = dataclasses.replace(TINY, schedule=schedule, steps=100, log_every=20)

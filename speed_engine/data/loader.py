@@ -115,7 +115,7 @@ class Loader:
         on_bad_sample: OnBadSample = "stop",
         mode: Literal["exact", "stream"] = "exact",
     ) -> None:
-        _check_arguments(reader, batch_size, start, workers, rank, world_size)
+        check_arguments(reader, batch_size, start, workers, rank, world_size)
         order = DataOrder(reader.counts, seed, window)
         batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
         load = partial(_load_batch, batches, order)
@@ -128,7 +128,7 @@ class Loader:
             pipeline = DataPipeline(source, map_stage(load))
         else:
             stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
-            pipeline = DataPipeline(stream, map_stage(_tensors))
+            pipeline = DataPipeline(stream, map_stage(as_batch))
         self._loader: DataLoader | None = DataLoader(
             cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
             batch_size=None,
@@ -249,10 +249,11 @@ def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Bat
     arrays = batches.read(
         indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
     )
-    return _tensors((arrays, ids))
+    return as_batch((arrays, ids))
 
 
-def _tensors(part: tuple[Arrays, np.ndarray]) -> Batch:
+def as_batch(part: tuple[Arrays, np.ndarray]) -> Batch:
+    """The tensors that share the arrays' memory."""
     (images, conditions, replaced), ids = part
     told = {name: torch.from_numpy(value) for name, value in conditions.items()}
     stored = torch.from_numpy(images)
@@ -280,9 +281,10 @@ def _check_conditions(
             )
 
 
-def _check_arguments(
+def check_arguments(
     reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
 ) -> None:
+    """Raises ValueError where batches cannot be shared out so."""
     for key in reader.keys[1:]:
         condition_name(key)
     if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:

@@ -18,7 +18,7 @@ from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.methods import Method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.schedule import NoiseSchedule
-from speed_engine.ops import operators_for, variational_bound
+from speed_engine.ops import operators_for
 
 
 class HybridObjective(Objective):
@@ -29,6 +29,7 @@ class HybridObjective(Objective):
         seed: root of all draws.
         changes: what is done to the conditions, in turn; modules.
         weigh_bound: whether the method's weight multiplies the bound, too.
+        store_noise: as in ``Objective``.
 
     Raises:
         ValueError: another process or prediction.
@@ -42,26 +43,30 @@ class HybridObjective(Objective):
         seed: int,
         changes: Sequence[ConditionChange] = (),
         weigh_bound: bool = False,
+        store_noise: bool = False,
     ) -> None:
-        super().__init__(method, seed, changes)
+        super().__init__(method, seed, changes, store_noise)
         if method.prediction != "epsilon":
             raise ValueError(
                 f"a learned variance needs prediction epsilon, not {method.prediction}."
             )
-        self.weigh_bound = weigh_bound
         rows = bound_rows(method.schedule).float()
-        self.register_buffer("bound_rows", rows, persistent=False)
+        scale = torch.full_like(rows[:, :1], method.schedule.num_timesteps / 1000)
+        weight = scale * method.table.coefficients[:, 4:] if weigh_bound else scale
+        self.register_buffer("bound_rows", torch.cat([rows, weight], dim=1), persistent=False)
 
     def _errors(
-        self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
+        self,
+        answer: Tensor,
+        images: Tensor,
+        coefficients: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        noise, variance = answer.chunk(2, dim=1)
-        weighted_mse = operators_for(images.device).weighted_mse
-        loss, squared_error = weighted_mse(noise, images, coefficients, self.seed, ids)
-        bound = variational_bound(noise, variance, images, self.bound_rows[t], self.seed, ids)
-        scale = self.schedule.num_timesteps / 1000
-        weight = coefficients[:, 4] if self.weigh_bound else 1.0
-        return loss + scale * weight * bound, squared_error
+        hybrid_loss = operators_for(images.device).hybrid_loss
+        rows = self.bound_rows[t]
+        return hybrid_loss(answer, images, coefficients, rows, self.seed, ids, noise)
 
 
 def bound_rows(schedule: NoiseSchedule) -> Tensor:

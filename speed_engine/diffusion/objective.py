@@ -47,15 +47,24 @@ class Objective(nn.Module):
         method: process, target, law of timesteps and weights.
         seed: root of all draws.
         changes: what is done to the conditions, in turn; modules.
+        store_noise: keep the noise from input to loss instead of drawing it again. The bits are
+            the same; which is faster depends on the device.
     """
 
     seed: Tensor
 
-    def __init__(self, method: Method, seed: int, changes: Sequence[ConditionChange] = ()) -> None:
+    def __init__(
+        self,
+        method: Method,
+        seed: int,
+        changes: Sequence[ConditionChange] = (),
+        store_noise: bool = False,
+    ) -> None:
         super().__init__()
         self.schedule, self.timesteps = method.schedule, method.timesteps
         self.table, self.batch_loss = method.table, method.batch_loss
         self.changes = nn.ModuleList(cast(Sequence[nn.Module], changes))
+        self.store_noise = store_noise
         self.register_buffer("seed", torch.tensor(seed), persistent=False)
 
     def forward(
@@ -72,12 +81,11 @@ class Objective(nn.Module):
         """
         t = self.timesteps.sample(self.seed, ids, step)
         coefficients = self.table(t)
-        noised_input = operators_for(images.device).noised_input
-        x_in = noised_input(images, coefficients, self.seed, ids, images.dtype)
+        x_in, noise = self._noised_input(images, coefficients, ids)
         for change in self.changes:
             conditions = change(conditions, self.seed, ids)
         answer = model(x_in, self.schedule.model_time(t), **conditions)
-        loss, squared_error = self._errors(answer, images, coefficients, ids, t)
+        loss, squared_error = self._errors(answer, images, coefficients, ids, t, noise)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)
 
@@ -95,9 +103,29 @@ class Objective(nn.Module):
         """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""
         self.timesteps.observe(step, output.t, output.weighted_error)
 
+    def _noised_input(
+        self, images: Tensor, coefficients: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the model sees, and the noise if it is stored.
+
+        Under autocast in its dtype, to which the model's first product would round it anyway.
+        """
+        operators, kind = operators_for(images.device), images.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else images.dtype
+        if self.store_noise:
+            return operators.noised_input_and_noise(images, coefficients, self.seed, ids, dtype)
+        return operators.noised_input(images, coefficients, self.seed, ids, dtype), None
+
     def _errors(
-        self, answer: Tensor, images: Tensor, coefficients: Tensor, ids: Tensor, t: Tensor
+        self,
+        answer: Tensor,
+        images: Tensor,
+        coefficients: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(B,) loss and (B,) squared error."""
         weighted_mse = operators_for(images.device).weighted_mse
-        return weighted_mse(answer, images, coefficients, self.seed, ids)
+        return weighted_mse(answer, images, coefficients, self.seed, ids, noise)

@@ -1,6 +1,6 @@
 """A model's quality: images drawn under given conditions, compared with the data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Evaluator:
         extractor: of the features that are compared; None with no reference.
         conditions: (num_images, ...) each, of the images drawn.
         null: what hides them for guidance.
+        decode: latents to pictures; None leaves what is drawn as it is.
 
     Raises:
         ValueError: too few images for FID with this extractor.
@@ -44,13 +45,14 @@ class Evaluator:
     guidance: float
     seed: int
     world: World = ALONE
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.extractor is not None:
             check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult | None]:
-        """Images (N, C, H, W) as ``generate`` returns them, and their fidelity.
+        """Images (N, C, H, W), decoded or as ``generate`` returns them, and their fidelity.
 
         Every process draws its part of the images and gets all; the first one measures them, the
         others have None.
@@ -73,6 +75,8 @@ class Evaluator:
             guidance=self.guidance,
             latents=self.latents,
         )
+        if self.decode is not None:
+            images = self.decode(images)
         images = self.world.gather_on_host(images)[: self.num_images]
         if self.reference is None or self.extractor is None or not self.world.is_first:
             return images, None

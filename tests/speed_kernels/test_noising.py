@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_kernels.noising import _noised_input, noised_input, noised_input_reference
+from speed_kernels.noising import (
+    _noised_input,
+    _noised_input_and_noise,
+    noised_input,
+    noised_input_and_noise,
+    noised_input_and_noise_reference,
+    noised_input_reference,
+)
 from speed_kernels.philox import BLOCK, normal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -33,6 +40,10 @@ def test_fused_equals_the_reference_bit_for_bit(batch, shape, source, target):
     fused, plain = (f(*arguments, target) for f in (noised_input, noised_input_reference))
     assert fused.dtype == target and fused.shape == (batch, *shape)
     assert torch.equal(fused, plain)
+    for operator in (noised_input_and_noise, noised_input_and_noise_reference):
+        x_in, noise = operator(*arguments, target)
+        assert torch.equal(x_in, plain) and noise.dtype == torch.float32
+        assert torch.equal(noise, normal(*arguments[2:], noise[0].numel()).view(noise.shape))
 
 
 def test_the_reference_is_the_formula():
@@ -53,6 +64,7 @@ def test_strided_input_gives_the_same_as_a_copy():
 
 def test_an_empty_batch_is_fine():
     assert noised_input(*draw(0, 3, 4), torch.bfloat16).shape == (0, 3, 4)
+    assert noised_input_and_noise(*draw(0, 3, 4), torch.bfloat16)[1].shape == (0, 3, 4)
 
 
 def test_the_gradient_of_x0_is_the_reference_s():
@@ -60,14 +72,16 @@ def test_the_gradient_of_x0_is_the_reference_s():
     x0.requires_grad_()
     gradients = [
         torch.autograd.grad(f(x0, rows, seed, ids, torch.float32).square().sum(), x0)[0]
-        for f in (noised_input, noised_input_reference)
+        for f in (noised_input, noised_input_reference, lambda *a: noised_input_and_noise(*a)[0])
     ]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert torch.equal(gradients[0], gradients[2])
 
 
 def test_the_operator_is_registered_soundly():
     x0, *rest = draw(2, 3, 5)
-    torch.library.opcheck(_noised_input, (x0.requires_grad_(), *rest, torch.bfloat16))
+    for operator in (_noised_input, _noised_input_and_noise):
+        torch.library.opcheck(operator, (x0.requires_grad_(), *rest, torch.bfloat16))
 
 
 @pytest.mark.parametrize(

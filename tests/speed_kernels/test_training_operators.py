@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from speed_kernels.noising import noised_input
+from speed_kernels.variational_bound import hybrid_loss
 from speed_kernels.weighted_mse import weighted_mse
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -29,15 +30,26 @@ class Model(nn.Module):
         return nn.functional.gelu(self.inner(x))
 
 
-def make_step(checkpointed: bool, autocast: bool):
+def make_step(checkpointed: bool, autocast: bool, learn_sigma: bool = False):
     def step(model, x0, coefficients, seed, ids):
         x_in = noised_input(x0, coefficients, seed, ids, torch.float32)
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=autocast):
-            prediction = model(x_in, checkpointed)
-            loss, error = weighted_mse(prediction, x0, coefficients, seed, ids)
+            answer = model(x_in, checkpointed)
+            if learn_sigma:
+                answer = torch.cat([answer, 0.3 * answer.sin()], dim=1)
+                loss, error = hybrid_loss(answer, x0, coefficients, bound_rows(ids), seed, ids)
+            else:
+                loss, error = weighted_mse(answer, x0, coefficients, seed, ids)
         return loss.mean(), error
 
     return step
+
+
+def bound_rows(ids):
+    """(log posterior variance, log beta, gap, first, weight); every fourth image is at t = 0."""
+    row = torch.tensor([-9.5, -8.9, 0.011, 0.0, 1.0], device=ids.device)
+    first = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], device=ids.device)
+    return row + first * (ids % 4 == 2)[:, None]
 
 
 def draw():
@@ -58,10 +70,11 @@ def gradients(step, model, *batch):
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_one_graph_serves_every_seed_and_all_ids(checkpointed, autocast):
+@pytest.mark.parametrize("learn_sigma", [False, True], ids=["error", "hybrid"])
+def test_one_graph_serves_every_seed_and_all_ids(checkpointed, autocast, learn_sigma):
     torch._dynamo.reset()
     model, x0, coefficients, seed, ids = draw()
-    step = make_step(checkpointed, autocast)
+    step = make_step(checkpointed, autocast, learn_sigma)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):  # pyright: ignore[reportAttributeAccessIssue]
         for shift in (0, 1, -5):
@@ -71,8 +84,9 @@ def test_one_graph_serves_every_seed_and_all_ids(checkpointed, autocast):
                 torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.parametrize("learn_sigma", [False, True], ids=["error", "hybrid"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_difference_is_saved_and_no_noise(dtype):
+def test_only_the_difference_is_saved_and_no_noise(dtype, learn_sigma):
     _, x0, coefficients, seed, ids = draw()
     saved = {}
 
@@ -81,15 +95,21 @@ def test_only_the_difference_is_saved_and_no_noise(dtype):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        x_in = noised_input(x0, coefficients, seed, ids, dtype)
-        weighted_mse(x_in.detach().requires_grad_(), x0, coefficients, seed, ids)
+        answer = noised_input(x0, coefficients, seed, ids, dtype)
+        if learn_sigma:
+            answer = torch.cat([answer, answer], dim=1)
+            leaf = answer.detach().requires_grad_()
+            hybrid_loss(leaf, x0, coefficients, bound_rows(ids), seed, ids)
+        else:
+            weighted_mse(answer.detach().requires_grad_(), x0, coefficients, seed, ids)
     large = [tensor for tensor in saved.values() if tensor.numel() >= NUM_ELEMENTS]
-    assert [(tensor.dtype, tensor.shape) for tensor in large] == [(dtype, x0.shape)]
+    assert [(tensor.dtype, tensor.shape) for tensor in large] == [(dtype, answer.shape)]
 
 
-def test_a_split_batch_has_the_gradient_of_the_whole():
+@pytest.mark.parametrize("learn_sigma", [False, True], ids=["error", "hybrid"])
+def test_a_split_batch_has_the_gradient_of_the_whole(learn_sigma):
     model, x0, coefficients, seed, ids = draw()
-    step = make_step(checkpointed=False, autocast=False)
+    step = make_step(False, False, learn_sigma)
     whole = gradients(step, model, x0, coefficients, seed, ids)
     parts = [
         gradients(step, model, x0[rank::2], coefficients[rank::2], seed, ids[rank::2])

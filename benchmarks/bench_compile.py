@@ -23,6 +23,7 @@ import torch
 
 from harness import interleaved, write_result
 from speed_engine.assemble import build_model, build_objective, build_process
+from speed_engine.config import DiTConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
@@ -77,6 +78,7 @@ def first_step_elsewhere(how: str, depth: int, cache: str | None = None) -> dict
 def digits() -> None:
     """Steps of the digits preset until compiling has paid."""
     _, config = PRESETS["digits"]
+    assert isinstance(config.model, DiTConfig)
     depth = config.model.depth
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
@@ -112,6 +114,7 @@ def digits() -> None:
 def first_step(how: str, depth: int) -> tuple[Callable, dict[str, float]]:
     """A step of the digits preset with so many blocks, and the seconds that its first call took."""
     _, config = PRESETS["digits"]
+    assert isinstance(config.model, DiTConfig)
     config = replace(config, model=replace(config.model, depth=depth))
     device = torch_device(config)
     size = config.batch_size

@@ -281,7 +281,7 @@ def _export(arguments: list[str], console: Console) -> None:
         console.print(
             f"diffusers computes time features with a frequency shift of 1, this model with "
             f"{shift:g}: after from_pretrained, call "
-            f"speed_engine.models.pretrained.set_frequency_shift(transformer, {shift:g}).",
+            f"speed_engine.models.pretrained_dit.set_frequency_shift(transformer, {shift:g}).",
             highlight=False,
             soft_wrap=True,
         )

@@ -26,8 +26,14 @@ class Ema:
 
     def follow(self, model: nn.Module) -> None:
         """Average these parameters; call it when they, or the average's own, were laid out anew."""
-        self._averages = [local(average) for average in self.model.parameters()]
-        self._parameters = [local(parameter.detach()) for parameter in model.parameters()]
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+        self.averages = [local(average) for average, _ in trained]
+        self._parameters = [local(parameter.detach()) for _, parameter in trained]
+
+    def decay_at(self, step: int) -> float:
+        """Share kept in optimizer step ``step`` (from 1)."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
     def update(self, step: int, finite: Tensor | None = None) -> None:
@@ -38,9 +44,9 @@ class Ema:
             finite: () bool on the device, False where the step was skipped and leaves the average
                 as it is; None takes every step.
         """
-        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        share = 1 - self.decay_at(step)
         if finite is None:
-            torch._foreach_lerp_(self._averages, self._parameters, share)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(self.averages, self._parameters, share)  # pyright: ignore[reportPrivateImportUsage]
             return
         weight = torch.where(finite, share, 0.0)
-        torch._foreach_lerp_(self._averages, self._parameters, [weight] * len(self._averages))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(self.averages, self._parameters, [weight] * len(self.averages))  # pyright: ignore[reportPrivateImportUsage]

@@ -18,7 +18,7 @@ from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.distributed import ALONE, World, whole
 from speed_engine.ema import Ema
-from speed_engine.optim import set_rates
+from speed_engine.optim import OneSweep, set_rates
 
 
 class StepReport(NamedTuple):
@@ -36,7 +36,7 @@ class Engine:
     Args:
         model: the parameters to train; with several processes laid out by ``distribute``.
         objective: on the model's device.
-        optimizer: of the parameters of model and objective.
+        optimizer: of the parameters of model and objective; ``OneSweep`` clips and averages, too.
         ema: average of the model's parameters.
         learning_rate: step number, from 1 -> learning rate.
         beta1: step number, from 1 -> decay of first moments; by default the optimizer's own.
@@ -83,13 +83,8 @@ class Engine:
         for parameter in self.objective.parameters():  # not sharded: nobody has summed these yet
             if parameter.grad is not None:
                 self.world.mean_(parameter.grad)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
-        finite = torch.isfinite(norm)
-        # The fused optimizer's own switch (GradScaler's): it reads the tensor on the device.
-        self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
+        norm, finite = self._update(step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update(step, finite)
         self._observe(before, output, finite)
         self.steps_done = step
         skipped = (~finite).float()
@@ -126,6 +121,19 @@ class Engine:
         self.objective.observe(before, output._replace(t=t, weighted_error=errors))
         for now, was in zip(state, previous, strict=True):
             now.copy_(torch.where(finite, now, was))
+
+    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Clip, update, average, unless a gradient is not finite: (gradient norm, finite?)."""
+        if isinstance(self.optimizer, OneSweep):
+            decay = self.ema.decay_at(step)
+            return self.optimizer.sweep([self.ema.averages], [decay], self.grad_clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        finite = torch.isfinite(norm)
+        # The fused optimizer's own switch (GradScaler's): it reads the tensor on the device.
+        self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.step()
+        self.ema.update(step, finite)
+        return norm, finite
 
     def _autocast(self) -> AbstractContextManager:
         """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
@@ -13,6 +14,7 @@ from speed_engine.models.super_resolution import SuperResolution, conditioned_ch
 from speed_engine.models.text_dit import TextDiT
 from speed_engine.models.unet import UNET_SIZES, UNet
 
+RESIDUAL_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
 # DiT's sizes; how many of the blocks decode is 2 in MDT, and in MDTv2 as its authors train it.
 MDT_SIZES: dict[str, dict] = {
     f"{name}-{letter}/{patch}": {
@@ -68,6 +70,7 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
     arguments = {
         **(dit_size(settings.size) if settings.size else _some(settings, settings.SIZED)),
         **_some(settings, ("mlp_ratio", "learn_sigma", "frequency_shift", "checkpointing")),
+        "residual_dtype": RESIDUAL_DTYPES[settings.residual_dtype],
         "attention": shape.attention,
         "input_size": shape.input_size,
         "channels": shape.channels,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,19 @@ from speed_engine.engine import Engine
 from speed_engine.evaluation.fidelity import FidelityResult
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
-from speed_engine.models.blocks import compiled
+from speed_engine.models.blocks import compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained, require_shapes
-from speed_engine.optim import MOMENTUM_DECAYS, adamw, linear_warmup, optimizer_tensors
+from speed_engine.optim import (
+    MOMENTUM_DECAYS,
+    OneSweep,
+    adamw,
+    linear_warmup,
+    one_sweep,
+    optimizer_tensors,
+)
 from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
+from speed_engine.shadow import ShadowedModel
 from speed_engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -111,8 +120,9 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
 
 def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
     """From the newest complete checkpoint; from the start if none had been written yet."""
-    trainer = Trainer(config, run, console, world)
-    if world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*"))):
+    saved = world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*")))
+    trainer = Trainer(config, run, console, world, None if saved else config.init_from)
+    if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
     if world.is_first:
         (run / CONFIG_FILE).write_text(to_json(config))
@@ -142,7 +152,7 @@ class Trainer:
         self.device = torch.device(local_device)
         self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
-        model, ema, forward = self._build_model(init_from)
+        model, ema, forward, shadows = self._build_model(init_from)
         self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
@@ -150,10 +160,12 @@ class Trainer:
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
         store_noise = self.choices["noise"].value == "stored"
         objective = build_objective(config, process, model, store_noise).to(self.device)
+        separate = self.choices["optimizer"].value == "separate"
+        make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
             model,
             objective,
-            adamw(
+            make_optimizer(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
@@ -172,8 +184,8 @@ class Trainer:
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
+        self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(self.device)
-        self.bad_samples = 0  # of this process; of the whole run so far in the first one
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
@@ -181,8 +193,12 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
-    def _build_model(self, init_from: Path | None) -> tuple[torch.nn.Module, Ema, Any]:
-        """The model, its average and what is called in its place, laid out over the processes."""
+    def _build_model(
+        self, init_from: Path | None
+    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
+        """The model, its average, what is called in its place, and the copies that this computes
+        with; laid out over the processes.
+        """
         config, world = self.config, self.world
         model = build_model(config, self.choices["attention"].value).to(self.device)
         if init_from is not None:
@@ -190,7 +206,11 @@ class Trainer:
         ema = Ema(model, config.optimizer.ema_decay)
         how = self.choices["torch.compile"].value
         if world.size == 1:
-            return model, ema, compiled(model, how)
+            if self.choices["optimizer"].value == "one_sweep_bf16":
+                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
+                forward = torch.compile(shadowed) if how == "on" else shadowed
+                return model, ema, forward, shadowed.shadows
+            return model, ema, compiled(model, how), {}
         if how != "off":  # the gathering of parameters between blocks cannot be compiled
             for block in distributed.blocks(model):
                 block.compile()
@@ -204,7 +224,7 @@ class Trainer:
                 offload=config.offload,
             )
         ema.follow(model)
-        return model, ema, model
+        return model, ema, model, {}
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
@@ -224,10 +244,11 @@ class Trainer:
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
         checkpoint.load(path, tensors, self.world)
+        if isinstance(self.engine.optimizer, OneSweep):
+            self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
+        self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
-        if self.world.is_first:
-            self.bad_samples = state["bad_samples"]
         self.engine.steps_done = state["step"]
 
     def train(self) -> None:
@@ -290,7 +311,7 @@ class Trainer:
                 return
 
     def _step(self, batch: Batch) -> None:
-        self.bad_samples += len(batch.replaced)
+        self._bad += len(batch.replaced)
         report = self.engine.step(batch)
         figures = self.world.mean_(torch.stack(report[: len(FIGURES)]))
         self.means.add(figures, report.skipped)
@@ -334,9 +355,9 @@ class Trainer:
         rate = (step - first) * self.config.batch_size / (now - since)
         figures |= self._data_wait(step - first)
         self._interval = now, step
+        figures["bad_samples"] = self._count_bad()
         if skipped:
             figures["skipped_steps"] = skipped
-        figures["bad_samples"] = self._count_bad_samples()
         self._record({**figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
 
@@ -351,10 +372,12 @@ class Trainer:
             figures |= {"data_seconds_slowest": seconds[slowest], "slowest_loader_rank": slowest}
         return figures
 
-    def _count_bad_samples(self) -> int:
-        """Damaged samples of the whole run, all processes together."""
-        mine = torch.tensor([self.bad_samples], device=self.device)
-        return sum(self.world.gather(mine).tolist())
+    def _count_bad(self) -> int:
+        """Damaged samples that were replaced so far, by all processes."""
+        mine = torch.tensor([self._bad], device=self.device)
+        self.bad_samples += int(self.world.gather(mine).sum())
+        self._bad = 0
+        return self.bad_samples
 
     def _check_skipped(self) -> int:
         """Steps skipped so far.
@@ -425,8 +448,8 @@ class Trainer:
         state = {
             "step": step,
             "means": self.means.state(),
+            "bad_samples": self._count_bad(),
             "skipped": self.skipped.state(),
-            "bad_samples": self._count_bad_samples(),
             "data": self.reader.fingerprint,
         }
         self.checkpoints.save(step, self._tensors(), state)

@@ -18,7 +18,7 @@ def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
     )
     assert done.returncode == 0, done.stderr
     losses = ("noise", "loss", "hybrid_loss", "stored_noise", "clean_images")
-    for section in (*losses, "adaln", "optimizer"):
+    for section in (*losses, "adaln", "block", "qk_norm_rope", "group_norm", "optimizer"):
         assert f"{section}: " in done.stdout
 
 

@@ -27,8 +27,8 @@ def test_without_arguments_the_commands_are_listed(capsys):
 def test_doctor_says_what_will_be_used_and_why(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out
-    topics = ("device", "precision", "torch.compile", "attention", "kernels", "noise")
-    topics += ("resident data", "data workers")
+    topics = ("device", "precision", "torch.compile", "attention", "kernels", "block kernels")
+    topics += ("noise", "resident data", "data workers")
     for topic in topics:
         assert topic in shown
 

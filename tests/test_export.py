@@ -9,7 +9,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from speed_engine import assemble, checkpoint, cli
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import DiTConfig, EvaluationConfig, TrainConfig, to_json
-from speed_engine.models.pretrained import set_frequency_shift
+from speed_engine.models.pretrained_dit import set_frequency_shift
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2))
 OPTIONS = (
@@ -32,10 +32,12 @@ def run(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(to_json(CONFIG))
     torch.manual_seed(0)
-    tensors = {n: torch.randn_like(v) for n, v in assemble.build_model(CONFIG).state_dict().items()}
-    tensors["pos_embed"] = assemble.build_model(CONFIG).pos_embed
+    model = assemble.build_model(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
     checkpoints = Checkpoints(folder / "checkpoints")
-    checkpoints.save(7, {f"ema/{name}": value for name, value in tensors.items()}, {"step": 7})
+    tensors = {f"ema/{name}": value for name, value in model.state_dict().items()}
+    checkpoints.save(7, tensors, {"step": 7})
     checkpoints.wait()
     return folder
 

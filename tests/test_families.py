@@ -24,7 +24,8 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter
 from speed_engine.data.sources import digits_folder
 from speed_engine.families import FAMILIES, Shape, build_network
 
@@ -41,6 +42,7 @@ SMALL: dict[str, ModelConfig] = {
     "dit": DiTConfig(dim=32, depth=2, num_heads=2),
     "dit-modern": DiTConfig(dim=32, depth=2, num_heads=2, variant="modern"),
     "dit-sigma": DiTConfig(dim=32, depth=2, num_heads=2, learn_sigma=True, checkpointing=0.5),
+    "dit-bfloat16": DiTConfig(dim=32, depth=2, num_heads=2, residual_dtype="bfloat16"),
     "mdt": MDTConfig(dim=32, depth=3, num_heads=2, decode_layers=1),
     "mdt-v2": MDTConfig(version=2, dim=32, depth=3, num_heads=2, decode_layers=1, learn_sigma=True),
     "unet": UNetConfig(dropout=0.1, learn_sigma=True),

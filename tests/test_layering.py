@@ -19,6 +19,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "progress",
         "checkpoint",
         "environment",
+        "shadow",
         "preemption",
         "watchdog",
     },

@@ -25,6 +25,7 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
+from speed_engine.data.index import index_path, load_index
 from speed_engine.data.shards import index_folder
 from speed_engine.data.sources import write_digits
 from speed_engine.diffusion.processes import SCHEDULES
@@ -101,6 +102,17 @@ def test_a_run_resumes_bit_for_bit_from_any_checkpoint(tmp_path, changes):
         expected = checkpoint.load_group(theirs, group)
         for name, tensor in checkpoint.load_group(ours, group).items():
             assert torch.equal(tensor, expected[name])
+
+
+def test_a_run_in_one_sweep_resumes_bit_for_bit(tmp_path):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    settings = OptimizerConfig(update="one_sweep")
+    config = dataclasses.replace(TINY, steps=6, log_every=2, checkpoint_every=3, optimizer=settings)
+    train.start(config, straight, quiet())
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-00000006")
+    train.resume(resumed, quiet())
+    assert losses(resumed) == losses(straight)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -258,6 +270,36 @@ def test_a_complete_run_says_how_to_train_it_longer(tmp_path):
     train.start(dataclasses.replace(TINY, steps=5), run, quiet())
     with pytest.raises(ValueError, match=r"complete at step 5 of 5; --steps N"):
         train.resume(run, quiet())
+
+
+def bad_samples(run: Path) -> list[int]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["bad_samples"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path, workers):
+    shards = tmp_path / "shards"
+    write_digits(shards)
+    path = shards / "digits-000002.tar"
+    index, _ = load_index(index_path(path))
+    tar = bytearray(path.read_bytes())
+    for offset in index.offset[:200, index.extensions.index("npy")].tolist():
+        tar[offset + 150] ^= 1
+    path.write_bytes(tar)
+    data = dataclasses.replace(TINY.data, source=str(shards), workers=workers)
+    config = dataclasses.replace(TINY, steps=40, data=data)
+    train.start(config, tmp_path / "whole", quiet())
+    train.start(dataclasses.replace(config, steps=20), tmp_path / "halves", quiet())
+    train.resume(tmp_path / "halves", quiet(), steps=40)
+    counts = bad_samples(tmp_path / "whole")
+    assert counts == sorted(counts) and counts[-1] > 10
+    assert bad_samples(tmp_path / "halves")[-1] == counts[-1]
+    assert losses(tmp_path / "halves")[-1] == losses(tmp_path / "whole")[-1]
+
+    stopping = dataclasses.replace(data, on_bad_sample="stop")
+    with pytest.raises(ValueError, match=r"digits-000002\.tar: sample '\d+': CRC-32 mismatch"):
+        train.start(dataclasses.replace(config, data=stopping), tmp_path / "stopped", quiet())
 
 
 def test_data_that_changed_under_a_run_is_refused(tmp_path):

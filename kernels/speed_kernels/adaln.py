@@ -7,12 +7,13 @@
                 dx      = dx_out + rstd (g - mean(g) - x_hat mean(g x_hat))
                 dbranch = gate dx
                 dshift, dscale, dgate = sums over N of dy, dy x_hat, dx branch
+    dbias = sum over B and N of dbranch                    see ``deferred_bias``
 
 Letters: B images, N tokens, D width. x, branch, y are (B, N, D); shift, scale, gate (B, D).
 Saved for backward: x_out, branch, scale, gate, mean and rstd (B, N) in float32; x_hat is computed
 again, which is cheaper than reading it.
 Traffic, in (B, N, D) tensors: forward reads x, branch, writes x_out, y; backward reads dy, dx_out,
-x_out, branch, writes dx, dbranch; besides, 3 / TOKENS_BACKWARD float32 ones of partial sums.
+x_out, branch, writes dx, dbranch; besides, 4 / TOKENS_BACKWARD float32 ones of partial sums.
 """
 
 import torch
@@ -20,27 +21,42 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.deferred_bias import with_bias_gradient
 from speed_kernels.language import rounded, runs_kernels, store, tl, triton
 
 MAX_DIM = 4096  # a program holds a whole token in registers, which spill beyond
 # Tokens of one image that a program walks through, so that it loads the modulation once and writes
 # one partial sum. Not tuned on a GPU.
-TOKENS_FORWARD, TOKENS_BACKWARD = 4, 16
+TOKENS_FORWARD, TOKENS_BACKWARD = 4, 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
 
 
 def adaln_reference(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """The definition of ``adaln`` in plain PyTorch."""
-    x_hat = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
-    return x_hat * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    wide = x.to(torch.promote_types(x.dtype, shift.dtype))
+    x_hat = torch.nn.functional.layer_norm(wide, x.shape[-1:], eps=eps)
+    return (x_hat * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)).to(shift.dtype)
 
 
 def gated_residual_adaln_reference(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``gated_residual_adaln`` in plain PyTorch."""
-    x_out = x + gate.unsqueeze(1) * branch
+    x_out = gated_residual_reference(x, branch, gate, bias)
     return x_out, adaln_reference(x_out, shift, scale, eps)
+
+
+def gated_residual_reference(
+    x: Tensor, branch: Tensor, gate: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The first half of ``gated_residual_adaln``."""
+    return (x + gate.unsqueeze(1) * with_bias_gradient(branch, bias)).to(x.dtype)
 
 
 def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -49,20 +65,26 @@ def adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     Args:
         x: (B, N, D) tokens. Copied first if not contiguous.
         shift: (B, D), added after scaling; rows may be strided, as from ``chunk``.
-        scale: (B, D), zero means identity.
+        scale: (B, D), zero means identity; of shift's dtype.
         eps: added to the variance.
 
     Returns:
-        (B, N, D) in the dtype of ``x``; statistics are float32 whatever the dtype.
+        (B, N, D) in the dtype of ``shift``; statistics are float32 whatever the dtype.
     """
     _check("adaln", x, shift=shift, scale=scale)
-    if x.dtype not in DTYPES or not runs_kernels(x):
+    if not _kernel_takes(x, shift):
         return adaln_reference(x, shift, scale, eps)
     return _adaln(x, shift, scale, eps)[0]
 
 
 def gated_residual_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Add a gated branch to the residual stream and modulate the sum; differentiable once.
 
@@ -72,10 +94,12 @@ def gated_residual_adaln(
         gate: (B, D), factor of the branch.
         shift: (B, D), as in ``adaln``.
         scale: (B, D), as in ``adaln``.
+        bias: (D,), what the linear layer before has added to the branch, see ``deferred_bias``.
         eps: added to the variance.
 
     Returns:
-        (B, N, D) the sum and (B, N, D) its modulated norm, in the dtype of ``x``.
+        (B, N, D) the sum in the dtype of ``x``, and (B, N, D) its modulated norm in that of
+        ``shift``.
     """
     _check("gated_residual_adaln", x, gate=gate, shift=shift, scale=scale)
     if branch.shape != x.shape or branch.device != x.device:
@@ -83,10 +107,18 @@ def gated_residual_adaln(
             f"gated_residual_adaln: branch must match x, {tuple(x.shape)} on {x.device}; got "
             f"{tuple(branch.shape)} on {branch.device}."
         )
-    if x.dtype not in DTYPES or branch.dtype not in DTYPES or not runs_kernels(x):
-        return gated_residual_adaln_reference(x, branch, gate, shift, scale, eps)
-    x_out, y, *_ = _gated_residual_adaln(x, branch, gate, shift, scale, eps)
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"gated_residual_adaln: bias must be ({x.shape[-1]},); got {tuple(bias.shape)}."
+        )
+    if not _kernel_takes(x, branch, gate, shift):
+        return gated_residual_adaln_reference(x, branch, gate, shift, scale, bias, eps)
+    x_out, y, *_ = _gated_residual_adaln(x, branch, gate, shift, scale, bias, eps)
     return x_out, y
+
+
+def _kernel_takes(*tensors: Tensor) -> bool:
+    return runs_kernels(tensors[0]) and all(tensor.dtype in DTYPES for tensor in tensors)
 
 
 def _check(caller: str, x: Tensor, **modulation: Tensor) -> None:
@@ -101,10 +133,11 @@ def _check(caller: str, x: Tensor, **modulation: Tensor) -> None:
                 f"{caller}: x is {tuple(x.shape)} on {x.device}, so {name} must be {(batch, dim)} "
                 f"there; got {tuple(tensor.shape)} on {tensor.device}."
             )
-        if tensor.dtype != x.dtype and x.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{caller}: {name} is {tensor.dtype} beside {x.dtype} tokens; cast it to that."
-            )
+    if modulation["shift"].dtype != modulation["scale"].dtype:
+        raise ValueError(
+            f"{caller}: shift is {modulation['shift'].dtype} and scale "
+            f"{modulation['scale'].dtype}; cast one to the other's."
+        )
     if dim > MAX_DIM:
         raise ValueError(f"{caller}: D={dim} exceeds {MAX_DIM}; use {caller}_reference.")
 
@@ -156,20 +189,22 @@ def _adaln(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor,
 @_adaln.register_fake
 def _(x, shift, scale, eps):
     statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    return shift.new_empty(x.shape), statistics, torch.empty_like(statistics)
 
 
 @custom_op("speed_kernels::gated_residual_adaln", mutates_args=())
 def _gated_residual_adaln(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _launch_forward(x, branch, gate, shift, scale, eps)
 
 
 @_gated_residual_adaln.register_fake
-def _(x, branch, gate, shift, scale, eps):
+def _(x, branch, gate, shift, scale, bias, eps):
     statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+    y = shift.new_empty(x.shape)
+    return x.new_empty(x.shape), y, statistics, torch.empty_like(statistics)
 
 
 def _launch_forward(
@@ -180,7 +215,7 @@ def _launch_forward(
     has_branch = branch is not None
     branch = x if branch is None else branch.contiguous()  # any pointer will do where none is read
     gate = scale if gate is None else _dense_rows(gate)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=shift.dtype)
     x_out = torch.empty_like(x) if has_branch else x
     mean = torch.empty((batch, num_tokens), dtype=torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
@@ -198,7 +233,7 @@ def _launch_forward(
 
 
 # Backward: one program per image and TOKENS tokens, which it reduces to one partial sum; PyTorch
-# adds those, so that the result does not depend on scheduling.
+# adds those, so that the result does not depend on scheduling, and a compiler sees the addition.
 
 
 @triton.jit
@@ -221,6 +256,8 @@ def _backward_kernel(
         gate = tl.load(gate_ptr + image * gate_stride + columns, mask=inside, other=0.0)
         gate = gate.to(tl.float32)
         dgate = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    if SUMS > 3:
+        dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
 
     for i in range(TOKENS):
         if first + i < num_tokens:
@@ -246,73 +283,83 @@ def _backward_kernel(
                 branch = tl.load(branch_ptr + row * dim + columns, mask=inside, other=0.0)
                 store(dbranch_ptr + row * dim + columns, gate * dx, mask=inside)
                 dgate += dx * branch.to(tl.float32)
+            if SUMS > 3:
+                dbias += gate * dx
 
     sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * dim + columns
     tl.store(sums_ptr, dshift, mask=inside)
     tl.store(sums_ptr + dim, dscale, mask=inside)
     if HAS_BRANCH:
         tl.store(sums_ptr + 2 * dim, dgate, mask=inside)
+    if SUMS > 3:
+        tl.store(sums_ptr + 3 * dim, dbias, mask=inside)
 
 
 @custom_op("speed_kernels::adaln_backward", mutates_args=())
 def _adaln_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, _, sums = _launch_backward(dy, None, x, None, None, scale, mean, rstd)
-    return dx, sums[:, 0].to(scale.dtype, copy=True), sums[:, 1].to(scale.dtype, copy=True)
+) -> tuple[Tensor, Tensor]:
+    """dx and (B, J, 2, D) partial sums of shift and scale over J chunks of N."""
+    dx, partial = _dense(x), _partial_sums(x, 2)
+    _launch_backward(dy, None, x, None, None, scale, mean, rstd, dx, None, partial)
+    return dx, partial
 
 
 @_adaln_backward.register_fake
 def _(dy, x, scale, mean, rstd):
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+    return _dense(x), _partial_sums(x, 2)
 
 
 @custom_op("speed_kernels::gated_residual_adaln_backward", mutates_args=())
 def _gated_residual_adaln_backward(
     dy: Tensor, dx_out: Tensor | None, x_out: Tensor, branch: Tensor, gate: Tensor, scale: Tensor,
-    mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dbranch, sums = _launch_backward(dy, dx_out, x_out, branch, gate, scale, mean, rstd)
-    dshift, dscale = (sums[:, i].to(scale.dtype, copy=True) for i in range(2))
-    return dx, dbranch, sums[:, 2].to(gate.dtype, copy=True), dshift, dscale
+    mean: Tensor, rstd: Tensor, has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dbranch and (B, J, 3 or 4, D) partial sums of shift, scale, gate and bias."""
+    dx, dbranch, partial = _dense(x_out), _dense(branch), _partial_sums(x_out, 3 + has_bias)
+    _launch_backward(dy, dx_out, x_out, branch, gate, scale, mean, rstd, dx, dbranch, partial)
+    return dx, dbranch, partial
 
 
 @_gated_residual_adaln_backward.register_fake
-def _(dy, dx_out, x_out, branch, gate, scale, mean, rstd):
-    return (
-        x_out.new_empty(x_out.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape),
-        scale.new_empty(scale.shape), scale.new_empty(scale.shape),
-    )  # fmt: skip
+def _(dy, dx_out, x_out, branch, gate, scale, mean, rstd, has_bias):
+    return _dense(x_out), _dense(branch), _partial_sums(x_out, 3 + has_bias)
 
 
 def _launch_backward(
     dy: Tensor, dx_out: Tensor | None, x_out: Tensor, branch: Tensor | None, gate: Tensor | None,
     scale: Tensor, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dbranch (dx itself without a branch) and (B, 2 or 3, D) the sums over tokens."""
+    dx: Tensor, dbranch: Tensor | None, partial: Tensor,
+) -> None:  # fmt: skip
+    if not x_out.numel():
+        return
     batch, num_tokens, dim = x_out.shape
+    _, num_chunks, num_sums, _ = partial.shape
     dy, x_out, scale = dy.contiguous(), x_out.contiguous(), _dense_rows(scale)
     has_branch, has_dx_out = branch is not None, dx_out is not None
-    dx_out = dy if dx_out is None else dx_out.contiguous()
+    dx_out = dy if dx_out is None else dx_out.contiguous()  # any pointer will do, as above
     branch = dy if branch is None else branch.contiguous()
     gate = scale if gate is None else _dense_rows(gate)
-    num_chunks = -(-num_tokens // TOKENS_BACKWARD)
-    num_sums = 3 if has_branch else 2
-    dx = torch.empty_like(x_out)
-    dbranch = torch.empty_like(branch) if has_branch else dx
-    partial = torch.empty(
-        (batch, num_chunks, num_sums, dim), dtype=torch.float32, device=x_out.device
-    )
-    if x_out.numel():
-        block_d = triton.next_power_of_2(dim)
-        with torch.cuda.device_of(x_out):
-            _backward_kernel[(batch * num_chunks,)](
-                dy, dx_out, x_out, branch, gate, scale, mean, rstd, dx, dbranch, partial,
-                gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
-                HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
-                TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
-            )  # fmt: skip
-    return dx, dbranch, partial.sum(dim=1)
+    block_d = triton.next_power_of_2(dim)
+    with torch.cuda.device_of(x_out):
+        _backward_kernel[(batch * num_chunks,)](
+            dy, dx_out, x_out, branch, gate, scale, mean, rstd,
+            dx, dx if dbranch is None else dbranch, partial,
+            gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
+            HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
+            TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
+        )  # fmt: skip
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
+    """(B, J, num_sums, D) float32, for the backward kernel to fill."""
+    batch, num_tokens, dim = x.shape
+    shape = batch, -(-num_tokens // TOKENS_BACKWARD), num_sums, dim
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def num_warps(block_d: int) -> int:
@@ -336,25 +383,33 @@ def _setup_adaln(ctx, inputs, output):
 
 @once_differentiable
 def _backward_of_adaln(ctx, dy, _dmean, _drstd):
-    dx, dshift, dscale = _adaln_backward(dy, *ctx.saved_tensors)
+    x, scale, mean, rstd = ctx.saved_tensors
+    dx, partial = _adaln_backward(dy, x, scale, mean, rstd)
+    dshift, dscale = partial.sum(dim=1).to(scale.dtype).unbind(1)
     return dx, dshift, dscale, None
 
 
 def _setup_gated(ctx, inputs, output):
-    _, branch, gate, _, scale, _ = inputs
+    _, branch, gate, _, scale, bias, _ = inputs
     x_out, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # the last block's sum has no other use
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x_out, branch, gate, scale, mean, rstd)
 
 
 @once_differentiable
 def _backward_of_gated(ctx, dx_out, dy, _dmean, _drstd):
-    x_out, *rest = ctx.saved_tensors
+    x_out, branch, gate, scale, mean, rstd = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(x_out)
-    dx, dbranch, dgate, dshift, dscale = _gated_residual_adaln_backward(dy, dx_out, x_out, *rest)
-    return dx, dbranch, dgate, dshift, dscale, None
+        dy = x_out.new_zeros(x_out.shape, dtype=scale.dtype)
+    dx, dbranch, partial = _gated_residual_adaln_backward(
+        dy, dx_out, x_out, branch, gate, scale, mean, rstd, ctx.bias_dtype is not None
+    )
+    dshift, dscale, dgate, *dbias = partial.sum(dim=1).unbind(1)
+    dbias = dbias[0].sum(dim=0).to(ctx.bias_dtype) if dbias else None
+    modulation = dgate.to(gate.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
+    return dx, dbranch, *modulation, dbias, None
 
 
 _adaln.register_autograd(_backward_of_adaln, setup_context=_setup_adaln)

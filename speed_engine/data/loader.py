@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 
 from speed_engine.data.batches import Arrays, BatchReader, OnBadSample, Shape
 from speed_engine.data.conditions import condition_name
-from speed_engine.data.order import DataOrder
+from speed_engine.data.order import DataOrder, elsewhere
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.stream import StreamSource
 
@@ -190,14 +190,14 @@ class Loader:
 def read_all(
     reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation; the next replaces a damaged one.
+    """Every sample in the order of the shards, for evaluation; others replace damaged ones.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
     batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
     images, conditions, replaced = batches.read(
-        range(len(reader)), lambda place, attempt: (place + attempt) % len(reader)
+        range(len(reader)), partial(elsewhere, num_samples=len(reader))
     )
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")

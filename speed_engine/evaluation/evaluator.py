@@ -44,8 +44,8 @@ class Evaluator:
     solver_steps: int
     guidance: float
     seed: int
-    decode: Callable[[Tensor], Tensor] | None = None
     world: World = ALONE
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.extractor is not None:

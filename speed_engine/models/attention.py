@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.ops import block_operators_for, qk_norm_rope
+
 # (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
 NORM_EPS = 1e-6  # of queries and keys
@@ -79,21 +81,23 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *rotation: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); ``lengths`` of packed sequences as in ``sdpa``."""
-        q, k, v = self._heads(x)
-        return self._join(self.attend(q, k, v, lengths))
+        return self.proj(self._mix(x, *rotation, lengths=lengths))
+
+    def open(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.proj, self._mix(x, *rotation))
+
+    def _mix(self, x: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), before the last projection."""
+        return self.attend(*self._heads(x), lengths).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> queries, keys and values, each (B, H, N, K)."""
-        batch, num_tokens, dim = x.shape
-        heads = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)
-        return q, k, v
-
-    def _join(self, attended: Tensor) -> Tensor:
-        """(B, H, N, K) -> (B, N, D)."""
-        return self.proj(attended.transpose(1, 2).flatten(2))
+        op = block_operators_for(x.device)
+        qkv, bias = op.linear(self.qkv, x)
+        return op.split_heads(qkv, self.num_heads, bias)
 
 
 class RotaryAttention(SelfAttention):
@@ -108,29 +112,13 @@ class RotaryAttention(SelfAttention):
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
 
-    def forward(
+    def _mix(
         self, x: Tensor, cos: Tensor, sin: Tensor, *, lengths: Sequence[int] | None = None
     ) -> Tensor:
         """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
         q, k, v = self._heads(x)
-        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin)
-        return self._join(self.attend(q, k, v, lengths))
-
-
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """RMS norm of each head's query and key, then rotation by position: x cos + rotated(x) sin.
-
-    Element i turns with element i + K / 2. Computed in float32, answered in the dtype of ``q``.
-    """
-
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps=NORM_EPS)
-        first, second = y.chunk(2, dim=-1)
-        return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-    return turned(q, q_weight), turned(k, k_weight)
+        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, NORM_EPS)
+        return self.attend(q, k, v, lengths).transpose(1, 2).flatten(2)
 
 
 def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:

@@ -9,6 +9,7 @@ Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width, K 
 import re
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ from speed_engine.models.embeddings import (
     rotary_grid,
     unpatchify,
 )
+from speed_engine.models.open_sum import OpenSum, opened
+from speed_engine.ops import block_operators_for
 
 
 class Size(NamedTuple):
@@ -47,12 +50,19 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self._hidden(x))
+
+    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.fc2, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        op = block_operators_for(x.device)
+        return op.gelu(*op.linear(self.fc1, x))
 
 
 class SwiGLU(nn.Module):
@@ -70,12 +80,19 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        return self.w3(self._hidden(x))
+
+    def open(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The answer, and the bias of ``BlockOperators.linear``."""
+        return block_operators_for(x.device).linear(self.w3, self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return F.silu(gate) * value
 
 
 # What a block is made of, by the variant's name.
-VARIANTS: dict[str, tuple[type[SelfAttention], type[nn.Module]]] = {
+VARIANTS: dict[str, tuple[type[SelfAttention], type[FeedForward] | type[SwiGLU]]] = {
     "original": (SelfAttention, FeedForward),
     "modern": (RotaryAttention, SwiGLU),
 }
@@ -94,19 +111,26 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         attention_class, feed_forward_class = VARIANTS[variant]
-        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = attention_class(dim, num_heads, attention)
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = feed_forward_class(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     @recomputable
-    def forward(self, x: Tensor, condition: Tensor, *rotation: Tensor) -> Tensor:
-        """(B, N, D), (B, D) -> (B, N, D); rotation as the variant's attention takes it."""
-        modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
+    def forward(
+        self, x: Tensor | OpenSum, condition: Tensor, *rotation: Tensor
+    ) -> Tensor | OpenSum:
+        """(B, N, D), (B, D) -> (B, N, D); rotation as the variant's attention takes it.
+
+        Given an open sum, it leaves its own open.
+        """
+        modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, *rotation)
-        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        tokens, y = opened(x).adaln(shift_attn, scale_attn)
+        branch, bias = self.attn.open(y, *rotation)
+        tokens, y = OpenSum(tokens, branch, gate_attn, bias).adaln(shift_mlp, scale_mlp)
+        branch, bias = self.mlp.open(y)
+        after = OpenSum(tokens, branch, gate_mlp.clone(), bias)  # FSDP2 warns of views
+        return after if isinstance(x, OpenSum) else after.closed()
 
 
 class FinalLayer(nn.Module):
@@ -114,14 +138,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, patch_values: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(dim, patch_values)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, P * P * C)."""
-        shift, scale = self.adaLN_modulation(condition).unsqueeze(1).chunk(2, dim=2)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(opened(x).adaln(shift, scale)[1])
 
 
 class DiT(nn.Module):
@@ -143,6 +166,9 @@ class DiT(nn.Module):
         attention: a name of ``attention.BACKENDS``.
         frequency_shift: of the time features, see ``embeddings.sinusoid``; 1 as in diffusers.
         checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
+        residual_dtype: of the stream of tokens from block to block. None leaves it to PyTorch:
+            float32 under autocast, where branches are bfloat16, else the parameters' dtype.
+            bfloat16 halves the stream's memory traffic and rounds after every sum.
 
     Raises:
         ValueError: sizes that do not divide as said, an unknown name, a dial outside [0, 1].
@@ -170,6 +196,7 @@ class DiT(nn.Module):
         attention: str = "sdpa",
         frequency_shift: float = 0,
         checkpointing: float = 0,
+        residual_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         height, width = input_size
@@ -184,6 +211,7 @@ class DiT(nn.Module):
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes, self.num_heads, self.mlp_ratio = num_classes, num_heads, mlp_ratio
+        self.residual_dtype = residual_dtype
         self.x_embedder = PatchEmbedding(patch_size, in_channels or channels, dim)
         self.t_embedder = TimestepEmbedding(dim, frequency_shift)
         self.y_embedder = None if num_classes is None else LabelEmbedding(num_classes, dim)
@@ -209,9 +237,12 @@ class DiT(nn.Module):
         """``told`` is what the blocks take beside tokens and condition."""
         tokens = self.x_embedder(x) + self.pos_embed
         rotation = self.rotation()
+        stream = OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
         for block in self.blocks:
-            tokens = block(tokens, condition, *told, *rotation)
-        return unpatchify(self.final_layer(tokens, condition), self.grid, self.patch_size)
+            # What a block is given is kept for it to recompute: then one tensor, not two.
+            given = stream.closed() if block.recompute == "everything" else stream
+            stream = opened(block(given, condition, *told, *rotation))
+        return unpatchify(self.final_layer(stream, condition), self.grid, self.patch_size)
 
     def rotation(self) -> tuple[Tensor, ...]:
         """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.blocks import recomputable
 from speed_engine.models.dit import Block, DiT
+from speed_engine.models.open_sum import OpenSum, opened
 
 
 class CrossAttention(nn.Module):
@@ -51,13 +52,19 @@ class TextBlock(Block):
         self.cross_attn = CrossAttention(dim, num_heads)
 
     @recomputable
-    def forward(self, x: Tensor, condition: Tensor, text: Tensor, *rotation: Tensor) -> Tensor:
-        """(B, N, D), (B, D), (B, L, D) -> (B, N, D); rotation as in ``Block``."""
-        modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
+    def forward(
+        self, x: Tensor | OpenSum, condition: Tensor, text: Tensor, *rotation: Tensor
+    ) -> Tensor | OpenSum:
+        """(B, N, D), (B, D), (B, L, D) -> (B, N, D); the rest as in ``Block``."""
+        modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, *rotation)
-        x = x + self.cross_attn(x, text)
-        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+        tokens, y = opened(x).adaln(shift_attn, scale_attn)
+        branch, bias = self.attn.open(y, *rotation)
+        tokens = OpenSum(tokens, branch, gate_attn, bias).closed()
+        tokens = tokens + self.cross_attn(tokens, text).to(tokens.dtype)
+        branch, bias = self.mlp.open(opened(tokens).adaln(shift_mlp, scale_mlp)[1])
+        after = OpenSum(tokens, branch, gate_mlp.clone(), bias)
+        return after if isinstance(x, OpenSum) else after.closed()
 
 
 class TextDiT(DiT):

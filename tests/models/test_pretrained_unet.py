@@ -1,18 +1,21 @@
 """U-Net weights in others' layouts, beside diffusers' own models."""
 
-import diffusers
+from typing import Any
+
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from speed_engine.models.edm_unet import SongUNet
 from speed_engine.models.pretrained_unet import from_diffusers, from_edm, from_ldm, to_diffusers
 from speed_engine.models.unet import UNet
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "input_size": (16, 16), "in_channels": 3, "out_channels": 3, "model_channels": 32,
     "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,),
 }  # fmt: skip
-THEIRS = {
+THEIRS: dict[str, Any] = {
     "sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64),
     "layers_per_block": 1, "norm_eps": 1e-5, "freq_shift": 0,
 }  # fmt: skip
@@ -55,7 +58,7 @@ def test_a_class_conditional_unet_is_that_of_diffusers(adm):
         **SIZE, num_head_channels=16, num_classes=5, scale_shift_norm=adm, resblock_updown=adm
     )
     kind = "resnet" if adm else "conv"
-    theirs = diffusers.UNet2DModel(
+    theirs = UNet2DModel(
         **THEIRS,
         attention_head_dim=16,
         attn_norm_num_groups=32,
@@ -78,7 +81,7 @@ def test_a_class_conditional_unet_is_that_of_diffusers(adm):
 
 def test_a_unet_with_tokens_is_that_of_diffusers():
     ours = UNet(**SIZE, num_heads=4, token_dim=24)
-    theirs = diffusers.UNet2DConditionModel(
+    theirs = UNet2DConditionModel(
         **THEIRS,
         attention_head_dim=4,  # the number of heads, under diffusers' historical name
         cross_attention_dim=24,

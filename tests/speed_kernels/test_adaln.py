@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from speed_kernels.adaln import (
+    TOKENS_BACKWARD,
     _adaln,
     _gated_residual_adaln,
     adaln,
@@ -14,6 +19,7 @@ from speed_kernels.adaln import (
 
 # Tokens no multiple of a chunk, D no power of two; small ones make the yardstick a matter of luck.
 SHAPES = [(4, 3, 72), (2, 17, 100), (1, 18, 384)]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -70,18 +76,91 @@ def test_what_is_normalised_is_the_sum_that_is_returned(dtype, device):
     assert torch.equal(y, adaln(x_out, shift, scale))
 
 
-def test_a_bfloat16_branch_joins_a_float32_stream(device, assert_accurate):
-    x, branch, gate, shift, scale, *_ = draw((1, 5, 48), torch.bfloat16, device)
-    outputs = gated_residual_adaln(x.float(), branch, gate, shift, scale)
-    eager, truth = (
-        gated_residual_adaln_reference(
-            x.to(dtype), branch.to(dtype), gate.to(dtype), shift.to(dtype), scale.to(dtype)
-        )
-        for dtype in (torch.float32, torch.float64)
+@settings(max_examples=6)
+@given(
+    batch=st.integers(1, 2),
+    num_tokens=st.sampled_from([1, 7, TOKENS_BACKWARD, TOKENS_BACKWARD + 1]),
+    dim=st.sampled_from([24, 40, 72]),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["dense", "tokens first", "every other element"]),
+)
+def test_a_linear_layer_leaves_its_bias_gradient(
+    batch, num_tokens, dim, dtype, layout, assert_accurate
+):
+    x, branch, gate, shift, scale, dx_out, dy = draw((batch, num_tokens, dim), dtype, DEVICE)
+    if layout == "tokens first":
+        branch, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (branch, dy))
+    elif layout == "every other element":
+        branch, dy = (t.repeat_interleave(2, dim=2)[..., ::2] for t in (branch, dy))
+    bias = torch.linspace(-1, 1, dim).to(DEVICE, dtype)
+
+    def gradients(operator, dtype):
+        tensors = [tensor.to(dtype) for tensor in (x, branch, gate, shift, scale, bias)]
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        outputs = operator(*leaves)
+        return torch.autograd.grad(outputs, leaves, (dx_out.to(dtype), dy.to(dtype)))
+
+    truth, eager = (
+        gradients(gated_residual_adaln_reference, kind) for kind in (torch.float64, dtype)
     )
-    for name, *values in zip(["x_out", "y"], outputs, eager, truth, strict=True):
-        assert values[0].dtype == torch.float32
+    fused = gradients(gated_residual_adaln, dtype)
+    names = ["dx", "dbranch", "dgate", "dshift", "dscale", "dbias"]
+    for name, *values in zip(names, fused, eager, truth, strict=True):
         assert_accurate(name, *values)
+
+
+def test_the_bias_has_the_gradient_that_the_linear_layer_gives_it(device):
+    x, branch, gate, shift, scale, *_ = draw((2, 5, 16), torch.float64, device)
+    weight, bias = torch.randn(16, 16, dtype=torch.float64), torch.randn(16, dtype=torch.float64)
+    leaves = [tensor.to(device).requires_grad_() for tensor in (weight, bias)]
+
+    def run(weight, bias, deferred):
+        product = F.linear(branch, weight, bias.detach() if deferred else bias)
+        return gated_residual_adaln(x, product, gate, shift, scale, bias if deferred else None)
+
+    for deferred in (False, True):
+        assert torch.autograd.gradcheck(lambda w, b, d=deferred: run(w, b, d), leaves)
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+def test_the_stream_keeps_its_dtype_and_the_norm_has_that_of_the_modulation(
+    stream, device, assert_accurate
+):
+    """As under autocast: branch and modulation in bfloat16, the stream in either."""
+    x, branch, gate, shift, scale, dx_out, dy = draw((1, 5, 48), torch.bfloat16, device)
+    x, dx_out = x.to(stream), dx_out.to(stream)
+
+    def run(operator, dtype=None):
+        tensors = (x, branch, gate, shift, scale)
+        leaves = [t.detach() if dtype is None else t.to(dtype) for t in tensors]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        outputs = operator(*leaves)
+        upstream = [g.to(y.dtype) for g, y in zip((dx_out, dy), outputs, strict=True)]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, upstream)]
+
+    fused, eager = run(gated_residual_adaln), run(gated_residual_adaln_reference)
+    truth = run(gated_residual_adaln_reference, torch.float64)
+    half = torch.bfloat16
+    assert [value.dtype for value in fused] == [stream, half, stream, half, half, half, half]
+    for i, values in enumerate(zip(fused, eager, truth, strict=True)):
+        assert_accurate(f"value {i}", *values)
+
+
+def test_two_runs_have_the_same_bits(device):
+    tensors = draw((2, 40, 72), torch.bfloat16, device)
+    first, second = (run_gated(gated_residual_adaln, tensors, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_recomputing_changes_no_bit(device):
+    tensors = draw((1, 5, 32), torch.float32, device)
+
+    def recomputed(*leaves):
+        return checkpoint(gated_residual_adaln, *leaves, use_reentrant=False)
+
+    operators = gated_residual_adaln, recomputed
+    plain, again = (run_gated(f, tensors, torch.float32) for f in operators)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 
 def test_modulation_is_read_in_place_from_its_chunks(device):
@@ -118,7 +197,9 @@ def test_the_operators_are_registered_soundly(device):
         tensor.requires_grad_() for tensor in draw((1, 2, 16), torch.float32, device)
     )
     torch.library.opcheck(_adaln, (x, shift, scale, 1e-6))
-    torch.library.opcheck(_gated_residual_adaln, (x, branch, gate, shift, scale, 1e-6))
+    bias = torch.zeros(16, device=device, requires_grad=True)
+    for added in (None, bias):
+        torch.library.opcheck(_gated_residual_adaln, (x, branch, gate, shift, scale, added, 1e-6))
 
 
 def test_compiles_without_graph_breaks(device):
@@ -141,7 +222,9 @@ def test_what_cannot_be_launched_is_named():
         adaln(x, row, row[0])
     with pytest.raises(ValueError, match=r"branch must match x, \(2, 5, 16\)"):
         gated_residual_adaln(x, x[:1], row, row, row)
-    with pytest.raises(ValueError, match="shift is torch.float32 beside torch.bfloat16 tokens"):
-        adaln(x.bfloat16(), row, row)
+    with pytest.raises(ValueError, match="shift is torch.float32 and scale torch.bfloat16"):
+        adaln(x.bfloat16(), row, row.bfloat16())
+    with pytest.raises(ValueError, match=r"bias must be \(16,\); got \(5,\)"):
+        gated_residual_adaln(x, x, row, row, row, x[0, :, 0])
     with pytest.raises(ValueError, match="D=20000 exceeds 4096; use adaln_reference"):
         adaln(torch.zeros(1, 1, 20000), torch.zeros(1, 20000), torch.zeros(1, 20000))

@@ -1,0 +1,131 @@
+"""A DiT whose blocks run on kernels answers and learns as one on PyTorch does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from speed_engine.models import attention, dit, open_sum
+from speed_engine.models.dit import Block, DiT
+from speed_engine.models.open_sum import OpenSum
+from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
+
+ROOT = Path(__file__).parents[2]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DIM = 32
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Choose what blocks run on, whatever the device."""
+
+    def choose(operators):
+        for module in (attention, dit, open_sum):
+            monkeypatch.setattr(module, "block_operators_for", lambda device: operators)
+
+    return choose
+
+
+def trained(module: nn.Module) -> nn.Module:
+    """Away from gates and biases of zero, which leave little to compare."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if not bool(parameter.any()):
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return module.to(DEVICE)
+
+
+def make_model(**options) -> nn.Module:
+    torch.manual_seed(0)
+    return trained(
+        DiT(
+            input_size=(4, 6), channels=3, patch_size=2, dim=DIM, depth=2, num_heads=4,
+            num_classes=5, **options,
+        )
+    )  # fmt: skip
+
+
+def step(model, autocast: bool = False, call=None) -> dict[str, torch.Tensor]:
+    """Answer and all gradients."""
+    model.zero_grad()
+    result = answer(model if call is None else call, autocast, next(model.parameters()).dtype)
+    result.to(torch.promote_types(result.dtype, torch.float32)).square().sum().backward()
+    return {"answer": result.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def answer(model, autocast: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    t, labels = torch.tensor([0, 500], device=DEVICE), torch.tensor([4, 5], device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+        return model(x, t, labels)
+
+
+@pytest.mark.parametrize("stream", [None, torch.bfloat16], ids=["as it comes", "bfloat16"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kernels):
+    model = make_model(residual_dtype=stream)
+    kernels(BLOCK_REFERENCE)
+    truth, expected = step(make_model().double()), step(model, autocast)
+    kernels(BLOCK_FUSED)
+    actual = step(model, autocast)
+    assert actual.keys() == expected.keys() == truth.keys()
+    for name, value in truth.items():
+        error, eager = ((v[name].double() - value).norm() for v in (actual, expected))
+        assert error <= 2 * eager + 1e-6 * value.norm(), name
+
+
+def test_one_graph_holds_the_whole_model(kernels):
+    kernels(BLOCK_FUSED)
+    model = make_model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = step(model, autocast=True)
+    for name, value in step(model, True, compiled).items():
+        torch.testing.assert_close(value, plain[name], msg=name)
+
+
+@pytest.mark.parametrize("operators", [BLOCK_REFERENCE, BLOCK_FUSED], ids=["plain", "kernels"])
+def test_a_sum_left_open_is_the_closed_one(operators, kernels):
+    kernels(operators)
+    block = trained(Block(DIM, 4, mlp_ratio=2.0))
+    tokens, condition = torch.randn(2, 5, DIM).to(DEVICE), torch.randn(2, DIM).to(DEVICE)
+    after = block(OpenSum(tokens), condition)
+    torch.testing.assert_close(after.closed(), block(tokens, condition))
+    torch.testing.assert_close(
+        block(after, condition).closed(), block(block(tokens, condition), condition)
+    )
+
+
+@pytest.mark.parametrize("operators", [BLOCK_REFERENCE, BLOCK_FUSED], ids=["plain", "kernels"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["as it comes", "bfloat16"])
+@torch.no_grad()
+def test_the_stream_is_kept_in_the_dtype_asked_for(dtype, operators, kernels):
+    kernels(operators)
+    model, seen = make_model(residual_dtype=dtype), []
+    for block in model.get_submodule("blocks").children():
+        block.register_forward_hook(lambda _, __, after: seen.append(after.tokens.dtype))
+    for autocast in (False, True):
+        answer(model, autocast)
+    assert seen == [dtype or torch.float32] * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("sharded_step.py")), str(rank)]
+            + [str(tmp_path / "store")],
+            env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    assert float(outputs[0][0]) <= 1e-6

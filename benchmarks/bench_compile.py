@@ -3,43 +3,90 @@
 Run: ``python benchmarks/bench_compile.py``. Times whole optimizer steps of the digits preset, eager
 and compiled, in turn; prints how many steps it takes until compiling has paid for itself, without
 and with compiled code from an earlier run in Inductor's cache.
+
+``--depths`` measures instead how the first step's cost grows with the number of blocks, compiled as
+a whole and block by block, each in a process and with a cache of its own. Processor seconds, the
+compiler's included, hold on a busy machine, too.
 """
 
+import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from harness import interleaved, write_result
 from speed_engine.assemble import build_model, build_objective, build_process
+from speed_engine.config import DiTConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.environment import torch_device
+from speed_engine.models.blocks import compiled
 from speed_engine.optim import adamw, linear_warmup
 from speed_engine.presets import PRESETS
 
-FIRST_STEP = "--first-step"  # of this script: print the seconds of one first compiled step
+FIRST_STEP = "--first-step"  # HOW DEPTH, of this script: print the seconds of one first step
+DEPTHS = (2, 8, 28)
 
 
 def main() -> None:
-    _, config = PRESETS["digits"]
     if FIRST_STEP in sys.argv:
-        print(first_step(compiled=True)[1])
-        return
+        how, depth = sys.argv[-2:]
+        print(json.dumps(first_step(how, int(depth))[1]))
+    elif "--depths" in sys.argv:
+        by_depth()
+    else:
+        digits()
+
+
+def by_depth() -> None:
+    """The first step's seconds for models of growing depth."""
+    figures = {
+        how: {depth: first_step_elsewhere(how, depth) for depth in DEPTHS}
+        for how in ("off", "on", "blocks")
+    }
+    path = write_result(
+        "compile_by_depth",
+        {"case": "first optimizer step, width 64, batch 128, cold cache", "seconds": figures},
+    )
+    for how, depths in figures.items():
+        for depth, seconds in depths.items():
+            print(f"{how:7} {depth:3} blocks  {seconds['processor']:7.1f} s of processor time")
+    print(path)
+
+
+def first_step_elsewhere(how: str, depth: int, cache: str | None = None) -> dict[str, float]:
+    """In a process of its own; without ``cache``, with an empty one."""
+    with tempfile.TemporaryDirectory() as empty:
+        done = subprocess.run(
+            [sys.executable, __file__, FIRST_STEP, how, str(depth)],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache or empty},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return json.loads(done.stdout)
+
+
+def digits() -> None:
+    """Steps of the digits preset until compiling has paid."""
+    _, config = PRESETS["digits"]
+    assert isinstance(config.model, DiTConfig)
+    depth = config.model.depth
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        eager, eager_seconds = first_step(compiled=False)
-        compiled, cold_seconds = first_step(compiled=True)
-        again = subprocess.run(
-            [sys.executable, __file__, FIRST_STEP], capture_output=True, text=True, check=True
-        )
-        cached_seconds = float(again.stdout)
-        timings = interleaved({"eager": eager, "compiled": compiled})
+        eager, first_eager = first_step("off", depth)
+        fast, first_compiled = first_step("on", depth)
+        cached_seconds = first_step_elsewhere("on", depth, cache)["wall"]
+        eager_seconds, cold_seconds = first_eager["wall"], first_compiled["wall"]
+        timings = interleaved({"eager": eager, "compiled": fast})
     saved = (timings["eager"].median - timings["compiled"].median) / 1e3
     pays = {
         name: round((seconds - eager_seconds) / saved) if saved > 0 else None
@@ -64,9 +111,11 @@ def main() -> None:
     print(f"compiling pays after {pays['cold']} steps, {pays['cached']} with a cache; {path}")
 
 
-def first_step(compiled: bool) -> tuple[Callable[[], object], float]:
-    """A step of the digits preset, and the seconds that its first call took."""
+def first_step(how: str, depth: int) -> tuple[Callable, dict[str, float]]:
+    """A step of the digits preset with so many blocks, and the seconds that its first call took."""
     _, config = PRESETS["digits"]
+    assert isinstance(config.model, DiTConfig)
+    config = replace(config, model=replace(config.model, depth=depth))
     device = torch_device(config)
     size = config.batch_size
     batch = Batch(
@@ -74,13 +123,23 @@ def first_step(compiled: bool) -> tuple[Callable[[], object], float]:
         {"labels": torch.arange(size, device=device) % config.data.num_classes},
         torch.arange(size, device=device),
     )
-    step = make_step(config, device, compiled, batch)
-    begin = time.perf_counter()
+    step = make_step(config, device, how, batch)
+    begin, processor = time.perf_counter(), processor_seconds()
     float(step().loss)
-    return step, time.perf_counter() - begin
+    seconds = {
+        "wall": time.perf_counter() - begin,
+        "processor": processor_seconds() - processor,
+    }
+    return step, seconds
 
 
-def make_step(config, device: torch.device, compiled: bool, batch: Batch) -> Callable:
+def processor_seconds() -> float:
+    """Of this process and those it has waited for, such as the compiler."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def make_step(config, device: torch.device, how: str, batch: Batch) -> Callable:
     model = build_model(config).to(device)
     engine = Engine(
         model,
@@ -89,7 +148,7 @@ def make_step(config, device: torch.device, compiled: bool, batch: Batch) -> Cal
         Ema(model, 0.999),
         learning_rate=linear_warmup(1e-3, 1),
         grad_clip=1.0,
-        forward=torch.compile(model) if compiled else model,
+        forward=compiled(model, how),
     )
     return lambda: engine.step(batch)
 

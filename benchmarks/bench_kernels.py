@@ -25,6 +25,7 @@ if "--dry-run" in sys.argv:
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import block_cases
 import noise_and_loss_cases
@@ -38,6 +39,8 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adamw_ema import adamw_ema, adamw_ema_reference
+from speed_kernels.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from speed_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
 TOKENS = {  # (B, N, D) of a block
     "DiT-S/2, latents 32 x 32": (256, 256, 384),
@@ -46,9 +49,24 @@ TOKENS = {  # (B, N, D) of a block
     "DiT-XL/2, latents 32 x 32": (256, 256, 1152),
     "DiT-XL/2, latents 64 x 64": (64, 1024, 1152),
 }
+HEADS = {  # (B, H, N, D) of attention
+    "DiT-S/2-modern, latents 32 x 32": (256, 6, 256, 64),
+    "DiT-B/2-modern, latents 32 x 32": (256, 12, 256, 64),
+    "DiT-L/2-modern, latents 32 x 32": (256, 16, 256, 64),
+    "DiT-XL/2-modern, latents 32 x 32": (256, 16, 256, 72),
+    "DiT-XL/2-modern, latents 64 x 64": (64, 16, 1024, 72),
+}
+CHANNELS = {  # (B, C, H, W) of a block of a U-Net, and its groups
+    "DDPM++, 32 x 32": ((256, 128, 32, 32), 32),
+    "ADM, 64 x 64": ((64, 192, 64, 64), 32),
+    "ADM, 256 x 256": ((8, 256, 256, 256), 32),
+    "latent diffusion, 16 x 16": ((64, 640, 16, 16), 32),
+}
 MODELS = {"DiT-B/2": (768, 12), "DiT-XL/2": (1152, 28)}  # D, blocks
 if DRY:
     TOKENS = {"tiny": (1, 3, 72)}
+    HEADS = {"tiny": (1, 2, 3, 8)}
+    CHANNELS = {"tiny": ((2, 6, 3, 5), 3)}
     MODELS = {"tiny": (8, 1)}
 
 
@@ -217,6 +235,87 @@ def adaln_cases() -> Iterator[Case]:
             )
 
 
+# Queries and keys; group norm with SiLU.
+
+
+def differentiable_cases(
+    name: str, sizes: tuple[int, int], sets: list, fused: Callable, reference: Callable
+) -> Iterator[Case]:
+    """Forward alone and with the gradients of all leaves; sizes in bytes, sets of
+    (leaves, the other arguments, gradients from above).
+    """
+
+    def forward(i, f):
+        leaves, others, _ = sets[i]
+        with torch.no_grad():
+            return f(*leaves, *others)
+
+    def both(i, f):
+        leaves, others, upstream = sets[i]
+        return torch.autograd.grad(f(*leaves, *others), leaves, upstream)
+
+    def check():
+        leaves, others, upstream = sets[0]
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+        ours, truth = fused(*leaves, *others), reference(*exact, *others)
+        if isinstance(ours, Tensor):
+            ours, truth = (ours,), (truth,)
+        results = torch.autograd.grad(ours, leaves, upstream)
+        truths = torch.autograd.grad(truth, exact, [gradient.double() for gradient in upstream])
+        for i, pair in enumerate(zip((*ours, *results), (*truth, *truths), strict=True)):
+            require(f"{name}, figure {i}", *pair, 1e-2)
+
+    implementations = {"eager": reference, "torch.compile": compiled(reference), "fused": fused}
+    for title, run, num_bytes in (
+        ("forward", forward, sizes[0]),
+        ("forward and backward", both, sizes[1]),
+    ):
+        providers = {
+            provider: (lambda i, run=run, f=f: run(i, f)) for provider, f in implementations.items()
+        }
+        yield Case(f"{name}, {title}", num_bytes, providers, len(sets), check)
+
+
+def qk_norm_rope_cases() -> Iterator[Case]:
+    for label, (batch, heads, tokens, dim) in HEADS.items():
+        size = 2 * batch * heads * tokens * dim
+        angles = torch.rand(tokens, dim, device=DEVICE)
+        sets = []
+        for _ in range(min(sets_for(size), 4)):
+            qkv = torch.randn(batch, tokens, 3, heads, dim, device=DEVICE).bfloat16()
+            q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+            weights = (torch.ones(dim, device=DEVICE).requires_grad_() for _ in range(2))
+            leaves = (q.detach().requires_grad_(), k.detach().requires_grad_(), *weights)
+            upstream = [torch.randn_like(q), torch.randn_like(k)]
+            sets.append((leaves, (angles.cos(), angles.sin()), upstream))
+        yield from differentiable_cases(
+            f"QK norm and RoPE, {label}", (4 * size, 10 * size), sets, qk_norm_rope,
+            qk_norm_rope_reference,
+        )  # fmt: skip
+
+
+def group_norm_cases() -> Iterator[Case]:
+    for label, (shape, groups) in CHANNELS.items():
+        size = 2 * int(np.prod(shape))
+        for layout in (torch.channels_last, torch.contiguous_format):
+            sets = []
+            for _ in range(min(sets_for(size), 4)):
+                x, dy = (
+                    torch.randn(shape, device=DEVICE).bfloat16().to(memory_format=layout)
+                    for _ in range(2)
+                )
+                affine = [torch.randn(shape[1], device=DEVICE) for _ in range(2)]
+                rows = [torch.randn(shape[:2], device=DEVICE).bfloat16() for _ in range(2)]
+                leaves = tuple(t.requires_grad_() for t in (x, *affine, *rows))
+                sets.append((leaves, (), [dy]))
+            fused, reference = (
+                lambda x, *rest, f=f, groups=groups: f(x, groups, *rest)
+                for f in (group_norm_silu, group_norm_silu_reference)
+            )
+            name = f"group norm and SiLU, {label}, {str(layout).removeprefix('torch.')}"
+            yield from differentiable_cases(name, (3 * size, 8 * size), sets, fused, reference)
+
+
 # Optimizer and averages.
 
 
@@ -227,7 +326,9 @@ def parameter_shapes(dim: int, depth: int) -> list[tuple[int, ...]]:
 
 
 def optimizer_cases() -> Iterator[Case]:
-    hyper = dict(learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    hyper: dict[str, Any] = dict(
+        learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0
+    )
     for label, (dim, depth) in MODELS.items():
         shapes = parameter_shapes(dim, depth)
         parameters, gradients, first, second, average = (
@@ -238,7 +339,8 @@ def optimizer_cases() -> Iterator[Case]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_().grad = gradient
         detached = [parameter.detach() for parameter in parameters]
-        step, norm = torch.tensor(5, device=DEVICE), torch.tensor(0.5, device=DEVICE)
+        steps = torch.full((len(shapes),), 5.0, device=DEVICE)
+        norm = torch.tensor(0.5, device=DEVICE)
         capturable = DEVICE.type == "cuda"
         loops = torch.optim.AdamW(
             parameters, lr=1e-4, weight_decay=0.0, foreach=True, capturable=capturable
@@ -256,7 +358,7 @@ def optimizer_cases() -> Iterator[Case]:
             optimizer.step()
             torch._foreach_lerp_(average, detached, 1e-4)  # pyright: ignore[reportPrivateImportUsage]
 
-        state = (detached, gradients, first, second, [average], step, norm)
+        state = (detached, gradients, first, second, [average], steps, norm)
 
         def one_sweep(_, state=state):
             adamw_ema(*state, max_norm=1.0, decays=[0.9999], **hyper)
@@ -267,7 +369,7 @@ def optimizer_cases() -> Iterator[Case]:
             exact = [[tensor.double() for tensor in group] for group in few]
             for update, (p, g, m, v, mean) in ((adamw_ema, few), (adamw_ema_reference, exact)):
                 update(
-                    p, g, m, v, [mean], state[5].clone(), state[6],
+                    p, g, m, v, [mean], state[5][:3].clone(), state[6],
                     max_norm=1.0, decays=[0.9], **hyper,
                 )  # fmt: skip
             for group in (0, 2, 3, 4):
@@ -295,6 +397,8 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "stored_noise": noise_and_loss_cases.stored_noise_cases,
     "clean_images": noise_and_loss_cases.clean_cases,
     "adaln": adaln_cases,
+    "qk_norm_rope": qk_norm_rope_cases,
+    "group_norm": group_norm_cases,
     "block": lambda: block_cases.block_cases(TOKENS),
     "optimizer": optimizer_cases,
 }

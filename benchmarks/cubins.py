@@ -7,6 +7,7 @@ accesses from the machine code. ``tests/speed_kernels/test_budgets.py`` holds th
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -22,9 +23,11 @@ from speed_kernels import (
     adamw_ema,
     clean_images,
     gelu,
+    group_norm_silu,
     heads,
     noising,
     philox,
+    qk_norm_rope,
     variational_bound,
     weighted_mse,
 )
@@ -70,11 +73,52 @@ def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
-def adamw(horizons: int) -> Case:
+def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
+    """Queries and keys in the packed result of a qkv layer."""
+    shape = qk_norm_rope.blocks(num_heads, dim)
+    num_warps = shape.pop("num_warps")
+    tensors = (dtype,) * (4 if backward else 2)
+    outputs = (dtype, dtype, FP32, FP32) if backward else (dtype, dtype)
+    sizes = (*["i32"] * 3 * len(tensors), "i32", "i32", "fp32")  # strides, heads, tokens, eps
+    unit = math.gcd(8, dim)
+    tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
+    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"])
+    return Case(
+        qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
+        (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
+        num_warps,
+    )
+
+
+def group_norm(kernel: str, channels_last: bool) -> Case:
+    """With 256 channels in 32 groups, 64 x 64 positions, scaled and shifted, in bfloat16."""
+    tile, _ = group_norm_silu.tiles(256, 4096, channels_last)
+    num_warps = 4 if "statistics" in kernel else tile["num_warps"]
+    del tile["num_warps"]
+    partials = tuple(group_norm_silu.partials(16, 8).values())
+    statistics, modulation = (FP32, FP32), (FP32, FP32, BF16, BF16, MULTIPLE, MULTIPLE)
+    sizes = (MULTIPLE, MULTIPLE, MULTIPLE)  # channels, groups, positions
+    arguments = {
+        "moments": (BF16, FP32, MULTIPLE, MULTIPLE, *tile.values()),
+        "statistics": (FP32, *statistics, *sizes, MULTIPLE, "fp32", *partials),
+        "forward": (BF16, *statistics, *modulation, BF16, *sizes, True, *tile.values()),
+        "backward_sums": (BF16, BF16, *statistics, *modulation, FP32, *sizes, True, *tile.values()),
+        "backward_statistics": (
+            FP32, *modulation, FP32, FP32, *statistics, MULTIPLE, *sizes, True, *partials
+        ),
+        "backward": (
+            BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
+        ),
+    }  # fmt: skip
+    return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
+
+
+def adamw(horizons: int, shadows: bool = False) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
-    constants = (horizons, 16, adamw_ema.BLOCK)
-    return Case(adamw_ema._adamw_ema_kernel, (*tables, *["fp32"] * 5, *constants), num_warps=8)
+    constants = (horizons, shadows, 16, adamw_ema.BLOCK)
+    arguments = (*tables, "i32", *["fp32"] * 5, *constants)  # i32: number of tensors
+    return Case(adamw_ema._adamw_ema_kernel, arguments, num_warps=8)
 
 
 def noised(x0: str, noise: str | None = None) -> Case:
@@ -126,6 +170,7 @@ CASES = {
     "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
+    "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(num_sums=2),
@@ -139,6 +184,24 @@ CASES = {
         heads._pack_kernel,
         (*[BF16] * 4, FP32, MULTIPLE, MULTIPLE, heads.ROWS, heads.TILE_ROWS, heads.TILE_COLUMNS),
     ),
+    "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
+    "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
+    "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
+    "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
+    "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
+    **{
+        f"group_norm_silu {kernel}": group_norm(kernel, channels_last=True)
+        for kernel in (
+            "moments",
+            "statistics",
+            "forward",
+            "backward_sums",
+            "backward_statistics",
+            "backward",
+        )
+    },
+    "group_norm_silu backward_sums NCHW": group_norm("backward_sums", channels_last=False),
+    "group_norm_silu backward NCHW": group_norm("backward", channels_last=False),
 }
 
 

@@ -19,7 +19,7 @@ from speed_engine import environment
 
 
 class Timing(NamedTuple):
-    """Milliseconds per call."""
+    """Milliseconds per call, where nothing else is said."""
 
     median: float
     p20: float
@@ -38,7 +38,7 @@ def interleaved(
     for _ in range(repeats):
         for name, call in providers.items():
             samples[name].append(once(call))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
@@ -72,7 +72,8 @@ def _time_cpu(call: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Of measurements of any unit."""
     ordered = sorted(values)
     p20, p80 = ordered[len(ordered) // 5], ordered[4 * len(ordered) // 5]
     return Timing(statistics.median(ordered), p20, p80)

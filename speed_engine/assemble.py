@@ -5,13 +5,14 @@ process.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speed_engine import checkpoint
+from speed_engine import checkpoint, environment
 from speed_engine.config import TrainConfig, cache_folder, from_json
 from speed_engine.data.clean import Cleaning
 from speed_engine.data.conditions import (
@@ -20,11 +21,12 @@ from speed_engine.data.conditions import (
     decode_null_tokens,
     load_null_tokens,
 )
+from speed_engine.data.latents import decode_latents, load_vae
 from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
-from speed_engine.data.texts import encode_texts
+from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
@@ -36,6 +38,7 @@ from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.methods import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
@@ -177,7 +180,8 @@ def prompted(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
-    tokens = torch.from_numpy(encode_texts(["", *prompts], text_encoder)).float()
+    encoder = TextEncoder(text_encoder, torch.device("cpu"))
+    tokens = torch.from_numpy(encoder(["", *prompts])).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
         raise ValueError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
@@ -250,7 +254,7 @@ def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.devic
     )
 
 
-def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
+def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
     """Evaluation against the training images, with the configured features."""
     settings = config.evaluation
     reference, extractor = None, None
@@ -265,11 +269,32 @@ def build_evaluator(config: TrainConfig, process: Method) -> Evaluator:
         null=null_conditions(config),
         image_shape=config.data.image_shape,
         latents=config.data.latents,
+        decode=build_decoder(config),
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
         guidance=settings.guidance,
         seed=config.seed,
+        world=world,
     )
+
+
+def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+    """Drawn latents to pictures, by the configured VAE; None where there is none.
+
+    Raises:
+        ValueError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+    """
+    if config.data.vae is None:
+        return None
+    metadata = open_data(config).dataset.metadata
+    if "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} does not record its latent_scale, which decoding needs; "
+            "`speed-engine shards index --metadata` records it."
+        )
+    vae = load_vae(config.data.vae, environment.torch_device(config))
+    scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
+    return partial(decode_latents, vae, scale=scale, shift=shift)
 
 
 def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:
@@ -309,10 +334,10 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
         ValueError: there is no checkpoint, or it belongs to another model.
     """
     path = newest_checkpoint(run)
-    tensors, state = checkpoint.load(path)
     model = build_model(config)
-    load_parameters(model, tensors["ema"], path)
-    return model.to(device).eval().requires_grad_(False), state["step"]
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -334,5 +359,5 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) 
         ValueError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    require_shapes(ours, tensors, source)
+    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
     model.load_state_dict(tensors)

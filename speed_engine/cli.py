@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -136,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     # busy elsewhere would spin most of the time (two cores, one neighbour: 240 images/s of the
     # digits preset against 1,300 with this limit; alone, 4,000 either way).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # torch's checkpoints warn, in two ways, that there is one process; that is no news.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     console = Console()
     logging.basicConfig(
         level=logging.WARNING,
@@ -208,6 +211,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=command.guidance,
         solver_steps=command.solver_steps,
     )
+    decode = assemble.build_decoder(config)
     model, step = assemble.load_average(command.run, config, environment.torch_device(config))
     process = assemble.build_process(config)
     count = config.evaluation.num_images
@@ -222,7 +226,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         process.schedule,
         process.table,
         conditions,
-        count,
+        torch.arange(count),
         image_shape=config.data.image_shape,
         null=null,
         seed=command.seed,
@@ -230,6 +234,7 @@ def _sample(arguments: list[str], console: Console) -> None:
         guidance=config.evaluation.guidance,
         latents=config.data.latents,
     )
+    images = images if decode is None else decode(images)
     out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
     out = save_images(images, rows, out)
     console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
@@ -276,7 +281,7 @@ def _export(arguments: list[str], console: Console) -> None:
         console.print(
             f"diffusers computes time features with a frequency shift of 1, this model with "
             f"{shift:g}: after from_pretrained, call "
-            f"speed_engine.models.pretrained.set_frequency_shift(transformer, {shift:g}).",
+            f"speed_engine.models.pretrained_dit.set_frequency_shift(transformer, {shift:g}).",
             highlight=False,
             soft_wrap=True,
         )

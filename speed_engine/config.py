@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
@@ -78,10 +78,24 @@ def _check_positive(config: object, names: tuple[str, ...]) -> None:
         _check(f"model.{name}", value, value > 0, "must be positive")
 
 
+def _check_size(config: Any) -> None:
+    """A published size and a field that it sets would contradict each other."""
+    if config.size is None:
+        return
+    for field_ in dataclasses.fields(config):
+        value = getattr(config, field_.name)
+        if field_.name in config.SIZED and value != field_.default:
+            raise ValueError(
+                f"model.{field_.name}={value}: model.size={config.size} sets it; use --model.size "
+                f"None to set {', '.join(config.SIZED)} one by one."
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
     """A diffusion transformer (DiT); told a text, it attends to its tokens in every block."""
 
+    SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -108,6 +122,7 @@ class DiTConfig:
     """Of the tokens from block to block: auto is float32, bfloat16 moves a sixth less memory."""
 
     def __post_init__(self) -> None:
+        _check_size(self)
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
         dial = self.checkpointing
         _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
@@ -117,6 +132,9 @@ class DiTConfig:
 class MDTConfig:
     """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
 
+    SIZED: ClassVar[tuple[str, ...]] = (
+        "version", "patch_size", "dim", "depth", "num_heads", "decode_layers",
+    )  # fmt: skip
     family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -141,6 +159,7 @@ class MDTConfig:
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
 
     def __post_init__(self) -> None:
+        _check_size(self)
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
 
 
@@ -148,6 +167,10 @@ class MDTConfig:
 class UNetConfig:
     """The U-Net of ADM and latent diffusion; told a text, its attention takes in the tokens."""
 
+    SIZED: ClassVar[tuple[str, ...]] = (
+        "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
+        "num_head_channels", "scale_shift_norm", "resblock_updown",
+    )  # fmt: skip
     family: tyro.conf.Suppress[Literal["unet"]] = "unet"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -174,6 +197,7 @@ class UNetConfig:
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
 
     def __post_init__(self) -> None:
+        _check_size(self)
         _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
 
@@ -182,12 +206,16 @@ class UNetConfig:
 class EdmUNetConfig:
     """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
 
+    SIZED: ClassVar[tuple[str, ...]] = (
+        "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",
+        "dropout",
+    )  # fmt: skip
     family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
     """Which of the families this is, in config.json."""
+    size: str | None = None
+    """Published size, such as ddpm++-cifar10, in place of the next six."""
     network: Literal["ddpm++", "adm"] = "ddpm++"
     """Of the two."""
-    size: str | None = None
-    """Published size, such as ddpm++-cifar10, in place of the next five."""
     model_channels: int = 32
     """Channels at multiplier 1; a multiple of 4."""
     channel_mult: tuple[int, ...] = (1, 2)
@@ -202,6 +230,7 @@ class EdmUNetConfig:
     """These networks learn no variance."""
 
     def __post_init__(self) -> None:
+        _check_size(self)
         _check_positive(self, ("model_channels", "num_blocks"))
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
         _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
@@ -225,6 +254,8 @@ class DataConfig:
     """Channels, height, width of what the model draws."""
     latents: bool = False
     """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
+    vae: str | None = None
+    """That autoencoder, a diffusers AutoencoderKL (folder or hub name), to decode what is drawn."""
     num_classes: int = 10
     """Labels are 0 .. num_classes - 1."""
     token_shape: tuple[int, int] = (77, 768)
@@ -235,6 +266,9 @@ class DataConfig:
     """Processes that read ahead; 0 reads in the training process."""
     window: int = 8
     """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    mode: Literal["exact", "stream"] = "exact"
+    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
+    exact and reads shards from end to end."""
     flip: bool = False
     """Mirror one image in two, left to right; of latents an approximation."""
     resident: Literal["auto", "on", "off"] = "auto"
@@ -248,7 +282,14 @@ class DataConfig:
     """Disk space for shards that come from a URL, in 10^9 bytes."""
 
     def __post_init__(self) -> None:
+        decodable = self.vae is None or self.latents
+        _check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        if self.resident == "on" and self.mode == "stream":
+            raise ValueError(
+                "data.resident=on keeps the exact order, which data.mode=stream gives up; "
+                "leave one of them at its default."
+            )
         _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
         _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
         _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
@@ -272,6 +313,9 @@ class OptimizerConfig:
     """Decoupled decay per step, in units of the learning rate."""
     grad_clip: float = 1.0
     """Largest gradient norm; inf never clips."""
+    update: Literal["auto", "separate", "one_sweep", "one_sweep_bf16"] = "auto"
+    """Clip, AdamW and average one after the other, or in one sweep that skips updates that are not
+    finite; one_sweep_bf16 keeps bfloat16 copies of the weights, too, which need not be cast."""
     ema_decay: float = 0.999
     """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
 
@@ -352,6 +396,21 @@ class TrainConfig:
     """Optimizer steps between checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
     """Checkpoints kept, newest first."""
+    keep_every: int | None = None
+    """Of the older ones, those at multiples of this step are kept for good; by default none."""
+    microbatch_size: int | None = None
+    """Images per forward and process; gradients of a step are summed over them. By default all."""
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several processes (torchrun) hold the parameters: each all of them (ddp), a share (fsdp),
+    or a share within each node (hsdp)."""
+    reshard: bool = True
+    """fsdp, hsdp: drop gathered parameters between forward and backward, and gather them again."""
+    offload: bool = False
+    """fsdp, hsdp: keep parameters and optimizer state in the host's memory."""
+    on_nonfinite: int = 3
+    """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
+    hang_timeout: float = 900.0
+    """Seconds without a step after which several processes stop and name the one that hangs."""
     method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
         default_factory=MethodOptions
     )
@@ -361,9 +420,18 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
+                  "keep_every", "microbatch_size", "on_nonfinite")  # fmt: skip
+        for name in counts:
             value = getattr(self, name)
-            _check(name, value, value >= 1, "must be at least 1")
+            _check(name, value, value is None or value >= 1, "must be at least 1")
+        _check(
+            "microbatch_size",
+            self.microbatch_size or 0,
+            self.microbatch_size is None or self.optimizer.update != "one_sweep_bf16",
+            "gradients of microbatches would be summed in bfloat16; use optimizer.update=one_sweep",
+        )
+        _check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
         _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         _check(
             "condition_dropout",

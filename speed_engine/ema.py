@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from speed_engine.distributed import local
+
 
 class Ema:
     """Keeps ``average <- decay average + (1 - decay) parameters`` in float32.
@@ -20,11 +22,31 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False).float()
-        self._averages: list[Tensor] = list(self.model.parameters())
-        self._parameters: list[Tensor] = list(model.parameters())
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average these parameters; call it when they, or the average's own, were laid out anew."""
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        trained = [(average, parameter) for average, parameter in pairs if parameter.requires_grad]
+        self.averages = [local(average) for average, _ in trained]
+        self._parameters = [local(parameter.detach()) for _, parameter in trained]
+
+    def decay_at(self, step: int) -> float:
+        """Share kept in optimizer step ``step`` (from 1)."""
+        return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the parameters after optimizer step ``step`` (from 1)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+    def update(self, step: int, finite: Tensor | None = None) -> None:
+        """Take in the parameters after optimizer step ``step`` (from 1).
+
+        Args:
+            step: its number.
+            finite: () bool on the device, False where the step was skipped and leaves the average
+                as it is; None takes every step.
+        """
+        share = 1 - self.decay_at(step)
+        if finite is None:
+            torch._foreach_lerp_(self.averages, self._parameters, share)  # pyright: ignore[reportPrivateImportUsage]
+            return
+        weight = torch.where(finite, share, 0.0)
+        torch._foreach_lerp_(self.averages, self._parameters, [weight] * len(self.averages))  # pyright: ignore[reportPrivateImportUsage]

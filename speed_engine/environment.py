@@ -19,7 +19,14 @@ from typing import Any, NamedTuple
 import torch
 
 from speed_engine.config import TrainConfig
-from speed_engine.ops import BLOCK_FUSED, FUSED, block_operators_for, operators_for
+from speed_engine.distributed import ALONE, World
+from speed_engine.ops import (
+    BLOCK_FUSED,
+    FUSED,
+    block_operators_for,
+    norm_kernels_run_on,
+    operators_for,
+)
 
 PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
@@ -131,16 +138,19 @@ def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESU
     return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
 
 
-def choose_resident(wanted: str, device: str, num_bytes: int | None) -> Choice:
+def choose_resident(wanted: str, device: str, num_bytes: int | None, mode: str = "exact") -> Choice:
     """``on`` or ``off``.
 
     Args:
         wanted: the option.
         device: ``cuda`` or ``cpu``.
         num_bytes: of the data set; None if it is not known yet.
+        mode: in which it is read.
     """
     if wanted != "auto":
         return Choice(wanted, "asked for")
+    if mode == "stream":
+        return Choice("off", "data.mode=stream reads shards from end to end")
     if device != "cuda":
         return Choice("off", "a CPU reads the shards from the same memory")
     free, _ = torch.cuda.mem_get_info()
@@ -160,23 +170,92 @@ def machine_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
-def choices(config: TrainConfig, num_bytes: int | None = None) -> dict[str, Choice]:
+def choose_norm_kernels(device: str) -> Choice:
+    """What computes QK-norm with RoPE, and group norm with SiLU."""
+    if norm_kernels_run_on(torch.device(device)):
+        return Choice(
+            "Triton",
+            "QK-norm with RoPE, group norm with SiLU: 10 and 8 tensors moved, by count, where "
+            "torch.compile moves 28 and 16 to 19; not yet timed on a GPU",
+        )
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"QK-norm with RoPE, group norm with SiLU; {missing}")
+
+
+def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
+    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
+
+    Raises:
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+            or on several processes, where FSDP2 makes them.
+    """
+    if wanted == "auto":
+        return Choice(
+            "separate",
+            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "36, but no GPU has measured it yet",
+        )
+    if wanted == "separate":
+        return Choice(wanted, "asked for")
+    if wanted == "one_sweep_bf16" and device != "cuda":
+        raise ValueError(
+            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
+            f"{device} they are float32: use one_sweep or separate."
+        )
+    if wanted == "one_sweep_bf16" and world.size > 1:
+        raise ValueError(
+            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
+            f"gathers them, here on {world.size} processes: use one_sweep or separate."
+        )
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice(wanted, "asked for; a Triton kernel")
+    missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
+    return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
+
+
+def choose_parallel(wanted: str, world: World, device: str) -> Choice:
+    """A key of ``distributed.LAYOUTS``.
+
+    Raises:
+        ValueError: hsdp on one node.
+    """
+    nodes = world.size // world.local_size
+    if wanted == "hsdp" and nodes == 1:
+        raise ValueError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
+    if world.size == 1:
+        return Choice("none", "one process; torchrun starts several")
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cpu":
+        return Choice("ddp", "processes on one host share its memory anyway")
+    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
+
+
+def choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> dict[str, Choice]:
     """Every choice, by the name that doctor prints.
 
     Args:
         config: of the run.
+        world: of its processes.
         num_bytes: of its data set, if known.
     """
     device = choose_device(config.device)
     return {
         "device": device,
+        "parallel": choose_parallel(config.parallel, world, device.value),
         "precision": choose_precision(device.value),
         "torch.compile": choose_compile(config.compile, device.value, config.steps),
         "attention": choose_attention(config.attention, device.value),
         "kernels": choose_kernels(device.value),
         "block kernels": choose_block_kernels(device.value),
         "noise": choose_noise(device.value, config.data.image_shape),
-        "resident data": choose_resident(config.data.resident, device.value, num_bytes),
+        "resident data": choose_resident(
+            config.data.resident, device.value, num_bytes, config.data.mode
+        ),
+        "norm kernels": choose_norm_kernels(device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
     }
 

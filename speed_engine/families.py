@@ -67,10 +67,8 @@ def build_network(settings: ModelConfig, shape: Shape) -> nn.Module:
 
 
 def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
-    sizes = ("patch_size", "dim", "depth", "num_heads", "variant")
     arguments = {
-        **_some(settings, sizes),
-        **(dit_size(settings.size) if settings.size else {}),
+        **(dit_size(settings.size) if settings.size else _some(settings, settings.SIZED)),
         **_some(settings, ("mlp_ratio", "learn_sigma", "frequency_shift", "checkpointing")),
         "residual_dtype": RESIDUAL_DTYPES[settings.residual_dtype],
         "attention": shape.attention,
@@ -87,8 +85,7 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
 
 def _mdt(settings: MDTConfig, shape: Shape) -> nn.Module:
     _refuse_text(settings, shape)
-    sizes = ("version", "patch_size", "dim", "depth", "num_heads", "decode_layers")
-    arguments = _some(settings, sizes) | _published(settings.size, MDT_SIZES)
+    arguments = _sized(settings, MDT_SIZES)
     return (MDT, MDTv2)[arguments.pop("version") - 1](
         **arguments,
         **_some(settings, ("mask_ratio", "mlp_ratio", "learn_sigma")),
@@ -100,12 +97,8 @@ def _mdt(settings: MDTConfig, shape: Shape) -> nn.Module:
 
 
 def _unet(settings: UNetConfig, shape: Shape) -> nn.Module:
-    sizes = (
-        "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
-        "num_head_channels", "scale_shift_norm", "resblock_updown",
-    )  # fmt: skip
     return UNet(
-        **(_published(settings.size, UNET_SIZES) or _some(settings, sizes)),
+        **_sized(settings, UNET_SIZES),
         **_some(settings, ("dropout", "learn_sigma")),
         input_size=shape.input_size,
         in_channels=shape.in_channels,
@@ -117,10 +110,11 @@ def _unet(settings: UNetConfig, shape: Shape) -> nn.Module:
 
 def _edm_unet(settings: EdmUNetConfig, shape: Shape) -> nn.Module:
     _refuse_text(settings, shape)
-    networks = {"ddpm++": SongUNet, "adm": DhariwalUNet}
-    sizes = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions", "dropout")
-    return networks[settings.network](
-        **(_published(settings.size, EDM_UNET_SIZES) or _some(settings, sizes)),
+    arguments = _sized(settings, EDM_UNET_SIZES)
+    if settings.size is not None:
+        arguments["network"] = settings.size.partition("-")[0]  # it begins with the network's name
+    return {"ddpm++": SongUNet, "adm": DhariwalUNet}[arguments.pop("network")](
+        **arguments,
         input_size=shape.input_size,
         in_channels=shape.in_channels,
         out_channels=shape.channels,
@@ -132,13 +126,14 @@ def _some(settings: ModelConfig, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def _published(name: str | None, sizes: dict[str, dict]) -> dict[str, Any]:
-    """Arguments of a named size, none without a name."""
-    if name is None:
-        return {}
-    if name not in sizes:
-        raise ValueError(f"model.size={name!r} is unknown; choose from {', '.join(sizes)}.")
-    return sizes[name]
+def _sized(settings: ModelConfig, sizes: dict[str, dict]) -> dict[str, Any]:
+    """Arguments of the published size that is named, or else one by one as configured."""
+    if settings.size is None:
+        return _some(settings, settings.SIZED)
+    if settings.size not in sizes:
+        known = ", ".join(sizes)
+        raise ValueError(f"model.size={settings.size!r} is unknown; choose from {known}.")
+    return dict(sizes[settings.size])
 
 
 def _refuse_text(settings: ModelConfig, shape: Shape) -> None:

@@ -5,12 +5,16 @@ tensorboard/     the same figures as curves
 """
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 class IntervalMean:
@@ -19,32 +23,61 @@ class IntervalMean:
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
         self._sum = torch.zeros(len(names), device=device)
-        self._count = 0
+        self._count = torch.zeros((), device=device)
 
-    def add(self, values: tuple[Tensor, ...]) -> None:
-        """One () tensor per name."""
-        self._sum += torch.stack(values)
-        self._count += 1
+    def add(self, values: Tensor, skipped: Tensor) -> None:
+        """One value per name, (len(names),); () float32, 1 for a step that does not count."""
+        self._sum += torch.where(skipped > 0, 0.0, values)
+        self._count += 1 - skipped
 
     def read(self) -> dict[str, float]:
-        """Means by name; waits for the device and starts a new interval."""
+        """Means by name, NaN if no step counted; waits for the device, starts a new interval."""
         means = (self._sum / self._count).tolist()
         self._sum.zero_()
-        self._count = 0
+        self._count.zero_()
         return dict(zip(self._names, means, strict=True))
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint inside an interval must keep; JSON holds a float32 exactly."""
-        return {"sum": self._sum.tolist(), "count": self._count}
+        return {"sum": self._sum.tolist(), "count": self._count.item()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state``."""
         self._sum.copy_(torch.tensor(state["sum"]))
-        self._count = state["count"]
+        self._count.fill_(state["count"])
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped; adding never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+
+    def add(self, skipped: Tensor) -> None:
+        """() float32, 1 if the step was skipped."""
+        total, row, most = self._counts.unbind()
+        row = (row + 1) * skipped
+        self._counts = torch.stack([total + skipped, row, torch.maximum(most, row)])
+
+    def read(self) -> tuple[int, int]:
+        """(steps skipped in the run, most of them in a row); waits for the device."""
+        total, _, most = self._counts.int().tolist()
+        return total, most
+
+    def state(self) -> list[float]:
+        """What a checkpoint must keep."""
+        return self._counts.tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        """Inverse of ``state``."""
+        self._counts.copy_(torch.tensor(state))
 
 
 class RunLog:
     """Appends records to a run folder.
+
+    A disk that is full costs records, not the run: that is logged once, and later records are tried
+    again.
 
     Args:
         run: the folder.
@@ -58,20 +91,43 @@ class RunLog:
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
         path.write_text("".join(kept))
-        self._file = path.open("a", buffering=1)
-        self._curves = SummaryWriter(str(run / "tensorboard"), purge_step=resume_step + 1)
+        self._file = path.open("ab", buffering=0)
+        self._curves: SummaryWriter | None = SummaryWriter(
+            str(run / "tensorboard"), purge_step=resume_step + 1
+        )
+        self.lost = 0
 
     def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
         """Record figures at a step."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
-        for name, value in figures.items():
-            if not isinstance(value, str):
-                self._curves.add_scalar(name, value, step)
+        self._append(json.dumps({"step": step, **figures}).encode() + b"\n", step)
+        if self._curves is None:
+            return
+        try:
+            for name, value in figures.items():
+                if not isinstance(value, str):
+                    self._curves.add_scalar(name, value, step)
+        except OSError as error:
+            log.error("TensorBoard's curves end at step %d: %s", step, error)
+            self._curves = None
+
+    def _append(self, line: bytes, step: int) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) == len(line):
+                return
+            error: str | OSError = "the disk is full"
+        except OSError as caught:
+            error = caught
+        self._file.truncate(end)  # half a record would spoil the next one
+        if self.lost == 0:
+            log.error("records from step %d on could not be written: %s", step, error)
+        self.lost += 1
 
     def close(self) -> None:
         """Flush both files."""
         self._file.close()
-        self._curves.close()
+        if self._curves is not None:
+            self._curves.close()
 
 
 def _lines(path: Path) -> list[str]:

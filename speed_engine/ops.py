@@ -1,4 +1,8 @@
-"""The operators that have a kernel. Only this module imports ``speed_kernels``."""
+"""The operators that have a kernel. Only this module imports ``speed_kernels``.
+
+``Operators`` are the objective's. What models call (``qk_norm_rope``, ``group_norm_silu``) looks at
+its first tensor and runs the kernel on CUDA, the same definition in PyTorch elsewhere.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_kernels import group_norm_silu as _group_norm_silu
+from speed_kernels import qk_norm_rope as _qk_norm_rope
 from speed_kernels.adaln import (
     adaln,
     adaln_reference,
@@ -14,6 +20,7 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adaln import gated_residual_reference as gated_residual
+from speed_kernels.adamw_ema import adamw_ema
 from speed_kernels.clean_images import clean_images, clean_images_reference
 from speed_kernels.gelu import gelu, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
@@ -30,8 +37,9 @@ from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
     "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE", "SPECIFICATION",
-    "BlockOperators", "Operators", "Stream", "block_operators_for", "gated_residual", "normal",
-    "operators_for", "random_bits",
+    "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for", "gated_residual",
+    "group_norm_silu", "norm_kernels_run_on", "normal", "operators_for", "qk_norm_rope",
+    "random_bits",
 ]  # fmt: skip
 
 
@@ -58,6 +66,41 @@ FUSED = Operators(clean_images, noised_input, noised_input_and_noise, weighted_m
 def operators_for(device: torch.device) -> Operators:
     """Kernels where they run, on CUDA; the same definitions in PyTorch elsewhere."""
     return FUSED if device.type == "cuda" and HAS_TRITON else REFERENCE
+
+
+def norm_kernels_run_on(device: torch.device) -> bool:
+    """Whether ``qk_norm_rope`` and ``group_norm_silu`` run their kernels there."""
+    return device.type == "cuda" and HAS_TRITON
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of queries and keys, then rotation by position: see ``speed_kernels.qk_norm_rope``.
+
+    q and k are (B, H, N, D), weights (D,), cos and sin (N, D).
+    """
+    module, on_kernel = _qk_norm_rope, norm_kernels_run_on(q.device)
+    run = module.qk_norm_rope if on_kernel else module.qk_norm_rope_reference
+    return run(q, k, q_weight, k_weight, cos, sin, eps)
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Group norm, scale and shift per image, SiLU: see ``speed_kernels.group_norm_silu``.
+
+    x is (B, C, S...), weight and bias (C,), scale and shift (B, C) or None.
+    """
+    module, on_kernel = _group_norm_silu, norm_kernels_run_on(x.device)
+    run = module.group_norm_silu if on_kernel else module.group_norm_silu_reference
+    return run(x, num_groups, weight, bias, scale, shift, eps)
 
 
 class BlockOperators(NamedTuple):

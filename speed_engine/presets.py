@@ -2,9 +2,20 @@
 
 The experiments of SpeeD (arXiv 2405.17403) have its recipe: AdamW, rate 1e-4, no decay, 256 images
 a step, average 0.9999, T = 1000 linear, latents of sd-vae-ft-ema (its section 3 and tables 7 and
-8), 250 sampling steps, and no warm-up nor clipping, as in its released configurations. Where a
-number is in neither, it is the model's original and marked so. Their results are FID with 10,000
-images, as the paper states them; not reproduced here.
+8), 250 sampling steps, neither warm-up nor clipping, as in its released configurations; k = 5
+everywhere, as the paper says (the release has k = 2 for FFHQ). Not from the paper, whose appendix
+was not at hand in full:
+
+    ffhq-unet, imagenet256-unet  network and (FFHQ) steps of the released configurations
+    imagenet256-mdt-s2           network of the MDT paper, the recipe as for DiT; the release trains
+                                 MDTv2-XL/2
+    coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release tells the
+                                 pooled vector of ViT-B/32
+    metfaces512-superres         ours: 64 x 64 pixels beside 64 x 64 latents; the release's steps
+                                 for MetFaces 512
+    cifar10-edm, cifar10-fdm     EDM's appendix A.6, without its augmentation
+
+Expected results are FID of 10,000 images as the paper states them; none is reproduced here.
 """
 
 import math

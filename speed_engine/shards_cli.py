@@ -164,12 +164,13 @@ def _encode(arguments: list[str], console: Console) -> None:
     import torch
 
     from speed_engine.data.dataset import RECORD
-    from speed_engine.data.latents import LatentEncoder, TextEncoder, encode
-    from speed_engine.data.reader import open_dataset
+    from speed_engine.data.folder import LocalFolder
+    from speed_engine.data.latents import LatentEncoder, encode
     from speed_engine.data.summary import summarise
+    from speed_engine.data.texts import TextEncoder
     from speed_engine.progress import SampleProgress
 
-    dataset, _ = open_dataset(command.shards)
+    dataset, _ = LocalFolder(command.shards).load(())
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = torch.device(gpu if torch.cuda.is_available() else "cpu")

@@ -5,21 +5,30 @@ RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; RUN/tensorboard the same
 RUN/checkpoints/        see checkpoint.py
 RUN/samples/            images of the averaged model, one row per class, as PNG; latents as npy
+RUN/ema.safetensors     the averaged model, once the run is complete
+
+Several processes, started by torchrun, train one run together; the first one writes.
 """
 
 import json
-import math
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-from speed_engine import checkpoint, environment
+from speed_engine import checkpoint, distributed, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -29,55 +38,69 @@ from speed_engine.assemble import (
     build_objective,
     build_process,
     condition_shapes,
-    load_parameters,
     newest_checkpoint,
     open_data,
     read_config,
     stored_shape,
 )
+from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
 from speed_engine.data.resident import Resident, resident_bytes
+from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
-from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.fidelity import FidelityResult
 from speed_engine.evaluation.generate import grid_rows, save_images
-from speed_engine.metrics import IntervalMean, RunLog
-from speed_engine.models.blocks import compiled
-from speed_engine.models.pretrained import load_pretrained
+from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
+from speed_engine.models.blocks import compiled, compiled_blocks
+from speed_engine.models.pretrained import load_pretrained, require_shapes
 from speed_engine.optim import (
     MOMENTUM_DECAYS,
+    OneSweep,
     adamw,
     linear_warmup,
-    load_optimizer_tensors,
+    one_sweep,
     optimizer_tensors,
 )
+from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
+from speed_engine.shadow import ShadowedModel
+from speed_engine.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 FIGURES = ("loss", "squared_error", "grad_norm")
+EMA_FILE = "ema.safetensors"
 
 
 def start(config: TrainConfig, run: Path, console: Console) -> None:
-    """Train a new run.
+    """Train a new run; torchrun restarting its processes continues the one that it started.
 
     Raises:
         ValueError: the run folder exists, or the configuration does not fit the data.
     """
-    if run.exists():
+    world = distributed.join(environment.torch_device(config).type)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if world.from_first(run.exists):
+        if restarted and world.from_first(lambda: (run / CONFIG_FILE).exists()):
+            _continue(read_config(run), run, console, world)
+            return
         raise ValueError(
             f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
             "or name another folder with --run."
         )
-    trainer = Trainer(config, run, console, config.init_from)
+    trainer = Trainer(config, run, console, world, config.init_from)
     # The choices go on record: others round differently, and a resumed run must not.
     config = replace(
         config,
         compile=trainer.choices["torch.compile"].value,
         attention=trainer.choices["attention"].value,
     )
-    run.mkdir(parents=True)
-    (run / CONFIG_FILE).write_text(to_json(config))
+    if world.is_first:
+        run.mkdir(parents=True)
+        (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 
 
@@ -90,9 +113,19 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
     config = read_config(run)
     if steps is not None:
         config = replace(config, steps=steps)
-    trainer = Trainer(config, run, console)
-    trainer.load(newest_checkpoint(run))
-    (run / CONFIG_FILE).write_text(to_json(config))
+    world = distributed.join(environment.torch_device(config).type)
+    world.from_first(lambda: str(newest_checkpoint(run)))
+    _continue(config, run, console, world)
+
+
+def _continue(config: TrainConfig, run: Path, console: Console, world: World) -> None:
+    """From the newest complete checkpoint; from the start if none had been written yet."""
+    saved = world.from_first(lambda: any((run / CHECKPOINTS).glob("step-*")))
+    trainer = Trainer(config, run, console, world, None if saved else config.init_from)
+    if saved:
+        trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
+    if world.is_first:
+        (run / CONFIG_FILE).write_text(to_json(config))
     trainer.train()
 
 
@@ -100,31 +133,39 @@ class Trainer:
     """One run in this process. Everything is built and checked before anything is written."""
 
     def __init__(
-        self, config: TrainConfig, run: Path, console: Console, init_from: Path | None = None
+        self,
+        config: TrainConfig,
+        run: Path,
+        console: Console,
+        world: World = distributed.ALONE,
+        init_from: Path | None = None,
     ) -> None:
-        self.config, self.run, self.console = config, run, console
+        self.config, self.run, self.world = config, run, world
+        self.console = console if world.is_first else Console(quiet=True)
         self.reader = open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
         self._loader(start=0).close()  # an unfit data set fails here
         num_bytes = resident_bytes(self.reader, self.stored_shape)
-        self.choices = environment.choices(config, num_bytes)
-        self.device = torch.device(self.choices["device"].value)
+        self.choices = environment.choices(config, world, num_bytes)
+        device_type = self.choices["device"].value
+        local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
+        self.device = torch.device(local_device)
         self.cleaning = build_cleaning(config, self.reader, self.device)
         process = build_process(config)
-        model = build_model(config, self.choices["attention"].value).to(self.device)
-        if init_from is not None:
-            load_pretrained(model, init_from)
-        self.evaluator: Evaluator = build_evaluator(config, process)
+        model, ema, forward, shadows = self._build_model(init_from)
+        self.evaluator = build_evaluator(config, process, world)
         settings = config.optimizer
         warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
         decay = settings.momentum_decay or process.momentum_decay
         momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
         store_noise = self.choices["noise"].value == "stored"
         objective = build_objective(config, process, model, store_noise).to(self.device)
+        separate = self.choices["optimizer"].value == "separate"
+        make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
         self.engine = Engine(
             model,
             objective,
-            adamw(
+            make_optimizer(
                 model,
                 learning_rate=settings.learning_rate,
                 beta1=settings.beta1,
@@ -133,15 +174,18 @@ class Trainer:
                 loss=objective,
                 loss_learning_rate=process.batch_loss.learning_rate,
             ),
-            Ema(model, settings.ema_decay),
+            ema,
             learning_rate=lambda step: warmup(step) * momentum.compensation(step),
             beta1=momentum.beta1,
             grad_clip=settings.grad_clip,
-            forward=compiled(model, self.choices["torch.compile"].value),
+            forward=forward,
+            microbatch_size=config.microbatch_size,
+            world=world,
             seed=config.seed,
         )
         self.means = IntervalMean(FIGURES, self.device)
-        self.bad_samples = 0  # of the whole run
+        self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
+        self.skipped = SkippedSteps(self.device)
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
@@ -149,9 +193,42 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
+    def _build_model(
+        self, init_from: Path | None
+    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
+        """The model, its average, what is called in its place, and the copies that this computes
+        with; laid out over the processes.
+        """
+        config, world = self.config, self.world
+        model = build_model(config, self.choices["attention"].value).to(self.device)
+        if init_from is not None:
+            load_pretrained(model, init_from)
+        ema = Ema(model, config.optimizer.ema_decay)
+        how = self.choices["torch.compile"].value
+        if world.size == 1:
+            if self.choices["optimizer"].value == "one_sweep_bf16":
+                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
+                forward = torch.compile(shadowed) if how == "on" else shadowed
+                return model, ema, forward, shadowed.shadows
+            return model, ema, compiled(model, how), {}
+        if how != "off":  # the gathering of parameters between blocks cannot be compiled
+            for block in distributed.blocks(model):
+                block.compile()
+        for laid_out in (model, ema.model):
+            distributed.distribute(
+                laid_out,
+                world,
+                self.choices["parallel"].value,
+                self.device.type,
+                reshard_after_forward=config.reshard,
+                offload=config.offload,
+            )
+        ema.follow(model)
+        return model, ema, model, {}
+
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
-        tensors, state = checkpoint.load(path)
+        state = checkpoint.read_state(path)
         if state["data"] != self.reader.fingerprint:
             raise ValueError(
                 f"{self.config.data.source} holds other data than when {path} was written "
@@ -163,58 +240,100 @@ class Trainer:
                 f"{self.run} is complete at step {state['step']} of {self.config.steps}; "
                 "--steps N trains it longer."
             )
-        load_parameters(self.engine.model, tensors["model"], path)
-        load_parameters(self.engine.ema.model, tensors["ema"], path)
-        load_optimizer_tensors(self.engine.model, self.engine.optimizer, tensors["optimizer"])
-        load_parameters(self.engine.objective, tensors["objective"], path)
-        load_optimizer_tensors(
-            self.engine.objective, self.engine.optimizer, tensors["objective_optimizer"]
-        )
+        tensors = self._tensors()
+        ours = {name: tuple(value.shape) for name, value in tensors.items()}
+        require_shapes(ours, checkpoint.shapes(path), path)
+        checkpoint.load(path, tensors, self.world)
+        if isinstance(self.engine.optimizer, OneSweep):
+            self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
         self.bad_samples = state["bad_samples"]
+        self.skipped.load_state(state["skipped"])
         self.engine.steps_done = state["step"]
 
     def train(self) -> None:
-        """Run to the last step; each event fires at its interval and after the last step."""
+        """Run to the last step; each event fires at its interval and after the last step.
+
+        Raises:
+            FloatingPointError: too many steps in a row had to be skipped.
+            OSError: a checkpoint could not be written; the run is complete nevertheless.
+        """
         config, engine = self.config, self.engine
-        command = environment.describe(sys.argv)
-        (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
-        self.records = RunLog(self.run, engine.steps_done)
+        if self.world.is_first:
+            command = environment.describe(sys.argv)
+            (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
+            self.records = RunLog(self.run, engine.steps_done)
+        self.checkpoints = Checkpoints(
+            self.run / CHECKPOINTS, self.world, config.keep_checkpoints, config.keep_every
+        )
         self._interval = time.perf_counter(), engine.steps_done
+        self._data_seconds = 0.0
+        self.lost: list[str] = []
         self._introduce()
+        first, last = engine.steps_done, config.steps
         with (
-            closing(self._batches(start=engine.steps_done * config.batch_size)) as batches,
-            TrainingProgress(self.console, engine.steps_done, config.steps) as progress,
+            closing(self._batches(start=first * config.batch_size)) as batches,
+            TrainingProgress(self.console, first, last) as self.progress,
+            Watchdog(self.world, config.hang_timeout) as self.watchdog,
+            StopRequest(self.world, self.device) as stop,
         ):
-            self.progress = progress
-            for batch in batches:
-                if engine.steps_done >= config.steps:
-                    break
-                self.bad_samples += len(batch.replaced)
-                self.means.add(engine.step(batch))
-                progress.step(engine.steps_done)
-                self._fire()
-        self.records.close()
-        if self.newest_evaluation is not None:
-            fid, samples = self.newest_evaluation
-            if fid is not None:
-                where = self.run / "metrics.jsonl"
-                self.console.print(
-                    f"FID       {fid:.3f}  (all in {where})", highlight=False, soft_wrap=True
-                )
-            self.console.print(f"samples   {samples}", highlight=False, soft_wrap=True)
+            self._loop(batches, stop)
+            self.checkpoints.wait()
+        if self.world.is_first:
+            self.records.close()
+        if engine.steps_done < last:
+            cause = "a signal to another process" if stop.signal is None else stop.signal.name
+            text = f"stopped by {cause} at step {engine.steps_done} of {last}; continue with"
+            self._say(f"{text} speed-engine train --resume {self.run}")
+        else:
+            self._finish()
+        lost = [*self.lost, *self.checkpoints.failures]
+        if self.world.is_first and self.records.lost:
+            lost.append(f"{self.records.lost} records of metrics.jsonl")
+        if lost:
+            raise OSError(f"not everything could be written (step: cause): {'; '.join(lost)}")
+
+    def _loop(self, batches: Iterator[Batch], stop: StopRequest) -> None:
+        engine, watchdog = self.engine, self.watchdog
+        while engine.steps_done < self.config.steps:
+            watchdog.doing(engine.steps_done, "waiting for data")
+            waited = time.perf_counter()
+            batch = next(batches)
+            self._data_seconds += time.perf_counter() - waited
+            watchdog.doing(engine.steps_done, "training")
+            self._step(batch)
+            self.progress.step(engine.steps_done)
+            stopping = stop.agreed()
+            self._fire()
+            if stopping:
+                if engine.steps_done % self.config.checkpoint_every:
+                    self._checkpoint()
+                return
+
+    def _step(self, batch: Batch) -> None:
+        self._bad += len(batch.replaced)
+        report = self.engine.step(batch)
+        figures = self.world.mean_(torch.stack(report[: len(FIGURES)]))
+        self.means.add(figures, report.skipped)
+        self.skipped.add(report.skipped)
 
     def _introduce(self) -> None:
         parameters = sum(p.numel() for p in self.engine.model.parameters())
+        where = self.choices["device"].value
+        if self.world.size > 1:
+            where = f"{self.world.size} x {where}, {self.choices['parallel'].value}"
         lines = {
             "run": self.run,
             "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
-            "model": f"{parameters:,} parameters on {self.choices['device'].value}",
+            "model": f"{parameters:,} parameters on {where}",
             "method": self.config.method,
             "features": self.evaluator.extractor.describe() if self.evaluator.extractor else "none",
         }
         for name, text in lines.items():
-            self.console.print(f"{name:10}{text}", highlight=False, soft_wrap=True)
+            self._say(f"{name:10}{text}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def _fire(self) -> None:
         step = self.engine.steps_done
@@ -222,63 +341,137 @@ class Trainer:
             if step % every == 0 or step == self.config.steps:
                 event()
 
+    def _record(self, figures: dict[str, Any]) -> None:
+        if self.world.is_first:
+            step = self.engine.steps_done
+            self.records.write(step, {"images": step * self.config.batch_size, **figures})
+
     def _log(self) -> None:
         step = self.engine.steps_done
         figures = self.means.read()
+        skipped = self._check_skipped()
         since, first = self._interval
         now = time.perf_counter()
         rate = (step - first) * self.config.batch_size / (now - since)
+        figures |= self._data_wait(step - first)
         self._interval = now, step
-        self._require_finite(figures["loss"])
-        images = step * self.config.batch_size
-        counts = {"images": images, "bad_samples": self.bad_samples}
-        self.records.write(step, {**counts, **figures, "images_per_second": rate})
+        figures["bad_samples"] = self._count_bad()
+        if skipped:
+            figures["skipped_steps"] = skipped
+        self._record({**figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate)
 
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _data_wait(self, steps: int) -> dict[str, float]:
+        """Seconds per step that processes waited for data, since the last call: a straggler's."""
+        mine = torch.tensor([self._data_seconds / steps], device=self.device)
+        self._data_seconds = 0.0
+        seconds = self.world.gather(mine).tolist()
+        figures = {"data_seconds": sum(seconds) / len(seconds)}
+        if len(seconds) > 1:
+            slowest = max(range(len(seconds)), key=seconds.__getitem__)
+            figures |= {"data_seconds_slowest": seconds[slowest], "slowest_loader_rank": slowest}
+        return figures
+
+    def _count_bad(self) -> int:
+        """Damaged samples that were replaced so far, by all processes."""
+        mine = torch.tensor([self._bad], device=self.device)
+        self.bad_samples += int(self.world.gather(mine).sum())
+        self._bad = 0
+        return self.bad_samples
+
+    def _check_skipped(self) -> int:
+        """Steps skipped so far.
+
+        Raises:
+            FloatingPointError: too many in a row.
+        """
+        total, most = self.skipped.read()
+        if most >= self.config.on_nonfinite:
             raise FloatingPointError(
-                f"the loss is {loss} at step {self.engine.steps_done}; the newest checkpoint is "
-                "intact. Lower optimizer.learning_rate or optimizer.grad_clip."
+                f"loss or gradient were not finite in {most} steps in a row, up to step "
+                f"{self.engine.steps_done} ({total} in the whole run); all were skipped and the "
+                "newest checkpoint is intact. Lower optimizer.learning_rate or "
+                "optimizer.grad_clip, or allow more with on_nonfinite."
             )
+        return total
 
     def _evaluate(self) -> None:
         step = self.engine.steps_done
+        self.watchdog.doing(step, "evaluating")
         begun = time.perf_counter()
         images, fidelity = self.evaluator(self.engine.ema.model)
+        if self.world.is_first:
+            self._keep_evaluation(images, fidelity)
+        since, first = self._interval
+        self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
+        self.watchdog.doing(step, "training")
+
+    def _keep_evaluation(self, images: Tensor, fidelity: FidelityResult | None) -> None:
+        """On the first process: pictures and figures."""
+        step = self.engine.steps_done
         rows = grid_rows(len(images), self.evaluator.conditions)
-        where = save_images(images, rows, self.run / "samples" / f"step-{step:08d}.png")
+        where = self.run / "samples" / f"step-{step:08d}.png"
+        where = self._try_to_write(where, lambda: save_images(images, rows, where))
         figure = ""
         if fidelity is not None:
-            measured = {
-                name: value for name, value in asdict(fidelity).items() if value is not None
-            }
-            self.records.write(step, {"images": step * self.config.batch_size, **measured})
+            self._record({k: v for k, v in asdict(fidelity).items() if v is not None})
             figure = f"FID {fidelity.fid:.3f}  "
         self.newest_evaluation = fidelity and fidelity.fid, where
         self.progress.say(f"step {step}/{self.config.steps}  {figure}{where}")
-        since, first = self._interval
-        self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
 
-    def _checkpoint(self) -> None:
+    def _try_to_write(self, path: Path, write: Callable[[], Path | None]) -> Path:
+        """What a full disk may cost without ending the run, and the path that was written."""
+        try:
+            return write() or path
+        except (OSError, SafetensorError) as error:
+            path.unlink(missing_ok=True)
+            log.error("%s could not be written: %s", path, error)
+            self.lost.append(f"{path.name}: {error}")
+            return path
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a run consists of, by ``group/name``."""
         engine = self.engine
-        tensors = {
+        groups = {
             "model": engine.model.state_dict(),
             "ema": engine.ema.model.state_dict(),
             "optimizer": optimizer_tensors(engine.model, engine.optimizer),
             "objective": engine.objective.state_dict(),
             "objective_optimizer": optimizer_tensors(engine.objective, engine.optimizer),
         }
+        return {f"{group}/{k}": v for group, tensors in groups.items() for k, v in tensors.items()}
+
+    def _checkpoint(self) -> None:
+        self._check_skipped()
+        step = self.engine.steps_done
+        self.watchdog.doing(step, "saving")
         state = {
-            "step": engine.steps_done,
+            "step": step,
             "means": self.means.state(),
-            "bad_samples": self.bad_samples,
+            "bad_samples": self._count_bad(),
+            "skipped": self.skipped.state(),
             "data": self.reader.fingerprint,
         }
-        self._require_finite(state["means"]["sum"][FIGURES.index("loss")])
-        folder = self.run / CHECKPOINTS
-        checkpoint.save(folder, engine.steps_done, tensors, state)
-        checkpoint.prune(folder, self.config.keep_checkpoints)
+        self.checkpoints.save(step, self._tensors(), state)
+        self.watchdog.doing(step, "training")
+
+    def _finish(self) -> None:
+        """The averaged model in one file, and what came of the run."""
+        average = {
+            name: distributed.whole(value).cpu().contiguous()
+            for name, value in self.engine.ema.model.state_dict().items()
+        }
+        if not self.world.is_first:
+            return
+        temporary = self.run / f".{EMA_FILE}"
+        self._try_to_write(temporary, lambda: save_file(average, temporary))
+        if temporary.exists():
+            temporary.rename(self.run / EMA_FILE)
+        if self.newest_evaluation is not None:
+            fid, samples = self.newest_evaluation
+            if fid is not None:
+                self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
+            self._say(f"samples   {samples}")
 
     def _batches(self, start: int) -> Generator[Batch]:
         """Batches of clean images on the device."""
@@ -299,6 +492,8 @@ class Trainer:
             self.cleaning,
             start=start,
             window=config.data.window,
+            rank=self.world.rank,
+            world_size=self.world.size,
             num_classes=config.data.num_classes,
             on_bad_sample=config.data.on_bad_sample,
         )
@@ -312,8 +507,11 @@ class Trainer:
             config.seed,
             start=start,
             workers=config.data.workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
             window=config.data.window,
             num_classes=config.data.num_classes,
             condition_shapes=condition_shapes(config),
             on_bad_sample=config.data.on_bad_sample,
+            mode=config.data.mode,
         )

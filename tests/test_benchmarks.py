@@ -18,5 +18,19 @@ def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
     )
     assert done.returncode == 0, done.stderr
     losses = ("noise", "loss", "hybrid_loss", "stored_noise", "clean_images")
-    for section in (*losses, "adaln", "block", "optimizer"):
+    for section in (*losses, "adaln", "block", "qk_norm_rope", "group_norm", "optimizer"):
         assert f"{section}: " in done.stdout
+
+
+def test_the_table_of_loaders_is_that_of_the_result():
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
+    result = ROOT / "benchmarks" / "results" / "x86-64-2-cores" / "loader.json"
+    code = f"import bench_loader, json; print(bench_loader.table(json.load(open({str(result)!r}))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout in (ROOT / "benchmarks" / "README.md").read_text()

@@ -12,18 +12,20 @@ from speed_engine.data.loader import Batch
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
-from speed_engine.optim import adamw, linear_warmup
+from speed_engine.optim import adamw, linear_warmup, one_sweep
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))
 
 
-def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG) -> Engine:
+def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG, make_optimizer=adamw) -> Engine:
     model = build_model(config)
     objective = build_objective(config, build_process(config), model)
     return Engine(
         model,
         objective,
-        adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0, loss=objective),
+        make_optimizer(
+            model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0, loss=objective
+        ),
         Ema(model, 0.99),
         learning_rate=linear_warmup(1e-3, 2),
         grad_clip=grad_clip,
@@ -68,6 +70,15 @@ def test_a_step_never_waits_for_the_device(method, schedule, learn_sigma):
     )
     trained.step(batch())  # the optimizer makes its state in the first step
     trained.steps_done = 49  # the next step is one at which a sampler that learns decides
+    data = batch()
+    with Reads() as reads:
+        trained.step(data)
+    assert reads.count == 0
+
+
+def test_one_sweep_never_waits_either():
+    trained = engine(make_optimizer=one_sweep)
+    trained.step(batch())  # tables of addresses are made in the first step
     data = batch()
     with Reads() as reads:
         trained.step(data)

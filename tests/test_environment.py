@@ -79,6 +79,12 @@ def test_data_are_resident_where_it_is_asked_for_and_not_on_a_cpu_by_itself(gpu)
         assert choose_resident(wanted, "cuda", 10**15) == (wanted, "asked for")
 
 
+def test_streaming_and_resident_data_exclude_each_other(gpu):
+    assert choose_resident("auto", "cuda", 1, "stream").value == "off"
+    with pytest.raises(ValueError, match="data.resident=on keeps the exact order"):
+        DataConfig(resident="on", mode="stream")
+
+
 def test_every_choice_of_a_run_is_among_those_that_doctor_shows():
     config = TrainConfig(device="cpu", data=DataConfig(resident="on"))
     shown = environment.choices(config)

@@ -7,8 +7,9 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from speed_engine import assemble, checkpoint, cli
+from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import DiTConfig, EvaluationConfig, TrainConfig, to_json
-from speed_engine.models.pretrained import set_frequency_shift
+from speed_engine.models.pretrained_dit import set_frequency_shift
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2))
 OPTIONS = (
@@ -31,9 +32,13 @@ def run(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(to_json(CONFIG))
     torch.manual_seed(0)
-    tensors = {n: torch.randn_like(v) for n, v in assemble.build_model(CONFIG).state_dict().items()}
-    tensors["pos_embed"] = assemble.build_model(CONFIG).pos_embed
-    checkpoint.save(folder / "checkpoints", 7, {"ema": tensors}, {"step": 7})
+    model = assemble.build_model(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    tensors = {f"ema/{name}": value for name, value in model.state_dict().items()}
+    checkpoints.save(7, tensors, {"step": 7})
+    checkpoints.wait()
     return folder
 
 
@@ -58,11 +63,12 @@ def test_training_starts_from_what_was_exported(run, tmp_path, layout, capsys):
     cli.main(["export", str(run), "--layout", layout, "--out", str(out)])
     start = ["train", "digits", "--init-from", str(out), "--run", str(tuned), *OPTIONS, *shift]
     cli.main([*start, "--optimizer.learning-rate", "1e-12"])
-    tensors, state = checkpoint.load(checkpoint.newest(tuned / "checkpoints"))
-    wanted = checkpoint.load(checkpoint.newest(run / "checkpoints"))[0]["ema"]
-    assert state["step"] == 2
+    newest = checkpoint.newest(tuned / "checkpoints")
+    wanted = checkpoint.load_group(checkpoint.newest(run / "checkpoints"), "ema")
+    assert checkpoint.read_state(newest)["step"] == 2
     for part in ("model", "ema"):
-        torch.testing.assert_close(tensors[part], wanted, rtol=0, atol=1e-6)
+        tuned_weights = checkpoint.load_group(newest, part)
+        torch.testing.assert_close(tuned_weights, wanted, rtol=0, atol=1e-6)
     assert assemble.read_config(tuned).init_from == out
 
 

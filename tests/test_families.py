@@ -24,7 +24,8 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
-from speed_engine.data.shards import ShardReader, ShardWriter
+from speed_engine.data.reader import ShardReader
+from speed_engine.data.shards import ShardWriter
 from speed_engine.data.sources import digits_folder
 from speed_engine.families import FAMILIES, Shape, build_network
 
@@ -186,6 +187,24 @@ def test_dropout_and_masks_resume_bit_for_bit(tmp_path, name):
     assert figures[0] == figures[1]
 
 
+@pytest.mark.parametrize("name", ["dit", "unet"])
+@pytest.mark.parametrize("members", [("tokens.npy",), ("low.npy", "cls")])
+def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, members):
+    config = dataclasses.replace(CONFIG, model=SMALL[name], data=told(told_shards, *members))
+    model = assemble.build_model(config)
+    objective = assemble.build_objective(config, assemble.build_process(config), model)
+    torch._dynamo.reset()
+    counted = torch._dynamo.utils.counters["stats"]
+    step = torch.compile(lambda *b: objective(model, *b).loss, fullgraph=True, backend="aot_eager")
+    conditions = assemble.drawn_conditions(config)
+    before, graphs = counted["unique_graphs"], []
+    for done in range(3):
+        ids = torch.arange(20) + 20 * done
+        step(torch.rand(20, 1, 8, 8), conditions, ids, done).backward()
+        graphs.append(counted["unique_graphs"] - before)
+    assert graphs[0] == 1 and graphs[1] == graphs[2]
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_every_family_survives_json(name):
     config = dataclasses.replace(CONFIG, model=SMALL[name])
@@ -222,6 +241,18 @@ def test_published_sizes_take_the_place_of_the_fields(settings, channels, millio
     with torch.device("meta"):
         network = build_network(settings, Shape((32, 32), channels, num_classes=1000))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6) == millions
+
+
+def test_a_size_and_what_it_sets_cannot_both_be_given(capsys):
+    with pytest.raises(ValueError, match="model.dim=32: model.size=DiT-S/2 sets it; use --model"):
+        DiTConfig(size="DiT-S/2", dim=32)
+    with pytest.raises(SystemExit):
+        cli.main(["train", "imagenet256-dit-xl2", "--dry-run", "--model.depth", "2"])
+    assert "model.depth=2: model.size=DiT-XL/2 sets it" in " ".join(capsys.readouterr().err.split())
+    cli.main(
+        ["train", "imagenet256-dit-xl2", "--dry-run", "--model.size", "None", "--model.depth", "2"]
+    )
+    assert "model       dit on 4 x 32 x 32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ Letters: B images of a batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -57,8 +58,8 @@ class BatchReader:
         on_bad_sample: OnBadSample = "stop",
     ) -> None:
         self.reader = reader
-        self._shape, self._num_classes = tuple(image_shape), num_classes
-        self._stop = on_bad_sample == "stop"
+        self._shape, self._num_classes = image_shape, num_classes
+        self.stops = on_bad_sample == "stop"
         image, *conditions = reader.keys
         self._members = [(image, IMAGE), *((key, condition_name(key)) for key in conditions)]
         self._holds_arrays = all(f".{key}".endswith((".npy", ".cls")) for key in reader.keys)
@@ -94,7 +95,7 @@ class BatchReader:
             return None
         arrays: Row = {}
         try:
-            first = self._decode(0, raw.sample(0))
+            first = self.decode(raw.sample(0), str)
             for column, (_, name) in enumerate(self._members):
                 if name == "labels":
                     array = decode_labels(raw.memory, raw.offset[:, column], raw.size[:, column])
@@ -121,9 +122,9 @@ class BatchReader:
         replaced: list[str] = []
         for place, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
             try:
-                row = self._decode(number, sample)
+                row = self.decode(sample, partial(self.reader.describe, number))
             except ShardError as damage:
-                if self._stop or substitute is None:
+                if self.stops or substitute is None:
                     raise
                 replaced.append(str(damage))
                 number, row = self._replace(place, substitute, damage)
@@ -146,7 +147,8 @@ class BatchReader:
         for attempt in range(1, ATTEMPTS + 1):
             number = substitute(place, attempt)
             try:
-                return number, self._decode(number, self.reader.read_batch([number]).sample(0))
+                sample = self.reader.read_batch([number]).sample(0)
+                return number, self.decode(sample, partial(self.reader.describe, number))
             except ShardError:
                 continue
         raise ShardError(
@@ -154,31 +156,36 @@ class BatchReader:
             "`speed-engine shards check`."
         ) from damage
 
-    def _decode(self, number: int, sample: Sample | ShardError) -> Row:
-        """The image, under ``IMAGE``, and the conditions of a sample."""
+    def decode(self, sample: Sample | ShardError, describe: Callable[[], str]) -> Row:
+        """The image, under ``IMAGE``, and the conditions of a sample; ``describe`` names it.
+
+        Raises:
+            ShardError: it is damaged.
+            UnfitSample: it is intact, but unlike what is expected.
+        """
         if isinstance(sample, ShardError):
             raise sample
-        channels, *size = self._shape
+        channels, height, width = self._shape
         try:
             (key, _), *conditions = self._members
-            image = decode_image(sample[key], key, channels, (*size,))
+            image = decode_image(sample[key], key, channels, (height, width))
             row = {IMAGE: image}
             for key, name in conditions:
                 row[name] = decode_condition(sample[key], key, channels)
         except UnfitSample as error:
-            raise UnfitSample(f"{self.reader.describe(number)}: {error}") from error
+            raise UnfitSample(f"{describe()}: {error}") from error
         except ValueError as error:
-            raise ShardError(f"{self.reader.describe(number)}: {error}") from error
+            raise ShardError(f"{describe()}: {error}") from error
         if image.shape != self._shape or image.dtype == np.int64:
             raise UnfitSample(
-                f"{self.reader.describe(number)}: the image is {image.dtype} of shape "
+                f"{describe()}: the image is {image.dtype} of shape "
                 f"{image.shape}; expected uint8 or floating point of shape {self._shape}. Correct "
                 f"image_shape or the data."
             )
         label = row.get("labels")
         if self._num_classes is not None and label is not None and label >= self._num_classes:
             raise UnfitSample(
-                f"{self.reader.describe(number)} has label {label}; needed: less than "
+                f"{describe()} has label {label}; needed: less than "
                 f"num_classes={self._num_classes}. Correct num_classes or the data."
             )
         return row

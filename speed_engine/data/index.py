@@ -74,12 +74,9 @@ class ShardIndex:
 
     def without(self, keys: Collection[str]) -> np.ndarray:
         """Numbers of the samples whose key is not among ``keys``, int64."""
-        numbers = np.arange(len(self))
-        return (
-            numbers
-            if not keys
-            else np.array([n for n in numbers if self.key(n) not in keys], dtype=np.int64)
-        )
+        numbers = range(len(self))
+        kept = [n for n in numbers if self.key(n) not in keys] if keys else numbers
+        return np.array(kept, dtype=np.int64)
 
     def content_hash(self) -> str:
         """SHA-256 over the keys, extensions, sizes and CRCs, hexadecimal."""

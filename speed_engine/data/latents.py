@@ -6,14 +6,11 @@
     null_tokens.npy  a file beside the shards: the same for the empty caption
 
 Every shard is encoded on its own, so any number of processes, each with a device of its own, may
-share the work (``prepare.py``). Models come from ``diffusers`` and ``transformers``, which are
-optional; only weights in safetensors are read.
+share the work (``prepare.py``). Weights are read from safetensors only.
 
 Letters: B pictures, C channels and H, W of a latent, L tokens of D.
 """
 
-import hashlib
-import importlib
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,15 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.data.conditions import NULL_TOKENS
 from speed_engine.data.dataset import Dataset, write_durably
 from speed_engine.data.decode import decode_image
+from speed_engine.data.folder import LocalFolder
+from speed_engine.data.hub import load_model, weights_hash
 from speed_engine.data.index import ShardIndex
 from speed_engine.data.pictures import npy_bytes
 from speed_engine.data.prepare import Preparation
-from speed_engine.data.reader import ShardReader, open_dataset
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.shards import write_shard
+from speed_engine.data.texts import TextEncoder
 
-NULL_TOKENS = "null_tokens.npy"
 PICTURES = ("png", "jpg", "jpeg", "webp", "npy")
 _DECODING_THREADS = 4
 Sample = tuple[str, str, dict[str, bytes]]  # key, description for messages, members
@@ -55,7 +55,7 @@ class LatentEncoder:
         self.vae, self._device = load_vae(name, device), device
         scale, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
         self.metadata = {"vae": name, "latent_scale": scale, "latent_shift": shift or 0.0}
-        self.identity = _weights_hash(self.vae)
+        self.identity = weights_hash(self.vae)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -65,63 +65,20 @@ class LatentEncoder:
         return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu().numpy()
 
 
-class TextEncoder:
-    """A CLIP text model with its tokenizer.
-
-    Args:
-        name: folder of both, or their name on the hub.
-        device: where it runs.
-
-    Raises:
-        ValueError: transformers is missing, or cannot load them.
-    """
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        transformers = _optional("transformers")
-        try:
-            self._tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
-            model = transformers.CLIPTextModel.from_pretrained(name, use_safetensors=True)
-        except Exception as error:  # of many kinds, by library, network and content
-            raise ValueError(f"text encoder {name!r} cannot be loaded: {error}") from error
-        self._model, self._device = model.to(device).eval().requires_grad_(False), device
-        self._length = model.config.max_position_embeddings
-        self.truncated = 0  # captions that were longer, so far
-        self.metadata = {"text_encoder": name}
-        self.identity = _weights_hash(self._model)
-
-    @torch.inference_mode()
-    def __call__(self, captions: list[str]) -> np.ndarray:
-        """(B, L, D) float16; longer captions are cut."""
-        self.truncated += sum(
-            len(ids) > self._length for ids in self._tokenizer(captions).input_ids
-        )
-        tokens = self._tokenizer(
-            captions,
-            padding="max_length",
-            max_length=self._length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        answer = self._model(tokens.input_ids.to(self._device)).last_hidden_state
-        return answer.half().cpu().numpy()
-
-
 def load_vae(name: str, device: torch.device) -> Any:
     """A diffusers ``AutoencoderKL`` for inference, from a folder or the hub.
 
     Raises:
         ValueError: diffusers is missing, or cannot load it.
     """
-    diffusers = _optional("diffusers")
-    try:
-        vae = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True)
-    except Exception as error:  # of many kinds, by library, network and content
-        raise ValueError(f"VAE {name!r} cannot be loaded: {error}") from error
-    return vae.to(device).eval().requires_grad_(False)
+    # The default needs the library accelerate and says so at every call.
+    return load_model("diffusers", "AutoencoderKL", name, device, low_cpu_mem_usage=False)
 
 
 @torch.inference_mode()
-def decode_latents(vae: Any, latents: Tensor, scale: float, shift: float = 0.0) -> Tensor:
+def decode_latents(
+    vae: Any, latents: Tensor, scale: float, shift: float = 0.0, batch_size: int = 16
+) -> Tensor:
     """Latents as a model has them, scaled, to pictures.
 
     Args:
@@ -129,13 +86,16 @@ def decode_latents(vae: Any, latents: Tensor, scale: float, shift: float = 0.0) 
         latents: (B, C, H, W) floating point, on any device.
         scale: ``latent_scale`` of the data set.
         shift: ``latent_shift`` of it.
+        batch_size: pictures at a time; changes nothing but memory.
 
     Returns:
         (B, 3, 8 H, 8 W) uint8 on the CPU.
     """
-    unscaled = latents.to(vae.device, vae.dtype) / scale + shift
-    images = vae.decode(unscaled).sample
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    pictures = []
+    for part in latents.split(batch_size):
+        images = vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample
+        pictures.append(((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+    return torch.cat(pictures)
 
 
 def encode(
@@ -170,7 +130,7 @@ def encode(
         raise ValueError("nothing to encode: give a VAE, a text encoder or both.")
     if batch_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"batch_size={batch_size} is below 1, or rank={rank} of {world_size}.")
-    dataset, indices = open_dataset(shards)
+    dataset, indices = LocalFolder(shards).load(())
     picture = _picture_member(shards, dataset, latents is not None, text is not None)
     reader = ShardReader(shards, sorted(dataset.contents))
     plan = {
@@ -279,21 +239,3 @@ def _stack(images: list[np.ndarray]) -> np.ndarray:
     if len(shapes := {image.shape for image in images}) > 1:
         raise ValueError(f"pictures of several shapes, {sorted(shapes)}; make shards of one size.")
     return np.stack(images)
-
-
-def _weights_hash(model: torch.nn.Module) -> str:
-    """SHA-256 of names, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _optional(package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except Exception as error:  # RuntimeError, too: a torchvision of another torch breaks imports
-        raise ValueError(
-            f"this needs the library {package} ({error}): pip install 'speed-engine[prepare]'."
-        ) from error

@@ -13,7 +13,7 @@ Letters: B images, C, H, W as usual; N samples of the data set.
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import NamedTuple, Self, cast
+from typing import Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from webdataset.pipeline import DataPipeline
 
 from speed_engine.data.batches import Arrays, BatchReader, OnBadSample, Shape
 from speed_engine.data.conditions import condition_name
-from speed_engine.data.order import DataOrder
+from speed_engine.data.order import DataOrder, elsewhere
 from speed_engine.data.reader import ShardReader
+from speed_engine.data.stream import StreamSource
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,17 @@ class Batch(NamedTuple):
         move = partial(_move, device=device)
         conditions = {name: move(value) for name, value in self.conditions.items()}
         return Batch(move(self.images), conditions, move(self.ids), self.replaced)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Parts of ``size`` images; the last may be smaller."""
+        return [
+            Batch(
+                self.images[start : start + size],
+                {name: rows[start : start + size] for name, rows in self.conditions.items()},
+                self.ids[start : start + size],
+            )
+            for start in range(0, len(self.ids), size)
+        ]
 
 
 def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -79,6 +91,7 @@ class Loader:
         num_classes: labels must be less; None accepts any.
         condition_shapes: of one row, by the condition's name; others accept any.
         on_bad_sample: what happens to a damaged sample, see batches.py.
+        mode: exact as above, or stream, see stream.py.
 
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
@@ -100,6 +113,7 @@ class Loader:
         num_classes: int | None = None,
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
         on_bad_sample: OnBadSample = "stop",
+        mode: Literal["exact", "stream"] = "exact",
     ) -> None:
         check_arguments(reader, batch_size, start, workers, rank, world_size)
         order = DataOrder(reader.counts, seed, window)
@@ -109,8 +123,12 @@ class Loader:
         # which the workers then share.
         first = load(np.array([order.sample_indices(start, 1), [start]]))
         _check_conditions(reader, first, condition_shapes or {})
-        source = _Source(reader, order, start, batch_size, rank, world_size)
-        pipeline = DataPipeline(source, map_stage(load))
+        if mode == "exact":
+            source = _Source(reader, order, start, batch_size, rank, world_size)
+            pipeline = DataPipeline(source, map_stage(load))
+        else:
+            stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
+            pipeline = DataPipeline(stream, map_stage(as_batch))
         self._loader: DataLoader | None = DataLoader(
             cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
             batch_size=None,
@@ -172,14 +190,14 @@ class Loader:
 def read_all(
     reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation; the next replaces a damaged one.
+    """Every sample in the order of the shards, for evaluation; others replace damaged ones.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
     batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
     images, conditions, replaced = batches.read(
-        range(len(reader)), lambda place, attempt: (place + attempt) % len(reader)
+        range(len(reader)), partial(elsewhere, num_samples=len(reader))
     )
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
@@ -231,12 +249,12 @@ def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Bat
     arrays = batches.read(
         indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
     )
-    return as_batch(arrays, ids)
+    return as_batch((arrays, ids))
 
 
-def as_batch(arrays: Arrays, ids: np.ndarray) -> Batch:
+def as_batch(part: tuple[Arrays, np.ndarray]) -> Batch:
     """The tensors that share the arrays' memory."""
-    images, conditions, replaced = arrays
+    (images, conditions, replaced), ids = part
     told = {name: torch.from_numpy(value) for name, value in conditions.items()}
     stored = torch.from_numpy(images)
     if images.dtype == np.uint16:

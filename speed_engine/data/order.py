@@ -51,6 +51,12 @@ def _words(seed: int, epoch: int, count: int) -> np.ndarray:
     return random_bits(torch.tensor(seed), torch.tensor([epoch]), count, Stream.ORDER)[0].numpy()
 
 
+def elsewhere(place: int, attempt: int, num_samples: int) -> int:
+    """Another place among ``num_samples``, far from those of other attempts."""
+    stride = max(1, num_samples * 618_034 // 1_000_000)  # the golden section
+    return (place + attempt * stride) % num_samples
+
+
 class Window(NamedTuple):
     """Shards that are read in the same stretch of the stream."""
 
@@ -94,8 +100,7 @@ class DataOrder:
             attempt: from 1; each is far from the others, in other windows where there are any.
         """
         epoch, place = divmod(image, self._num_samples)
-        stride = max(1, self._num_samples * 618_034 // 1_000_000)  # the golden section
-        return int(self._epoch(epoch)[(place + attempt * stride) % self._num_samples])
+        return int(self._epoch(epoch)[elsewhere(place, attempt, self._num_samples)])
 
     def window_at(self, image: int) -> Window:
         """The window that holds an image of the stream."""

@@ -121,7 +121,7 @@ class ShardReader:
         """
         places = self._places(samples, stride=1)
         memory = np.empty((len(places.offset), places.extent), dtype=np.uint8)
-        flat = memoryview(memory.reshape(-1))
+        flat = memory.reshape(-1).data
         samples_read = [self._read(*place, flat) for place in places.rows]
         damage = {j: error for j, error in enumerate(samples_read) if error is not None}
         return RawBatch(self.keys, memory, places.offset, places.size, damage)
@@ -191,6 +191,10 @@ class ShardReader:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say that these shards are read next; returns at once."""
         self._folder.prefetch(shards)
+
+    def open_shard(self, shard: int) -> tuple[str, int]:
+        """Name and file descriptor of a whole shard, which the caller closes."""
+        return self._names[shard], self._folder.open(shard)
 
     def read_file(self, name: str) -> bytes:
         """A file of the data set's record beside the shards, verified.
@@ -282,8 +286,8 @@ def _columns(
                 f"{name}: sample {index.key(absent[0])!r} has no member {key!r}, only {present}; "
                 f"every sample needs {list(keys)}: name other keys or write the shard again."
             )
-    chosen = np.ix_(rows, [index.extensions.index(key) for key in keys])
-    offset, size = index.offset[chosen], index.size[chosen]
+    columns = [index.extensions.index(key) for key in keys]
+    offset, size = index.offset[rows][:, columns], index.size[rows][:, columns]
     # Each by itself first: their sum could pass the largest integer.
     if not (
         0 <= offset.min() <= offset.max() <= index.tar_bytes
@@ -291,4 +295,4 @@ def _columns(
         and (offset + size).max() <= index.tar_bytes
     ):
         raise ShardError(f"{name}: its index names bytes outside of it; write the shard again.")
-    return offset, size, index.crc32[chosen]
+    return offset, size, index.crc32[rows][:, columns]

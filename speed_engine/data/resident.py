@@ -111,7 +111,7 @@ class Resident:
                     damaged.append(first + place)
                 return (first + place + attempt) % len(reader)
 
-            chunk = as_batch(batches.read(samples, next_one), samples)
+            chunk = as_batch((batches.read(samples, next_one), samples))
             self._damage |= dict(zip(damaged, chunk.replaced, strict=True))
             for name, values in {"": chunk.images, **chunk.conditions}.items():
                 if name not in self._stored:

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from speed_engine.data.dataset import Dataset
 from speed_engine.data.decode import decode_image, decode_label
+from speed_engine.data.folder import LocalFolder
 from speed_engine.data.pictures import FORMATS
-from speed_engine.data.reader import ShardReader, open_dataset
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.tarscan import ShardError
 
 CONTACT_SHEET = "contact-sheet.png"
@@ -93,7 +94,7 @@ class Summary:
 
 def summarise(folder: Path) -> Summary:
     """Count a data set, reading all of its labels."""
-    dataset, _ = open_dataset(folder)
+    dataset, _ = LocalFolder(folder).load(())
     if "cls" not in dataset.contents:
         return Summary(folder, dataset, (), np.empty(0, np.int64))
     labels = _labels(folder)
@@ -106,10 +107,10 @@ def _labels(folder: Path) -> np.ndarray:
     reader = ShardReader(folder, ["cls"])
     labels: list[int] = []
     for start in range(0, len(reader), _BATCH):
-        for sample in reader.read_batch(range(start, min(start + _BATCH, len(reader)))):
+        for sample in reader.stream(range(start, min(start + _BATCH, len(reader)))):
             if isinstance(sample, ShardError):
                 raise sample
-            labels.append(decode_label(bytes(sample["cls"])))
+            labels.append(decode_label(sample["cls"]))
     return np.array(labels, dtype=np.int64)
 
 

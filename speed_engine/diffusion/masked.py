@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
+from speed_engine.diffusion.timesteps import TimestepSampler
 from speed_engine.ops import Stream, random_bits
 
 
@@ -46,6 +47,16 @@ class MaskedObjective(nn.Module):
             seen.weighted_error + hidden.weighted_error,
             seen.t,
         )
+
+    @property
+    def sampler(self) -> TimestepSampler:
+        """Of the timesteps."""
+        return self.objective.timesteps
+
+    @property
+    def learns_timesteps(self) -> bool:
+        """Whether the sampler's law depends on what it observes."""
+        return self.objective.learns_timesteps
 
     def observe(self, step: int, output: ObjectiveOutput) -> None:
         """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""

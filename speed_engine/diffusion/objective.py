@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import ConditionChange, Conditions
+from speed_engine.diffusion.laws import Law
 from speed_engine.diffusion.methods import Method
+from speed_engine.diffusion.timesteps import TimestepSampler
 from speed_engine.ops import operators_for
 
 
@@ -86,6 +88,16 @@ class Objective(nn.Module):
         loss, squared_error = self._errors(answer, images, coefficients, ids, t, noise)
         mean = self.batch_loss(self.schedule.cell(t), loss * self.timesteps.importance(t))
         return ObjectiveOutput(mean, squared_error, loss.detach(), t)
+
+    @property
+    def sampler(self) -> TimestepSampler:
+        """Of the timesteps; its buffers are what it has learned."""
+        return self.timesteps
+
+    @property
+    def learns_timesteps(self) -> bool:
+        """Whether the sampler's law depends on what it observes."""
+        return type(self.timesteps.law).observe is not Law.observe
 
     def observe(self, step: int, output: ObjectiveOutput) -> None:
         """Tell the sampler what the step cost, after it; see ``TimestepSampler.observe``."""

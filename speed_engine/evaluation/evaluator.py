@@ -1,13 +1,15 @@
 """A model's quality: images drawn under given conditions, compared with the data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
 from speed_engine.evaluation.generate import generate
@@ -24,6 +26,7 @@ class Evaluator:
         extractor: of the features that are compared; None with no reference.
         conditions: (num_images, ...) each, of the images drawn.
         null: what hides them for guidance.
+        decode: latents to pictures; None leaves what is drawn as it is.
 
     Raises:
         ValueError: too few images for FID with this extractor.
@@ -41,19 +44,30 @@ class Evaluator:
     solver_steps: int
     guidance: float
     seed: int
+    world: World = ALONE
+    decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.reference is not None and self.extractor is not None:
             check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, FidelityResult | None]:
-        """Images (N, C, H, W) as ``generate`` returns them, and their fidelity."""
+        """Images (N, C, H, W), decoded or as ``generate`` returns them, and their fidelity.
+
+        Every process draws its part of the images and gets all; the first one measures them, the
+        others have None.
+        """
+        # Each process draws equally many, for sharded models compute together: the last image again
+        # where there is none left.
+        share = -(-self.num_images // self.world.size)
+        first = self.world.rank * share
+        ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
         images = generate(
             model,
             self.schedule,
             self.table,
-            self.conditions,
-            self.num_images,
+            {name: value[ids] for name, value in self.conditions.items()},
+            ids,
             image_shape=self.image_shape,
             null=self.null,
             seed=self.seed,
@@ -61,6 +75,9 @@ class Evaluator:
             guidance=self.guidance,
             latents=self.latents,
         )
-        if self.reference is None or self.extractor is None:
+        if self.decode is not None:
+            images = self.decode(images)
+        images = self.world.gather_on_host(images)[: self.num_images]
+        if self.reference is None or self.extractor is None or not self.world.is_first:
             return images, None
         return images, measure(images, self.reference, self.extractor, METRICS)

@@ -23,13 +23,13 @@ GRID_COLUMNS, GRID_ROWS = 10, 10
 GRID_IMAGE_PIXELS = 48  # smallest side of one image in a grid, by enlarging whole pixels
 
 
-@torch.inference_mode()
+@torch.no_grad()  # sharded models cannot gather their parameters in inference mode
 def generate(
     model: nn.Module,
     schedule: NoiseSchedule,
     table: TimestepTable,
     conditions: Conditions,
-    num_images: int,
+    ids: Tensor,
     *,
     image_shape: tuple[int, int, int],
     null: Mapping[str, Tensor],
@@ -46,7 +46,7 @@ def generate(
         schedule: the process the model was trained on.
         table: its linear form.
         conditions: (N, ...) each, by the name of the model's argument.
-        num_images: N.
+        ids: (N,) int64, which images these are.
         image_shape: (C, H, W).
         null: value of one row of the conditions that guidance hides.
         seed: root of the noise.
@@ -71,12 +71,10 @@ def generate(
         return untold + guidance * (answer - untold)
 
     images = []
-    for start in range(0, num_images, batch_size):
-        ids = torch.arange(start, min(start + batch_size, num_images), device=device)
-        told = {
-            name: value[start : start + batch_size].to(device) for name, value in conditions.items()
-        }
-        noise = normal(root, ids, int(np.prod(image_shape)), Stream.GENERATION)
+    for start in range(0, len(ids), batch_size):
+        part = slice(start, start + batch_size)
+        told = {name: value[part].to(device) for name, value in conditions.items()}
+        noise = normal(root, ids[part].to(device), int(np.prod(image_shape)), Stream.GENERATION)
         noise = noise.view(-1, *image_shape)
         x = ddim(predict, schedule, table, noise, num_steps, clip=not latents)
         images.append(x.cpu() if latents else ((x + 1) * 127.5).round().to(torch.uint8).cpu())

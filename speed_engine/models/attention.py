@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.ops import block_operators_for
+from speed_engine.ops import block_operators_for, qk_norm_rope
 
 # (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
@@ -117,24 +117,8 @@ class RotaryAttention(SelfAttention):
     ) -> Tensor:
         """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
         q, k, v = self._heads(x)
-        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin)
+        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, NORM_EPS)
         return self.attend(q, k, v, lengths).transpose(1, 2).flatten(2)
-
-
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    """RMS norm of each head's query and key, then rotation by position: x cos + rotated(x) sin.
-
-    Element i turns with element i + K / 2. Computed in float32, answered in the dtype of ``q``.
-    """
-
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps=NORM_EPS)
-        first, second = y.chunk(2, dim=-1)
-        return (y * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-    return turned(q, q_weight), turned(k, k_weight)
 
 
 def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:

@@ -38,7 +38,7 @@ RECOMPUTE: dict[str, dict[str, Any] | None] = {
 def recomputable(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates ``Block.forward`` to recompute in the backward pass what ``block.recompute`` names.
 
-    Nothing random is drawn inside blocks, so no generator's state is kept.
+    A generator's state is kept only for blocks with dropout, which must draw the same again.
     """
 
     @functools.wraps(forward)
@@ -46,8 +46,9 @@ def recomputable(forward: Callable[..., Any]) -> Callable[..., Any]:
         options = RECOMPUTE[getattr(self, "recompute", "nothing")]
         if options is None or not torch.is_grad_enabled():
             return forward(self, *inputs)
+        draws = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.modules())
         return checkpoint(
-            forward, self, *inputs, use_reentrant=False, preserve_rng_state=False, **options
+            forward, self, *inputs, use_reentrant=False, preserve_rng_state=draws, **options
         )
 
     return run

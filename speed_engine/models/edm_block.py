@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import recomputable
 from speed_engine.models.group_norm import GroupNormSiLU
 from speed_engine.models.spatial_transformer import split_heads
 from speed_engine.models.unet_layers import zeroed
@@ -65,6 +66,7 @@ class EdmBlock(nn.Module):
             self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
             self.proj = zeroed(nn.Conv2d(out_channels, out_channels, 1))
 
+    @recomputable
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W) of other sizes."""
         h = self.conv0(self.resample(self.norm0(x)))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import set_recompute
 from speed_engine.models.edm_block import EdmBlock, Style, norm_groups
 from speed_engine.models.embeddings import sinusoid
 from speed_engine.models.group_norm import GroupNormSiLU
@@ -56,6 +57,7 @@ class EdmUNet(nn.Module):
             no labels.
         dropout: probability inside blocks.
         time_scale: t, on the scale 0 .. 1000, is multiplied by it; EDM's c_noise is t / 1000.
+        checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
         ValueError: sizes that do not divide as said.
@@ -76,6 +78,7 @@ class EdmUNet(nn.Module):
         num_classes: int | None = None,
         dropout: float = 0.0,
         time_scale: float = 1e-3,
+        checkpointing: float = 0,
     ) -> None:
         super().__init__()
         check_halvings(input_size, len(channel_mult))
@@ -120,6 +123,7 @@ class EdmUNet(nn.Module):
                 attention = attends[level] and (i == num_blocks or not sparse)
                 self.dec[f"{name}_block{i}"] = block(channels + skips.pop(), width, None, attention)
                 channels = width
+        set_recompute([m for m in self.modules() if isinstance(m, EdmBlock)], checkpointing)
         self._add_output(names[0], channels)
         self._initialise()
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import set_recompute
 from speed_engine.models.dit import FinalLayer, initialise
 from speed_engine.models.embeddings import (
     LabelEmbedding,
@@ -50,6 +51,7 @@ class MDT(nn.Module):
         mask_ratio: share of the tokens hidden under a mask, in (0, 1).
         mlp_ratio: hidden width of the feed-forward layers, in units of D.
         learn_sigma: answer with twice the channels, the second half for the variance.
+        checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
         ValueError: sizes that do not divide as said, or a number out of its range.
@@ -70,6 +72,7 @@ class MDT(nn.Module):
         mask_ratio: float = 0.3,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        checkpointing: float = 0,
     ) -> None:
         super().__init__()
         height, width = input_size
@@ -98,6 +101,7 @@ class MDT(nn.Module):
 
         self._add_blocks(blocks, depth, decode_layers)
         self.sideblocks = blocks(1)
+        set_recompute([*self.blocks, *self.sideblocks], checkpointing)
         self.final_layer = FinalLayer(dim, patch_size**2 * self.out_channels)
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -197,6 +201,11 @@ class MDTv2(MDT):
     def mask_words(self) -> int:
         """Random words per image that a mask takes: one per token, and the share."""
         return self.num_tokens + 1
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Of encoder and decoder."""
+        return [*self.en_inblocks, *self.en_outblocks, *self.de_blocks]
 
     def choose_shown(self, mask_draws: Tensor) -> Shown:
         """(B, mask_words) -> the places of the smallest draws, some of them not valid."""

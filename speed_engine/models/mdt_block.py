@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed_engine.models.attention import SelfAttention
+from speed_engine.models.blocks import recomputable
 from speed_engine.models.dit import FeedForward
 
 
@@ -75,6 +76,7 @@ class MdtBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
+    @recomputable
     def forward(
         self, x: Tensor, condition: Tensor, shown: Shown | None = None, skip: Tensor | None = None
     ) -> Tensor:

@@ -30,11 +30,16 @@ INNER_NAMES: dict[type[nn.Module], dict[str, str]] = {
 }
 
 
-def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_ldm(tensors: Mapping[str, Tensor], head_channels: int | None = None) -> dict[str, Tensor]:
     """What ``UNet`` loads, from a checkpoint of latent-diffusion or guided-diffusion.
 
-    Parts that are not of the U-Net are left out. These have no row for "no label": the one added
-    is zero, so that it changes nothing in the embedding of t.
+    Parts that are not of the U-Net are left out. There is no row for "no label" in these: the one
+    added is zero, so that it changes nothing in the embedding of t.
+
+    Args:
+        tensors: by their names there.
+        head_channels: of an attention head, where all queries stand before all keys: what
+            guided-diffusion calls the new attention order, and has in its ImageNet-64 checkpoint.
     """
     prefixed = any(name.startswith(LDM_PREFIX) for name in tensors)
     prefix = LDM_PREFIX if prefixed else ""
@@ -46,6 +51,10 @@ def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "label_emb.weight" in ours:
         rows = ours["label_emb.weight"]
         ours["label_emb.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
+    if head_channels is not None:
+        for name in [name for name in ours if ".qkv." in name]:
+            rows = ours[name].unflatten(0, (3, -1, head_channels))
+            ours[name] = rows.transpose(0, 1).flatten(0, 2)
     return ours
 
 

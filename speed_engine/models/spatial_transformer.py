@@ -8,6 +8,8 @@ Letters: B images, C channels, H x W pixels, N = H W places, L tokens, D width o
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import recomputable
+
 NORM_GROUPS = 32
 
 
@@ -33,6 +35,7 @@ class SpatialTransformer(nn.Module):
         assert self.proj_out.bias is not None
         nn.init.zeros_(self.proj_out.bias)
 
+    @recomputable
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """(B, C, H, W), (B, L, D) -> (B, C, H, W)."""
         h = self.proj_in(self.norm(x))

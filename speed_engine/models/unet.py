@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import set_recompute
 from speed_engine.models.embeddings import sinusoid
 from speed_engine.models.group_norm import GroupNormSiLU
 from speed_engine.models.spatial_transformer import SpatialTransformer
@@ -78,6 +79,7 @@ class UNet(nn.Module):
         resblock_updown: change the resolution in residual blocks, rather than in convolutions.
         dropout: probability inside residual blocks.
         learn_sigma: answer with twice the channels, the second half for the variance.
+        checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
         ValueError: sizes that do not divide as said, or a rate that no level has.
@@ -102,6 +104,7 @@ class UNet(nn.Module):
         resblock_updown: bool = False,
         dropout: float = 0.0,
         learn_sigma: bool = False,
+        checkpointing: float = 0,
     ) -> None:
         super().__init__()
         check_halvings(input_size, len(channel_mult))
@@ -161,6 +164,8 @@ class UNet(nn.Module):
                     layers.append(up)
                 self.output_blocks.append(Stage(*layers))
 
+        repeated = (ResBlock, AttentionBlock, SpatialTransformer)
+        set_recompute([m for m in self.modules() if isinstance(m, repeated)], checkpointing)
         self.out = nn.Sequential(
             GroupNormSiLU(NORM_GROUPS, channels),
             nn.Identity(),  # where the originals have their SiLU

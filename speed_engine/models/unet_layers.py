@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.blocks import recomputable
 from speed_engine.models.group_norm import GroupNormSiLU
 from speed_engine.models.spatial_transformer import NORM_GROUPS, SpatialTransformer, split_heads
 
@@ -70,6 +71,7 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
+    @recomputable
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W) of other sizes."""
         in_norm, _, in_conv = self.in_layers
@@ -94,6 +96,7 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
+    @recomputable
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         places = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)

@@ -1,6 +1,6 @@
 """Hostile bytes against everything that reads them: only the documented error may come out.
 
-    python tests/data/fuzz.py --inputs 100000 --seed 0 --report benchmarks/results/fuzz.json
+    python tests/data/fuzz.py --inputs 100000 --seed 0 --report benchmarks/results/MACHINE/fuzz.json
 
 Inputs are random bytes, and valid files that were cut, spliced, and overwritten in places, tar
 headers with their checksum made right again. Every target gets an equal share.
@@ -186,7 +186,7 @@ def run(inputs: int, start: int) -> dict[str, Any]:
             deadline=None,
             derandomize=False,
             phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
+            suppress_health_check=[*HealthCheck.__members__.values()],
         )
         options(seed(start)(given(hostile(seeds))(_one_argument(once))))()
         figures[name] = count

@@ -67,7 +67,7 @@ def test_what_is_left_out_is_part_of_the_fingerprint(make_shards, tmp_path):
 
 
 def test_what_is_unlike_the_rest_or_twice_is_found(tmp_path):
-    def image(i, shape=SHAPE, dtype=np.uint8):
+    def image(i, shape=SHAPE, dtype: type = np.uint8):
         file = io.BytesIO()
         np.save(file, np.full(shape, i, dtype))
         return file.getvalue()

@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from speed_engine.data.latents import LatentEncoder, TextEncoder, decode_latents, encode
-from speed_engine.data.reader import ShardReader, open_dataset
+from speed_engine.data.folder import LocalFolder
+from speed_engine.data.latents import LatentEncoder, decode_latents, encode
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.shards import ShardWriter
+from speed_engine.data.texts import TextEncoder
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -114,7 +116,7 @@ def test_labels_captions_keys_and_facts_are_kept(vae, shards, tmp_path):
     assert [after.read(n) for n in range(18)] == [before.read(n) for n in range(18)]
     keys = [[reader.describe(n).split()[-1] for n in range(18)] for reader in (before, after)]
     assert keys[0] == keys[1]
-    metadata = open_dataset(tmp_path / "out")[0].metadata
+    metadata = LocalFolder(tmp_path / "out").load(())[0].metadata
     assert metadata.pop("vae") == str(vae)
     assert metadata == {"classes": ["a", "b"], "latent_scale": 0.25, "latent_shift": 0.5}
 
@@ -139,7 +141,7 @@ def test_tokens_are_those_of_the_first_caption(text_encoder, shards, tmp_path, c
         assert tokens.shape == (12, 16) and tokens.dtype == np.float16
         np.testing.assert_allclose(tokens, expected, atol=2e-3, rtol=2e-3)
     assert array(reader.read(0)["npy"]).shape == (3, 16, 16)  # the picture stays
-    assert "null_tokens.npy" in open_dataset(tmp_path / "out")[0].files
+    assert "null_tokens.npy" in LocalFolder(tmp_path / "out").load(())[0].files
     assert "cut" not in caplog.text
 
 
@@ -228,10 +230,17 @@ def test_what_cannot_be_encoded_is_said_before_any_work(vae, text_encoder, tmp_p
     with pytest.raises(ValueError, match="nothing to encode"):
         encode(tmp_path / "latents", out, None, None, batch_size=1)
     assert not out.exists()
-    with pytest.raises(ValueError, match="VAE .* cannot be loaded"):
+    with pytest.raises(ValueError, match="AutoencoderKL .* cannot be loaded"):
         LatentEncoder(str(tmp_path / "latents"), CPU)
-    with pytest.raises(ValueError, match="text encoder .* cannot be loaded"):
+    with pytest.raises(ValueError, match="CLIPTextModel .* cannot be loaded"):
         TextEncoder(str(tmp_path / "latents"), CPU)
+
+
+def test_a_text_model_without_its_tokenizer_is_refused(text_encoder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((text_encoder / name).read_bytes())
+    with pytest.raises(ValueError, match="190 embeddings, its tokenizer . words"):
+        TextEncoder(str(tmp_path), CPU)
 
 
 def test_pickled_weights_are_not_loaded(vae, tmp_path):

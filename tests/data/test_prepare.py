@@ -14,9 +14,10 @@ from PIL import Image
 
 from speed_engine.data import prepare
 from speed_engine.data.decode import decode_image, decode_label
+from speed_engine.data.folder import LocalFolder
 from speed_engine.data.picture_files import ImageFolder
 from speed_engine.data.prepare import PictureOptions, make, mixed_order
-from speed_engine.data.reader import ShardReader, open_dataset
+from speed_engine.data.reader import ShardReader
 from speed_engine.data.sources import open_source
 from speed_engine.data.tarscan import ShardError
 
@@ -91,7 +92,7 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(p
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         with pytest.raises(ShardError, match="did not finish"):
-            open_dataset(tmp_path / "killed")
+            LocalFolder(tmp_path / "killed").load(())
     assert killed == 3
     half_written = tmp_path / "killed" / "shard-000019.tar.tmp"
     half_written.write_bytes(b"half")
@@ -201,7 +202,7 @@ def test_captions_are_lines_of_text(tmp_path):
     make(source, tmp_path / "out", SMALL, workers=1)
     sample = ShardReader(tmp_path / "out", ("txt",)).read(0)
     assert sample == {"txt": b"caption 0\ncaption 1"}
-    assert "cls" not in open_dataset(tmp_path / "out")[0].contents
+    assert "cls" not in LocalFolder(tmp_path / "out").load(())[0].contents
 
 
 def test_a_full_disk_leaves_what_can_be_continued(pictures, tmp_path, monkeypatch):

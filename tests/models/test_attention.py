@@ -12,11 +12,11 @@ from speed_engine.models.attention import (
     BACKENDS,
     RotaryAttention,
     SelfAttention,
-    qk_norm_rope,
     sdpa,
 )
 from speed_engine.models.dit import DiT, build_dit
 from speed_engine.models.embeddings import rotary_grid
+from speed_engine.ops import qk_norm_rope
 
 
 def heads(tokens: int, batch: int = 1, width: int = 8) -> list[Tensor]:
@@ -98,7 +98,7 @@ def test_queries_and_keys_are_normalised_then_turned_as_complex_numbers():
     weights = torch.rand(2, 8, dtype=torch.float64) + 0.5
     cos, sin = rotary_grid(3, 4, 8)
     angle = torch.complex(cos[:, :4], sin[:, :4])
-    answers = qk_norm_rope(q, k, weights[0], weights[1], cos, sin)
+    answers = qk_norm_rope(q, k, weights[0], weights[1], cos, sin, 1e-6)
     for x, weight, found in zip((q, k), weights, answers, strict=True):
         y = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
         turned = torch.complex(y[..., :4], y[..., 4:]) * angle

@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import DiTConfig, TrainConfig
+from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, TrainConfig, UNetConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
@@ -151,30 +151,42 @@ def test_a_model_without_blocks_is_not_compiled_by_blocks():
         compiled_blocks(nn.Linear(2, 2))
 
 
-def config(**changes) -> TrainConfig:
-    return TrainConfig(model=DiTConfig(dim=32, depth=1, num_heads=2, **changes))
+SIZES: dict[str, Any] = {"dim": 32, "depth": 1, "num_heads": 2}
+CONFIGS = {
+    "dit": TrainConfig(model=DiTConfig(**SIZES)),
+    "dit-sigma": TrainConfig(model=DiTConfig(**SIZES, learn_sigma=True)),
+    "dit-modern": TrainConfig(model=DiTConfig(**SIZES, variant="modern")),
+    "mdt": TrainConfig(model=MDTConfig(**SIZES, decode_layers=1)),
+    "unet": TrainConfig(model=UNetConfig(channel_mult=(1,), attention_resolutions=(1,))),
+    "edm": TrainConfig(model=EdmUNetConfig(channel_mult=(1,)), schedule="edm"),
+}
 
 
-@pytest.mark.parametrize("changes", [{}, {"learn_sigma": True}, {"variant": "modern"}])
-def test_the_whole_training_step_is_one_graph_compiled_once(compilations, changes):
+def batch(step: int) -> Batch:
+    labels, ids = torch.arange(8) % 10, torch.arange(8) + 8 * step
+    return Batch(torch.rand(8, 1, 8, 8), {"labels": labels}, ids)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_training_step_is_one_graph_compiled_once(compilations, name):
     """Noise, timesteps, model and loss together, at changing steps and image counters."""
-    net = build_model(config(**changes))
-    objective = build_objective(config(**changes), build_process(config(**changes)))
+    net = build_model(CONFIGS[name])
+    objective = build_objective(CONFIGS[name], build_process(CONFIGS[name]), net)
     loss = torch.compile(lambda *batch: objective(net, *batch).loss, fullgraph=True)
     counts = []
     for step in range(4):
-        batch = torch.rand(8, 1, 8, 8), torch.arange(8) % 10, torch.arange(8) + 8 * step
-        loss(*batch, step).backward()
+        loss(*batch(step), step).backward()
         counts.append(compilations.frame_count)
     assert counts[0] == 1 and counts[1] == counts[-1]
 
 
 @pytest.mark.parametrize("how", ["on", "blocks"])
 def test_the_engine_never_recompiles_after_the_second_step(compilations, how):
-    net = build_model(config())
+    config = CONFIGS["dit"]
+    net = build_model(config)
     engine = Engine(
         net,
-        build_objective(config(), build_process(config())),
+        build_objective(config, build_process(config), net),
         adamw(net, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
         Ema(net, 0.99),
         learning_rate=linear_warmup(1e-3, 2),
@@ -183,8 +195,7 @@ def test_the_engine_never_recompiles_after_the_second_step(compilations, how):
     )
     counts = []
     for step in range(5):
-        ids = torch.arange(8) + 8 * step
-        engine.step(Batch(torch.rand(8, 1, 8, 8), torch.arange(8) % 10, ids))
+        engine.step(batch(step))
         counts.append(compilations.frame_count)
     assert counts[0] == 1 and counts[1] == counts[-1]
 

@@ -1,11 +1,13 @@
 """EDM's U-Nets: sizes, names, initial behaviour, errors."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from speed_engine.models.edm_unet import EDM_UNET_SIZES, DhariwalUNet, SongUNet
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "input_size": (8, 12), "in_channels": 3, "out_channels": 3, "model_channels": 64,
     "channel_mult": (1, 2), "num_blocks": 1, "attention_resolutions": (4,), "num_classes": 5,
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The masked diffusion transformer: what a mask hides, names, sizes, errors."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.models.mdt_block import Shown, bias_among, distance_index
 from speed_engine.ops import Stream, random_bits
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "input_size": (8, 12), "channels": 3, "patch_size": 2, "dim": 32, "depth": 4, "num_heads": 4,
     "num_classes": 5, "decode_layers": 2,
 }  # fmt: skip

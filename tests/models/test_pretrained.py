@@ -11,12 +11,15 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from safetensors.torch import load_file, save_file
 
 from speed_engine.models.dit import DiT
+from speed_engine.models.edm_unet import SongUNet
 from speed_engine.models.pretrained import (
     DIFFUSERS_FILE,
     load_pretrained,
     save_pretrained,
-    set_frequency_shift,
 )
+from speed_engine.models.pretrained_dit import set_frequency_shift
+from speed_engine.models.pretrained_unet import to_diffusers
+from speed_engine.models.unet import UNet
 
 SMALL = {
     "input_size": (8, 8), "channels": 4, "patch_size": 2, "dim": 32, "depth": 3, "num_heads": 4,
@@ -171,13 +174,57 @@ def test_embeddings_that_blocks_do_not_share_are_refused(tmp_path):
     [
         ({"variant": "modern"}, "nothing that is our blocks.0.attn.q_norm.weight"),
         ({"input_size": (8, 4)}, "has 4 x 2 patches"),
-        ({"mlp_ratio": 2.0}, "patches and 2"),
+        ({"mlp_ratio": 2.0}, "5 classes and 2"),
+        ({"num_classes": None}, "None classes and 4"),
     ],
 )
 def test_what_diffusers_cannot_hold_is_named_and_nothing_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         save_pretrained(model(**changes), tmp_path / "out", "diffusers")
     assert not (tmp_path / "out").exists()
+
+
+SMALL_UNET: dict[str, Any] = {
+    "input_size": (16, 16), "in_channels": 3, "out_channels": 3, "model_channels": 32,
+    "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,), "num_classes": 5,
+}  # fmt: skip
+
+
+def test_unets_load_from_their_own_files_latent_diffusions_and_diffusers(tmp_path):
+    torch.manual_seed(0)
+    ours, rows = UNet(**SMALL_UNET), torch.randn(5, 128)
+    save_pretrained(ours, tmp_path / "own.safetensors", "original")
+    save_file(to_diffusers(ours), tmp_path / "diffusers.safetensors")
+    theirs = {f"model.diffusion_model.{name}": value for name, value in ours.state_dict().items()}
+    theirs["model.diffusion_model.label_emb.weight"] = rows
+    torch.save({"state_dict": theirs, "global_step": 7}, tmp_path / "ldm.ckpt")
+    for name in ("own.safetensors", "diffusers.safetensors", "ldm.ckpt"):
+        back = UNet(**SMALL_UNET)
+        load_pretrained(back, tmp_path / name)
+        if name == "ldm.ckpt":
+            assert torch.equal(back.label_emb.weight, torch.cat([rows, torch.zeros(1, 128)]))
+            back.label_emb.load_state_dict(ours.label_emb.state_dict())
+        assert same_state(back, ours)
+    with pytest.raises(ValueError, match="layout diffusers is for DiTs, and this is a UNet"):
+        save_pretrained(ours, tmp_path / "out", "diffusers")
+    wider: dict[str, Any] = SMALL_UNET | {"learn_sigma": True}
+    with pytest.raises(ValueError, match=r"own.safetensors is a checkpoint of another.*reshaped"):
+        load_pretrained(UNet(**wider), tmp_path / "own.safetensors")
+
+
+def test_an_edm_network_loads_from_edms_names(tmp_path):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "input_size": (8, 8), "in_channels": 3, "out_channels": 3, "num_classes": 5,
+        "model_channels": 32, "channel_mult": (1, 2), "num_blocks": 1,
+        "attention_resolutions": (4,), "dropout": 0.0,
+    }  # fmt: skip
+    ours, back = SongUNet(**sizes), SongUNet(**sizes)
+    theirs = {f"model.{name}": value for name, value in ours.state_dict().items()}
+    theirs["model.enc.8x8_down.conv0.resample_filter"] = torch.full((1, 1, 2, 2), 0.25)
+    save_file(theirs, tmp_path / "edm.safetensors")
+    load_pretrained(back, tmp_path / "edm.safetensors")
+    assert same_state(back, ours)
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path):
@@ -195,7 +242,7 @@ def test_files_that_hold_no_weights_are_named(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             load_pretrained(model(), tmp_path / name)
-    with pytest.raises(ValueError, match="does not end in .safetensors"):
+    with pytest.raises(ValueError, match="out.pt must end in .safetensors in layout original"):
         save_pretrained(model(), tmp_path / "out.pt", "original")
     with pytest.raises(ValueError, match="layout='ldm' is unknown; choose from original"):
         save_pretrained(model(), tmp_path / "out", "ldm")

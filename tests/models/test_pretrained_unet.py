@@ -1,18 +1,21 @@
 """U-Net weights in others' layouts, beside diffusers' own models."""
 
-import diffusers
+from typing import Any
+
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from speed_engine.models.edm_unet import SongUNet
 from speed_engine.models.pretrained_unet import from_diffusers, from_edm, from_ldm, to_diffusers
 from speed_engine.models.unet import UNet
 
-SIZE = {
+SIZE: dict[str, Any] = {
     "input_size": (16, 16), "in_channels": 3, "out_channels": 3, "model_channels": 32,
     "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,),
 }  # fmt: skip
-THEIRS = {
+THEIRS: dict[str, Any] = {
     "sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (32, 64),
     "layers_per_block": 1, "norm_eps": 1e-5, "freq_shift": 0,
 }  # fmt: skip
@@ -55,7 +58,7 @@ def test_a_class_conditional_unet_is_that_of_diffusers(adm):
         **SIZE, num_head_channels=16, num_classes=5, scale_shift_norm=adm, resblock_updown=adm
     )
     kind = "resnet" if adm else "conv"
-    theirs = diffusers.UNet2DModel(
+    theirs = UNet2DModel(
         **THEIRS,
         attention_head_dim=16,
         attn_norm_num_groups=32,
@@ -78,7 +81,7 @@ def test_a_class_conditional_unet_is_that_of_diffusers(adm):
 
 def test_a_unet_with_tokens_is_that_of_diffusers():
     ours = UNet(**SIZE, num_heads=4, token_dim=24)
-    theirs = diffusers.UNet2DConditionModel(
+    theirs = UNet2DConditionModel(
         **THEIRS,
         attention_head_dim=4,  # the number of heads, under diffusers' historical name
         cross_attention_dim=24,
@@ -109,6 +112,18 @@ def test_a_checkpoint_of_latent_diffusion_loads_with_a_blank_label():
     rows = theirs["model.diffusion_model.label_emb.weight"]
     assert torch.equal(ours.label_emb.weight[:5], rows)
     assert not bool(ours.label_emb.weight[5].any())
+
+
+def test_queries_keys_and_values_in_the_other_order_are_put_in_this_one():
+    # One number per row: its head, whether query, key or value, and its channel in the head.
+    rows = torch.tensor(
+        [[100 * k + 10 * h + c for c in range(2)] for k in range(3) for h in (1, 2)]
+    )
+    theirs = {"middle_block.1.qkv.bias": rows.flatten()}
+    by_head = from_ldm(theirs, head_channels=2)["middle_block.1.qkv.bias"].tolist()
+    assert by_head == [10, 11, 110, 111, 210, 211, 20, 21, 120, 121, 220, 221]
+    weights = {"middle_block.1.qkv.weight": rows.flatten().view(12, 1, 1)}
+    assert from_ldm(weights, 2)["middle_block.1.qkv.weight"].flatten().tolist() == by_head
 
 
 def test_a_network_of_edm_loads_unless_its_filters_are_others():

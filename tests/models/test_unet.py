@@ -1,5 +1,7 @@
 """The U-Net of ADM and latent diffusion: names, initial behaviour, memory formats, errors."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,11 +10,11 @@ from speed_engine.models.spatial_transformer import SpatialTransformer
 from speed_engine.models.unet import UNET_SIZES, UNet
 from speed_engine.models.unet_layers import AttentionBlock, ResBlock
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "input_size": (8, 12), "in_channels": 3, "out_channels": 3, "model_channels": 64,
     "channel_mult": (1, 2), "num_res_blocks": 1, "attention_resolutions": (2,), "num_heads": 4,
 }  # fmt: skip
-KINDS = {
+KINDS: dict[str, Any] = {
     "ldm": {"num_classes": 5},
     "adm": {"num_classes": 5, "scale_shift_norm": True, "resblock_updown": True},
     "tokens": {"token_dim": 16},

@@ -38,9 +38,24 @@ BUDGETS = {  # registers per thread; global accesses of 16 bytes; narrower ones,
     "gated_residual_adaln_backward widest": (128, 24, 2),
     "gelu_backward": (80, 7, 0),
     "pack_heads": (64, 6, 3),
+    "qk_norm_rope": (80, 32, 0),
+    "qk_norm_rope 72": (64, 12, 8),  # half a head is 4.5 times 16 bytes: 8 bytes at a time
+    "qk_norm_rope_backward": (104, 36, 2),
+    "qk_norm_rope_backward 72": (64, 12, 14),
+    "qk_norm_rope_backward widest": (128, 24, 14),
+    # The narrow ones are statistics of each channel's group, and sums, which are few.
+    "group_norm_silu moments": (48, 2, 2),
+    "group_norm_silu statistics": (24, 0, 4),
+    "group_norm_silu forward": (64, 8, 16),
+    "group_norm_silu backward_sums": (96, 8, 18),
+    "group_norm_silu backward_statistics": (32, 0, 13),
+    "group_norm_silu backward": (80, 9, 32),
+    "group_norm_silu backward_sums NCHW": (64, 2, 8),
+    "group_norm_silu backward NCHW": (48, 3, 8),
     # The narrow ones are the last, partial tile of a tensor and the table of addresses.
-    "adamw_ema 1 horizon": (72, 18, 94),
-    "adamw_ema 2 horizons": (72, 22, 114),
+    "adamw_ema 1 horizon": (64, 18, 30),
+    "adamw_ema 2 horizons": (64, 22, 36),
+    "adamw_ema shadows": (64, 18, 32),
 }
 EXACT = ("random_bits", "normal", "noised_input", "squared_error", "clean_images")
 
@@ -49,11 +64,18 @@ FAULTS = """
 import json
 from cubins import CASES, compile_case, machine_code, report
 
-normal, error = CASES["normal"], CASES["squared_error"]
+normal, error, rope = CASES["normal"], CASES["squared_error"], CASES["qk_norm_rope"]
 out, seed, ids, _, *rest = normal.arguments
+norm = CASES["group_norm_silu moments"]
+x, partial, _, *others = norm.arguments
+*sizes, unit, dim, heads, tokens, block = rope.arguments
 print(json.dumps({
     "unaligned rows": report(compile_case(normal._replace(
         arguments=(out, seed, ids, "i32", *rest)), 90))._asdict(),
+    "channels of any number": report(compile_case(norm._replace(
+        arguments=(x, partial, "i32", *others)), 90))._asdict(),
+    "strides of no known unit": report(compile_case(rope._replace(
+        arguments=(*sizes, 1, dim, heads, tokens, block)), 90))._asdict(),
     "few registers": report(compile_case(error, 90, maxnreg=24))._asdict(),
     "same code without fusion": machine_code(compile_case(error, 90))
         == machine_code(compile_case(error, 90, enable_fp_fusion=False)),
@@ -105,5 +127,7 @@ def test_every_compiled_kernel_has_a_budget(reports):
 def test_the_gauges_see_faults():
     figures = run("-c", FAULTS)
     assert figures["unaligned rows"]["narrow"] > BUDGETS["normal"][2]
+    assert figures["channels of any number"]["wide"] < BUDGETS["group_norm_silu moments"][1]
+    assert figures["strides of no known unit"]["narrow"] > BUDGETS["qk_norm_rope"][2]
     assert figures["few registers"]["spills"] > 0
     assert figures["same code without fusion"]

@@ -1,0 +1,203 @@
+"""Runs are killed, damaged and restarted, many times, and set against runs left alone.
+
+    python benchmarks/bench_faults.py --kills 200         # all sections, about half an hour
+    python benchmarks/bench_faults.py --sections saving   # one of them
+
+kills     kill -9 of all processes at random times; final parameters, bit for bit
+flips     single bits of checkpoints inverted; every one must be found
+restart   one process killed under torchrun; seconds to the next step
+saving    what a checkpoint beside training costs a step, and the host's memory
+
+Every section adds to ``results/<machine>/faults.json``.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fault_harness as faults
+from harness import result_path, write_result
+from speed_engine import checkpoint
+from speed_engine.assemble import build_model
+from speed_engine.checkpoint import Checkpoints
+from speed_engine.config import DataConfig, DiTConfig, TrainConfig
+from speed_engine.ema import Ema
+from speed_engine.optim import adamw, optimizer_tensors
+
+OPTIONS = "--checkpoint-every 10 --keep-checkpoints 5 --parallel fsdp".split()
+KILLS_PER_RUN = 10
+STEPS_PER_RUN = 400
+
+
+def kills(folder: Path, count: int) -> dict[str, Any]:
+    """Runs of two processes, each killed several times at random moments."""
+    options = ["--steps", str(STEPS_PER_RUN), *OPTIONS]
+    straight = folder / "straight"
+    training = faults.train(straight, options)
+    assert training.join(600) == [0, 0], training.said()
+    expected, records = faults.parameters(straight), losses(straight)
+    rng = random.Random(0)
+    done = runs = equal = damaged = lost = 0
+    lives: list[float] = []
+    while done < count:
+        run = folder / f"run-{runs}"
+        training = faults.train(run, options)
+        for life in range(min(KILLS_PER_RUN, count - done)):
+            # From before the process group exists to well into training, and inside saves.
+            moment = time.monotonic() + rng.uniform(0.2, 8)
+            if life == 0:
+                training.wait_for(lambda run=run: bool(faults.checkpoints(run)), 600)
+            before = committed(run)
+            training.wait_for(lambda moment=moment: time.monotonic() > moment)
+            reached = faults.steps(run)
+            training.kill()
+            training.join()
+            done += 1
+            lives.append(reached)
+            try:
+                kept = faults.checkpoints(run)
+            except checkpoint.InvalidCheckpoint:
+                damaged += 1
+            else:
+                lost += int(max(kept, default="") < before)
+            training = faults.resume(run)
+        codes = training.join(900)
+        # A run that was complete when it was last killed says so and ends with 2.
+        if codes != [0, 0] and "is complete at step" not in training.said().replace("\n", " "):
+            raise RuntimeError(training.said())
+        same = faults.equal(faults.parameters(run), expected) and losses(run) == records
+        equal += same
+        runs += 1
+        shutil.rmtree(run)
+        print(f"{done} kills, {runs} runs, {equal} equal", flush=True)
+    return {
+        "kills": done, "runs": runs, "runs_equal_bit_for_bit": equal, "processes": 2,
+        "layout": "fsdp", "steps_per_run": STEPS_PER_RUN, "checkpoints_damaged": damaged,
+        "checkpoints_lost": lost, "median_step_at_kill": statistics.median(lives),
+    }  # fmt: skip
+
+
+def flips(folder: Path, count: int) -> dict[str, Any]:
+    """A sharded checkpoint of two processes, one bit wrong at a time."""
+    run = folder / "flips"
+    training = faults.train(run, ["--steps", "10", *OPTIONS])
+    assert training.join(600) == [0, 0], training.said()
+    path = checkpoint.newest(run / "checkpoints")
+    files = sorted(file for file in path.iterdir() if file.name != "manifest.json")
+    rng, found = random.Random(1), 0
+    for _ in range(count):
+        file = rng.choice(files)
+        original = file.read_bytes()
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            checkpoint.verify(path)
+        except checkpoint.InvalidCheckpoint:
+            found += 1
+        file.write_bytes(original)
+    checkpoint.verify(path)
+    return {"flips": count, "found": found}
+
+
+def restart(folder: Path, count: int) -> dict[str, Any]:
+    """torchrun --max-restarts: seconds from the kill of one process to a step not seen before."""
+    seconds = []
+    for i in range(count):
+        run = folder / f"restart-{i}"
+        options = [*faults.TINY, "--steps", "300", *OPTIONS, "--run", str(run)]
+        launcher = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m --"
+        with (folder / "log").open("w") as log:
+            torchrun = subprocess.Popen(
+                [sys.executable, "-m", *launcher.split(), "speed_engine", "train", *options],
+                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        while faults.steps(run) < 35:
+            time.sleep(0.01)
+        asked = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
+        reached, begun = faults.steps(run), time.monotonic()
+        os.kill(int(asked.stdout.split()[-1]), signal.SIGKILL)
+        while faults.steps(run) <= reached + 1:
+            time.sleep(0.01)
+        seconds.append(time.monotonic() - begun)
+        assert torchrun.wait(600) == 0
+    return {"restarts": count, "seconds": seconds, "median": statistics.median(seconds)}
+
+
+def saving(folder: Path, count: int) -> dict[str, Any]:
+    """A DiT-S/2 in one process: how long a step waits for its checkpoint, and the memory peak."""
+    config = TrainConfig(model=DiTConfig(size="DiT-S/2"), data=DataConfig(image_shape=(4, 32, 32)))
+    model = build_model(config)
+    optimizer = adamw(model, learning_rate=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0)
+    tensors = {
+        **{f"model/{k}": v for k, v in model.state_dict().items()},
+        **{f"ema/{k}": v for k, v in Ema(model, 0.9999).model.state_dict().items()},
+        **{f"optimizer/{k}": v for k, v in optimizer_tensors(model, optimizer).items()},
+    }
+    size = sum(value.nbytes for value in tensors.values())
+    checkpoints = Checkpoints(folder / "saving", keep=1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    waits, totals = [], []
+    for step in range(1, count + 1):
+        begun = time.perf_counter()
+        checkpoints.save(step, tensors, {})
+        waits.append(time.perf_counter() - begun)
+        checkpoints.wait()
+        totals.append(time.perf_counter() - begun)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "bytes": size, "saves": count, "seconds_a_step_waits": statistics.median(waits),
+        "seconds_until_complete": statistics.median(totals),
+        "host_bytes_above_training": 1024 * (peak - before),
+    }  # fmt: skip
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Of every step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def committed(run: Path) -> str:
+    """Name of the newest checkpoint; empty if there is none."""
+    return max((path.name for path in (run / "checkpoints").glob("step-*")), default="")
+
+
+SECTIONS = {"kills": kills, "flips": flips, "restart": restart, "saving": saving}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--flips", type=int, default=200)
+    parser.add_argument("--restart", type=int, default=5)
+    parser.add_argument("--saving", type=int, default=10)
+    arguments = parser.parse_args()
+    path = result_path("faults")
+    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures.pop("environment", None)
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["SPEED_ENGINE_CACHE"] = f"{temporary}/cache"
+        for name in arguments.sections:
+            figures[name] = SECTIONS[name](Path(temporary), getattr(arguments, name))
+            print(name, json.dumps(figures[name]), flush=True)
+            write_result("faults", figures)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,279 @@
+"""The loaders that ``bench_loader.py`` compares, one per process, which takes orders from it.
+
+    python loader_providers.py PROVIDER DATA             serve: one JSON line in, one out
+    python loader_providers.py write-streaming DATA      the data in mosaicml-streaming's format
+
+Imports only what its provider needs, so that one of another Python environment can be served. Each
+provider gives batches without end, every epoch shuffled: images as stored, (B, C, H, W) uint8 or
+float16, and labels (B,), as PyTorch tensors.
+
+DATA holds jpg/ and latents/, each with ``shards`` (tar), ``files`` (one per sample) and
+``streaming`` (MDS); latents/files as fast-DiT has them, features and labels apart.
+"""
+
+import importlib
+import io
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+JPG_SHAPE, LATENT_SHAPE = (3, 256, 256), (8, 32, 32)
+BATCH = {"jpg": 64, "latents": 256}
+SEED = 0
+_RGB = 3  # torchvision's ImageReadMode
+Batches = Iterator[Any]
+
+
+def speed_engine(data: Path, kind: str, workers: int) -> Batches:
+    """This project's loader, with every checksum verified."""
+    from speed_engine.data.loader import Loader
+    from speed_engine.data.reader import ShardReader
+
+    member, shape = ("jpg", JPG_SHAPE) if kind == "jpg" else ("npy", LATENT_SHAPE)
+    reader = ShardReader(data / kind / "shards", (member, "cls"))
+    return Loader(reader, shape, BATCH[kind], SEED, workers=workers)
+
+
+def webdataset(data: Path, kind: str, workers: int, by_hand: bool) -> Batches:
+    """Its own decoding, or the cheapest that one can write in its place."""
+    wds: Any = importlib.import_module("webdataset")
+    urls = [str(path) for path in sorted((data / kind / "shards").glob("*.tar"))]
+    member = "jpg" if kind == "jpg" else "npy"
+    stages = wds.WebDataset(urls, shardshuffle=len(urls), seed=SEED).shuffle(1000)
+    if by_hand:
+        decode = _decode_jpeg if kind == "jpg" else _view_npy
+        stages = stages.map(lambda s: (decode(s[member]), int(s["cls"])))
+    else:
+        stages = stages.decode("torchrgb8").to_tuple(member, "cls")
+    loader = DataLoader(
+        stages.batched(BATCH[kind], collation_fn=_collate, partial=False),
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return _endless(loader)
+
+
+def image_folder(data: Path, workers: int) -> Batches:
+    """torchvision's, with its default loader, Pillow."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    return _shuffled(ImageFolder(str(data / "jpg" / "files"), pil_to_tensor), "jpg", workers)
+
+
+def npy_files(data: Path, workers: int) -> Batches:
+    """One .npy of features and one of the label per image, as fast-DiT trains."""
+    return _shuffled(_NpyFiles(data / "latents" / "files"), "latents", workers)
+
+
+def streaming(data: Path, kind: str, workers: int) -> Batches:
+    """mosaicml-streaming, the picture stored as bytes and decoded as ours are."""
+    base: Any = importlib.import_module("streaming").StreamingDataset
+
+    class Decoded(base):
+        def __getitem__(self, at: Any) -> Any:
+            sample = super().__getitem__(at)
+            if kind == "jpg":
+                return _decode_jpeg(sample["image"]), sample["label"]
+            return torch.from_numpy(sample["image"]), sample["label"]
+
+    dataset = Decoded(
+        local=str(data / kind / "streaming"),
+        shuffle=True,
+        shuffle_seed=SEED,
+        batch_size=BATCH[kind],
+        num_canonical_nodes=1,
+    )
+    loader = DataLoader(
+        dataset,
+        BATCH[kind],
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
+    return _endless(loader)
+
+
+def decoder(data: Path, stacked: bool) -> Batches:
+    """The JPEG decoder on bytes in memory: no reading, no order; a batch only if stacked."""
+    contents = [path.read_bytes() for path in sorted((data / "jpg" / "files").rglob("*.jpg"))]
+    while True:
+        for start in range(0, len(contents) - BATCH["jpg"] + 1, BATCH["jpg"]):
+            pictures = [_decode_jpeg(content) for content in contents[start : start + BATCH["jpg"]]]
+            yield torch.stack(pictures) if stacked else pictures
+
+
+PROVIDERS: dict[str, Callable[[Path, int], Batches]] = {
+    "jpg speed_engine": lambda data, workers: speed_engine(data, "jpg", workers),
+    "jpg decoder on bytes in memory": lambda data, workers: decoder(data, stacked=False),
+    "jpg decoder, stacked into batches": lambda data, workers: decoder(data, stacked=True),
+    "jpg torchvision ImageFolder": image_folder,
+    "jpg webdataset, decode(torchrgb8)": lambda d, w: webdataset(d, "jpg", w, by_hand=False),
+    "jpg webdataset, torchvision decoder": lambda d, w: webdataset(d, "jpg", w, by_hand=True),
+    "jpg mosaicml-streaming": lambda data, workers: streaming(data, "jpg", workers),
+    "latents speed_engine": lambda data, workers: speed_engine(data, "latents", workers),
+    "latents one .npy per image": npy_files,
+    "latents webdataset, decode()": lambda d, w: webdataset(d, "latents", w, by_hand=False),
+    "latents webdataset, frombuffer": lambda d, w: webdataset(d, "latents", w, by_hand=True),
+    "latents mosaicml-streaming": lambda data, workers: streaming(data, "latents", workers),
+}
+
+
+class _NpyFiles(Dataset):
+    def __init__(self, folder: Path) -> None:
+        self._names = sorted(os.listdir(folder / "features"))
+        self._features, self._labels = str(folder / "features"), str(folder / "labels")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        feature = np.load(os.path.join(self._features, self._names[i]))
+        label = np.load(os.path.join(self._labels, self._names[i]))
+        return torch.from_numpy(feature), torch.from_numpy(label)
+
+
+def _shuffled(dataset: Dataset, kind: str, workers: int) -> Batches:
+    loader = DataLoader(
+        dataset,
+        BATCH[kind],
+        shuffle=True,
+        num_workers=workers,
+        drop_last=True,
+        persistent_workers=workers > 0,
+    )
+    return _endless(loader)
+
+
+def _endless(loader: DataLoader) -> Batches:
+    while True:
+        yield from loader
+
+
+def _collate(rows: list[tuple[Any, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = zip(*rows, strict=True)
+    return torch.stack([torch.as_tensor(image) for image in images]), torch.tensor(labels)
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor:
+    # The operator itself: its wrapper warns at every call.
+    content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torch.ops.image.decode_jpeg(content, _RGB, False)
+
+
+def _view_npy(data: bytes) -> torch.Tensor:
+    start = 10 + int.from_bytes(data[8:10], "little")
+    return torch.from_numpy(np.frombuffer(data, np.float16, offset=start).reshape(LATENT_SHAPE))
+
+
+def write_streaming(data: Path) -> None:
+    """The same bytes and labels as MDS."""
+    writer_class: Any = importlib.import_module("streaming").MDSWriter
+    columns = {"image": "bytes", "label": "int"}
+    with writer_class(out=str(data / "jpg" / "streaming"), columns=columns) as writer:
+        for path in sorted((data / "jpg" / "files").rglob("*.jpg")):
+            writer.write({"image": path.read_bytes(), "label": int(path.parent.name)})
+    columns["image"] = f"ndarray:float16:{','.join(map(str, LATENT_SHAPE))}"
+    folder = data / "latents" / "files"
+    with writer_class(out=str(data / "latents" / "streaming"), columns=columns) as writer:
+        for path in sorted((folder / "features").iterdir()):
+            label = int(np.load(folder / "labels" / path.name)[0])
+            writer.write({"image": np.load(path), "label": label})
+
+
+def serve(provider: str, data: Path) -> None:
+    """Answer every line {"images": n, "workers": w} with what it cost to load n images."""
+    import torchvision  # noqa: F401  its operators, before memory is counted
+
+    warnings.simplefilter("ignore")  # arrays that share the memory of bytes, read only
+    torch.set_num_threads(1)
+    kind, alone = provider.partition(" ")[0], _memory(os.getpid())
+    loaders: dict[int, tuple[Batches, float]] = {}
+    print(json.dumps({"python": sys.version.split()[0], "torch": torch.__version__}), flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        workers = order["workers"]
+        if workers not in loaders:
+            batches = PROVIDERS[provider](data, workers)
+            next(batches)
+            loaders[workers] = batches, _cpu_seconds()
+        batches, cpu = loaders[workers]
+        # Workers have filled their queues since the last order. Their time is counted from then on;
+        # the clock starts when the queues are empty.
+        queued = 4 * workers
+        for _ in range(queued):
+            next(batches)
+        wall, timed = time.perf_counter(), order["images"] // BATCH[kind]
+        for _ in range(timed):
+            next(batches)
+        wall, now = time.perf_counter() - wall, _cpu_seconds()
+        loaders[workers] = batches, now
+        memory = [_memory(child) for child in _children()] or [_memory(os.getpid()) - alone]
+        cost = {
+            "images_per_cpu_second": (queued + timed) * BATCH[kind] / (now - cpu),
+            "images_per_second": timed * BATCH[kind] / wall,
+            "worker_megabytes": max(memory),
+        }
+        print(json.dumps(cost), flush=True)
+
+
+def _children() -> list[int]:
+    """Processes below this one."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        parents[int(folder.name)] = int(fields[1])
+    found, frontier = [], [os.getpid()]
+    while frontier:
+        frontier = [pid for pid, parent in parents.items() if parent in frontier]
+        found += frontier
+    return found
+
+
+def _cpu_seconds() -> float:
+    """Of this process, its threads and its workers."""
+    ticks = 0
+    for pid in _children():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _memory(pid: int) -> float:
+    """Megabytes: memory shared by n processes counts for 1/n."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    kilobytes = next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
+    return int(kilobytes) / 1e3
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The content of an npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "write-streaming":
+        write_streaming(Path(sys.argv[2]))
+    else:
+        serve(sys.argv[1], Path(sys.argv[2]))

@@ -78,8 +78,10 @@ def _check_positive(config: object, names: tuple[str, ...]) -> None:
         _check(f"model.{name}", value, value > 0, "must be positive")
 
 
-def _check_size(config: Any) -> None:
-    """A published size and a field that it sets would contradict each other."""
+def _check_model(config: Any) -> None:
+    """The dial of every family; a size and a field that it sets would contradict each other."""
+    dial = config.checkpointing
+    _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
     if config.size is None:
         return
     for field_ in dataclasses.fields(config):
@@ -122,10 +124,8 @@ class DiTConfig:
     """Of the tokens from block to block: auto is float32, bfloat16 moves a sixth less memory."""
 
     def __post_init__(self) -> None:
-        _check_size(self)
+        _check_model(self)
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
-        dial = self.checkpointing
-        _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +157,11 @@ class MDTConfig:
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
-        _check_size(self)
+        _check_model(self)
         _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
 
 
@@ -195,9 +197,11 @@ class UNetConfig:
     """Probability inside residual blocks, in [0, 1)."""
     learn_sigma: bool = False
     """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
-        _check_size(self)
+        _check_model(self)
         _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
 
@@ -228,9 +232,11 @@ class EdmUNetConfig:
     """Probability inside blocks, in [0, 1)."""
     learn_sigma: tyro.conf.Suppress[bool] = False
     """These networks learn no variance."""
+    checkpointing: float = 0
+    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
 
     def __post_init__(self) -> None:
-        _check_size(self)
+        _check_model(self)
         _check_positive(self, ("model_channels", "num_blocks"))
         _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
         _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")

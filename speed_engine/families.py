@@ -88,7 +88,7 @@ def _mdt(settings: MDTConfig, shape: Shape) -> nn.Module:
     arguments = _sized(settings, MDT_SIZES)
     return (MDT, MDTv2)[arguments.pop("version") - 1](
         **arguments,
-        **_some(settings, ("mask_ratio", "mlp_ratio", "learn_sigma")),
+        **_some(settings, ("mask_ratio", "mlp_ratio", "learn_sigma", "checkpointing")),
         input_size=shape.input_size,
         channels=shape.channels,
         in_channels=shape.in_channels,
@@ -99,7 +99,7 @@ def _mdt(settings: MDTConfig, shape: Shape) -> nn.Module:
 def _unet(settings: UNetConfig, shape: Shape) -> nn.Module:
     return UNet(
         **_sized(settings, UNET_SIZES),
-        **_some(settings, ("dropout", "learn_sigma")),
+        **_some(settings, ("dropout", "learn_sigma", "checkpointing")),
         input_size=shape.input_size,
         in_channels=shape.in_channels,
         out_channels=shape.channels,
@@ -115,6 +115,7 @@ def _edm_unet(settings: EdmUNetConfig, shape: Shape) -> nn.Module:
         arguments["network"] = settings.size.partition("-")[0]  # it begins with the network's name
     return {"ddpm++": SongUNet, "adm": DhariwalUNet}[arguments.pop("network")](
         **arguments,
+        checkpointing=settings.checkpointing,
         input_size=shape.input_size,
         in_channels=shape.in_channels,
         out_channels=shape.channels,

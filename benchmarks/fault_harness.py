@@ -209,12 +209,13 @@ def train(
     **environment: str,
 ) -> Training:
     """A new tiny run."""
-    return Training(run, [*TINY, *options, "--run", str(run)], world, fault, **environment)
+    arguments = [*TINY, *options, "--run", str(run)]
+    return Training(run, arguments, world, fault, **environment)
 
 
 def resume(run: Path, world: int = 2, **environment: str) -> Training:
     """The same run again."""
-    return Training(run, ["--resume", str(run)], world, **environment)
+    return Training(run, ["--resume", str(run)], world, None, **environment)
 
 
 def steps(run: Path) -> int:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from functorch.compile import (
     aot_function,
-    make_boxed_func,
+    make_boxed_func,  # pyright: ignore[reportPrivateImportUsage]
     min_cut_rematerialization_partition,
 )
 from torch import Tensor

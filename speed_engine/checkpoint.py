@@ -23,8 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from speed_engine.distributed import ALONE, World
 
@@ -76,7 +81,7 @@ class Checkpoints:
         temporary = self.folder / f".tmp-{step:08d}"
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            saving = dcp.async_save(
+            saving = async_save(
                 dict(tensors),
                 storage_writer=_Writer(self, temporary, step, state),
                 process_group=self.world.background,
@@ -85,7 +90,8 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             self._failed(temporary, error)
             return
-        self._pending = temporary, getattr(saving, "upload_completion", saving)
+        written: Any = getattr(saving, "upload_completion", saving)
+        self._pending = temporary, written
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is complete, or has failed."""
@@ -130,7 +136,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _Writer(dcp.HuggingFaceStorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Safetensors, described by the process that wrote them, committed by the first one."""
 
     def __init__(
@@ -162,9 +168,9 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
     Returns:
         The checkpoint's state.
     """
-    dcp.load(
+    load_state_dict(
         dict(tensors),
-        storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)),
+        storage_reader=HuggingFaceStorageReader(str(checkpoint)),
         process_group=world.background,
         no_dist=world.size == 1,
     )
@@ -173,14 +179,14 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
 
 def load_group(checkpoint: Path, group: str) -> dict[str, Tensor]:
     """The whole tensors of one group, by name, on the CPU."""
-    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    reader = HuggingFaceStorageReader(str(checkpoint))
     stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
         for name, tensor in stored.items()
         if name.startswith(f"{group}/")
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportArgumentType]
+    load_state_dict(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportArgumentType]
     return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
 
 
@@ -191,7 +197,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor, by ``group/name``."""
-    metadata = dcp.HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
     stored: dict[str, Any] = metadata.state_dict_metadata
     return {name: tuple(tensor.size) for name, tensor in stored.items()}
 

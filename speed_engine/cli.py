@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, export, shards, methods, doctor."""
+"""The command line: train, plan, sample, evaluate, export, shards, methods, doctor."""
 
 import json
 import logging
@@ -24,6 +24,7 @@ usage: speed-engine COMMAND ...
 
   train PRESET [options]   train a model; speed-engine train --help lists the presets
   train --resume RUN       continue a run exactly where its newest checkpoint stands
+  plan PRESET --gpus N     what a run would take on N GPUs: memory, communication, time
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
   export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
@@ -47,6 +48,22 @@ class TrainCommand:
     """Train nothing: print what the run would take in memory and arithmetic."""
     gpu: Literal["a100", "h100", "h200", "b200", "l40s", "a6000", "rtx4090"] = "h200"
     """Of --dry-run: the device of the expected step time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """What a run would take on many GPUs; nothing is trained."""
+
+    preset: tyro.conf.Suppress[str]
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    gpus: int = 8
+    """GPUs of all nodes together."""
+    gpu: Literal["a100", "h100", "h200", "b200", "l40s", "a6000", "rtx4090"] = "h200"
+    """Which kind."""
+    per_node: int = 8
+    """GPUs of one node."""
+    efficiency: float = 0.45
+    """Share of the peak rate that the arithmetic reaches; measure it on one GPU first."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "train": _train,
+        "plan": _plan,
         "sample": _sample,
         "evaluate": _evaluate,
         "export": _export,
@@ -196,6 +214,23 @@ def _train(arguments: list[str], console: Console) -> None:
         config = command.config
         run = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
         train.start(config, run, console)
+
+
+def _plan(arguments: list[str], console: Console) -> None:
+    from speed_engine import plan
+
+    presets = {
+        name: (text, PlanCommand(preset=name, config=config))
+        for name, (text, config) in PRESETS.items()
+    }
+    command = tyro.extras.overridable_config_cli(
+        presets, args=arguments, prog="speed-engine plan", config=(tyro.conf.AvoidSubcommands,)
+    )
+    lines = plan.describe(
+        command.config, command.gpus, command.gpu, command.per_node, command.efficiency
+    )
+    for name, text in lines.items():
+        console.print(f"{name:10}{text}", highlight=False, soft_wrap=True)
 
 
 def _sample(arguments: list[str], console: Console) -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup, Store
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.distributed_c10d import Store
 
 # Generous: nodes start minutes apart, and a restart meets slow ones again. A rank that hangs later
 # is found by watchdog.py, which knows what it was doing.
@@ -134,7 +135,9 @@ def join(device_type: str) -> World:
             backend, store=store, rank=rank, world_size=size, timeout=CONNECT_TIMEOUT
         )
     # Its own group: on the default one, a save beside training would meet training's collectives.
-    background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT) if size > 1 else None
+    background: Any = None
+    if size > 1:
+        background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
     return World(rank, size, local_rank, local_size, background)
 
 
@@ -145,7 +148,8 @@ def rendezvous_store(keeper: bool, timeout: timedelta) -> "Store":
         keeper: whether this process keeps the store, unless torchrun's agent does.
         timeout: of every request.
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch._C._distributed_c10d import TCPStore
+    from torch.distributed.distributed_c10d import PrefixStore
 
     agent_keeps = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(

@@ -175,8 +175,8 @@ def choose_norm_kernels(device: str) -> Choice:
     if norm_kernels_run_on(torch.device(device)):
         return Choice(
             "Triton",
-            "QK-norm with RoPE, group norm with SiLU: 10 and 8 tensors moved, by count, where "
-            "torch.compile moves 28 and 16 to 19; not yet timed on a GPU",
+            "QK-norm with RoPE, group norm with SiLU: by count 10 and 8 tensors moved, forward and "
+            "backward together; not yet timed on a GPU",
         )
     missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
     return Choice("PyTorch reference", f"QK-norm with RoPE, group norm with SiLU; {missing}")

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from speed_engine.data.pictures import npy_bytes
 from speed_engine.data.resident import Resident
 from speed_engine.data.shards import ShardWriter
 
+ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(
     steps=12,
     batch_size=16,
@@ -54,15 +58,19 @@ def data(name: str, tmp_path: Path, **options: object) -> DataConfig:
     return DataConfig(source=str(folder), image_shape=shape, latents=True, **options)  # pyright: ignore[reportArgumentType]
 
 
+def figures(run: Path) -> list[tuple]:
+    """Of every step."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(r["loss"], r["squared_error"], r["grad_norm"]) for r in records if "loss" in r]
+
+
 def outcome(config: TrainConfig, run: Path) -> tuple[list[tuple], dict[str, bytes]]:
     """Figures of every step, and the bytes of every tensor of the last checkpoint."""
     train.start(config, run, Console(file=io.StringIO()))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    figures = [(r["loss"], r["squared_error"], r["grad_norm"]) for r in records if "loss" in r]
-    assert len(figures) == config.steps
+    assert len(figures(run)) == config.steps
     checkpoint = run / "checkpoints" / f"step-{config.steps:08d}"
     (file,) = checkpoint.glob("*.safetensors")
-    return figures, {name: value.numpy().tobytes() for name, value in load_file(file).items()}
+    return figures(run), {name: value.numpy().tobytes() for name, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["as is", "flipped"])
@@ -81,6 +89,28 @@ def test_a_resident_data_set_trains_as_a_loader_does_bit_for_bit(tmp_path, name,
     assert outcomes[0] == outcomes[1] and outcomes[0][1]
 
 
+def test_two_processes_with_resident_data_train_as_with_loaders_bit_for_bit(tmp_path):
+    processes = {}
+    for resident in ("off", "on"):
+        launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --"
+        options = f"""speed_engine train digits --run {resident} --data.resident {resident}
+            --data.flip --steps 4 --batch-size 16 --log-every 1 --model.dim 16 --model.depth 1
+            --model.num-heads 2 --evaluation.features none --evaluation.num-images 4
+            --evaluation.solver-steps 2"""
+        processes[resident] = subprocess.Popen(
+            [sys.executable, "-m", *launcher.split(), *options.split()],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    for process in processes.values():
+        said, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, said
+    assert figures(tmp_path / "on") == figures(tmp_path / "off")
+
+
 def test_a_flipped_run_is_another_run(tmp_path):
     one, other = (
         outcome(dataclasses.replace(TINY, data=DataConfig(flip=flip)), tmp_path / str(flip))
@@ -94,9 +124,7 @@ def test_a_resident_run_resumes_bit_for_bit(tmp_path):
     straight = outcome(config, tmp_path / "straight")
     outcome(dataclasses.replace(config, steps=5), tmp_path / "resumed")
     train.resume(tmp_path / "resumed", Console(file=io.StringIO()), steps=12)
-    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line).get("loss") for line in lines]
-    assert [loss for loss in losses if loss is not None] == [loss for loss, *_ in straight[0]]
+    assert figures(tmp_path / "resumed") == straight[0]
 
 
 @pytest.mark.parametrize("learn_sigma", [False, True], ids=["error", "hybrid"])

@@ -84,10 +84,10 @@ def clip(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def told_shards(tmp_path_factory, clip) -> Path:
     """The digits, with their names as text tokens and their halved selves as low resolution."""
-    from speed_engine.data.texts import encode_texts
+    from speed_engine.data.texts import TextEncoder
 
     names = "zero one two three four five six seven eight nine".split()
-    tokens = encode_texts(["", *names], str(clip))
+    tokens = TextEncoder(str(clip), torch.device("cpu"))(["", *names])
     folder = tmp_path_factory.mktemp("told")
     np.save(folder / "null_tokens.npy", tokens[0])
     digits = ShardReader(digits_folder())

@@ -27,7 +27,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"families"},
     {"assemble"},
     {"presets", "train", "estimate"},
-    {"shards_cli"},
+    {"shards_cli", "plan"},
     {"cli"},
     {"__main__"},
 ]

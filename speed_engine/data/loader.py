@@ -96,7 +96,8 @@ class Loader:
     Raises:
         ValueError: an argument or a sample is unfit; names shard and key of the sample.
         OSError: a shard cannot be read.
-        RuntimeError: a worker died, or the loader is closed.
+        ChildProcessError: a worker died.
+        RuntimeError: the loader is closed.
     """
 
     def __init__(
@@ -149,9 +150,11 @@ class Loader:
             if self._batches is None:
                 self._batches = iter(self._loader)
             return self._reported(next(self._batches))
-        except (EOFError, ConnectionError) as error:  # it died while handing over a batch
+        except (EOFError, ConnectionError, RuntimeError) as error:
             self.close()
-            raise RuntimeError(
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
                 f"a DataLoader worker was killed or exited ({error!r}); if memory ran out, use "
                 "fewer workers. Make another Loader with start=images consumed to go on."
             ) from error

@@ -313,7 +313,7 @@ def test_a_killed_worker_is_an_error_and_the_run_resumes_exactly(folder):
 
     whole = [pixels(batch) for batch in batches(folder, 12)]
     loader, seen = Loader(ShardReader(folder), SHAPE, 8, 5, window=2, workers=2), []
-    with pytest.raises(RuntimeError, match="DataLoader worker"), loader:
+    with pytest.raises(ChildProcessError, match="DataLoader worker"), loader:
         for batch in loader:
             seen.append(pixels(batch))
             if len(seen) == 3:

@@ -266,7 +266,7 @@ def test_close_ends_the_workers_promptly(reader):
 def test_the_death_of_a_worker_is_an_error(reader):
     loader = Loader(reader, SHAPE, 8, 5, workers=2)
     next(loader)
-    with pytest.raises(RuntimeError, match="DataLoader worker .*(killed|exited)"):
+    with pytest.raises(ChildProcessError, match="DataLoader worker .*(killed|exited)"):
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         for _ in range(100):
             next(loader)

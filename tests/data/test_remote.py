@@ -20,6 +20,8 @@ from speed_engine.data.shards import ShardWriter
 from speed_engine.data.tarscan import ShardError
 
 SHAPE = (1, 2, 3)
+# The server is a thread of this process, of which forked workers take no notice.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 
 
 class Handler(SimpleHTTPRequestHandler):

@@ -55,18 +55,17 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
     while done < count:
         run = folder / f"run-{runs}"
         training = faults.train(run, options)
-        for life in range(min(KILLS_PER_RUN, count - done)):
+        training.wait_for(lambda run=run: bool(faults.checkpoints(run)), 600)
+        for _ in range(min(KILLS_PER_RUN, count - done)):
             # From before the process group exists to well into training, and inside saves.
-            moment = time.monotonic() + rng.uniform(0.2, 8)
-            if life == 0:
-                training.wait_for(lambda run=run: bool(faults.checkpoints(run)), 600)
+            moment = time.monotonic() + rng.uniform(0.2, 5)
             before = committed(run)
-            training.wait_for(lambda moment=moment: time.monotonic() > moment)
-            reached = faults.steps(run)
+            if not training.wait_for(lambda moment=moment: time.monotonic() > moment):
+                break  # it came to its end first
+            lives.append(faults.steps(run))
             training.kill()
             training.join()
             done += 1
-            lives.append(reached)
             try:
                 kept = faults.checkpoints(run)
             except checkpoint.InvalidCheckpoint:
@@ -76,7 +75,7 @@ def kills(folder: Path, count: int) -> dict[str, Any]:
             training = faults.resume(run)
         codes = training.join(900)
         # A run that was complete when it was last killed says so and ends with 2.
-        if codes != [0, 0] and "is complete at step" not in training.said().replace("\n", " "):
+        if codes != [0, 0] and "is complete at step" not in training.said():
             raise RuntimeError(training.said())
         same = faults.equal(faults.parameters(run), expected) and losses(run) == records
         equal += same

@@ -12,7 +12,6 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
@@ -157,11 +156,10 @@ def main(arguments: list[str] | None = None) -> None:
     # torch's checkpoints warn, in two ways, that there is one process; that is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     console = Console()
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
-    )
+    # Plain lines: a path that is wrapped can neither be copied nor searched for.
+    for level in (logging.WARNING, logging.ERROR):
+        logging.addLevelName(level, logging.getLevelName(level).lower())
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     commands: dict[str, Callable[[list[str], Console], None]] = {
         "train": _train,
         "plan": _plan,

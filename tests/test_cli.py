@@ -34,7 +34,7 @@ def test_doctor_says_what_will_be_used_and_why(capsys):
 
 
 def test_unknown_words_list_the_known_ones(capsys):
-    assert "choose from train, sample, evaluate" in fails(capsys, "trian")
+    assert "choose from train, plan, sample, evaluate" in fails(capsys, "trian")
     assert "digits" in fails(capsys, "train", "digitz")
     message = fails(capsys, "train", "digits", "--method", "sped")
     assert "uniform, speed_paper" in message

@@ -197,9 +197,8 @@ def test_a_finished_run_can_be_trained_longer(tmp_path):
 def test_a_run_folder_holds_what_it_promises(tmp_path):
     run = tmp_path / "run"
     train.start(TINY, run, quiet())
-    resolved = dataclasses.replace(
-        TINY, compile="off"
-    )  # what auto chose, so that resuming keeps it
+    # What auto chose, so that resuming keeps it.
+    resolved = dataclasses.replace(TINY, compile="off", attention="sdpa")
     assert from_json((run / "config.json").read_text()) == resolved
     environment = json.loads((run / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__

@@ -31,10 +31,12 @@ import torch
 import fault_harness as faults
 from harness import result_path, write_result
 from speed_engine import checkpoint
-from speed_engine.assemble import build_model
+from speed_engine.assemble import build_model, build_objective, build_process
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import DataConfig, DiTConfig, TrainConfig
+from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
+from speed_engine.engine import Engine
 from speed_engine.optim import adamw, optimizer_tensors
 
 OPTIONS = "--checkpoint-every 10 --keep-checkpoints 5 --parallel fsdp".split()
@@ -137,31 +139,56 @@ def restart(folder: Path, count: int) -> dict[str, Any]:
 
 
 def saving(folder: Path, count: int) -> dict[str, Any]:
-    """A DiT-S/2 in one process: how long a step waits for its checkpoint, and the memory peak."""
+    """A DiT-S/2 in one process: what a checkpoint beside training costs steps, and host memory.
+
+    Steps of two images are timed in turn alone and while a checkpoint is being written.
+    """
     config = TrainConfig(model=DiTConfig(size="DiT-S/2"), data=DataConfig(image_shape=(4, 32, 32)))
-    model = build_model(config)
-    optimizer = adamw(model, learning_rate=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0)
+    trained = _engine(config)
+    moments = optimizer_tensors(trained.model, trained.optimizer)
     tensors = {
-        **{f"model/{k}": v for k, v in model.state_dict().items()},
-        **{f"ema/{k}": v for k, v in Ema(model, 0.9999).model.state_dict().items()},
-        **{f"optimizer/{k}": v for k, v in optimizer_tensors(model, optimizer).items()},
+        **{f"model/{k}": v for k, v in trained.model.state_dict().items()},
+        **{f"ema/{k}": v for k, v in trained.ema.model.state_dict().items()},
+        **{f"optimizer/{k}": v for k, v in moments.items()},
     }
-    size = sum(value.nbytes for value in tensors.values())
     checkpoints = Checkpoints(folder / "saving", keep=1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    waits, totals = [], []
-    for step in range(1, count + 1):
+    images = torch.zeros(2, 4, 32, 32)
+
+    def step() -> float:
+        first = 2 * trained.steps_done
+        batch = Batch(images, {"labels": torch.tensor([0, 1])}, torch.arange(first, first + 2))
         begun = time.perf_counter()
-        checkpoints.save(step, tensors, {})
+        trained.step(batch)
+        return time.perf_counter() - begun
+
+    step()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    alone, beside, waits, totals = [], [], [], []
+    for number in range(1, count + 1):
+        alone += [step(), step()]
+        begun = time.perf_counter()
+        checkpoints.save(number, tensors, {})
         waits.append(time.perf_counter() - begun)
-        checkpoints.wait()
+        while checkpoints.is_saving:
+            beside.append(step())
         totals.append(time.perf_counter() - begun)
+        checkpoints.wait()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    median = statistics.median
     return {
-        "bytes": size, "saves": count, "seconds_a_step_waits": statistics.median(waits),
-        "seconds_until_complete": statistics.median(totals),
-        "host_bytes_above_training": 1024 * (peak - before),
+        "bytes": sum(value.nbytes for value in tensors.values()), "saves": count,
+        "seconds_a_step_waits": median(waits), "seconds_until_complete": median(totals),
+        "step_seconds_alone": median(alone), "step_seconds_beside_a_save": median(beside),
+        "host_bytes_above_training": 1024 * (peak - memory),
     }  # fmt: skip
+
+
+def _engine(config: TrainConfig) -> Engine:
+    model = build_model(config)
+    objective = build_objective(config, build_process(config), model)
+    optimizer = adamw(model, learning_rate=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0)
+    ema = Ema(model, 0.9999)
+    return Engine(model, objective, optimizer, ema, learning_rate=lambda _: 1e-4, grad_clip=1.0)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -104,6 +104,11 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             self._failed(temporary, error)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether one is being written now."""
+        return self._pending is not None and not self._pending[1].done()
+
     def commit(self, temporary: Path, step: int, state: dict[str, Any]) -> None:
         """Turn the files of all processes into a checkpoint, and delete old ones."""
         (temporary / _STATE).write_text(json.dumps(state))

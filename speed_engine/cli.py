@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         "doctor": _doctor,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, end="", markup=False, highlight=False)
+        print(USAGE, end="")
         return
     if arguments[0] not in commands:
         _fail(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}.")

@@ -189,6 +189,18 @@ def configure(run: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.parametrize(
+    "options", ["--parallel hsdp", "--parallel fsdp --no-reshard", "--parallel fsdp --offload"]
+)
+def test_every_way_to_hold_parameters_trains_alike(train, straight, options):
+    nodes = {"LOCAL_WORLD_SIZE": "2"} if "hsdp" in options else {}
+    world = 4 if nodes else 2
+    training = train(*options.split(), "--steps", "20", world=world, **nodes)
+    assert training.join() == [0] * world, training.said()
+    for ours, theirs in zip(losses(training.run), losses(straight), strict=False):
+        assert ours == pytest.approx(theirs, rel=RELATIVE_BOUND)
+
+
 def test_gradients_of_microbatches_are_those_of_the_batch(train, straight):
     training = train("--microbatch-size", "2", "--steps", "40")
     assert training.join() == OK, training.said()

@@ -12,6 +12,7 @@ Letters: B images, C, H, W as usual; N samples of the data set.
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Literal, NamedTuple, Self, cast
 
@@ -181,7 +182,9 @@ class Loader:
         shutdown = getattr(self._batches, "_shutdown_workers", None)  # absent without workers
         self._loader = self._batches = None
         if shutdown is not None:
-            shutdown()
+            # torch's signal handler reports a dead worker wherever we are, so perhaps here again.
+            with suppress(RuntimeError):
+                shutdown()
 
     def __enter__(self) -> Self:
         return self

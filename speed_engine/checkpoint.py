@@ -122,7 +122,7 @@ class Checkpoints:
             _flush(path)
         final = self.folder / f"step-{step:08d}"
         if final.exists():  # left by a run that went on from an earlier checkpoint
-            shutil.rmtree(final)
+            _delete(final)
         temporary.rename(final)
         _flush(self.folder)
         self._prune()
@@ -131,7 +131,7 @@ class Checkpoints:
         for checkpoint in sorted(self.folder.glob("step-*"))[: -self.keep]:
             step = int(checkpoint.name.removeprefix("step-"))
             if self.keep_every is None or step % self.keep_every:
-                shutil.rmtree(checkpoint)
+                _delete(checkpoint)
 
     def _failed(self, temporary: Path, error: BaseException) -> None:
         cause = _root_cause(error)
@@ -249,6 +249,13 @@ def verify(checkpoint: Path) -> None:
     # A file beside them would be read as tensors of another process, or tempt someone to unpickle.
     if added := {path.name for path in checkpoint.iterdir()} - {*files, _MANIFEST}:
         raise InvalidCheckpoint(f"{checkpoint} holds files that are not its own: {sorted(added)}")
+
+
+def _delete(checkpoint: Path) -> None:
+    """Out of sight first: one that is killed in between leaves nothing that looks like a whole."""
+    hidden = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(hidden))
 
 
 def _root_cause(error: BaseException) -> str:

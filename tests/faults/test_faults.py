@@ -119,7 +119,8 @@ SAVE = "speed_engine.checkpoint:"
         ("_flush", 15),  # before the folder is renamed
         ("_flush", 16),  # renamed
         ("Checkpoints._prune", 4),
-        ("shutil.rmtree", 2),  # one old checkpoint deleted, the next one not yet
+        ("shutil.rmtree", 2),  # an old checkpoint out of sight, not deleted
+        ("os.unlink", 12),  # an old checkpoint deleted in part
     ],
 )
 def test_kill_9_anywhere_inside_a_save_leaves_whole_checkpoints(tmp_path, cache, target, call):
@@ -129,7 +130,7 @@ def test_kill_9_anywhere_inside_a_save_leaves_whole_checkpoints(tmp_path, cache,
     training = harness.train(run, options, 1, fault, SPEED_ENGINE_CACHE=cache)
     assert training.join() == [-9], training.said()
     kept = harness.checkpoints(run)
-    assert kept and kept[-1] in ("step-00000030", "step-00000040")
+    assert kept and "step-00000030" <= kept[-1] <= "step-00000050"
     assert harness.resume(run, 1, SPEED_ENGINE_CACHE=cache).join() == [0]
     assert harness.checkpoints(run)[-1] == "step-00000060"
     assert not list((run / "checkpoints").glob(".tmp-*"))

@@ -23,11 +23,11 @@ import torch
 
 from harness import interleaved, write_result
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import DiTConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.environment import torch_device
+from speed_engine.model_config import DiTConfig
 from speed_engine.models.blocks import compiled
 from speed_engine.optim import adamw, linear_warmup
 from speed_engine.presets import PRESETS

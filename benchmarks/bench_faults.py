@@ -33,10 +33,11 @@ from harness import result_path, write_result
 from speed_engine import checkpoint
 from speed_engine.assemble import build_model, build_objective, build_process
 from speed_engine.checkpoint import Checkpoints
-from speed_engine.config import DataConfig, DiTConfig, TrainConfig
+from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
+from speed_engine.model_config import DiTConfig
 from speed_engine.optim import adamw, optimizer_tensors
 
 OPTIONS = "--checkpoint-every 10 --keep-checkpoints 5 --parallel fsdp".split()

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from speed_engine.config import DiTConfig, TrainConfig, cache_folder
+from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.model_config import DiTConfig
 from speed_engine.presets import PRESETS
 
 USAGE = """\

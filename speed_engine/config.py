@@ -11,14 +11,11 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-
-def _check(name: str, value: object, valid: bool, need: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}={value}: {need}.")
+from speed_engine.model_config import MODEL_CONFIGS, DiTConfig, ModelConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,180 +69,6 @@ class MethodOptions:
         }
 
 
-def _check_positive(config: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(f"model.{name}", value, value > 0, "must be positive")
-
-
-def _check_model(config: Any) -> None:
-    """The dial of every family; a size and a field that it sets would contradict each other."""
-    dial = config.checkpointing
-    _check("model.checkpointing", dial, 0 <= dial <= 1, "is a share in [0, 1]")
-    if config.size is None:
-        return
-    for field_ in dataclasses.fields(config):
-        value = getattr(config, field_.name)
-        if field_.name in config.SIZED and value != field_.default:
-            raise ValueError(
-                f"model.{field_.name}={value}: model.size={config.size} sets it; use --model.size "
-                f"None to set {', '.join(config.SIZED)} one by one."
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """A diffusion transformer (DiT); told a text, it attends to its tokens in every block."""
-
-    SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
-    family: tyro.conf.Suppress[Literal["dit"]] = "dit"
-    """Which of the families this is, in config.json."""
-    size: str | None = None
-    """Published size, DiT-S/2 to DiT-XL/8, DiT-XL/2-modern, in place of the next five."""
-    patch_size: int = 2
-    """Pixels per token, along each side; divides height and width."""
-    dim: int = 64
-    """Width of a token; a multiple of 4 and of num_heads."""
-    depth: int = 4
-    """Number of blocks."""
-    num_heads: int = 4
-    """Attention heads per block."""
-    variant: Literal["original", "modern"] = "original"
-    """modern has QK-norm, rotary positions and SwiGLU in its blocks."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the feed-forward layers, in units of dim."""
-    learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
-    frequency_shift: float = 0
-    """Of the sinusoidal features of t: 0 as in DiT, 1 for weights of diffusers."""
-    checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
-    residual_dtype: Literal["auto", "bfloat16"] = "auto"
-    """Of the tokens from block to block: auto is float32, bfloat16 moves a sixth less memory."""
-
-    def __post_init__(self) -> None:
-        _check_model(self)
-        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MDTConfig:
-    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
-
-    SIZED: ClassVar[tuple[str, ...]] = (
-        "version", "patch_size", "dim", "depth", "num_heads", "decode_layers",
-    )  # fmt: skip
-    family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
-    """Which of the families this is, in config.json."""
-    size: str | None = None
-    """Published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2, MDTv2-XL/2, in place of the next six."""
-    version: Literal[1, 2] = 1
-    """Of the paper."""
-    patch_size: int = 2
-    """Pixels per token, along each side; divides height and width."""
-    dim: int = 64
-    """Width of a token; a multiple of 4 and of num_heads."""
-    depth: int = 4
-    """Number of blocks, the interpolater not counted."""
-    num_heads: int = 4
-    """Attention heads per block."""
-    decode_layers: int = 2
-    """How many of the blocks decode; version 2 leaves an even number to the encoder."""
-    mask_ratio: float = 0.3
-    """Share of the tokens hidden, in (0, 1); in version 2 up to 0.2 more."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the feed-forward layers, in units of dim."""
-    learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
-    checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
-
-    def __post_init__(self) -> None:
-        _check_model(self)
-        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The U-Net of ADM and latent diffusion; told a text, its attention takes in the tokens."""
-
-    SIZED: ClassVar[tuple[str, ...]] = (
-        "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
-        "num_head_channels", "scale_shift_norm", "resblock_updown",
-    )  # fmt: skip
-    family: tyro.conf.Suppress[Literal["unet"]] = "unet"
-    """Which of the families this is, in config.json."""
-    size: str | None = None
-    """Published size, such as speed or adm-64, in place of the next eight."""
-    model_channels: int = 32
-    """Channels at multiplier 1; a multiple of 32."""
-    channel_mult: tuple[float, ...] = (1, 2)
-    """Multiplier of every level, finest first; each level halves height and width."""
-    num_res_blocks: int = 1
-    """Residual blocks of a level."""
-    attention_resolutions: tuple[int, ...] = (2,)
-    """Downsampling rates, powers of two, at which there is attention."""
-    num_heads: int = 1
-    """Attention heads; not used where num_head_channels is given."""
-    num_head_channels: int | None = None
-    """Channels of a head."""
-    scale_shift_norm: bool = False
-    """The timestep scales and shifts inside the norm, rather than being added before it."""
-    resblock_updown: bool = False
-    """Residual blocks change the resolution, rather than convolutions."""
-    dropout: float = 0.0
-    """Probability inside residual blocks, in [0, 1)."""
-    learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
-    checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
-
-    def __post_init__(self) -> None:
-        _check_model(self)
-        _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
-        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EdmUNetConfig:
-    """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
-
-    SIZED: ClassVar[tuple[str, ...]] = (
-        "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",
-        "dropout",
-    )  # fmt: skip
-    family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
-    """Which of the families this is, in config.json."""
-    size: str | None = None
-    """Published size, such as ddpm++-cifar10, in place of the next six."""
-    network: Literal["ddpm++", "adm"] = "ddpm++"
-    """Of the two."""
-    model_channels: int = 32
-    """Channels at multiplier 1; a multiple of 4."""
-    channel_mult: tuple[int, ...] = (1, 2)
-    """Multiplier of every level, finest first; each level halves height and width."""
-    num_blocks: int = 1
-    """Blocks of a level."""
-    attention_resolutions: tuple[int, ...] = (16,)
-    """Heights in pixels at which there is attention."""
-    dropout: float = 0.0
-    """Probability inside blocks, in [0, 1)."""
-    learn_sigma: tyro.conf.Suppress[bool] = False
-    """These networks learn no variance."""
-    checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
-
-    def __post_init__(self) -> None:
-        _check_model(self)
-        _check_positive(self, ("model_channels", "num_blocks"))
-        _check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
-        _check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
-
-
-ModelConfig = DiTConfig | MDTConfig | UNetConfig | EdmUNetConfig
-MODEL_CONFIGS: dict[str, type] = {cls.family: cls for cls in typing.get_args(ModelConfig)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from."""
@@ -289,16 +112,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         decodable = self.vae is None or self.latents
-        _check("data.vae", str(self.vae), decodable, "is for data.latents True only")
-        _check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        check("data.vae", str(self.vae), decodable, "is for data.latents True only")
+        check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
         if self.resident == "on" and self.mode == "stream":
             raise ValueError(
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
                 "leave one of them at its default."
             )
-        _check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
-        _check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
-        _check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
+        check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
+        check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
+        check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,13 +150,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         lr = self.learning_rate
-        _check("optimizer.learning_rate", lr, lr > 0, "must be positive")
-        _check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "must be >= 0")
-        _check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "must be >= 0")
-        _check("optimizer.grad_clip", self.grad_clip, self.grad_clip > 0, "must be positive")
+        check("optimizer.learning_rate", lr, lr > 0, "must be positive")
+        check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "must be >= 0")
+        check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "must be >= 0")
+        check("optimizer.grad_clip", self.grad_clip, self.grad_clip > 0, "must be positive")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            _check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
+            check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,8 +180,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         for name in ("every", "num_images", "solver_steps"):
             value = getattr(self, name)
-            _check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
-        _check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
+            check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
+        check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,41 +253,41 @@ class TrainConfig:
                   "keep_every", "microbatch_size", "on_nonfinite")  # fmt: skip
         for name in counts:
             value = getattr(self, name)
-            _check(name, value, value is None or value >= 1, "must be at least 1")
-        _check(
+            check(name, value, value is None or value >= 1, "must be at least 1")
+        check(
             "microbatch_size",
             self.microbatch_size or 0,
             self.microbatch_size is None or self.optimizer.update != "one_sweep_bf16",
             "gradients of microbatches would be summed in bfloat16; use optimizer.update=one_sweep",
         )
-        _check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
-        _check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
-        _check(
+        check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
+        check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
+        check(
             "condition_dropout",
             self.condition_dropout,
             0 <= self.condition_dropout <= 1,
             "is a share in [0, 1]",
         )
-        _check(
+        check(
             "low_resolution_noise",
             self.low_resolution_noise,
             0 <= self.low_resolution_noise <= 1,
             "is a level in [0, 1]",
         )
-        _check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
-        _check(
+        check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
+        check(
             "evaluation.solver_steps",
             self.evaluation.solver_steps,
             self.evaluation.solver_steps <= self.num_timesteps,
             f"must be at most num_timesteps={self.num_timesteps}",
         )
-        _check(
+        check(
             "evaluation.features",
             self.evaluation.features,
             not self.data.latents or self.evaluation.features == "none",
             "latents are no pictures that could be compared; choose none",
         )
-        _check(
+        check(
             "evaluation.guidance",
             self.evaluation.guidance,
             self.evaluation.guidance == 1 or self.condition_dropout > 0,

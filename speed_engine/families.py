@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
+from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.dit import DIT_SIZES, DiT, dit_size
 from speed_engine.models.edm_unet import EDM_UNET_SIZES, DhariwalUNet, SongUNet
 from speed_engine.models.mdt import MDT, MDTv2

@@ -6,7 +6,6 @@ import pytest
 
 from speed_engine.config import (
     DataConfig,
-    DiTConfig,
     EvaluationConfig,
     MethodOptions,
     OptimizerConfig,
@@ -14,6 +13,7 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
+from speed_engine.model_config import DiTConfig
 
 UNUSUAL = TrainConfig(
     method="uniform",

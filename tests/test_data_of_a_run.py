@@ -14,10 +14,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from speed_engine import environment, train
-from speed_engine.config import DataConfig, DiTConfig, EvaluationConfig, TrainConfig
+from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.data.pictures import npy_bytes
 from speed_engine.data.resident import Resident
 from speed_engine.data.shards import ShardWriter
+from speed_engine.model_config import DiTConfig
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(

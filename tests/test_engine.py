@@ -7,11 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import DiTConfig, TrainConfig
+from speed_engine.config import TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
+from speed_engine.model_config import DiTConfig
 from speed_engine.optim import adamw, linear_warmup, one_sweep
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))

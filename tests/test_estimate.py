@@ -10,8 +10,9 @@ import torch
 from speed_engine import cli
 from speed_engine.assemble import build_model
 from speed_engine.cli import TrainCommand
-from speed_engine.config import DataConfig, DiTConfig, MDTConfig, TrainConfig, UNetConfig
+from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.estimate import GPUS, Gpu, estimate
+from speed_engine.model_config import DiTConfig, MDTConfig, UNetConfig
 from speed_engine.presets import PRESETS
 
 PIXELS = DataConfig(image_shape=(3, 16, 16))

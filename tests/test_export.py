@@ -8,7 +8,8 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 
 from speed_engine import assemble, checkpoint, cli
 from speed_engine.checkpoint import Checkpoints
-from speed_engine.config import DiTConfig, EvaluationConfig, TrainConfig, to_json
+from speed_engine.config import EvaluationConfig, TrainConfig, to_json
+from speed_engine.model_config import DiTConfig
 from speed_engine.models.pretrained_dit import set_frequency_shift
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2))

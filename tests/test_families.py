@@ -13,14 +13,9 @@ from rich.console import Console
 from speed_engine import assemble, cli, train
 from speed_engine.config import (
     DataConfig,
-    DiTConfig,
-    EdmUNetConfig,
     EvaluationConfig,
-    MDTConfig,
-    ModelConfig,
     OptimizerConfig,
     TrainConfig,
-    UNetConfig,
     from_json,
     to_json,
 )
@@ -28,6 +23,7 @@ from speed_engine.data.reader import ShardReader
 from speed_engine.data.shards import ShardWriter
 from speed_engine.data.sources import digits_folder
 from speed_engine.families import FAMILIES, Shape, build_network
+from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 
 CONFIG = TrainConfig(
     method="uniform",

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from speed_engine.assemble import build_model, build_objective, build_process
 from speed_engine.checkpoint import Checkpoints, load, newest
-from speed_engine.config import DiTConfig, OptimizerConfig, TrainConfig
+from speed_engine.config import OptimizerConfig, TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.environment import choose_update
+from speed_engine.model_config import DiTConfig
 from speed_engine.optim import (
     OneSweep,
     adamw,

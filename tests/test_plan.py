@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from speed_engine import cli
-from speed_engine.config import DataConfig, DiTConfig, TrainConfig
+from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.estimate import GPUS, estimate
+from speed_engine.model_config import DiTConfig
 from speed_engine.plan import plan
 from speed_engine.presets import PRESETS
 

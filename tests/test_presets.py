@@ -1,4 +1,5 @@
-from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig, from_json, to_json
+from speed_engine.config import from_json, to_json
+from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.presets import PRESETS
 
 EXPERIMENTS = {

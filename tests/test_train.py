@@ -17,7 +17,6 @@ from rich.console import Console
 
 from speed_engine import assemble, checkpoint, train
 from speed_engine.config import (
-    DiTConfig,
     EvaluationConfig,
     MethodOptions,
     OptimizerConfig,
@@ -30,6 +29,7 @@ from speed_engine.data.shards import index_folder
 from speed_engine.data.sources import write_digits
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.diffusion.recipes import METHODS
+from speed_engine.model_config import DiTConfig
 
 TINY = TrainConfig(
     steps=60,

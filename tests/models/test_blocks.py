@@ -11,10 +11,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.config import DiTConfig, EdmUNetConfig, MDTConfig, TrainConfig, UNetConfig
+from speed_engine.config import TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
+from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.blocks import compiled, compiled_blocks, set_recompute
 from speed_engine.models.dit import DiT
 from speed_engine.optim import adamw, linear_warmup

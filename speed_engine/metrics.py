@@ -7,7 +7,9 @@ tensorboard/     the same figures as curves
 import json
 import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,34 @@ class IntervalMean:
         """Inverse of ``state``."""
         self._sum.copy_(torch.tensor(state["sum"]))
         self._count.fill_(state["count"])
+
+
+class TrainingClock:
+    """Seconds that a run has trained, evaluations left out, over all its resumptions.
+
+    Args:
+        before: seconds trained before it was resumed.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """From now on time counts."""
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far; stands still while paused."""
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        self._before, self._since = self.seconds, None
+        yield
+        self.start()
 
 
 class SkippedSteps:

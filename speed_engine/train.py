@@ -53,7 +53,7 @@ from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.fidelity import FidelityResult
 from speed_engine.evaluation.generate import grid_rows, save_images
-from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps
+from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.models.blocks import compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained, require_shapes
 from speed_engine.optim import (
@@ -186,6 +186,7 @@ class Trainer:
         self.means = IntervalMean(FIGURES, self.device)
         self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(self.device)
+        self.clock = TrainingClock()
         self.newest_evaluation: tuple[float | None, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (config.log_every, self._log),
@@ -249,6 +250,7 @@ class Trainer:
         self.means.load_state(state["means"])
         self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
+        self.clock = TrainingClock(state["seconds"])
         self.engine.steps_done = state["step"]
 
     def train(self) -> None:
@@ -266,7 +268,8 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.run / CHECKPOINTS, self.world, config.keep_checkpoints, config.keep_every
         )
-        self._interval = time.perf_counter(), engine.steps_done
+        self.clock.start()
+        self._interval = self.clock.seconds, engine.steps_done
         self._data_seconds = 0.0
         self.lost: list[str] = []
         self._introduce()
@@ -344,14 +347,15 @@ class Trainer:
     def _record(self, figures: dict[str, Any]) -> None:
         if self.world.is_first:
             step = self.engine.steps_done
-            self.records.write(step, {"images": step * self.config.batch_size, **figures})
+            images, seconds = step * self.config.batch_size, round(self.clock.seconds, 3)
+            self.records.write(step, {"images": images, "seconds": seconds, **figures})
 
     def _log(self) -> None:
         step = self.engine.steps_done
         figures = self.means.read()
         skipped = self._check_skipped()
         since, first = self._interval
-        now = time.perf_counter()
+        now = self.clock.seconds
         rate = (step - first) * self.config.batch_size / (now - since)
         figures |= self._data_wait(step - first)
         self._interval = now, step
@@ -398,12 +402,10 @@ class Trainer:
     def _evaluate(self) -> None:
         step = self.engine.steps_done
         self.watchdog.doing(step, "evaluating")
-        begun = time.perf_counter()
-        images, fidelity = self.evaluator(self.engine.ema.model)
-        if self.world.is_first:
-            self._keep_evaluation(images, fidelity)
-        since, first = self._interval
-        self._interval = since + time.perf_counter() - begun, first  # not part of the training rate
+        with self.clock.paused():
+            images, fidelity = self.evaluator(self.engine.ema.model)
+            if self.world.is_first:
+                self._keep_evaluation(images, fidelity)
         self.watchdog.doing(step, "training")
 
     def _keep_evaluation(self, images: Tensor, fidelity: FidelityResult | None) -> None:
@@ -450,6 +452,7 @@ class Trainer:
             "means": self.means.state(),
             "bad_samples": self._count_bad(),
             "skipped": self.skipped.state(),
+            "seconds": self.clock.seconds,
             "data": self.reader.fingerprint,
         }
         self.checkpoints.save(step, self._tensors(), state)

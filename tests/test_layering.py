@@ -28,6 +28,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"families"},
     {"assemble"},
     {"presets", "train", "estimate"},
+    {"arena"},
     {"shards_cli", "plan"},
     {"cli"},
     {"__main__"},

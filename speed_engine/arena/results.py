@@ -1,0 +1,93 @@
+"""What a comparison measured: the one file that statistics and report read.
+
+A contestant is a method with its process, target and options. Each contestant has one run per seed;
+the runs of one seed share initial weights, order of data and noise, so that contestants are paired
+by seed.
+
+The headline metric is a lower-is-better distance to real images, a key of ``Point.values``.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One competitor, as resolved."""
+
+    name: str  # as it was asked for, such as logit_normal@flow; unique
+    method: str
+    schedule: str
+    prediction: str
+    options: dict[str, Any]  # what else differs from the comparison's configuration
+    learning_rate: float
+    tuning: dict[str, float] = field(default_factory=dict)  # learning rate: metric reached
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One evaluation in training."""
+
+    images: int  # trained on so far
+    seconds: float  # of training so far, evaluations left out
+    values: dict[str, float]  # metric: value, as in metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """One run: a contestant with a seed."""
+
+    contestant: str  # its name
+    seed: int
+    run: str  # folder, relative to the comparison's
+    failure: str | None = None  # why it is incomplete; None if it is complete
+    points: tuple[Point, ...] = ()  # by ascending images
+    # From the final model, empty where the run failed:
+    by_solver_steps: dict[str, float] = field(default_factory=dict)  # "8": metric
+    denoising: dict[str, float] = field(default_factory=dict)  # log-SNR: MSE of the clean image
+    copied_share: float | None = None  # of drawn images nearer to the training set than 95 % of
+    # held-out images are; 0.05 is no copying
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A whole comparison."""
+
+    metric: str  # that decides, such as held_out_fid
+    extractor: str  # of every metric in the file
+    budget_images: int
+    contestants: tuple[Contestant, ...]  # in the order asked for
+    seeds: tuple[int, ...]
+    curves: tuple[Curve, ...]
+    baselines: tuple[str, ...]  # contestants that speed-ups are given against
+    config: dict[str, Any]  # what all runs share
+    environment: dict[str, Any]  # versions, hardware
+    command: str
+
+
+def write_results(results: Results, path: Path) -> None:
+    """As JSON."""
+    path.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+
+
+def read_results(path: Path) -> Results:
+    """Inverse of ``write_results``.
+
+    Raises:
+        ValueError: not such a file.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        curves = [
+            Curve(**{**curve, "points": tuple(Point(**point) for point in curve["points"])})
+            for curve in fields["curves"]
+        ]
+        contestants = [Contestant(**contestant) for contestant in fields["contestants"]]
+        lists = {"contestants": contestants, "curves": curves}
+        lists |= {name: fields[name] for name in ("seeds", "baselines")}
+        return Results(**{**fields, **{name: tuple(value) for name, value in lists.items()}})
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} holds no results of a comparison: {error!r}.") from error

@@ -1,4 +1,4 @@
-"""The command line: train, plan, sample, evaluate, export, shards, methods, doctor."""
+"""The command line: train, plan, sample, evaluate, compare, export, shards, methods, doctor."""
 
 import json
 import logging
@@ -27,6 +27,7 @@ usage: speed-engine COMMAND ...
   plan PRESET --gpus N     what a run would take on N GPUs: memory, communication, time
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  compare PRESET           train methods at equal budget, several seeds each, and report
   export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
   shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         "plan": _plan,
         "sample": _sample,
         "evaluate": _evaluate,
+        "compare": _compare,
         "export": _export,
         "shards": _shards,
         "methods": _methods,
@@ -297,6 +299,12 @@ def _evaluate(arguments: list[str], console: Console) -> None:
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
     settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
     console.print_json(json.dumps({"step": step, **measured, **settings}))
+
+
+def _compare(arguments: list[str], console: Console) -> None:
+    from speed_engine import compare_cli
+
+    compare_cli.main(arguments, console)
 
 
 def _export(arguments: list[str], console: Console) -> None:

@@ -31,6 +31,9 @@ class CompareCommand:
     """Seeds that count, from --seed on; each is one run of every contestant."""
     budget_images: int | None = None
     """Images that every run trains on; default steps times batch-size of the preset."""
+    budget_seconds: float | None = None
+    """Seconds of training in place of images: every run trains on as many as it is expected to in
+    that time, which short runs measure beforehand."""
     evaluations: int = 10
     """Measurements in a run, at equal numbers of images."""
     learning_rates: tuple[float, ...] = ()
@@ -54,7 +57,7 @@ def main(arguments: list[str], console: Console) -> None:
     command = tyro.extras.overridable_config_cli(
         presets, args=arguments, prog="speed-engine compare", config=(tyro.conf.AvoidSubcommands,)
     )
-    from speed_engine.arena.compare import Plan, compare
+    from speed_engine.arena.compare import Comparison, Plan
 
     plan = Plan(
         config=_within_budget(command),
@@ -62,10 +65,11 @@ def main(arguments: list[str], console: Console) -> None:
         seeds=command.seeds,
         learning_rates=command.learning_rates,
         solver_steps=command.final_solver_steps,
+        budget_seconds=command.budget_seconds,
     )
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
-    compare(plan, out, slots, threads, console)
+    Comparison(plan, out, slots, threads, console).run()
     console.print(f"report    {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -66,7 +66,8 @@ class ShardReader:
         part: Part | None = None,
     ) -> None:
         self.keys = tuple(keys)
-        self._held_out, self._part = held_out, part if held_out else None
+        self._held_out = held_out
+        self._part: Part | None = part if held_out else None
         excluded = load_repair_list(exclude) if exclude else RepairList()
         self._folder = open_folder(source, cache)
         self.dataset, self._indices = self._folder.load(excluded.shards)

@@ -26,6 +26,7 @@ from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
+from speed_engine.data.split import Part
 from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
@@ -198,8 +199,10 @@ def data_source(config: TrainConfig) -> Path | str:
     return config.data.source if is_url(config.data.source) else Path(config.data.source)
 
 
-def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> ShardReader:
-    """The configured shards, with the configured or other members.
+def open_data(
+    config: TrainConfig, members: Sequence[str] | None = None, part: Part | None = "training"
+) -> ShardReader:
+    """The configured shards, with the configured or other members; of one part, or None for both.
 
     Raises:
         ValueError: they are damaged, or lack a member that the model is to be told.
@@ -209,6 +212,8 @@ def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> Shar
         members or config.data.members,
         Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
         config.data.exclude,
+        config.data.held_out,
+        part,
     )
 
 

@@ -105,6 +105,9 @@ class DataConfig:
     The run is the same either way."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A damaged sample is replaced by another and counted, or ends the run."""
+    held_out: float = 0.0
+    """Share of the samples, in [0, 0.9], chosen by a hash of their keys, that is never trained on:
+    evaluation measures against both parts."""
     exclude: Path | None = None
     """Repair list of `speed-engine shards check`: what it names is left out."""
     cache_gb: float = 100.0
@@ -114,6 +117,7 @@ class DataConfig:
         decodable = self.vae is None or self.latents
         check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        check("data.held_out", self.held_out, 0 <= self.held_out <= 0.9, "is a share in [0, 0.9]")
         if self.resident == "on" and self.mode == "stream":
             raise ValueError(
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "

@@ -10,9 +10,9 @@ from speed_engine import cli
 from speed_engine.consistency_cli import steps_compared
 
 SHORT = [
-    "train", "digits", "--steps", "240", "--checkpoint-every", "120", "--keep-every", "120",
-    "--evaluation.every", "240", "--evaluation.features", "none", "--evaluation.num-images", "10",
-    "--model.depth", "2", "--compile", "off",
+    "train", "digits", "--steps", "160", "--checkpoint-every", "80", "--keep-every", "80",
+    "--evaluation.every", "160", "--evaluation.features", "none", "--evaluation.num-images", "10",
+    "--model.depth", "2", "--batch-size", "64", "--compile", "off",
 ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def test_models_of_the_same_data_draw_alike_from_the_same_noise(runs, capsys, tm
     out = tmp_path / "pairs.png"
     found = compare(capsys, a, b, "--count", "200", "--solver-steps", "10", "--out", out)
     steps = [(c["step_a"], c["step_b"]) for c in found["comparisons"]]
-    assert steps == [(120, 120), (240, 240)]
+    assert steps == [(80, 80), (160, 160)]
     last = found["comparisons"][-1]["images"]
     assert last["distance"] < 0.9 * last["distance_unpaired"]
     assert last["cosine"] > last["cosine_unpaired"] + 0.05
@@ -51,7 +51,7 @@ def test_a_run_agrees_with_itself_and_says_so_in_a_table(runs, capsys):
     cli.main(["consistency", str(a), str(a), "--count", "20", "--solver-steps", "2"])
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if " images " in line]
-    assert [row[0] for row in rows] == ["120", "240"]
+    assert [row[0] for row in rows] == ["80", "160"]
     assert all(row[3] == "0" and row[5] == "0.000" and row[6] == "1.000" for row in rows)
     assert (a / "samples" / "consistency-a.png").exists()
 

@@ -39,7 +39,10 @@ class Digits:
     channels = 1
     classes = tuple(map(str, range(10)))
     identity = "digits"
-    metadata: Mapping[str, str] = {"licence": "CC BY 4.0", "authors": "E. Alpaydin and C. Kaynak, 1998"}
+    metadata: Mapping[str, str] = {
+        "licence": "CC BY 4.0",
+        "authors": "E. Alpaydin and C. Kaynak, 1998",
+    }
 
     def __init__(self) -> None:
         self._images, self._labels = _load_digits()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from speed_engine.evaluation.classifier import classifier_for
+from speed_engine.evaluation.classifier import Classifier, ClassifierFeatures
 from speed_engine.evaluation.consistency import (
     feature_extraction,
     likeness,
@@ -50,12 +50,15 @@ def test_a_class_of_one_image_is_refused():
         partners_of(None, 1)
 
 
-def test_features_are_those_of_the_classifier(tmp_path):
-    images, labels = pixels(50, 0), torch.arange(50) % 2
-    classifier = classifier_for(images, labels, tmp_path, "noise")
-    ours = feature_extraction(classifier)(images)
-    assert ours.shape == (50, 64)
-    torch.testing.assert_close(ours, classifier.network.features(images).double().detach())
+def test_features_are_those_of_the_extractor():
+    images, network = pixels(300, 0), Classifier(1, 2).eval()
+    extractor = ClassifierFeatures(
+        name="consistency-test", weights_sha256="0" * 64, feature_dim=64, channels=1,
+        accuracy=0.5, network=network,
+    )  # fmt: skip
+    ours = feature_extraction(extractor)(images)
+    assert ours.shape == (300, 64)
+    torch.testing.assert_close(ours, network.features(images).double().detach())
 
 
 def test_rows_of_the_two_models_alternate():

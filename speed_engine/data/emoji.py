@@ -12,7 +12,7 @@ their groups, which are the classes. Left out are:
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -58,8 +58,7 @@ class Emoji:
                     f"{path} does not exist; on Debian and Ubuntu: apt-get install "
                     "fonts-noto-color-emoji unicode-data"
                 )
-        self._path = font
-        self._font: ImageFont.FreeTypeFont | None = None
+        self._font = _open(font)
         text = sequences.read_text(encoding="utf-8")
         self._sequences = self._drawn(read_sequences(text))
         if not self._sequences:
@@ -79,36 +78,16 @@ class Emoji:
     def read(self, i: int, channels: int) -> Record:
         """The drawing, centred on white, and its group."""
         sequence = self._sequences[i]
-        picture = _draw(self._open(), sequence.text)
+        picture = _draw(self._font, sequence.text)
         assert picture is not None, "checked when the source was opened"
         label = self.classes.index(sequence.group)
         return Record(picture.convert("L") if channels == 1 else picture, label)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_font": None}  # an open font cannot be sent to a process
-
-    def _open(self) -> ImageFont.FreeTypeFont:
-        if self._font is None:
-            try:
-                self._font = ImageFont.truetype(self._path, _STRIKE)
-            except OSError as error:
-                raise ValueError(
-                    f"{self._path} is no font with bitmaps of {_STRIKE} pixels ({error}); needed: "
-                    "that of Debian's fonts-noto-color-emoji."
-                ) from error
-            if self._font.getlength(_FLAG) != self._font.getlength(_FLAG[0]):
-                raise ValueError(
-                    f"{self._path}: a flag is not drawn as one picture. Needed: the font of "
-                    "Debian's fonts-noto-color-emoji, Pillow from PyPI, which has raqm, and "
-                    "apt-get install libfribidi0"
-                )
-        return self._font
 
     def _drawn(self, sequences: list[Sequence]) -> list[Sequence]:
         """Those that the font has a drawing of, each drawing once."""
         first: dict[bytes, Sequence] = {}
         for sequence in sequences:
-            picture = _draw(self._open(), sequence.text)
+            picture = _draw(self._font, sequence.text)
             if picture is not None:
                 first.setdefault(hashlib.sha256(picture.tobytes()).digest(), sequence)
         return list(first.values())
@@ -132,6 +111,22 @@ def read_sequences(text: str) -> list[Sequence]:
         if not _SKIN_TONES.intersection(characters):
             sequences.append(Sequence(characters, group, comment.split(maxsplit=2)[-1]))
     return sequences
+
+
+def _open(path: Path) -> ImageFont.FreeTypeFont:
+    needed = "needed: that of Debian's fonts-noto-color-emoji"
+    try:
+        font = ImageFont.truetype(path, _STRIKE)
+    except OSError as error:
+        raise ValueError(
+            f"{path} is no font with bitmaps of {_STRIKE} pixels ({error}); {needed}."
+        ) from error
+    if font.getlength(_FLAG) != font.getlength(_FLAG[0]):
+        raise ValueError(
+            f"{path}: a flag is not drawn as one picture; {needed}, Pillow from PyPI, which has "
+            "raqm, and apt-get install libfribidi0"
+        )
+    return font
 
 
 def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:

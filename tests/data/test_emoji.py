@@ -18,6 +18,7 @@ LINES = """\
 1F44B             ; fully-qualified     # 👋 E0.6 waving hand
 1F44B 1F3FB       ; fully-qualified     # 👋🏻 E1.0 waving hand: light skin tone
 1F441 FE0F        ; fully-qualified     # 👁️ E0.7 eye
+1F7E5             ; fully-qualified     # 🟥 E12.0 red square
 1F441             ; unqualified         # 👁 E0.7 eye
 # group: Component
 1F3FB             ; component           # 🏻 E1.0 light skin tone
@@ -42,6 +43,7 @@ def test_skin_tones_components_and_unqualified_forms_are_left_out():
     assert [(e.group, e.name, e.text) for e in read_sequences(LINES)] == [
         ("People & Body", "waving hand", "\U0001f44b"),
         ("People & Body", "eye", "\U0001f441\ufe0f"),
+        ("People & Body", "red square", "\U0001f7e5"),
         ("Flags", "flag: Norway", "\U0001f1f3\U0001f1f4"),
         ("Flags", "flag: Bouvet Island", "\U0001f1e7\U0001f1fb"),
     ]
@@ -71,14 +73,16 @@ def test_each_drawing_is_there_once_centred_on_white(sequences):
     source = pickle.loads(pickle.dumps(Emoji(sequences=sequences)))
     assert source.classes == ("People & Body", "Flags")
     assert [source.name(i) for i in range(len(source))] == [
-        "emoji 'waving hand'", "emoji 'eye'", "emoji 'flag: Norway'",
+        "emoji 'waving hand'", "emoji 'eye'", "emoji 'red square'", "emoji 'flag: Norway'",
     ]  # fmt: skip
-    for i, label in enumerate((0, 0, 1)):
+    for i, label in enumerate((0, 0, 0, 1)):
         picture, read_label, _ = source.read(i, 3)
         pixels = np.asarray(picture)
         assert pixels.shape == (136, 136, 3) and read_label == label
         assert (pixels[:4] == 255).all() and (pixels[-4:] == 255).all()
-        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 5
+    drawn = np.flatnonzero((np.asarray(source.read(2, 3).picture) < 250).any((1, 2)))
+    assert abs(drawn[0] - (135 - drawn[-1])) <= 2
     assert "2." in source.metadata["font_version"] and source.metadata["unicode"] == "15.0"
     assert "SIL Open Font License" in source.metadata["licence"]
 

@@ -110,6 +110,7 @@ def feature_extraction(extractor: Extractor) -> Callable[[Tensor], Tensor]:
             extractor.name,
             [layer_for("fid")],
             cuda=cuda,
+            verbose=False,
             feature_extractor_weights_path=extractor.weights_path,
         )
 

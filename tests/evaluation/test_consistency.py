@@ -50,14 +50,14 @@ def test_a_class_of_one_image_is_refused():
         partners_of(None, 1)
 
 
-def test_features_are_those_of_the_extractor():
+def test_features_are_those_of_the_extractor_and_nothing_is_printed(capfd):
     images, network = pixels(300, 0), Classifier(1, 2).eval()
     extractor = ClassifierFeatures(
         name="consistency-test", weights_sha256="0" * 64, feature_dim=64, channels=1,
         accuracy=0.5, network=network,
     )  # fmt: skip
     ours = feature_extraction(extractor)(images)
-    assert ours.shape == (300, 64)
+    assert ours.shape == (300, 64) and capfd.readouterr() == ("", "")
     torch.testing.assert_close(ours, network.features(images).double().detach())
 
 

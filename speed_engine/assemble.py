@@ -338,7 +338,15 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
     Raises:
         ValueError: there is no checkpoint, or it belongs to another model.
     """
-    path = newest_checkpoint(run)
+    return load_average_of(newest_checkpoint(run), config, device)
+
+
+def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """The same from one checkpoint, which must be complete.
+
+    Raises:
+        ValueError: it belongs to another model.
+    """
     model = build_model(config)
     load_parameters(model, checkpoint.load_group(path, "ema"), path)
     step = checkpoint.read_state(path)["step"]

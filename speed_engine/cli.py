@@ -1,4 +1,4 @@
-"""The command line: train, plan, sample, evaluate, compare, export, shards, methods, doctor."""
+"""The command line of ``speed-engine``: one function per command."""
 
 import json
 import logging
@@ -28,6 +28,7 @@ usage: speed-engine COMMAND ...
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
   compare PRESET           train methods at equal budget, several seeds each, and report
+  consistency RUN_A RUN_B  how alike two models draw from the same noise
   export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
   shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
@@ -168,6 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
         "sample": _sample,
         "evaluate": _evaluate,
         "compare": _compare,
+        "consistency": _consistency,
         "export": _export,
         "shards": _shards,
         "methods": _methods,
@@ -333,6 +335,12 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _consistency(arguments: list[str], console: Console) -> None:
+    from speed_engine import consistency_cli
+
+    consistency_cli.main(arguments, console)
 
 
 def _shards(arguments: list[str], console: Console) -> None:

@@ -20,7 +20,7 @@ def fails(capsys, *arguments: str) -> str:
 def test_without_arguments_the_commands_are_listed(capsys):
     cli.main([])
     shown = capsys.readouterr().out
-    for command in ("train", "sample", "evaluate", "shards", "methods", "doctor"):
+    for command in ("train", "sample", "evaluate", "consistency", "shards", "methods", "doctor"):
         assert command in shown
 
 

@@ -29,7 +29,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"assemble"},
     {"presets", "train", "estimate"},
     {"arena"},
-    {"shards_cli", "compare_cli", "plan"},
+    {"shards_cli", "compare_cli", "consistency_cli", "plan"},
     {"cli"},
     {"__main__"},
 ]

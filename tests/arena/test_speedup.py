@@ -56,7 +56,9 @@ def test_units_and_powers_of_the_metric_change_nothing(scale, power, seed):
     draw = np.random.default_rng(seed)
     results = comparison({"a": 1.0, "b": 1.7}, 3, 0.1, draw)
     changed = with_metric(results, lambda v: scale * v**power)
-    assert numbers(speed_up(changed, "b", "a")) == pytest.approx(numbers(speed_up(results, "b", "a")))
+    assert numbers(speed_up(changed, "b", "a")) == pytest.approx(
+        numbers(speed_up(results, "b", "a"))
+    )
 
 
 def test_another_monotone_transform_changes_little():
@@ -101,9 +103,7 @@ def test_equals_are_called_equal_at_the_nominal_rate():
 
 def test_a_true_speed_up_is_found():
     draw = np.random.default_rng(8)
-    found = [
-        speed_up(comparison({"a": 1.0, "b": 3.0}, 5, 0.1, draw), "b", "a") for _ in range(40)
-    ]
+    found = [speed_up(comparison({"a": 1.0, "b": 3.0}, 5, 0.1, draw), "b", "a") for _ in range(40)]
     assert all(f.median.faster and f.final.faster for f in found)
     assert np.median([f.final.low for f in found]) == pytest.approx(3, rel=0.1)
 

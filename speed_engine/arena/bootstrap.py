@@ -84,4 +84,4 @@ def _all(seeds: int) -> tuple[Array, Array]:
 
 def _some(seeds: int) -> tuple[Array, Array]:
     drawn = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), MANY - 1)
-    return np.concatenate([np.ones((1, seeds)), drawn]), np.full(MANY, 1 / MANY)
+    return np.vstack([np.ones((1, seeds)), drawn]).astype(np.float64), np.full(MANY, 1 / MANY)

@@ -162,7 +162,8 @@ def _brackets(
 ) -> tuple[Array, Array]:
     """Log speed-up at each level, from low to high: (R, K) twice."""
     of_baseline, _ = _first_crossing(levels, *baseline)
-    return tuple(of_baseline - cost for cost in reversed(_first_crossing(levels, *method)))
+    least, most = _first_crossing(levels, *method)
+    return of_baseline - most, of_baseline - least
 
 
 def _first_crossing(levels: Array, cost: Array, quality: Array) -> tuple[Array, Array]:

@@ -75,10 +75,11 @@ def test_swapping_method_and_baseline_inverts(speed):
     results = comparison({"a": 1.0, "b": speed})
     there, back = speed_up(results, "b", "a"), speed_up(results, "a", "b")
     there, back = (
-        {round(x.curve[k].low, 6) for k in range(19) if x.curve[k].low == x.curve[k].high}
-        for x in (there, back)
+        [ratio.low for ratio in found.curve if math.isclose(ratio.low, ratio.high)]
+        for found in (there, back)
     )
-    assert np.allclose([min(there)], [1 / max(back)], rtol=1e-4)
+    assert there == pytest.approx([speed] * len(there))
+    assert back == pytest.approx([1 / speed] * len(back)) and there and back
 
 
 @pytest.mark.parametrize("seeds", [1, 2, 5])

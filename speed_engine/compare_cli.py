@@ -58,6 +58,7 @@ def main(arguments: list[str], console: Console) -> None:
         presets, args=arguments, prog="speed-engine compare", config=(tyro.conf.AvoidSubcommands,)
     )
     from speed_engine.arena.compare import Comparison, Plan
+    from speed_engine.arena.report import write_report
 
     plan = Plan(
         config=_within_budget(command),
@@ -70,7 +71,7 @@ def main(arguments: list[str], console: Console) -> None:
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
     Comparison(plan, out, slots, threads, console).run()
-    console.print(f"report    {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report    {write_report(out)}", highlight=False, soft_wrap=True)
 
 
 def _fair(config: TrainConfig) -> TrainConfig:

@@ -3,7 +3,7 @@
 Letters: D = 4 pixels. Images are (B, 1, 2, 2), float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class AtTimes(Denoising):
         return list(self.chosen)
 
 
-def at_times(problem: Denoising, times: list[float]) -> AtTimes:
+def at_times(problem: Denoising, times: Sequence[float]) -> AtTimes:
     """The same problem there."""
     parts = problem.predict, problem.table, problem.noise, problem.clip
     return AtTimes(*parts, tuple(times))

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import get_args
 
+import gaussian
 import pytest
 import torch
 
@@ -12,7 +13,6 @@ from speed_engine.diffusion.discrete import linear
 from speed_engine.diffusion.prediction import PREDICTIONS
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.solvers import SOLVERS, solver_named
-from tests.diffusion import gaussian
 
 STEPS = {"ddim": 250, "heun": 101, "dpmpp_2m": 100, "ddpm": 250, "ddpm_large": 250}
 STOCHASTIC = ("ddpm", "ddpm_large")

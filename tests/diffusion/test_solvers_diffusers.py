@@ -2,6 +2,7 @@
 
 import importlib
 
+import gaussian
 import pytest
 import torch
 
@@ -9,7 +10,6 @@ from speed_engine.diffusion.discrete import from_diffusers, from_sigmas
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS, Denoising
 from speed_engine.diffusion.table import TimestepTable
-from tests.diffusion import gaussian
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -1,5 +1,6 @@
 """Image i is a function of the seed, i and what the model is told; guidance acts where asked."""
 
+import gaussian
 import pytest
 import torch
 from torch import nn
@@ -8,7 +9,6 @@ from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.evaluation.generate import generate
-from tests.diffusion import gaussian
 
 SHAPE = (1, 2, 2)
 

@@ -277,7 +277,9 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         decode=build_decoder(config),
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
+        solver=settings.solver,
         guidance=settings.guidance,
+        guidance_interval=settings.guidance_interval,
         seed=config.seed,
         world=world,
     )

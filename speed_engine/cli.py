@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import SolverName, TrainConfig, cache_folder
 from speed_engine.model_config import DiTConfig
 from speed_engine.presets import PRESETS
 
@@ -86,18 +86,28 @@ class SampleCommand:
     """Folder of the run."""
     count: int = 100
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none; default that of the run."""
+    solver: SolverName | None = None
+    """How they are drawn; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
-    """Model evaluations per image; default that of the run."""
+    """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
     prompt: tuple[str, ...] = ()
     """Texts to draw in turn, one row of the picture each; default those of the run's data."""
     text_encoder: str | None = None
     """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
     """Root of the noise; image i depends on seed, i and what it is told only."""
+    batch_size: int = 500
+    """Images at a time and process."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto does so where that was measured to pay."""
     out: Path | None = None
-    """Picture to write; default RUN/samples/sample-seed-SEED.png."""
+    """FILE.png, one picture of the first images; FILE.npz, all of them as ADM's evaluator reads
+    them; or a folder for a PNG of each. The same command continues what was interrupted. Default
+    RUN/samples/sample-seed-SEED.png."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +118,14 @@ class EvaluateCommand:
     """Folder of the run."""
     num_images: int | None = None
     """Images drawn; default that of the run, as for all below."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
+    solver: SolverName | None = None
+    """How they are drawn; euler is ddim."""
     solver_steps: int | None = None
     """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
     features: Literal["classifier", "inception"] | None = None
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
@@ -188,7 +202,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; `speed-engine train --resume RUN` continues from the last checkpoint.")
+        _fail(
+            "interrupted; `speed-engine train --resume RUN` continues a run from its last "
+            "checkpoint, `sample` and `shards` continue by the same command."
+        )
 
 
 def _train(arguments: list[str], console: Console) -> None:
@@ -237,45 +254,29 @@ def _plan(arguments: list[str], console: Console) -> None:
 
 
 def _sample(arguments: list[str], console: Console) -> None:
-    import torch
-
-    from speed_engine import assemble, environment
-    from speed_engine.evaluation.generate import generate, grid_rows, save_images
+    from speed_engine import assemble
+    from speed_engine.draw import draw
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
     config = _with_evaluation(
         assemble.read_config(command.run),
         num_images=command.count,
-        guidance=command.guidance,
+        solver=command.solver,
         solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
     )
-    decode = assemble.build_decoder(config)
-    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    process = assemble.build_process(config)
-    count = config.evaluation.num_images
-    if command.prompt:
-        conditions, null = assemble.prompted(config, command.prompt, command.text_encoder)
-        rows = torch.arange(count) % len(command.prompt)
-    else:
-        conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
-        rows = grid_rows(count, conditions)
-    images = generate(
-        model,
-        process.schedule,
-        process.table,
-        conditions,
-        torch.arange(count),
-        image_shape=config.data.image_shape,
-        null=null,
+    draw(
+        config,
+        command.run,
+        command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
+        console,
         seed=command.seed,
-        num_steps=config.evaluation.solver_steps,
-        guidance=config.evaluation.guidance,
-        latents=config.data.latents,
+        batch_size=command.batch_size,
+        compile=command.compile,
+        prompts=command.prompt,
+        text_encoder=command.text_encoder,
     )
-    images = images if decode is None else decode(images)
-    out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    out = save_images(images, rows, out)
-    console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
@@ -285,8 +286,10 @@ def _evaluate(arguments: list[str], console: Console) -> None:
     config = _with_evaluation(
         assemble.read_config(command.run),
         num_images=command.num_images,
-        guidance=command.guidance,
+        solver=command.solver,
         solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
         features=command.features,
         inception_weights=command.inception_weights,
     )
@@ -299,7 +302,8 @@ def _evaluate(arguments: list[str], console: Console) -> None:
             "this run's evaluation.features is none, which measures nothing; choose --features."
         )
     measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-    settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
+    names = ("solver", "solver_steps", "guidance", "guidance_interval")
+    settings = {name: getattr(evaluator, name) for name in names}
     console.print_json(json.dumps({"step": step, **measured, **settings}))
 
 

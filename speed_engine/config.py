@@ -6,6 +6,7 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -163,6 +164,9 @@ class OptimizerConfig:
             check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
 
 
+SolverName = Literal["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "ddpm_large"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Images drawn from the averaged model, and how far they are from the data."""
@@ -171,10 +175,14 @@ class EvaluationConfig:
     """Optimizer steps between evaluations; one more follows the last step."""
     num_images: int = 2000
     """Images drawn each time, classes in turn."""
+    solver: SolverName = "ddim"
+    """How images are drawn; euler is ddim; ddpm takes the variance a model learned, if it did."""
     solver_steps: int = 25
-    """Model evaluations per image (DDIM), at most the number of timesteps."""
+    """Model evaluations per image, at most the number of timesteps."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts; by default at all."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """What FID compares: a classifier trained on these data, the standard Inception network, or
     nothing: images are drawn only."""
@@ -186,6 +194,9 @@ class EvaluationConfig:
             value = getattr(self, name)
             check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
         check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
+        low, high = self.guidance_interval or (0.0, math.inf)
+        rises = "needs two noise levels sigma / alpha, 0 or more, the lower one first"
+        check("evaluation.guidance_interval", self.guidance_interval, 0 <= low < high, rises)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import FidelityResult, check_counts, measure
-from speed_engine.evaluation.generate import generate
+from speed_engine.evaluation.generate import check_guidance, generate
 
 METRICS = ("fid", "kid")
 
@@ -29,7 +29,8 @@ class Evaluator:
         decode: latents to pictures; None leaves what is drawn as it is.
 
     Raises:
-        ValueError: too few images for FID with this extractor.
+        ValueError: too few images for FID with this extractor, or guidance on a model that is told
+            nothing that can be hidden.
     """
 
     schedule: NoiseSchedule
@@ -44,10 +45,13 @@ class Evaluator:
     solver_steps: int
     guidance: float
     seed: int
+    solver: str = "ddim"
+    guidance_interval: tuple[float, float] | None = None
     world: World = ALONE
     decode: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        check_guidance(self.guidance, self.conditions, self.null)
         if self.reference is not None and self.extractor is not None:
             check_counts(self.num_images, len(self.reference), self.extractor, METRICS)
 
@@ -72,7 +76,9 @@ class Evaluator:
             null=self.null,
             seed=self.seed,
             num_steps=self.solver_steps,
+            solver=self.solver,
             guidance=self.guidance,
+            guidance_interval=self.guidance_interval,
             latents=self.latents,
         )
         if self.decode is not None:

@@ -27,7 +27,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"engine", "evaluation"},
     {"families"},
     {"assemble"},
-    {"presets", "train", "estimate"},
+    {"presets", "train", "estimate", "evaluate"},
     {"arena"},
     {"shards_cli", "plan"},
     {"cli"},

@@ -24,7 +24,7 @@ from speed_engine.config import TrainConfig
 from speed_engine.evaluation.copies import Nearest
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
-from speed_engine.metrics import append_record, read_records
+from speed_engine.metrics import RECORDS, append_record, read_records
 
 # What the table names its lines: (of the training images, of the held-out images)
 LINES = {
@@ -52,7 +52,9 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
             "this run's evaluation.features is none, which measures nothing; choose --features."
         )
     if known := world.from_first(lambda: _known(run, step, evaluator)):
-        _note(f"measured before, at step {step} with these settings: {run / 'metrics.jsonl'}")
+        if world.is_first:
+            text = f"measured before, at step {step} with these settings"
+            _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     model, step = load_average(run, config, _device(config, world))
     images, found = evaluator(model)
@@ -76,8 +78,7 @@ def show(record: dict[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
     for part, count in {"training": "num_reference", "held-out": "num_held_out"}.items():
-        images = f"\n{record[count]:,} images" if count in record else ""
-        table.add_column(f"{part}{images}" if images or part == "training" else "", justify="right")
+        table.add_column(f"{part}\n{record[count]:,} images" if count in record else "")
     for name, fields in LINES.items():
         if any(field in record for field in fields):
             cells = [f"{record[field]:.4g}" if field in record else "" for field in fields]

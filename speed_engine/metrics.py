@@ -172,8 +172,10 @@ def append_record(run: Path, record: Mapping[str, Any]) -> None:
     """Add one to metrics.jsonl, after half a line, if a kill left one, is gone."""
     with (run / RECORDS).open("a+b") as file:
         file.seek(0)
-        complete = file.read().rfind(b"\n") + 1
-        file.truncate(complete)
+        known = file.read()
+        complete = known.rfind(b"\n") + 1
+        if complete < len(known):
+            file.truncate(complete)
         file.write(json.dumps(record).encode() + b"\n")
 
 

@@ -7,10 +7,9 @@ Letters: N images, D features, K classes, C channels, H height, W width.
 """
 
 import hashlib
+import io
 import json
 import logging
-import os
-import uuid
 import zipfile
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from speed_engine.durable import write_durably
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 
 BATCH_SIZE = 256  # images through the extractor at once
@@ -162,7 +162,7 @@ def _load_statistics(path: Path, dim: int) -> Statistics | None:
             found = {name: file[name] for name in ("mu", "sigma")}
         if found["mu"].shape != (dim,) or found["sigma"].shape != (dim, dim):
             raise ValueError(f"it holds {[array.shape for array in found.values()]}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s) and is made again.", path, error)
@@ -172,12 +172,10 @@ def _load_statistics(path: Path, dim: int) -> Statistics | None:
 
 def _save_statistics(path: Path, statistics: Statistics) -> None:
     """What cannot be kept is computed again."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    content = io.BytesIO()
+    np.savez(content, mu=statistics["mu"], sigma=statistics["sigma"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez(file, mu=statistics["mu"], sigma=statistics["sigma"])
-        os.replace(temporary, path)
+        write_durably(path, content.getvalue())
     except OSError as error:
         log.warning("%s could not be kept: %s", path, error)
-        temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -112,7 +112,7 @@ class SampleCommand:
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure the averaged model of a run: FID and KID against its data."""
+    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -130,6 +130,12 @@ class EvaluateCommand:
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
+    metrics: tuple[str, ...] | None = None
+    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images), clip."""
+    clip_model: str | None = None
+    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    json: bool = False
+    """Print the record as JSON, in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,8 @@ def _sample(arguments: list[str], console: Console) -> None:
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
-    from speed_engine import assemble, environment
+    from speed_engine import assemble
+    from speed_engine.evaluate import evaluate, show
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
     config = _with_evaluation(
@@ -290,21 +297,16 @@ def _evaluate(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,
+        clip_model=command.clip_model,
     )
-    process = assemble.build_process(config)
-    evaluator = assemble.build_evaluator(config, process)
-    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    _, fidelity = evaluator(model)
-    if fidelity is None:
-        raise ValueError(
-            "this run's evaluation.features is none, which measures nothing; choose --features."
-        )
-    measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-    names = ("solver", "solver_steps", "guidance", "guidance_interval")
-    settings = {name: getattr(evaluator, name) for name in names}
-    console.print_json(json.dumps({"step": step, **measured, **settings}))
+    record = evaluate(command.run, config)
+    if record is not None and command.json:
+        console.print_json(json.dumps(record))
+    elif record is not None:
+        show(record, console)
 
 
 def _compare(arguments: list[str], console: Console) -> None:

@@ -188,8 +188,19 @@ class EvaluationConfig:
     nothing: images are drawn only."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
+    metrics: tuple[str, ...] = ("fid", "kid")
+    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images; needs
+    data.held_out), clip (pictures against their texts)."""
+    clip_model: str | None = None
+    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
 
     def __post_init__(self) -> None:
+        known = ("fid", "kid", "isc", "prc", "copies", "clip")
+        named = " ".join(self.metrics)
+        sound = bool(self.metrics) and set(self.metrics) <= set(known)
+        check("evaluation.metrics", named, sound, f"name one or more of {', '.join(known)}")
+        has_model = "clip" not in self.metrics or self.clip_model is not None
+        check("evaluation.metrics", named, has_model, "clip needs evaluation.clip_model")
         for name in ("every", "num_images", "solver_steps"):
             value = getattr(self, name)
             check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
@@ -302,11 +313,33 @@ class TrainConfig:
             not self.data.latents or self.evaluation.features == "none",
             "latents are no pictures that could be compared; choose none",
         )
+        self._check_metrics()
         check(
             "evaluation.guidance",
             self.evaluation.guidance,
             self.evaluation.guidance == 1 or self.condition_dropout > 0,
             "guidance needs a model that was trained with condition_dropout above 0",
+        )
+
+    def _check_metrics(self) -> None:
+        metrics, named = self.evaluation.metrics, " ".join(self.evaluation.metrics)
+        check(
+            "evaluation.metrics",
+            named,
+            "copies" not in metrics or self.data.held_out > 0,
+            "copies needs images that were never trained on; set data.held_out, such as to 0.1",
+        )
+        check(
+            "evaluation.metrics",
+            named,
+            "clip" not in metrics or any(m.startswith("tokens") for m in self.data.members),
+            "clip needs a model that is told texts (tokens.npy among data.members)",
+        )
+        check(
+            "evaluation.metrics",
+            named,
+            "clip" not in metrics or not self.data.latents or self.data.vae is not None,
+            "clip needs pictures; set data.vae to decode latents",
         )
 
 

@@ -77,7 +77,8 @@ def main(arguments: list[str], console: Console) -> None:
     _check_same_task(runs, configs, checkpoints)
     conditions = assemble.drawn_conditions(configs[0])
     partners = partners_of(conditions.get("labels"), command.count)
-    extractor = assemble.build_evaluator(configs[0], assemble.build_process(configs[0])).extractor
+    compared = configs[0].evaluation.features != "none"
+    extractor = assemble.references(configs[0])[0].extractor if compared else None
     features = None if extractor is None else feature_extraction(extractor)
     comparisons: list[Comparison] = []
     for steps in steps_compared(*checkpoints):

@@ -26,7 +26,10 @@ def folder(tmp_path_factory):
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
+        model = CLIPModel(config)
+        for weight in model.parameters():  # so that both signs occur
+            torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
@@ -44,7 +47,7 @@ def test_the_score_is_the_mean_of_clipped_cosines(folder):
     truth = 100 * sum(max(0.0, c) for c in cosines) / 70
     score = ClipScore(str(folder), DEVICE)
     assert score(images, texts) == pytest.approx(truth, rel=1e-4)
-    assert min(cosines) < max(cosines) and len(score.weights_sha256) == 64
+    assert min(cosines) < 0 < max(cosines) and len(score.weights_sha256) == 64
 
 
 def test_what_is_no_picture_or_has_no_text_is_refused(folder):

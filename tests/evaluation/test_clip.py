@@ -36,8 +36,10 @@ def folder(tmp_path_factory):
 
 
 def test_the_score_is_the_mean_of_clipped_cosines(folder):
-    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
-    texts = ["a cat", "a dog"] * 35
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(0, 256, (70, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    images = colours.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    texts = ["a cat", "dog", "a", "a dog a cat", "cat dog cat dog"] * 14
     model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
     cosines = []
     for image, text in zip(images, texts, strict=True):
@@ -47,6 +49,7 @@ def test_the_score_is_the_mean_of_clipped_cosines(folder):
     truth = 100 * sum(max(0.0, c) for c in cosines) / 70
     score = ClipScore(str(folder), DEVICE)
     assert score(images, texts) == pytest.approx(truth, rel=1e-4)
+    assert score(images[:1], ["a cat " * 9]) >= 0  # cut where the model ends
     assert min(cosines) < 0 < max(cosines) and len(score.weights_sha256) == 64
 
 

@@ -63,6 +63,7 @@ class ClipScore:
             return_tensors="pt",
             padding=True,
             truncation=True,
+            max_length=self._model.config.text_config.max_position_embeddings,
         )
         answer = self._model(**inputs.to(self._device))
         pairs = answer.image_embeds.double(), answer.text_embeds.double()

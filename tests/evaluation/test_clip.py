@@ -1,6 +1,7 @@
 """CLIP score of pictures and texts, on a CLIP of random weights."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.evaluation.clip import ClipScore
 
-WORDS = ["a</w>", "cat</w>", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+WORDS = ["a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"]
 DEVICE = torch.device("cpu")
 
 
@@ -26,25 +27,42 @@ def folder(tmp_path_factory):
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        CLIPModel(config).save_pretrained(folder)
+        model = CLIPModel(config)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+        model.save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
 
 
 def test_the_score_is_the_mean_of_clipped_cosines(folder):
-    images = torch.randint(0, 256, (70, 3, 32, 32), dtype=torch.uint8)
-    texts = ["a cat", "a dog"] * 35
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(0, 256, (70, 3, 2, 2), dtype=torch.uint8, generator=generator)
+    images = colours.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    texts = ["a b", "c", "a", "a c a b", "b c b c"] * 14
     model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
     cosines = []
     for image, text in zip(images, texts, strict=True):
-        inputs = processor(text=[text], images=[image], return_tensors="pt")
+        inputs = processor(text=[text], images=[image], return_tensors="pt")  # pyright: ignore[reportCallIssue]
         with torch.no_grad():
             cosines.append(model(**inputs).logits_per_text.item() / model.logit_scale.exp().item())
     truth = 100 * sum(max(0.0, c) for c in cosines) / 70
     score = ClipScore(str(folder), DEVICE)
     assert score(images, texts) == pytest.approx(truth, rel=1e-4)
-    assert min(cosines) < max(cosines) and len(score.weights_sha256) == 64
+    assert score(images[:1], ["a b " * 9]) >= 0  # cut where the model ends
+    assert 0 < min(cosines) < max(cosines) and len(score.weights_sha256) == 64
+
+
+def test_pictures_of_the_opposite_score_nothing(folder, tmp_path):
+    subprocess.run(["cp", "-r", folder, tmp_path / "opposite"], check=True)
+    model = CLIPModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.visual_projection.weight.neg_()
+    model.save_pretrained(tmp_path / "opposite")
+    images = torch.full((2, 1, 32, 32), 7, dtype=torch.uint8)  # grey ones are taken, too
+    assert ClipScore(str(folder), DEVICE)(images, ["a b", "c"]) > 0
+    assert ClipScore(str(tmp_path / "opposite"), DEVICE)(images, ["a b", "c"]) == 0
 
 
 def test_what_is_no_picture_or_has_no_text_is_refused(folder):

@@ -110,7 +110,7 @@ def test_fid_of_exact_moments_is_the_closed_form_of_gaussians(seed):
         root = np.sqrt(max(0, np.linalg.det(a) * np.linalg.det(b)))
         truth += np.trace(a) + np.trace(b) - 2 * np.sqrt(np.trace(a @ b) + 2 * root)
     # Where a covariance is singular, square roots of rounding errors remain.
-    assert measure(*sets, PIXELS).fid == pytest.approx(truth, rel=1e-6, abs=1e-4)
+    assert measure(*sets, PIXELS).fid == pytest.approx(truth, rel=1e-6, abs=1e-4)  # pyright: ignore[reportCallIssue]
 
 
 @pytest.fixture(scope="module")

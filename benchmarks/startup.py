@@ -27,7 +27,7 @@ CASES = {  # how it is compiled, and whether the caches of compilers begin empty
     "compiled, caches empty": ("on", True),
     "compiled, caches kept": ("on", False),
 }
-REPEATS = 3
+REPEATS = 2
 
 
 def cases(device: torch.device, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:

@@ -84,7 +84,9 @@ def operators() -> str:
     body, parts = [], []
     for name in ("digits", "dit-s-2", "unet"):
         found = result(f"train_step_{name}")
-        for provider in ("eager", "compiled") if found else ():
+        if found is None:
+            continue
+        for provider in ("eager", "compiled"):
             shares = found["providers"][provider]["operators"]
             parts = list(shares)
             body.append([f"{found['case']}: {provider}", *(f"{s:.0%}" for s in shares.values())])

@@ -7,7 +7,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from harness import Timing, summary
@@ -94,7 +93,7 @@ def shares(step: Callable[[], object], steps: int) -> dict[str, float]:
             torch.cuda.synchronize()
     rows = measured.key_averages()
     if torch.cuda.is_available():
-        on_gpu = [row for row in rows if row.device_type == DeviceType.CUDA]
+        on_gpu = [row for row in rows if row.device_type.name == "CUDA"]
         times = {row.key: row.self_device_time_total for row in on_gpu}
     else:
         times = {row.key: row.self_cpu_time_total for row in rows}

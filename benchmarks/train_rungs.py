@@ -85,7 +85,7 @@ class Rung:
         model = build_model(config).to(device)
         for module in model.modules():
             if self.stored_attention and hasattr(module, "attend"):
-                module.attend = stored_attention  # pyright: ignore[reportAttributeAccessIssue]
+                module.attend = stored_attention  # pyright: ignore
         step = OriginalStep(model, config, self.bfloat16)
         return partial(_with_kernels, False, step, batch)
 

@@ -54,3 +54,19 @@ def test_a_result_is_compared_with_the_committed_one(tmp_path):
     path.write_text(json.dumps(new))
     lines = list(regression.compared(regression.committed(path), new))
     assert lines == ["rows / S/2 / ms: 4 -> 5, ratio 1.250"]
+
+
+def test_every_rung_of_the_training_step_runs_in_a_dry_run():
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
+    script = str(ROOT / "benchmarks" / "bench_train_step.py")
+    done = subprocess.run(
+        [sys.executable, script, "--dry-run", "--sections", "step", "--cases", "DiT-S/2"],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    out = [row for row in rows if "left out: " in row]
+    assert all("channels last" in row or "torchao is not installed" in row for row in out)
+    assert sum(" images/s" in row for row in rows) >= 12

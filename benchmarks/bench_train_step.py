@@ -18,11 +18,14 @@ steps, peak memory on a GPU, the time of every phase and of every kind of operat
 
 import argparse
 import gc
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest.mock import patch
+
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line, before torch is imported
 
 import torch
 

@@ -108,7 +108,7 @@ def _unet(config: TrainConfig) -> nn.Module:
         block_out_channels=(128, 256, 256, 128) if whole else (32, 64),
         down_block_types=_levels("DownBlock2D", 4 if whole else 2),
         up_block_types=_levels("UpBlock2D", 4 if whole else 2)[::-1],
-        attention_head_dim=256 if whole else 32,
+        attention_head_dim=128 if whole else 32,
         num_class_embeds=config.data.num_classes + 1,
     )
 

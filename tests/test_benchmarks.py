@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import regression
 import tables
+from speed_engine.assemble import build_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,3 +72,16 @@ def test_every_rung_of_the_training_step_runs_in_a_dry_run():
     out = [row for row in rows if "left out: " in row]
     assert all("channels last" in row or "torchao is not installed" in row for row in out)
     assert sum(" images/s" in row for row in rows) >= 12
+
+
+@pytest.mark.parametrize("case", ["digits", "DiT-S/2", "unet"])
+def test_the_other_loop_trains_a_network_of_equal_work(case):
+    import diffusers_step
+    import train_cases
+
+    config = train_cases.cpu_cases()[case]
+    with torch.device("meta"):
+        ours, theirs = build_model(config), diffusers_step.build(config)
+    flops = train_cases.training_flops(ours, train_cases.model_inputs(config))
+    other = train_cases.training_flops(theirs, diffusers_step.inputs(config))
+    assert flops == pytest.approx(other, rel=0.03)

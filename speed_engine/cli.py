@@ -176,6 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     # busy elsewhere would spin most of the time (two cores, one neighbour: 240 images/s of the
     # digits preset against 1,300 with this limit; alone, 4,000 either way).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Compiled code is kept from run to run; Inductor's own default is in /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     # torch's checkpoints warn, in two ways, that there is one process; that is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     console = Console()

@@ -138,16 +138,17 @@ class Comparison:
     def _counting_runs(self, contestants: Sequence[Contestant]) -> dict[tuple[str, int], Run]:
         """By name and seed. Seed by seed, so that an interrupted comparison has whole seeds."""
         plan = self.plan
+        rates = {contestant.name: contestant.learning_rate for contestant in contestants}
         finish = partial(measure_final, solver_steps=plan.solver_steps, metric=plan.metric)
         return {
-            (contestant.name, seed): Run(
-                config=_with_rate(self.configs[contestant.name], contestant.learning_rate, seed),
-                folder=self._folder("runs", contestant.name) / f"seed-{seed}",
+            (name, seed): Run(
+                config=_with_rate(self.configs[name], rates[name], seed - plan.config.seed),
+                folder=self._folder("runs", name) / f"seed-{seed}",
                 finish=finish,
                 outcome=FINAL_FILE,
             )
             for seed in plan.reported_seeds
-            for contestant in contestants
+            for name in rates
         }
 
     def _results(
@@ -197,7 +198,7 @@ class Comparison:
 
     def _tuning_config(self, name: str, rate: float) -> TrainConfig:
         """One evaluation, at the end."""
-        config = _with_rate(self.configs[name], rate, self.plan.config.seed + TUNING_SEED)
+        config = _with_rate(self.configs[name], rate, TUNING_SEED)
         return replace(config, evaluation=replace(config.evaluation, every=config.steps))
 
     def _folder(self, kind: str, name: str) -> Path:
@@ -226,8 +227,10 @@ class Comparison:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _with_rate(config: TrainConfig, rate: float, seed: int) -> TrainConfig:
-    return replace(config, seed=seed, optimizer=replace(config.optimizer, learning_rate=rate))
+def _with_rate(config: TrainConfig, rate: float, later: int) -> TrainConfig:
+    """With a learning rate, and a seed so much later than the contestant's first."""
+    optimizer = replace(config.optimizer, learning_rate=rate)
+    return replace(config, seed=config.seed + later, optimizer=optimizer)
 
 
 def _differences(before: object, now: object, where: str = "") -> list[str]:

@@ -3,7 +3,9 @@
     METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]        speed_paper@linear:v+k=3
 
 What is left out is the comparison's own, the target that of the process. An option is one of the
-method, or one of the optimizer (``optimizer.ema_decay``).
+method, one of the optimizer (``optimizer.ema_decay``), or ``seed_offset``: the contestant's runs
+have other seeds then. The same method twice, once with other seeds, is the false-alarm test of a
+comparison: neither may come out faster.
 """
 
 import dataclasses
@@ -61,11 +63,13 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
             prediction=match["prediction"] or own_target,
             method_options=_with(base.method_options, _of(given, MethodOptions, "")),
             optimizer=_with(base.optimizer, _of(given, OptimizerConfig, "optimizer.")),
+            seed=base.seed + _whole(given.pop("seed_offset", "0")),
         )
         if given:
             raise ValueError(
-                f"there is no option {', '.join(given)}; it has those of the method and "
-                "optimizer.NAME. What else differs would not be the same comparison."
+                f"there is no option {', '.join(given)}; there are those of the method, "
+                "optimizer.NAME and seed_offset. What else differs would not be the same "
+                "comparison."
             )
         return replace(config, prediction=build_process(config).prediction)
     except ValueError as error:
@@ -110,6 +114,12 @@ def _of(given: dict[str, str], kind: type, prefix: str) -> dict[str, Any]:
     """Takes what belongs to one part of the configuration out of the given options."""
     names = {prefix + field.name: field.name for field in dataclasses.fields(kind)}
     return {names[key]: _value(given.pop(key)) for key in list(given) if key in names}
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"seed_offset={text} must be a whole number, 0 or more.")
+    return int(text)
 
 
 def _with(part: Any, values: dict[str, Any]) -> Any:

@@ -40,6 +40,7 @@ def test_what_is_left_out_is_the_comparisons_own():
         ("speed_paper+seed=3", "there is no option seed"),
         ("speed_paper+steps=9", "would not be the same comparison"),
         ("uniform+optimizer.learning_rate=-1", "must be positive"),
+        ("uniform+seed_offset=-1", "must be a whole number"),
         ("speed_official@edm", "speed_official"),
     ],
 )
@@ -47,6 +48,15 @@ def test_a_bad_name_is_refused_with_the_reason(name, complaint):
     with pytest.raises(ValueError, match="contestant") as caught:
         resolve(name, BASE)
     assert complaint in str(caught.value)
+
+
+def test_the_same_method_with_other_seeds_is_a_contestant_of_its_own():
+    assert resolve("uniform+seed_offset=100", BASE) == dataclasses.replace(
+        resolve("uniform", BASE), seed=BASE.seed + 100
+    )
+    assert expand(["uniform", "uniform+seed_offset=100"], BASE)[:2] == (
+        "uniform", "uniform+seed_offset=100",
+    )  # fmt: skip
 
 
 def test_all_is_every_method_and_the_baselines_join_once():

@@ -5,8 +5,7 @@ Several processes, started by torchrun, share the images; the first one writes t
 Letters: N images.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from speed_engine import assemble, distributed, environment
 from speed_engine.config import TrainConfig
-from speed_engine.evaluation.drawing import Drawing, draw_in_parts, is_begun
+from speed_engine.evaluation.drawing import Drawing, digest, draw_in_parts, is_begun
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.models.blocks import compiled
@@ -95,8 +94,8 @@ def draw(
     total = settings.num_images
     decides = {
         "step": step,
-        "weights": _digest(model.state_dict()),
-        "conditions": _digest(conditions | {f"null {name}": null[name] for name in null}),
+        "weights": digest(model.state_dict()),
+        "conditions": digest(conditions | {f"null {name}": null[name] for name in null}),
         "solver": settings.solver,
         "solver_steps": settings.solver_steps,
         "guidance": settings.guidance,
@@ -124,14 +123,6 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
         )
     if out.exists() and not is_begun(folder):
         raise ValueError(f"{out} exists already; delete it or choose another --out.")
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write(drawing: Drawing, rows: Tensor, labels: Tensor | None, out: Path) -> Path:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from speed_engine import assemble, distributed, environment
+from speed_engine import assemble, assemble_evaluation, distributed, environment
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.drawing import Drawing, digest, draw_in_parts, is_begun
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
@@ -59,9 +59,12 @@ def draw(
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
-    conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
+    conditions, null = (
+        assemble_evaluation.drawn_conditions(config),
+        assemble.null_conditions(config),
+    )
     if prompts:
-        conditions, null = assemble.prompted(config, prompts, text_encoder)
+        conditions, null = assemble_evaluation.prompted(config, prompts, text_encoder)
     settings = config.evaluation
     check_guidance(settings.guidance, conditions, null)
     device = environment.choose_device(config.device).value
@@ -69,7 +72,7 @@ def draw(
     how = environment.choose_compile(compile, device, batches * settings.solver_steps).value
     local_device = torch.device(f"cuda:{world.local_rank}" if device == "cuda" else device)
     model, step = assemble.load_average(run, config, local_device)
-    process, decode = assemble.build_process(config), assemble.build_decoder(config)
+    process, decode = assemble.build_process(config), assemble_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:

@@ -15,12 +15,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from speed_engine import checkpoint, distributed, environment
-from speed_engine.assemble import (
-    build_evaluator,
-    build_process,
-    load_average,
-    newest_checkpoint,
-)
+from speed_engine.assemble import build_process, load_average, newest_checkpoint
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
 from speed_engine.distributed import World
 from speed_engine.evaluation.copies import Nearest

@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 from speed_engine import cli, train
-from speed_engine.assemble import build_evaluator, build_process
+from speed_engine.assemble import build_process
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.evaluate import show
 from speed_engine.evaluation.evaluator import Evaluator

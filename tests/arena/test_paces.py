@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def write_records(run: Path, *of_steps: tuple[int, float]) -> None:
 def taking(seconds_a_step: float):
     """Runs that are said to have taken so long."""
 
-    def run_all(runs: list[Run]) -> None:
+    def run_all(runs: Sequence[Run]) -> None:
         for run in runs:
             assert run.config.steps == 60 and run.config.log_every == 20
             times = [(step, 5 + step * seconds_a_step) for step in (20, 40, 60)]

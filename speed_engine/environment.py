@@ -30,7 +30,7 @@ from speed_engine.ops import (
 
 PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
-    "torchvision", "xformers",
+    "torchvision", "xformers", "simplejpeg", "zlib-ng",
 )  # fmt: skip
 # benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
 # is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
@@ -213,6 +213,13 @@ def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
     return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
 
 
+def choose_jpeg_decoder() -> Choice:
+    """What decodes JPEGs; the pixels are the same."""
+    if importlib.util.find_spec("simplejpeg") is None:
+        return Choice("Pillow", "a third slower than simplejpeg, which is not installed")
+    return Choice("simplejpeg", "straight into the batch; Pillow where libjpeg warns")
+
+
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     """A key of ``distributed.LAYOUTS``.
 
@@ -257,6 +264,7 @@ def choices(
         "norm kernels": choose_norm_kernels(device.value),
         "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
+        "JPEG decoder": choose_jpeg_decoder(),
     }
 
 

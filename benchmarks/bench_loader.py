@@ -3,8 +3,8 @@
 Run: ``python benchmarks/bench_loader.py --streaming-python PYTHON``, of an environment that has
 mosaicml-streaming, which needs older transformers and numpy, and simplejpeg; without, it is left
 out. Latents are (8, 32, 32) float16, pictures JPEGs of 256 x 256, quality 90, of noise with the
-spectrum of photographs. Every provider is a process that loads an epoch's worth when its turn comes,
-first from the page cache, then after its files were dropped from it.
+spectrum of photographs. Every provider is a process that loads an epoch's worth when its turn
+comes, first from the page cache, then after its files were dropped from it.
 
 Reported: images per CPU-second (self, threads and workers together), which a busy machine changes
 little, images per second of the wall clock, and megabytes per worker. Median and 20 to 80 % range.

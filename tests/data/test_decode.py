@@ -218,6 +218,7 @@ def test_pictures_of_a_batch_are_those_decoded_one_by_one(kind):
     if kind == "png":
         members = [picture(mode, (40, 24))[0] for mode in ("RGB", "L", "P", "RGBA")]
     together = decode_pictures(members, kind, 3, (3, 24, 40))
+    assert together is not None
     assert np.array_equal(together, [decode_image(data, kind, 3) for data in members])
     assert decode_pictures(members, kind, 1, (1, 24, 40)) is None  # colour is never made grey
     with pytest.raises(ValueError, match="expected 40 x 24"):

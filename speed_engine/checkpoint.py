@@ -14,7 +14,6 @@ of processes. With several nodes the folder must be on a file system that all of
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state_di
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from speed_engine.distributed import ALONE, World
+from speed_engine.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -119,12 +119,12 @@ class Checkpoints:
         manifest = {"schema": SCHEMA, "step": step, "files": files}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (temporary / _STATE, temporary / _MANIFEST, temporary):
-            _flush(path)
+            sync(path)
         final = self.folder / f"step-{step:08d}"
         if final.exists():  # left by a run that went on from an earlier checkpoint
             _delete(final)
         temporary.rename(final)
-        _flush(self.folder)
+        sync(self.folder)
         self._prune()
 
     def _prune(self) -> None:
@@ -270,11 +270,3 @@ def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speed_engine.durable import write_durably
+
 log = logging.getLogger(__name__)
 
 
@@ -120,7 +122,7 @@ class RunLog:
 
         path = run / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(kept))
+        write_durably(path, "".join(kept).encode())
         self._file = path.open("ab", buffering=0)
         self._curves: SummaryWriter | None = SummaryWriter(
             str(run / "tensorboard"), purge_step=resume_step + 1

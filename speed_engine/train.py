@@ -49,6 +49,7 @@ from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
 from speed_engine.data.resident import Resident, resident_bytes
 from speed_engine.distributed import World
+from speed_engine.durable import write_durably
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.fidelity import FidelityResult
@@ -100,7 +101,7 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
     )
     if world.is_first:
         run.mkdir(parents=True)
-        (run / CONFIG_FILE).write_text(to_json(config))
+        write_durably(run / CONFIG_FILE, to_json(config).encode())
     trainer.train()
 
 
@@ -125,7 +126,7 @@ def _continue(config: TrainConfig, run: Path, console: Console, world: World) ->
     if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(run)))))
     if world.is_first:
-        (run / CONFIG_FILE).write_text(to_json(config))
+        write_durably(run / CONFIG_FILE, to_json(config).encode())
     trainer.train()
 
 
@@ -263,7 +264,8 @@ class Trainer:
         config, engine = self.config, self.engine
         if self.world.is_first:
             command = environment.describe(sys.argv)
-            (self.run / "environment.json").write_text(json.dumps(command, indent=2) + "\n")
+            text = json.dumps(command, indent=2) + "\n"
+            write_durably(self.run / "environment.json", text.encode())
             self.records = RunLog(self.run, engine.steps_done)
         self.checkpoints = Checkpoints(
             self.run / CHECKPOINTS, self.world, config.keep_checkpoints, config.keep_every

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speed_engine.durable import write_durably
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
@@ -70,7 +72,7 @@ class Results:
 
 def write_results(results: Results, path: Path) -> None:
     """As JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(results), indent=1) + "\n")
+    write_durably(path, (json.dumps(dataclasses.asdict(results), indent=1) + "\n").encode())
 
 
 def read_results(path: Path) -> Results:

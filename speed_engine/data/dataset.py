@@ -13,7 +13,6 @@ killed, a file ``NAME.incomplete`` lies there instead and readers refuse the fol
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from typing import Any
 
 from speed_engine.data.index import VERSION, Contents, index_path, load_index
 from speed_engine.data.tarscan import ShardError
+from speed_engine.durable import sync, write_durably
 
 RECORD = "dataset.json"
 _PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
@@ -119,7 +119,7 @@ def begin(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.incomplete").touch()
     (folder / RECORD).unlink(missing_ok=True)
-    sync_folder(folder)
+    sync(folder)
 
 
 def refuse_incomplete(folder: Path) -> None:
@@ -163,7 +163,7 @@ def commit(
     write_durably(folder / RECORD, dataset.to_json().encode())
     if name is not None:
         (folder / f"{name}.incomplete").unlink(missing_ok=True)
-        sync_folder(folder)
+        sync(folder)
     return dataset
 
 
@@ -188,34 +188,6 @@ def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes])
     if dataset.files[name] != _record_of(data):
         raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
     return data
-
-
-def write_durably(path: Path, data: bytes | bytearray) -> None:
-    """Under its final name the file is complete and on disk, or it is not there at all.
-
-    Raises:
-        OSError: the disk is full or read-only; nothing is left behind.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _record_of(data: bytes) -> FileRecord:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.data.conditions import NULL_TOKENS
-from speed_engine.data.dataset import Dataset, write_durably
+from speed_engine.data.dataset import Dataset
 from speed_engine.data.decode import decode_image
 from speed_engine.data.folder import LocalFolder
 from speed_engine.data.hub import load_model, weights_hash
@@ -33,6 +33,7 @@ from speed_engine.data.prepare import Preparation
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.shards import write_shard
 from speed_engine.data.texts import TextEncoder
+from speed_engine.durable import write_durably
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "npy")
 _DECODING_THREADS = 4

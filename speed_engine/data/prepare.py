@@ -26,10 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.data.dataset import RECORD, begin, commit, write_durably
+from speed_engine.data.dataset import RECORD, begin, commit
 from speed_engine.data.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.records import Source
 from speed_engine.data.shards import is_complete, shard_name, write_shard
+from speed_engine.durable import write_durably
 
 PLAN = "preparation.json"
 _NAME = "preparation"

@@ -9,9 +9,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speed_engine.data.dataset import Dataset, write_durably
+from speed_engine.data.dataset import Dataset
 from speed_engine.data.index import VERSION
 from speed_engine.data.tarscan import ShardError
+from speed_engine.durable import write_durably
 
 
 @dataclass(frozen=True)

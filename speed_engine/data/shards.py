@@ -26,11 +26,11 @@ from speed_engine.data.dataset import (
     dataset_from_json,
     merge_description,
     refuse_incomplete,
-    write_durably,
 )
 from speed_engine.data.decode import describe_member
 from speed_engine.data.index import Contents, ShardIndex, index_path, load_index
 from speed_engine.data.tarscan import BLOCK, Member, Samples, ShardError, scan_tar
+from speed_engine.durable import write_durably
 
 T = TypeVar("T")
 

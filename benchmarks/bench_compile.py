@@ -18,19 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-
-import torch
+from functools import partial
 
 from harness import interleaved, write_result
-from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.data.loader import Batch
-from speed_engine.ema import Ema
-from speed_engine.engine import Engine
 from speed_engine.environment import torch_device
 from speed_engine.model_config import DiTConfig
 from speed_engine.models.blocks import compiled
-from speed_engine.optim import adamw, linear_warmup
 from speed_engine.presets import PRESETS
+from train_cases import make_engine, synthetic_batch
 
 FIRST_STEP = "--first-step"  # HOW DEPTH, of this script: print the seconds of one first step
 DEPTHS = (2, 8, 28)
@@ -117,13 +112,9 @@ def first_step(how: str, depth: int) -> tuple[Callable, dict[str, float]]:
     assert isinstance(config.model, DiTConfig)
     config = replace(config, model=replace(config.model, depth=depth))
     device = torch_device(config)
-    size = config.batch_size
-    batch = Batch(
-        torch.rand(size, *config.data.image_shape, device=device) * 2 - 1,
-        {"labels": torch.arange(size, device=device) % config.data.num_classes},
-        torch.arange(size, device=device),
-    )
-    step = make_step(config, device, how, batch)
+    batch = synthetic_batch(config, device)
+    engine = make_engine(config, device, forward=partial(compiled, how=how))
+    step = partial(engine.step, batch)
     begin, processor = time.perf_counter(), processor_seconds()
     float(step().loss)
     seconds = {
@@ -137,20 +128,6 @@ def processor_seconds() -> float:
     """Of this process and those it has waited for, such as the compiler."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def make_step(config, device: torch.device, how: str, batch: Batch) -> Callable:
-    model = build_model(config).to(device)
-    engine = Engine(
-        model,
-        build_objective(config, build_process(config), model).to(device),
-        adamw(model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
-        Ema(model, 0.999),
-        learning_rate=linear_warmup(1e-3, 1),
-        grad_clip=1.0,
-        forward=compiled(model, how),
-    )
-    return lambda: engine.step(batch)
 
 
 if __name__ == "__main__":

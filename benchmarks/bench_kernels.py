@@ -13,7 +13,6 @@ given as a share of the rate of a plain copy measured in the same section.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -29,9 +28,8 @@ from torch import Tensor
 
 import block_cases
 import noise_and_loss_cases
-from harness import Timing, interleaved, result_path, write_result
+from harness import Timing, interleaved, measured, write_result
 from kernel_case import DEVICE, DRY, Case, compiled, require, sets_for
-from speed_engine import environment
 from speed_kernels.adaln import (
     adaln,
     adaln_reference,
@@ -79,7 +77,7 @@ def main() -> None:
     if DEVICE.type != "cuda" and not DRY:
         raise SystemExit("No GPU: there is nothing to measure here. --dry-run proves the script.")
     for section in options.sections:
-        if not DRY and not options.again and measured(section):
+        if not DRY and not options.again and measured(name(section)):
             print(f"{section}: measured at this commit, left alone (--again repeats it)")
             continue
         begin = time.perf_counter()
@@ -97,14 +95,6 @@ def main() -> None:
 
 def name(section: str) -> str:
     return f"kernels_{section}"
-
-
-def measured(section: str) -> bool:
-    path = result_path(name(section))
-    if not path.exists():
-        return False
-    commit = json.loads(path.read_text())["environment"]["git_commit"]
-    return commit is not None and commit == environment.describe([])["git_commit"]
 
 
 def copy_rate() -> float:

@@ -3,6 +3,7 @@
 Providers run in turn, call by call, so that a change of clock or a neighbour's load meets all of
 them alike. Reported are the median and the 20 to 80 % range of milliseconds per call. Results are
 JSON files under ``results/``, one per benchmark and machine, with what is needed to repeat them.
+Writing one prints every figure's ratio to the committed one (``regression.py``).
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import regression
 from speed_engine import environment
 
 
@@ -46,7 +48,10 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
     facts = environment.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
     path = result_path(benchmark)
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = regression.committed(path)
     path.write_text(json.dumps({"environment": facts, **figures}, indent=1) + "\n")
+    for line in regression.compared(before, json.loads(path.read_text())):
+        print(line)
     return path
 
 
@@ -54,6 +59,25 @@ def result_path(benchmark: str) -> Path:
     """Where this machine's figures of a benchmark are kept."""
     machine = environment.machine_name("cuda" if torch.cuda.is_available() else "cpu")
     return environment.RESULTS / machine / f"{benchmark}.json"
+
+
+def measured(benchmark: str) -> bool:
+    """Whether this commit was measured on this kind of machine already."""
+    path = result_path(benchmark)
+    if not path.exists():
+        return False
+    commit = json.loads(path.read_text())["environment"]["git_commit"]
+    return commit is not None and commit == environment.describe([])["git_commit"]
+
+
+def matrix_product(device: torch.device, size: int) -> tuple[Callable[[], object], float]:
+    """A call of one large product, bfloat16 on CUDA and float32 elsewhere, and its FLOPs.
+
+    The rate that a model's arithmetic could reach, measured beside it.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return lambda: a @ b, 2.0 * size**3
 
 
 def _time_cuda(call: Callable[[], object]) -> float:

@@ -2,4 +2,5 @@
 
 from speed_engine.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a comparison starts import this, too
+    main()

@@ -5,8 +5,9 @@ process.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from speed_engine.data.loader import read_all, read_conditions
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.remote import Cache, is_url
 from speed_engine.data.sources import digits_folder
+from speed_engine.data.split import Part, in_part, part_fingerprint
 from speed_engine.data.texts import TextEncoder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
@@ -40,8 +42,10 @@ from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.distributed import ALONE, World
 from speed_engine.evaluation.classifier import classifier_for
+from speed_engine.evaluation.clip import ClipScore
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
+from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.families import Shape, build_network
 from speed_engine.models.mdt import MDT
 from speed_engine.models.pretrained import require_shapes
@@ -149,17 +153,29 @@ def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
 def drawn_conditions(config: TrainConfig) -> Conditions:
     """(num_images, ...) each, of the images that an evaluation draws.
 
-    Classes come in turn; texts and smaller images are those of the first samples of the data, with
-    their classes.
+    Classes come in turn; texts and smaller images are those of the first samples, with their
+    classes: of samples that are held out, where some are, since others could be known by heart.
     """
     told, num_images = told_names(config), config.evaluation.num_images
     if set(told) <= {"labels"}:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
-    reader = open_data(config)
+    reader = open_data(config, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
     conditions = read_conditions(reader, stored_shape(config, reader), indices)
     tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
     return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
+
+
+def drawn_texts(config: TrainConfig) -> tuple[str, ...]:
+    """(num_images,) the texts whose tokens ``drawn_conditions`` are.
+
+    Raises:
+        ValueError: the data have tokens only.
+    """
+    reader = open_data(config, ["txt"], part="held_out")
+    numbers = [i % len(reader) for i in range(config.evaluation.num_images)]
+    texts = {n: reader.read(n)["txt"].decode().partition("\n")[0] for n in set(numbers)}
+    return tuple(texts[n] for n in numbers)
 
 
 def prompted(
@@ -198,8 +214,10 @@ def data_source(config: TrainConfig) -> Path | str:
     return config.data.source if is_url(config.data.source) else Path(config.data.source)
 
 
-def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> ShardReader:
-    """The configured shards, with the configured or other members.
+def open_data(
+    config: TrainConfig, members: Sequence[str] | None = None, part: Part | None = "training"
+) -> ShardReader:
+    """The configured shards, with the configured or other members; of one part, or None for both.
 
     Raises:
         ValueError: they are damaged, or lack a member that the model is to be told.
@@ -209,6 +227,8 @@ def open_data(config: TrainConfig, members: Sequence[str] | None = None) -> Shar
         members or config.data.members,
         Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
         config.data.exclude,
+        config.data.held_out,
+        part,
     )
 
 
@@ -255,16 +275,27 @@ def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.devic
 
 
 def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
-    """Evaluation against the training images, with the configured features."""
+    """Evaluation against the training and the held-out images, with the configured features.
+
+    Raises:
+        ValueError: there are too few images for a metric, or what it needs is missing.
+    """
     settings = config.evaluation
-    reference, extractor = None, None
+    reference, held_out, clip, texts = None, None, None, ()
     if settings.features != "none":
-        reference, extractor = _reference(config)
+        reference, held_out = references(config)
+    if "clip" in settings.metrics and settings.clip_model is not None:
+        clip = ClipScore(settings.clip_model, environment.torch_device(config))
+        texts = drawn_texts(config)
     return Evaluator(
         schedule=process.schedule,
         table=process.table,
         reference=reference,
-        extractor=extractor,
+        extractor=None if reference is None else reference.extractor,
+        metrics=settings.metrics,
+        held_out=held_out,
+        clip=clip,
+        texts=texts,
         conditions=drawn_conditions(config),
         null=null_conditions(config),
         image_shape=config.data.image_shape,
@@ -272,7 +303,9 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         decode=build_decoder(config),
         num_images=settings.num_images,
         solver_steps=settings.solver_steps,
+        solver=settings.solver,
         guidance=settings.guidance,
+        guidance_interval=settings.guidance_interval,
         seed=config.seed,
         world=world,
     )
@@ -297,22 +330,40 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
     return partial(decode_latents, vae, scale=scale, shift=shift)
 
 
-def _reference(config: TrainConfig) -> tuple[Tensor, Extractor]:
-    """Every image of the data, and the features to compare drawn ones by."""
-    members = [m for m in config.data.members if m == config.data.members[0] or m == "cls"]
-    reader = open_data(config, members)
-    pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
-    images = torch.from_numpy(pixels)
+def references(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """The images that are trained on, and those that are held out, if any, in one feature space."""
+    image = config.data.members[0]
+    reader = open_data(config, [m for m in config.data.members if m in (image, "cls")], part=None)
+    share, is_held_out = config.data.held_out, np.zeros(len(reader), dtype=bool)
+    if share:
+        is_held_out = in_part(map(reader.key, range(len(reader))), share, "held_out")
+    shape, policy = config.data.image_shape, config.data.on_bad_sample
+    read = cache(lambda: read_all(reader, shape, policy, is_held_out))
+    extractor = _extractor(config, reader, read)
+
+    def part(name: Part, rows: np.ndarray) -> ImageSet:
+        data = part_fingerprint(reader.fingerprint, share, name) if share else reader.fingerprint
+        folder = cache_folder() / "statistics"
+        file = statistics_path(folder, data, image, shape, extractor)
+        images = lambda: torch.from_numpy(read()[0][rows] if share else read()[0])
+        return ImageSet(images, int(rows.sum()), extractor, file)
+
+    training = part("training", ~is_held_out)
+    return training, part("held_out", is_held_out) if share else None
+
+
+def _extractor(config: TrainConfig, reader: ShardReader, read: Callable[[], Any]) -> Extractor:
+    """Of the features that images are compared by; ``read`` gives all images and conditions."""
     if config.evaluation.features == "inception":
-        return images, inception_features(config.evaluation.inception_weights)
-    if "labels" not in conditions:
+        return inception_features(config.evaluation.inception_weights)
+    if "cls" not in reader.keys:
         raise ValueError(
             "evaluation.features=classifier needs the labels of the images (member cls); use "
             "inception, or none to draw images only."
         )
-    labels = torch.from_numpy(conditions["labels"])
-    cache = cache_folder() / "features"
-    return images, classifier_for(images, labels, cache, reader.fingerprint)
+    pixels, conditions = read()
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(conditions["labels"])
+    return classifier_for(images, labels, cache_folder() / "features", reader.fingerprint)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -333,7 +384,15 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
     Raises:
         ValueError: there is no checkpoint, or it belongs to another model.
     """
-    path = newest_checkpoint(run)
+    return load_average_of(newest_checkpoint(run), config, device)
+
+
+def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """The same from one checkpoint, which must be complete.
+
+    Raises:
+        ValueError: it belongs to another model.
+    """
     model = build_model(config)
     load_parameters(model, checkpoint.load_group(path, "ema"), path)
     step = checkpoint.read_state(path)["step"]

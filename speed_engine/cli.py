@@ -1,4 +1,4 @@
-"""The command line: train, plan, sample, evaluate, export, shards, methods, doctor."""
+"""The command line of ``speed-engine``: one function per command."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import SolverName, TrainConfig, cache_folder
 from speed_engine.model_config import DiTConfig
 from speed_engine.presets import PRESETS
 
@@ -27,6 +27,8 @@ usage: speed-engine COMMAND ...
   plan PRESET --gpus N     what a run would take on N GPUs: memory, communication, time
   sample RUN               draw images from a trained model
   evaluate RUN             measure a trained model against its data
+  compare PRESET           train methods at equal budget, several seeds each, and report
+  consistency RUN_A RUN_B  how alike two models draw from the same noise
   export RUN --out PATH    write a trained model's weights for DiT's own code or diffusers
   shards COMMAND           prepare, index and verify data
   methods                  which methods there are, on which processes, and what they do
@@ -84,36 +86,56 @@ class SampleCommand:
     """Folder of the run."""
     count: int = 100
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none; default that of the run."""
+    solver: SolverName | None = None
+    """How they are drawn; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
-    """Model evaluations per image; default that of the run."""
+    """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
     prompt: tuple[str, ...] = ()
     """Texts to draw in turn, one row of the picture each; default those of the run's data."""
     text_encoder: str | None = None
     """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
     """Root of the noise; image i depends on seed, i and what it is told only."""
+    batch_size: int = 500
+    """Images at a time and process."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto does so where that was measured to pay."""
     out: Path | None = None
-    """Picture to write; default RUN/samples/sample-seed-SEED.png."""
+    """FILE.png, one picture of the first images; FILE.npz, all of them as ADM's evaluator reads
+    them; or a folder for a PNG of each. The same command continues what was interrupted. Default
+    RUN/samples/sample-seed-SEED.png."""
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure the averaged model of a run: FID and KID against its data."""
+    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
     """Images drawn; default that of the run, as for all below."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
+    solver: SolverName | None = None
+    """How they are drawn; euler is ddim."""
     solver_steps: int | None = None
     """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
     features: Literal["classifier", "inception"] | None = None
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
+    metrics: tuple[str, ...] | None = None
+    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images), clip."""
+    clip_model: str | None = None
+    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    json: bool = False
+    """Print the record as JSON, in place of the table."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     # busy elsewhere would spin most of the time (two cores, one neighbour: 240 images/s of the
     # digits preset against 1,300 with this limit; alone, 4,000 either way).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Compiled code is kept from run to run; Inductor's own default is in /tmp.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     # torch's checkpoints warn, in two ways, that there is one process; that is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     console = Console()
@@ -166,6 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
         "plan": _plan,
         "sample": _sample,
         "evaluate": _evaluate,
+        "compare": _compare,
+        "consistency": _consistency,
         "export": _export,
         "shards": _shards,
         "methods": _methods,
@@ -184,7 +211,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; `speed-engine train --resume RUN` continues from the last checkpoint.")
+        _fail(
+            "interrupted; `speed-engine train --resume RUN` continues a run from its last "
+            "checkpoint, `sample` and `shards` continue by the same command."
+        )
 
 
 def _train(arguments: list[str], console: Console) -> None:
@@ -233,70 +263,59 @@ def _plan(arguments: list[str], console: Console) -> None:
 
 
 def _sample(arguments: list[str], console: Console) -> None:
-    import torch
-
-    from speed_engine import assemble, environment
-    from speed_engine.evaluation.generate import generate, grid_rows, save_images
+    from speed_engine import assemble
+    from speed_engine.draw import draw
 
     command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
     config = _with_evaluation(
         assemble.read_config(command.run),
         num_images=command.count,
-        guidance=command.guidance,
+        solver=command.solver,
         solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
     )
-    decode = assemble.build_decoder(config)
-    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    process = assemble.build_process(config)
-    count = config.evaluation.num_images
-    if command.prompt:
-        conditions, null = assemble.prompted(config, command.prompt, command.text_encoder)
-        rows = torch.arange(count) % len(command.prompt)
-    else:
-        conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
-        rows = grid_rows(count, conditions)
-    images = generate(
-        model,
-        process.schedule,
-        process.table,
-        conditions,
-        torch.arange(count),
-        image_shape=config.data.image_shape,
-        null=null,
+    draw(
+        config,
+        command.run,
+        command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
+        console,
         seed=command.seed,
-        num_steps=config.evaluation.solver_steps,
-        guidance=config.evaluation.guidance,
-        latents=config.data.latents,
+        batch_size=command.batch_size,
+        compile=command.compile,
+        prompts=command.prompt,
+        text_encoder=command.text_encoder,
     )
-    images = images if decode is None else decode(images)
-    out = command.out or command.run / "samples" / f"sample-seed-{command.seed}.png"
-    out = save_images(images, rows, out)
-    console.print(f"{count} images of step {step}: {out}", highlight=False, soft_wrap=True)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
-    from speed_engine import assemble, environment
+    from speed_engine import assemble
+    from speed_engine.evaluate import evaluate, show
 
     command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
     config = _with_evaluation(
         assemble.read_config(command.run),
         num_images=command.num_images,
-        guidance=command.guidance,
+        solver=command.solver,
         solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
+        metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,
+        clip_model=command.clip_model,
     )
-    process = assemble.build_process(config)
-    evaluator = assemble.build_evaluator(config, process)
-    model, step = assemble.load_average(command.run, config, environment.torch_device(config))
-    _, fidelity = evaluator(model)
-    if fidelity is None:
-        raise ValueError(
-            "this run's evaluation.features is none, which measures nothing; choose --features."
-        )
-    measured = {name: value for name, value in asdict(fidelity).items() if value is not None}
-    settings = {"solver_steps": evaluator.solver_steps, "guidance": evaluator.guidance}
-    console.print_json(json.dumps({"step": step, **measured, **settings}))
+    record = evaluate(command.run, config)
+    if record is not None and command.json:
+        console.print_json(json.dumps(record))
+    elif record is not None:
+        show(record, console)
+
+
+def _compare(arguments: list[str], console: Console) -> None:
+    from speed_engine import compare_cli
+
+    compare_cli.main(arguments, console)
 
 
 def _export(arguments: list[str], console: Console) -> None:
@@ -325,6 +344,12 @@ def _with_evaluation(config: TrainConfig, **options: object) -> TrainConfig:
     """The configuration with the given evaluation options, checked; None keeps a run's own."""
     given = {name: value for name, value in options.items() if value is not None}
     return replace(config, evaluation=replace(config.evaluation, **given))
+
+
+def _consistency(arguments: list[str], console: Console) -> None:
+    from speed_engine import consistency_cli
+
+    consistency_cli.main(arguments, console)
 
 
 def _shards(arguments: list[str], console: Console) -> None:

@@ -6,6 +6,7 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 
 import dataclasses
 import json
+import math
 import os
 import types
 import typing
@@ -105,6 +106,9 @@ class DataConfig:
     The run is the same either way."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A damaged sample is replaced by another and counted, or ends the run."""
+    held_out: float = 0.0
+    """Share of the samples, in [0, 0.9], chosen by a hash of their keys, that is never trained on:
+    evaluation measures against both parts."""
     exclude: Path | None = None
     """Repair list of `speed-engine shards check`: what it names is left out."""
     cache_gb: float = 100.0
@@ -114,6 +118,7 @@ class DataConfig:
         decodable = self.vae is None or self.latents
         check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
+        check("data.held_out", self.held_out, 0 <= self.held_out <= 0.9, "is a share in [0, 0.9]")
         if self.resident == "on" and self.mode == "stream":
             raise ValueError(
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
@@ -159,6 +164,9 @@ class OptimizerConfig:
             check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
 
 
+SolverName = Literal["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "ddpm_large"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Images drawn from the averaged model, and how far they are from the data."""
@@ -167,21 +175,39 @@ class EvaluationConfig:
     """Optimizer steps between evaluations; one more follows the last step."""
     num_images: int = 2000
     """Images drawn each time, classes in turn."""
+    solver: SolverName = "ddim"
+    """How images are drawn; euler is ddim; ddpm takes the variance a model learned, if it did."""
     solver_steps: int = 25
-    """Model evaluations per image (DDIM), at most the number of timesteps."""
+    """Model evaluations per image, at most the number of timesteps."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts; by default at all."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """What FID compares: a classifier trained on these data, the standard Inception network, or
     nothing: images are drawn only."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
+    metrics: tuple[str, ...] = ("fid", "kid")
+    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images; needs
+    data.held_out), clip (pictures against their texts)."""
+    clip_model: str | None = None
+    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
 
     def __post_init__(self) -> None:
+        known = ("fid", "kid", "isc", "prc", "copies", "clip")
+        named = " ".join(self.metrics)
+        sound = bool(self.metrics) and set(self.metrics) <= set(known)
+        check("evaluation.metrics", named, sound, f"name one or more of {', '.join(known)}")
+        has_model = "clip" not in self.metrics or self.clip_model is not None
+        check("evaluation.metrics", named, has_model, "clip needs evaluation.clip_model")
         for name in ("every", "num_images", "solver_steps"):
             value = getattr(self, name)
             check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
         check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
+        low, high = self.guidance_interval or (0.0, math.inf)
+        rises = "needs two noise levels sigma / alpha, 0 or more, the lower one first"
+        check("evaluation.guidance_interval", self.guidance_interval, 0 <= low < high, rises)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,11 +313,33 @@ class TrainConfig:
             not self.data.latents or self.evaluation.features == "none",
             "latents are no pictures that could be compared; choose none",
         )
+        self._check_metrics()
         check(
             "evaluation.guidance",
             self.evaluation.guidance,
             self.evaluation.guidance == 1 or self.condition_dropout > 0,
             "guidance needs a model that was trained with condition_dropout above 0",
+        )
+
+    def _check_metrics(self) -> None:
+        metrics, named = self.evaluation.metrics, " ".join(self.evaluation.metrics)
+        check(
+            "evaluation.metrics",
+            named,
+            "copies" not in metrics or self.data.held_out > 0,
+            "copies needs images that were never trained on; set data.held_out, such as to 0.1",
+        )
+        check(
+            "evaluation.metrics",
+            named,
+            "clip" not in metrics or any(m.startswith("tokens") for m in self.data.members),
+            "clip needs a model that is told texts (tokens.npy among data.members)",
+        )
+        check(
+            "evaluation.metrics",
+            named,
+            "clip" not in metrics or not self.data.latents or self.data.vae is not None,
+            "clip needs pictures; set data.vae to decode latents",
         )
 
 

@@ -6,6 +6,7 @@ number of steps done.
 Letters: B images of one process.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -127,13 +128,20 @@ class Engine:
         if isinstance(self.optimizer, OneSweep):
             decay = self.ema.decay_at(step)
             return self.optimizer.sweep([self.ema.averages], [decay], self.grad_clip)
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        norm = whole(self._clip())
         finite = torch.isfinite(norm)
         # The fused optimizer's own switch (GradScaler's): it reads the tensor on the device.
         self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.ema.update(step, finite)
         return norm, finite
+
+    def _clip(self) -> Tensor:
+        """() gradient norm, before clipping; without a limit the gradients are read only."""
+        if self.grad_clip == math.inf:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            return nn.utils.get_total_norm(gradients)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
 
     def _autocast(self) -> AbstractContextManager:
         """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from speed_engine.durable import write_durably
 
+RECORDS = "metrics.jsonl"
 log = logging.getLogger(__name__)
 
 
@@ -120,7 +121,7 @@ class RunLog:
         # Imported here: it takes a second that other commands need not spend.
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        path = run / "metrics.jsonl"
+        path = run / RECORDS
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
         write_durably(path, "".join(kept).encode())
         self._file = path.open("ab", buffering=0)
@@ -160,6 +161,22 @@ class RunLog:
         self._file.close()
         if self._curves is not None:
             self._curves.close()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """Those of metrics.jsonl, oldest first; half a line that a kill left is not one."""
+    return [json.loads(line) for line in _lines(run / RECORDS)]
+
+
+def append_record(run: Path, record: Mapping[str, Any]) -> None:
+    """Add one to metrics.jsonl, after half a line, if a kill left one, is gone."""
+    with (run / RECORDS).open("a+b") as file:
+        file.seek(0)
+        known = file.read()
+        complete = known.rfind(b"\n") + 1
+        if complete < len(known):
+            file.truncate(complete)
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def _lines(path: Path) -> list[str]:

@@ -14,8 +14,9 @@ from rich.console import Console
 USAGE = """\
 usage: speed-engine shards COMMAND ...
 
-  make SOURCE OUT          write pictures as shards: digits, a folder with a sub-folder per class,
-                           cifar-10-binary.tar.gz, a .zip of EDM, captions_*.json, hf:NAME
+  make SOURCE OUT          write pictures as shards: digits, emoji, a folder with a sub-folder per
+                           class, cifar-10-binary.tar.gz, a .zip of EDM, captions_*.json,
+                           hf:NAME
   encode SHARDS OUT        pictures to latents of a VAE, captions to text tokens; under torchrun
                            the ranks share the work
   index FOLDER             make a data set of the tars in a folder, whoever wrote them
@@ -30,8 +31,9 @@ class MakeCommand:
     """Write a collection of pictures as shards; killed and run again, it continues."""
 
     source: tyro.conf.Positional[str]
-    """digits, a folder with a sub-folder per class, cifar-10-binary.tar.gz, a .zip as EDM makes it,
-    COCO's captions_*.json, or hf:NAME of a Hugging Face data set, on the hub or in a folder."""
+    """digits, emoji (of an installed font), a folder with a sub-folder per class,
+    cifar-10-binary.tar.gz, a .zip as EDM makes it, COCO's captions_*.json, or hf:NAME
+    of a Hugging Face data set, on the hub or in a folder."""
     out: tyro.conf.Positional[Path]
     """Folder to write; new, empty, or left by the same command."""
     images: Path | None = None

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from speed_engine.distributed import World
 from speed_engine.durable import write_durably
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
-from speed_engine.evaluation.fidelity import FidelityResult
+from speed_engine.evaluation.evaluator import Evaluation
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.models.blocks import compiled, compiled_blocks
@@ -405,22 +405,23 @@ class Trainer:
         step = self.engine.steps_done
         self.watchdog.doing(step, "evaluating")
         with self.clock.paused():
-            images, fidelity = self.evaluator(self.engine.ema.model)
+            images, found = self.evaluator(self.engine.ema.model)
             if self.world.is_first:
-                self._keep_evaluation(images, fidelity)
+                self._keep_evaluation(images, found)
         self.watchdog.doing(step, "training")
 
-    def _keep_evaluation(self, images: Tensor, fidelity: FidelityResult | None) -> None:
+    def _keep_evaluation(self, images: Tensor, found: Evaluation | None) -> None:
         """On the first process: pictures and figures."""
         step = self.engine.steps_done
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.run / "samples" / f"step-{step:08d}.png"
         where = self._try_to_write(where, lambda: save_images(images, rows, where))
         figure = ""
-        if fidelity is not None:
-            self._record({k: v for k, v in asdict(fidelity).items() if v is not None})
-            figure = f"FID {fidelity.fid:.3f}  "
-        self.newest_evaluation = fidelity and fidelity.fid, where
+        if found is not None:
+            self._record(found.record())
+        if found is not None and found.fid is not None:
+            figure = f"FID {found.fid:.3f}  "
+        self.newest_evaluation = found and found.fid, where
         self.progress.say(f"step {step}/{self.config.steps}  {figure}{where}")
 
     def _try_to_write(self, path: Path, write: Callable[[], Path | None]) -> Path:

@@ -1,9 +1,18 @@
-"""A benchmark that nobody can run here still runs."""
+"""A benchmark that nobody can run here still runs; what the documentation shows, a result has."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+import regression
+import tables
+from speed_engine.assemble import build_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,15 +31,57 @@ def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
         assert f"{section}: " in done.stdout
 
 
-def test_the_table_of_loaders_is_that_of_the_result():
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_of_the_documentation_are_those_of_the_results(document):
+    text = document.read_text()
+    assert tables.filled(text) == text, "run `python benchmarks/tables.py`"
+
+
+def test_a_figure_without_a_result_cannot_appear(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for name in tables.TABLES:
+        block = f"<!-- table: {name} -->\n1,628 images/s\n<!-- end -->"
+        assert not re.search(r"\d", tables.filled(block))
+
+
+def test_a_result_is_compared_with_the_committed_one(tmp_path):
+    path = tmp_path / "step.json"
+    old = {"environment": {"cores": 2}, "rows": [{"case": "S/2", "ms": {"median": 4.0, "p20": 1}}]}
+    assert regression.committed(path) is None
+    path.write_text(json.dumps(old))
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    new = {"environment": {"cores": 9}, "rows": [{"case": "S/2", "ms": {"median": 5.0, "p20": 9}}]}
+    path.write_text(json.dumps(new))
+    lines = list(regression.compared(regression.committed(path), new))
+    assert lines == ["rows / S/2 / ms: 4 -> 5, ratio 1.250"]
+
+
+def test_every_rung_of_the_training_step_runs_in_a_dry_run():
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
-    result = ROOT / "benchmarks" / "results" / "x86-64-2-cores" / "loader.json"
-    code = f"import bench_loader, json; print(bench_loader.table(json.load(open({str(result)!r}))))"
+    script = str(ROOT / "benchmarks" / "bench_train_step.py")
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, script, "--dry-run", "--sections", "step", "--cases", "DiT-S/2"],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        check=True,
     )
-    assert done.stdout in (ROOT / "benchmarks" / "README.md").read_text()
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    out = [row for row in rows if "left out: " in row]
+    assert all("channels last" in row or "torchao is not installed" in row for row in out)
+    assert sum(" images/s" in row for row in rows) >= 12
+
+
+@pytest.mark.parametrize("case", ["digits", "DiT-S/2", "unet"])
+def test_the_other_loop_trains_a_network_of_equal_work(case):
+    import diffusers_step
+    import train_cases
+
+    config = train_cases.cpu_cases()[case]
+    with torch.device("meta"):
+        ours, theirs = build_model(config), diffusers_step.build(config)
+    flops = train_cases.training_flops(ours, train_cases.model_inputs(config))
+    other = train_cases.training_flops(theirs, diffusers_step.inputs(config))
+    assert flops == pytest.approx(other, rel=0.03)

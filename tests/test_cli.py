@@ -1,5 +1,6 @@
 """The command line as a person meets it; every failure is one message and status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def fails(capsys, *arguments: str) -> str:
 def test_without_arguments_the_commands_are_listed(capsys):
     cli.main([])
     shown = capsys.readouterr().out
-    for command in ("train", "sample", "evaluate", "shards", "methods", "doctor"):
+    for command in ("train", "sample", "evaluate", "consistency", "shards", "methods", "doctor"):
         assert command in shown
 
 
@@ -81,6 +82,18 @@ def test_shards_that_do_not_fit_are_named(capsys, tmp_path):
 def test_what_is_not_a_run_is_said(capsys, tmp_path):
     for command in (["train", "--resume"], ["sample"], ["evaluate"]):
         assert "not a run folder" in fails(capsys, *command, str(tmp_path))
+
+
+def test_compiled_code_is_kept_in_the_cache_unless_the_user_has_another_place(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("SPEED_ENGINE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    cli.main([])
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
 
 
 def test_the_module_runs_like_the_command():

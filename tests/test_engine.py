@@ -1,6 +1,9 @@
 """One step: its formula, and that it never waits for the device."""
 
 import dataclasses
+import gc
+import math
+import sys
 
 import pytest
 import torch
@@ -18,9 +21,11 @@ from speed_engine.optim import adamw, linear_warmup, one_sweep
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))
 
 
-def engine(grad_clip: float = 1.0, config: TrainConfig = CONFIG, make_optimizer=adamw) -> Engine:
-    model = build_model(config)
-    objective = build_objective(config, build_process(config), model)
+def engine(
+    grad_clip: float = 1.0, config: TrainConfig = CONFIG, make_optimizer=adamw, device: str = "cpu"
+) -> Engine:
+    model = build_model(config).to(device)
+    objective = build_objective(config, build_process(config), model).to(device)
     return Engine(
         model,
         objective,
@@ -86,6 +91,36 @@ def test_one_sweep_never_waits_either():
     assert reads.count == 0
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make_optimizer", [adamw, one_sweep])
+def test_no_step_waits_for_a_gpu(make_optimizer):
+    trained = engine(make_optimizer=make_optimizer, device="cuda")
+    data = batch().to("cuda")
+    for _ in range(3):  # state, tables of addresses, kernels are made
+        trained.step(data)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trained.step(data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_thousand_steps_allocate_nothing_that_stays():
+    trained, data, kept = engine(), batch(2), {}
+    for step in range(1, 1001):
+        trained.step(data)
+        if step in (100, 1000):
+            kept[step] = live_tensors(), sys.getallocatedblocks()
+    assert kept[1000][0] == kept[100][0]
+    assert kept[1000][1] - kept[100][1] < 450  # one block in two steps
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+
 def test_a_step_is_forward_backward_clip_adamw_average():
     ours, by_hand = engine(grad_clip=0.1), engine()
     report = ours.step(batch())
@@ -107,6 +142,15 @@ def test_a_step_is_forward_backward_clip_adamw_average():
     weight = ours.model.get_parameter("final_layer.linear.weight").detach()
     average = ours.ema.model.get_parameter("final_layer.linear.weight")
     torch.testing.assert_close(average, (1 - 2 / 11) * weight)  # it began at zero
+
+
+def test_without_a_limit_a_step_is_that_of_a_limit_never_reached():
+    free, bounded = engine(grad_clip=math.inf), engine(grad_clip=1e30)
+    for _ in range(3):
+        reports = free.step(batch()), bounded.step(batch())
+        assert torch.equal(reports[0].grad_norm, reports[1].grad_norm)
+    for one, other in zip(free.model.parameters(), bounded.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_dropped_labels_become_the_null_label_at_the_stated_rate():

@@ -27,9 +27,9 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"engine", "evaluation"},
     {"families"},
     {"assemble"},
-    {"presets", "train", "estimate"},
+    {"presets", "train", "estimate", "draw", "evaluate"},
     {"arena"},
-    {"shards_cli", "plan"},
+    {"shards_cli", "compare_cli", "consistency_cli", "plan"},
     {"cli"},
     {"__main__"},
 ]

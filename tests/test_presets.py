@@ -1,3 +1,4 @@
+from speed_engine.assemble import build_model
 from speed_engine.config import from_json, to_json
 from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.presets import PRESETS
@@ -8,8 +9,11 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
+EMOJI = {"emoji32", "emoji32-unet", "emoji64", "emoji64-unet"}
+
+
 def test_the_papers_experiments_are_there():
-    assert set(PRESETS) == EXPERIMENTS | {"digits"}
+    assert set(PRESETS) == EXPERIMENTS | EMOJI | {"digits"}
     families = {type(config.model) for _, config in PRESETS.values()}
     assert families == {DiTConfig, MDTConfig, UNetConfig, EdmUNetConfig}
 
@@ -30,6 +34,19 @@ def test_the_paper_trains_with_one_recipe():
         assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0)
         assert (optimizer.ema_decay, config.batch_size, config.schedule) == (0.9999, 256, "linear")
         assert config.method == "speed_paper" and config.model.learn_sigma
+
+
+def test_presets_of_one_size_of_emoji_differ_in_the_network_alone():
+    for side in (32, 64):
+        dit, unet = (PRESETS[f"emoji{side}{network}"][1] for network in ("", "-unet"))
+        assert dit.data == unet.data and dit.data.image_shape == (3, side, side)
+        assert (type(dit.model), type(unet.model)) == (DiTConfig, UNetConfig)
+
+
+def test_emoji32_is_small_enough_for_a_cpu():
+    _, config = PRESETS["emoji32"]
+    parameters = sum(p.numel() for p in build_model(config).parameters())
+    assert 1e6 < parameters < 3e6
 
 
 def test_edm_trains_on_200_million_images():

@@ -60,7 +60,9 @@ class Results:
 
     metric: str  # that decides, such as held_out_fid
     extractor: str  # of every metric in the file
-    budget_images: int
+    budget_images: int  # of every run
+    budget_seconds: float | None = field(default=None, kw_only=True)  # where this was the budget:
+    # runs then train on as many images as they are expected to in that time
     contestants: tuple[Contestant, ...]  # in the order asked for
     seeds: tuple[int, ...]
     curves: tuple[Curve, ...]

@@ -7,6 +7,7 @@ import gzip
 import io
 import tarfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ class Cifar10:
     """
 
     channels = 3
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path, split: str) -> None:
         if split not in _FILES:

@@ -3,6 +3,7 @@
 Local are folders that ``Dataset.save_to_disk`` wrote and folders of parquet files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ class HuggingFace:
     """
 
     channels = 3
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, name: str, split: str) -> None:
         self._name = f"hf:{name}, split {split}"

@@ -193,17 +193,30 @@ class Loader:
 
 
 def read_all(
-    reader: ShardReader, image_shape: Shape, on_bad_sample: OnBadSample = "stop"
+    reader: ShardReader,
+    image_shape: Shape,
+    on_bad_sample: OnBadSample = "stop",
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Every sample in the order of the shards, for evaluation; others replace damaged ones.
+
+    Args:
+        reader: its first key is the image.
+        image_shape: (C, H, W) that every image must have.
+        on_bad_sample: what happens to a damaged sample.
+        groups: (N,) of the samples; a damaged one is replaced by one of its own group. None is one.
 
     Returns:
         images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
     """
     batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
-    images, conditions, replaced = batches.read(
-        range(len(reader)), partial(elsewhere, num_samples=len(reader))
-    )
+    groups = np.zeros(len(reader)) if groups is None else groups
+
+    def substitute(place: int, attempt: int) -> int:
+        own = np.flatnonzero(groups == groups[place])
+        return int(own[elsewhere(int(np.searchsorted(own, place)), attempt, len(own))])
+
+    images, conditions, replaced = batches.read(range(len(reader)), substitute)
     if images.dtype != np.uint8:
         raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
     if replaced:

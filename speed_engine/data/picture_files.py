@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from speed_engine.data.pictures import EXTENSIONS, open_picture
@@ -24,6 +24,7 @@ class ImageFolder:
     """
 
     channels = 3
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -73,6 +74,7 @@ class ZipArchive:
     """
 
     channels = 3
+    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -157,6 +159,7 @@ class CocoCaptions:
     """
 
     channels = 3
+    metadata: Mapping[str, str] = {}
     classes = ()
 
     def __init__(self, path: Path, folder: Path) -> None:

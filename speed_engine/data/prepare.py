@@ -180,7 +180,8 @@ def make(
         for message in bad:
             _log.warning("left out: %s", message)
         advance(next(len(n) for p, n in tasks if p == path))
-    preparation.finish({"classes": list(source.classes)} if source.classes else {})
+    classes = {"classes": list(source.classes)} if source.classes else {}
+    preparation.finish({**classes, **source.metadata})
 
 
 def mixed_order(count: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from speed_engine.data.folder import open_folder
 from speed_engine.data.index import ShardIndex
 from speed_engine.data.remote import Cache
 from speed_engine.data.repair import RepairList, load_repair_list
+from speed_engine.data.split import Part, in_part, part_fingerprint
 from speed_engine.data.tarscan import ShardError
 
 MAX_OPEN_FILES = 64
@@ -40,16 +41,19 @@ class ShardReader:
         keys: the members that every sample must have and ``read`` returns.
         cache: for what comes from a URL.
         exclude: a repair list, see check.py; what it names is left out.
+        held_out: share of the samples that is not trained on, see split.py; 0 splits nothing.
+        part: which of the two parts to read; None reads both.
 
     Attributes:
         keys: as given.
         dataset: the record of the data set.
         counts: samples per shard.
-        fingerprint: SHA-256 of the content of the data set, and of what is excluded.
+        fingerprint: SHA-256 of the content of the data set, of what is excluded, and of the part.
 
     Raises:
         FileNotFoundError: no such folder, or no shards in it.
-        ShardError: shards, indices and record are not of each other; names the file and a remedy.
+        ShardError: shards, indices and record are not of each other, or none of them is
+            left; names the file and a remedy.
     """
 
     def __init__(
@@ -58,17 +62,24 @@ class ShardReader:
         keys: Sequence[str] = ("npy", "cls"),
         cache: Cache | None = None,
         exclude: Path | None = None,
+        held_out: float = 0.0,
+        part: Part | None = None,
     ) -> None:
         self.keys = tuple(keys)
+        self._held_out = held_out
+        self._part: Part | None = part if held_out else None
         excluded = load_repair_list(exclude) if exclude else RepairList()
         self._folder = open_folder(source, cache)
         self.dataset, self._indices = self._folder.load(excluded.shards)
         self.fingerprint = excluded.fingerprint(self.dataset)
+        if self._part is not None:
+            self.fingerprint = part_fingerprint(self.fingerprint, held_out, self._part)
         self._names = [self._folder.describe(shard.name) for shard in self.dataset.shards]
         kept = [
             index.without(excluded.samples.get(shard.name, {}))
             for shard, index in zip(self.dataset.shards, self._indices, strict=True)
         ]
+        kept = [self._of_part(index, rows) for index, rows in zip(self._indices, kept, strict=True)]
         columns = [
             _columns(name, index, rows, self.keys)
             for name, index, rows in zip(self._names, self._indices, kept, strict=True)
@@ -78,7 +89,7 @@ class ShardReader:
         # Arrays, not objects: a million objects would be copied page by page into every worker.
         self._row = np.concatenate(kept)  # (N,) number in the shard
         if not len(self):
-            raise ShardError(f"{exclude} leaves nothing of {source}.")
+            raise ShardError(self._nothing(source, exclude))
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
         self._memory = bytearray()  # of one sample at a time
         self._open: dict[int, int] = {}  # shard -> file descriptor, the oldest first
@@ -212,12 +223,34 @@ class ShardReader:
     def describe(self, i: int) -> str:
         """Shard and key of sample ``i``, for messages."""
         shard = int(np.searchsorted(self._ends, i, side="right"))
-        return f"{self._names[shard]}: sample {self._indices[shard].key(int(self._row[i]))!r}"
+        return f"{self._names[shard]}: sample {self.key(i)!r}"
+
+    def key(self, i: int) -> str:
+        """Of sample ``i``."""
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return self._indices[shard].key(int(self._row[i]))
+
+    def takes(self, key: str) -> bool:
+        """Whether samples of this key belong to the part that is read."""
+        return self._part is None or bool(in_part([key], self._held_out, self._part)[0])
 
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+    def _nothing(self, source: str | Path, exclude: Path | None) -> str:
+        if self._part is None:
+            return f"{exclude} leaves nothing of {source}."
+        return (
+            f"data.held_out={self._held_out} leaves no samples for the {self._part} part of "
+            f"{source}; choose another share, or 0 to train on all."
+        )
+
+    def _of_part(self, index: ShardIndex, rows: np.ndarray) -> np.ndarray:
+        if self._part is None:
+            return rows
+        return rows[in_part(map(index.key, rows.tolist()), self._held_out, self._part)]
 
     def _descriptor(self, shard: int) -> int:
         if len(self._open) >= MAX_OPEN_FILES:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from PIL import Image
@@ -23,11 +23,13 @@ class Source(Protocol):
         channels: of the pictures where nothing else is asked for, 1 or 3.
         classes: names in the order of the labels; empty if there are none.
         identity: changes when the list of samples does.
+        metadata: facts about the whole for ``dataset.json``, such as a licence.
     """
 
     channels: int
     classes: tuple[str, ...]
     identity: str
+    metadata: Mapping[str, str]
 
     def __len__(self) -> int: ...
 

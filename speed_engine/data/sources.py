@@ -2,6 +2,7 @@
 
     digits                      1,797 scans, 8 x 8, ten classes; part of the package (licence beside
                                 it), so that everything can be tried without a download
+    emoji                       about 1,900 drawings of Noto Color Emoji, from its font
     FOLDER                      one sub-folder of pictures per class, or pictures of one class
     FILE.zip                    pictures and a dataset.json of labels, as EDM has them
     captions_FILE.json          COCO's captions of the pictures in another folder
@@ -14,12 +15,14 @@ Nothing is unpacked to disk and nothing unpickled.
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from speed_engine.data.cifar import Cifar10
+from speed_engine.data.emoji import Emoji
 from speed_engine.data.huggingface import HuggingFace
 from speed_engine.data.index import VERSION
 from speed_engine.data.picture_files import CocoCaptions, ImageFolder, ZipArchive
@@ -36,6 +39,10 @@ class Digits:
     channels = 1
     classes = tuple(map(str, range(10)))
     identity = "digits"
+    metadata: Mapping[str, str] = {
+        "licence": "CC BY 4.0",
+        "authors": "E. Alpaydin and C. Kaynak, 1998",
+    }
 
     def __init__(self) -> None:
         self._images, self._labels = _load_digits()
@@ -67,12 +74,14 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
     path = Path(name).expanduser()
     if name == "digits":
         return Digits()
+    if name == "emoji":
+        return Emoji()
     if name.startswith("hf:"):
         return HuggingFace(name.removeprefix("hf:"), split)
     if not path.exists():
         raise ValueError(
-            f"source {name!r} does not exist; needed: digits, a folder of pictures, "
-            f"cifar-10-binary.tar.gz, a .zip, captions_*.json or hf:NAME."
+            f"source {name!r} does not exist; needed: digits, emoji, a folder of "
+            f"pictures, cifar-10-binary.tar.gz, a .zip, captions_*.json or hf:NAME."
         )
     if path.is_dir():
         return ImageFolder(path)

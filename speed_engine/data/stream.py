@@ -82,6 +82,8 @@ class StreamSource(IterableDataset):
     def _rows(self, samples: Iterator[dict[str, Any]], replaced: list[str]) -> Iterator[Row]:
         bad = 0  # in a row
         for sample in samples:
+            if not self._batches.reader.takes(sample["__key__"]):
+                continue
             where = f"{sample['__url__']}: sample {sample['__key__']!r}"
             try:
                 keys = self._batches.reader.keys

@@ -237,17 +237,16 @@ def learned_uncertainty(schedule: NoiseSchedule) -> Recipe:
     )
 
 
-def speed_plus(
-    schedule: NoiseSchedule, k: float = 5.0, r: float = 138.6, lam: float = 0.6
-) -> Recipe:
-    """Provisional, until evidence chooses: ``speed_paper``, stratified, with E_P[w] = 1."""
-    recipe = speed_paper(schedule, k=k, r=r, lam=lam)
+def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) -> Recipe:
+    """SD3's law moved towards clean images, drawn stratified, weight one; meant for flows.
+
+    Like SpeeD it draws the noisy end of the process less. Chosen among fifteen candidates on the
+    digits, by runs with seeds that no report uses: asymmetric sampling, change-aware weights, x0
+    and v as targets, learned and adaptive weights and momentum decay did not add to it on a flow.
+    """
+    recipe = logit_normal(schedule, mean, std)
     recipe.timesteps.words = stratified
-    return Recipe(
-        timesteps=recipe.timesteps,
-        weighting=recipe.weighting,
-        normalised=True,
-    )
+    return recipe
 
 
 METHODS: dict[str, Callable[..., Recipe]] = {

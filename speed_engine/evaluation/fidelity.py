@@ -12,18 +12,17 @@ Letters: N generated images, M reference images, C channels, H height, W width.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity, inception_features
+from speed_engine.evaluation.image_set import ImageSet
 
 KID_SUBSET_SIZE = 1000  # images, where there are as many
-BATCH_SIZE = 256  # images through the extractor at once
 
-# torch-fidelity's switch: {field of FidelityResult: key in torch-fidelity's answer}
+# metric: {field of FidelityResult: key in torch-fidelity's answer}
 METRICS = {
     "fid": {"fid": "frechet_inception_distance"},
     "kid": {"kid": "kernel_inception_distance_mean"},
@@ -82,25 +81,10 @@ def measure(
     _check_images(generated, reference, extractor)
     check_counts(len(generated), len(reference), extractor, metrics)
 
-    torch_fidelity = import_torch_fidelity()
-    extractor.register()
-    # DataLoader draws a seed and Inception its first weights from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        values = torch_fidelity.calculate_metrics(
-            input1=_Images(generated, extractor.channels),
-            input2=_Images(reference, extractor.channels),
-            feature_extractor=extractor.name,
-            feature_extractor_weights_path=extractor.weights_path,
-            kid_subset_size=min(KID_SUBSET_SIZE, len(generated), len(reference)),
-            batch_size=BATCH_SIZE,
-            cuda=torch.cuda.is_available(),
-            save_cpu_ram=True,  # no worker processes: the images are in memory already
-            cache=False,
-            verbose=False,
-            **dict.fromkeys(metrics, True),
-        )
+    drawn = ImageSet(generated, len(generated), extractor, logits="isc" in metrics)
+    real = ImageSet(reference, len(reference), extractor)
     return FidelityResult(
-        **{field: values[key] for m in metrics for field, key in METRICS[m].items()},
+        **compare(drawn, real, metrics),
         extractor=extractor.name,
         weights_sha256=extractor.weights_sha256,
         feature_dim=extractor.feature_dim,
@@ -109,17 +93,33 @@ def measure(
     )
 
 
-class _Images(Dataset[Tensor]):
-    """Images one by one, (C, H, W) uint8; grey ones repeated where the extractor wants RGB."""
+def compare(generated: ImageSet, reference: ImageSet, metrics: Iterable[str]) -> dict[str, float]:
+    """What torch-fidelity computes of the features, by the fields of ``FidelityResult``.
 
-    def __init__(self, images: Tensor, channels: int) -> None:
-        self.images = images.cpu().expand(-1, channels, -1, -1)
+    All compare the features of one extractor; precision and recall, too, which torch-fidelity would
+    by itself compute from another network's.
+    """
+    import_torch_fidelity()
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_featuresdict_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def kid() -> dict[str, float]:
+        size = min(KID_SUBSET_SIZE, len(generated), len(reference))
+        features = generated.features, reference.features
+        return kid_features_to_metric(*features, kid_subset_size=size, verbose=False)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]
+    compute: dict[str, Any] = {
+        "fid": lambda: fid_statistics_to_metric(generated.statistics, reference.statistics, False),
+        "kid": kid,
+        "isc": lambda: isc_featuresdict_to_metric({"isc": generated.logits}, "isc", verbose=False),
+        "prc": lambda: prc_features_to_metric(
+            generated.features, reference.features, save_cpu_ram=True, verbose=False
+        ),
+    }
+    values = {metric: compute[metric]() for metric in metrics}
+    return {field: values[m][key] for m in values for field, key in METRICS[m].items()}
 
 
 def _check_metrics(metrics: tuple[str, ...]) -> None:
@@ -142,7 +142,15 @@ def _check_images(generated: Tensor, reference: Tensor, extractor: Extractor) ->
             f"{tuple(reference.shape[1:])} (C, H, W); they must agree: convert the reference the "
             "way the training data were converted, do not resize the generated ones."
         )
-    channels = generated.shape[1]
+    check_channels(generated.shape[1], extractor)
+
+
+def check_channels(channels: int, extractor: Extractor) -> None:
+    """Whether the extractor takes such images.
+
+    Raises:
+        ValueError: it does not.
+    """
     if channels != extractor.channels and (channels, extractor.channels) != (1, 3):
         raise ValueError(
             f"images have {channels} channels, {extractor.name} takes {extractor.channels}; "

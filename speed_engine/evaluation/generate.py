@@ -5,7 +5,9 @@ Image i is a function of (model, seed, i, its conditions): the same in any batch
 Letters: N images, B images per batch.
 """
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions, hidden
 from speed_engine.diffusion.schedule import NoiseSchedule
-from speed_engine.diffusion.solvers import ddim
+from speed_engine.diffusion.solvers import Denoising, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 
@@ -35,7 +37,9 @@ def generate(
     null: Mapping[str, Tensor],
     seed: int,
     num_steps: int,
+    solver: str = "ddim",
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     latents: bool = False,
     batch_size: int = 500,
 ) -> Tensor:
@@ -51,39 +55,69 @@ def generate(
         null: value of one row of the conditions that guidance hides.
         seed: root of the noise.
         num_steps: model evaluations per image; twice as many with guidance.
-        guidance: answers are extrapolated from not told to told by this factor; 1 is none.
+        solver: a key of ``SOLVERS``.
+        guidance: answers are extrapolated from not told to told by this factor; 1 is none. A
+            learned variance is taken from the told answer.
+        guidance_interval: guide where sigma / alpha is above the first and at most the second
+            (Kynkaanniemi et al. 2024), and ask the model once elsewhere; None guides everywhere.
         latents: images are not bounded by [-1, 1] and are returned as they are.
         batch_size: B, images at a time; changes nothing but memory.
 
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
+
+    Raises:
+        ValueError: an unknown solver, too many steps, or guidance on what cannot be hidden.
     """
     device = next(model.parameters()).device
     root = torch.tensor(seed, device=device)
+    solve = solver_named(solver)
+    check_guidance(guidance, conditions, null)
+    low, high = guidance_interval or (0.0, math.inf)
 
     def predict(x: Tensor, t: float) -> Tensor:
-        time = schedule.model_time(torch.tensor(t, dtype=schedule.timesteps.dtype))
-        times = time.to(device).expand(len(x))
-        answer = _answer(model, x, times, told)
-        if guidance == 1:
+        time = torch.tensor(t, dtype=schedule.timesteps.dtype)
+        times = schedule.model_time(time).to(device).expand(len(x))
+        answer = model(x, times, **told)
+        if guidance == 1 or not low < schedule.sigma(time) / schedule.alpha(time) <= high:
             return answer
-        untold = _answer(model, x, times, hidden(told, null))
-        return untold + guidance * (answer - untold)
+        channels = x.shape[1]
+        untold = model(x, times, **hidden(told, null))[:, :channels]
+        guided = untold + guidance * (answer[:, :channels] - untold)
+        return torch.cat([guided, answer[:, channels:]], dim=1)
 
     images = []
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         told = {name: value[part].to(device) for name, value in conditions.items()}
-        noise = normal(root, ids[part].to(device), int(np.prod(image_shape)), Stream.GENERATION)
-        noise = noise.view(-1, *image_shape)
-        x = ddim(predict, schedule, table, noise, num_steps, clip=not latents)
+        noise = partial(_noise, root, ids[part].to(device), image_shape)
+        problem = Denoising(
+            predict, table, lambda step, noise=noise: noise(Stream.SOLVER, step), clip=not latents
+        )
+        x = solve(problem, noise(Stream.GENERATION), num_steps)
         images.append(x.cpu() if latents else ((x + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)
 
 
-def _answer(model: nn.Module, x: Tensor, times: Tensor, told: Conditions) -> Tensor:
-    """(B, C, H, W): the target's channels, without those of a learned variance."""
-    return model(x, times, **told)[:, : x.shape[1]]
+def check_guidance(guidance: float, conditions: Conditions, null: Mapping[str, Tensor]) -> None:
+    """Whether guidance has something to hide, to be known before anything is drawn.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if guidance != 1 and not conditions.keys() & null.keys():
+        told = ", ".join(conditions) or "nothing"
+        raise ValueError(
+            f"guidance={guidance:g} compares a model that is told a class or a text with itself "
+            f"when it is not; this one is told {told}: set the guidance to 1."
+        )
+
+
+def _noise(
+    root: Tensor, ids: Tensor, image_shape: tuple[int, int, int], stream: Stream, step: int = 0
+) -> Tensor:
+    """(B, C, H, W) standard normal, of a step of a solver: ids stay below 2**40."""
+    return normal(root, ids + (step << 40), math.prod(image_shape), stream).view(-1, *image_shape)
 
 
 def grid_rows(num_images: int, conditions: Conditions) -> Tensor:

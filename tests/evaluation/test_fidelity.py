@@ -1,5 +1,8 @@
 import hashlib
+import json
 import pickle
+import subprocess
+import sys
 import warnings
 from dataclasses import asdict
 
@@ -7,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from speed_engine.evaluation import classifier, features, fidelity
@@ -83,6 +90,85 @@ def test_fid_is_the_frechet_distance_of_the_features():
     x = gaussian_images(700, np.full(8, 128), covariances[0], seed=2)
     y = gaussian_images(500, np.linspace(118, 138, 8), covariances[1], seed=3)
     assert measure(x, y, PIXELS).fid == pytest.approx(frechet_distance(x, y), rel=1e-6)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_fid_of_exact_moments_is_the_closed_form_of_gaussians(seed):
+    """A design of +-1 has the covariance it is mixed to, times N / (N - 1), and no other.
+
+    Of 2 x 2 blocks, tr (A B)^(1/2) = (tr A B + 2 (det A B)^(1/2))^(1/2).
+    """
+    rng = np.random.default_rng(seed)
+    sign = np.array([[1, 1], [1, -1]])
+    design = np.kron(np.kron(sign, sign), np.kron(sign, sign))[:, 1:9]  # (16, 8), orthogonal
+    means, mixings = rng.integers(100, 150, (2, 8)), rng.integers(-20, 21, (2, 4, 2, 2))
+    truth, sets = ((means[0] - means[1]) ** 2).sum() * 1.0, []
+    for mean, mixing in zip(means, mixings, strict=True):
+        points = mean + (design.reshape(16, 4, 1, 2) @ mixing)[:, :, 0].reshape(16, 8)
+        sets.append(torch.from_numpy(points.astype(np.uint8)).view(16, 1, 2, 4))
+    for a, b in zip(*(mixings.transpose(0, 1, 3, 2) @ mixings * 16 / 15), strict=True):
+        root = np.sqrt(max(0, np.linalg.det(a) * np.linalg.det(b)))
+        truth += np.trace(a) + np.trace(b) - 2 * np.sqrt(np.trace(a @ b) + 2 * root)
+    # Where a covariance is singular, square roots of rounding errors remain.
+    assert measure(*sets, PIXELS).fid == pytest.approx(truth, rel=1e-6, abs=1e-4)  # pyright: ignore[reportCallIssue]
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """The network of published numbers with weights of no meaning, in a file."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+        torch.manual_seed(0)
+        module = feature_extractor_inceptionv3
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        network = module.FeatureExtractorInceptionV3("", ["2048"])
+        for layer in network.modules():
+            if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+                torch.nn.init.kaiming_normal_(layer.weight)
+        network.fc.weight.mul_(10)
+    torch.save(network.state_dict(), path)
+    # Twelve images will do: how many FID needs is not what is tested here.
+    return Extractor(
+        name="inception-v3-compat",
+        weights_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        feature_dim=11,
+        channels=3,
+        weights_path=path,
+    )
+
+
+def test_metrics_of_two_folders_are_those_of_torch_fidelitys_command(
+    inception, tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    sets = {
+        "a": rng.integers(0, 256, (12, 2, 2, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2),
+        "b": rng.integers(40, 200, (14, 4, 4, 3), dtype=np.uint8).repeat(4, 1).repeat(4, 2),
+    }
+    for name, images in sets.items():
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02d}.png")
+    options = "--cpu --json --silent --no-cache --save-cpu-ram --fid --kid --isc --prc"
+    command = [sys.executable, "-m", "torch_fidelity.fidelity", *options.split()]
+    command += ["--input1", "a", "--input2", "b", "--kid-subset-size", "12"]
+    command += ["--feature-extractor", inception.name]
+    command += ["--feature-extractor-weights-path", str(inception.weights_path)]
+    # A layer of 192 features: the roots of a 2048 x 2048 matrix take half a minute.
+    compared = ("fid", "kid", "prc")
+    command += [word for metric in compared for word in (f"--feature-layer-{metric}", "192")]
+    layers = dict.fromkeys(compared, "192") | {"isc": "logits_unbiased"}
+    network = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+    monkeypatch.setattr(network, "get_default_feature_layer_for_metric", layers.get)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    theirs = json.loads(done.stdout)
+    a, b = (torch.from_numpy(images).permute(0, 3, 1, 2) for images in sets.values())
+    ours = asdict(measure(a, b, inception, METRICS))
+    for metric in METRICS.values():
+        for field, key in metric.items():
+            assert ours[field] == pytest.approx(theirs[key], rel=1e-6), field
+    assert ours["isc"] > 1.001 and ours["fid"] > 0.1  # the weights tell images apart
 
 
 def test_fid_of_known_gaussians_approaches_its_closed_form():

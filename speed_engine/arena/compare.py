@@ -1,0 +1,244 @@
+"""A comparison of methods at equal budget: its plan, its runs, and what came of them.
+
+OUT/compare.json            the conditions
+OUT/paces/CONTESTANT        short runs, where the budget is a time
+OUT/tuning/CONTESTANT/lr-X  a run per learning rate, with a seed that is not reported
+OUT/runs/CONTESTANT/seed-S  the runs that count; each folder is one of ``speed-engine train``
+OUT/results.json            see results.py
+
+Contestants are paired by seed: runs of one seed have the same initial weights, order of data, noise
+and images drawn. Called again, a comparison goes on where it stopped; contestants and seeds may be
+added to it.
+"""
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from speed_engine import environment
+from speed_engine.arena.contestants import BASELINES, expand, options, resolve
+from speed_engine.arena.final import FINAL_FILE, measure_final
+from speed_engine.arena.gather import curve_of, extractor_of, final_value
+from speed_engine.arena.paces import in_time
+from speed_engine.arena.results import Contestant, Results, write_results
+from speed_engine.arena.runs import Run, execute, failure, is_complete
+from speed_engine.config import TrainConfig, to_json
+from speed_engine.durable import write_durably
+
+TUNING_SEED = 1000  # added to the first seed: far from those that are reported
+PLAN_FILE = "compare.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        config: what all runs share.
+        contestants: names, see contestants.py; the sets ``all`` and ``ablation`` are allowed.
+        seeds: how many, from the configuration's on.
+        learning_rates: grid that each contestant's is chosen from; empty keeps the configured one.
+        solver_steps: the final models are also measured with so many.
+        budget_seconds: of training, in place of the configured steps; these then say only how far
+            evaluations are apart.
+    """
+
+    config: TrainConfig
+    contestants: tuple[str, ...]
+    seeds: int
+    learning_rates: tuple[float, ...] = ()
+    solver_steps: tuple[int, ...] = ()
+    budget_seconds: float | None = None
+
+    @property
+    def metric(self) -> str:
+        """The one that decides; lower is better."""
+        return "held_out_fid" if self.config.data.held_out else "fid"
+
+    @property
+    def reported_seeds(self) -> tuple[int, ...]:
+        """Those of the runs that count."""
+        return tuple(range(self.config.seed, self.config.seed + self.seeds))
+
+
+class Comparison:
+    """A plan in a folder.
+
+    Args:
+        plan: what is compared.
+        out: the folder.
+        slots: runs at a time.
+        threads: of each on the CPU.
+        console: for one line per run.
+
+    Raises:
+        ValueError: a contestant is not known, or the folder holds another comparison.
+    """
+
+    def __init__(self, plan: Plan, out: Path, slots: int, threads: int, console: Console) -> None:
+        self.plan, self.out = plan, out
+        self.slots, self.threads, self.console = slots, threads, console
+        names = expand(plan.contestants, plan.config)
+        self.configs = {name: resolve(name, plan.config) for name in names}
+        self._keep_plan()
+
+    def run(self) -> Results:
+        """Run what is missing, and record what came of all."""
+        if self.plan.budget_seconds is not None:
+            folders = {name: self._folder("paces", name) for name in self.configs}
+            execute = partial(self._execute, "short runs to measure paces")
+            self.configs = in_time(self.configs, self.plan.budget_seconds, folders, execute)
+        contestants = self._tuned()
+        runs = self._counting_runs(contestants)
+        self._execute("runs", list(runs.values()))
+        results = self._results(contestants, runs)
+        write_results(results, self.out / "results.json")
+        return results
+
+    def _tuned(self) -> list[Contestant]:
+        """The contestants with their learning rates: of the grid, the best in a single run."""
+        runs = {
+            (name, rate): Run(
+                config=self._tuning_config(name, rate),
+                folder=self._folder("tuning", name) / f"lr-{rate:g}",
+            )
+            for name in self.configs
+            for rate in self.plan.learning_rates
+            if "optimizer.learning_rate" not in options(name)
+        }
+        if runs:
+            self._execute("runs to choose learning rates", list(runs.values()))
+        return [
+            self._contestant(
+                name, {rate: self._reached(run) for (of, rate), run in runs.items() if of == name}
+            )
+            for name in self.configs
+        ]
+
+    def _contestant(self, name: str, tried: dict[float, float]) -> Contestant:
+        config = self.configs[name]
+        own = config.optimizer.learning_rate
+        return Contestant(
+            name=name,
+            method=config.method,
+            schedule=config.schedule,
+            prediction=str(config.prediction),
+            options=options(name),
+            learning_rate=min(tried, key=tried.__getitem__, default=own),
+            tuning={f"{rate:g}": value for rate, value in tried.items() if math.isfinite(value)},
+        )
+
+    def _counting_runs(self, contestants: Sequence[Contestant]) -> dict[tuple[str, int], Run]:
+        """By name and seed. Seed by seed, so that an interrupted comparison has whole seeds."""
+        plan = self.plan
+        rates = {contestant.name: contestant.learning_rate for contestant in contestants}
+        finish = partial(measure_final, solver_steps=plan.solver_steps, metric=plan.metric)
+        return {
+            (name, seed): Run(
+                config=_with_rate(self.configs[name], rates[name], seed - plan.config.seed),
+                folder=self._folder("runs", name) / f"seed-{seed}",
+                finish=finish,
+                outcome=FINAL_FILE,
+            )
+            for seed in plan.reported_seeds
+            for name in rates
+        }
+
+    def _results(
+        self, contestants: Sequence[Contestant], runs: dict[tuple[str, int], Run]
+    ) -> Results:
+        plan = self.plan
+        where = {"slots": self.slots, "threads": self.threads}
+        wanted = [resolve(name, plan.config) for name in BASELINES]
+        known = {resolve(c.name, plan.config): c.name for c in contestants}
+        return Results(
+            metric=plan.metric,
+            extractor=extractor_of([run.folder for run in runs.values()]),
+            budget_images=plan.config.steps * plan.config.batch_size,
+            budget_seconds=plan.budget_seconds,
+            contestants=tuple(contestants),
+            seeds=plan.reported_seeds,
+            curves=tuple(
+                curve_of(name, seed, run.folder, self.out, self._why_failed(run))
+                for (name, seed), run in runs.items()
+            ),
+            baselines=tuple(dict.fromkeys(known[config] for config in wanted)),
+            config=json.loads(to_json(plan.config)),
+            environment=environment.describe([]) | where,
+            command=shlex.join(["speed-engine", *sys.argv[1:]]),
+        )
+
+    def _execute(self, what: str, runs: Sequence[Run]) -> None:
+        self._say(f"{len(runs)} {what}")
+        ended = 0
+
+        def tell(run: Run, complete: bool) -> None:
+            nonlocal ended
+            ended += 1
+            of = run.folder.relative_to(self.out)
+            reached = f"{self.plan.metric} {self._reached(run):.3f}"
+            outcome = reached if complete else f"FAILED: {failure(run)}"
+            self._say(f"{ended}/{len(runs)}  {of}  {outcome}")
+
+        execute(runs, self.slots, self.threads, tell)
+
+    def _reached(self, run: Run) -> float:
+        """The metric at the end of a run; infinite if it failed."""
+        return final_value(run.folder, self.plan.metric) if is_complete(run) else math.inf
+
+    def _why_failed(self, run: Run) -> str | None:
+        return None if is_complete(run) else failure(run)
+
+    def _tuning_config(self, name: str, rate: float) -> TrainConfig:
+        """One evaluation, at the end."""
+        config = _with_rate(self.configs[name], rate, TUNING_SEED)
+        return replace(config, evaluation=replace(config.evaluation, every=config.steps))
+
+    def _folder(self, kind: str, name: str) -> Path:
+        """Of a contestant, without characters that shells and URLs give a meaning."""
+        return self.out / kind / name.replace("@", "-on-").replace(":", "-").replace("+", "-")
+
+    def _keep_plan(self) -> None:
+        """Record the conditions; those of a comparison that is continued must be the same."""
+        plan, path = self.plan, self.out / PLAN_FILE
+        now = {
+            "config": json.loads(to_json(plan.config)),
+            "learning_rates": list(plan.learning_rates),
+            "solver_steps": list(plan.solver_steps),
+            "budget_seconds": plan.budget_seconds,
+        }
+        if not path.exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+        elif differing := _differences(json.loads(path.read_text()), now):
+            raise ValueError(
+                f"{self.out} holds a comparison under other conditions: {'; '.join(differing)}. "
+                "Only contestants and seeds can be added to it; name another folder with --out."
+            )
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _with_rate(config: TrainConfig, rate: float, later: int) -> TrainConfig:
+    """With a learning rate, and a seed so much later than the contestant's first."""
+    optimizer = replace(config.optimizer, learning_rate=rate)
+    return replace(config, seed=config.seed + later, optimizer=optimizer)
+
+
+def _differences(before: object, now: object, where: str = "") -> list[str]:
+    """Values that are not the same, by their path."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            text
+            for key in sorted({*before, *now})
+            for text in _differences(before.get(key), now.get(key), f"{where}.{key}".strip("."))
+        ]
+    return [] if before == now else [f"{where} was {before}, is {now}"]

@@ -1,0 +1,198 @@
+"""Pictures of a comparison: small panels, a few contestants each, the baselines in all of them.
+
+Every panel is a file of its own, so that a page can put as many side by side as it is wide.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from speed_engine.arena.bootstrap import Array
+from speed_engine.arena.results import Contestant, Results
+from speed_engine.arena.speedup import SpeedUp, Unit, complete_runs, stacked
+
+PER_PANEL = 4  # contestants beside the baselines; more lines cannot be told apart
+SAMPLE_ROWS = 3  # of a grid of samples: enough to judge, small enough to compare
+_SIZE, _DPI = (4.4, 3.7), 140
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: for the colour-blind, too
+_BASELINE_STYLES = (("0.15", "-"), ("0.45", "--"), ("0.6", ":"))
+_HIGHEST, _LOWEST = 32.0, 1 / 8  # speed-ups outside are cut off
+
+Draw = Callable[[object, str, str, str], None]  # axes, contestant, colour, line style
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: its file and what it shows."""
+
+    path: Path
+    title: str
+
+
+def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
+    """Metric against images or seconds: geometric mean of the seeds, band of one deviation."""
+
+    def line(axes, name: str, colour: str, style: str) -> None:
+        runs = complete_runs(results, name)
+        if not runs:
+            return
+        images, seconds, quality = stacked(runs, tuple(sorted(runs)), results.metric)
+        x = images if unit == "images" else np.exp(seconds.mean(0))
+        _line_with_band(axes, x, quality, name, colour, style)
+
+    label = {"images": "images trained on", "seconds": "seconds of training"}[unit]
+    return _panels(results, folder, f"quality-{unit}", line, label, results.metric, log_y=True)
+
+
+def draw_denoising(results: Results, folder: Path) -> list[Panel]:
+    """Error of the clean image by log-SNR, over that of the first baseline."""
+    errors = {c.name: _denoising(results, c.name) for c in results.contestants}
+    reference = errors[results.baselines[0]] if results.baselines else {}
+    if not reference:
+        return []
+
+    def line(axes, name: str, colour: str, style: str) -> None:
+        common = sorted(errors[name].keys() & reference.keys(), key=float)
+        if not common:
+            return
+        ratio = [errors[name][key] / reference[key] for key in common]
+        axes.plot([float(key) for key in common], ratio, style, color=colour, label=name)
+
+    label = f"error / that of {results.baselines[0]}"
+    return _panels(results, folder, "denoising", line, "log-SNR (right: cleaner)", label)
+
+
+def draw_speedups(
+    results: Results, baseline: str, speedups: dict[str, SpeedUp], folder: Path
+) -> list[Panel]:
+    """Speed-up over the baseline's levels of quality, the better ones to the right."""
+
+    def line(axes, name: str, colour: str, style: str) -> None:
+        if name == baseline:
+            axes.axhline(1, color="0.15", linewidth=1)
+        elif name in speedups:
+            _draw_speedup(axes, speedups[name], colour, style)
+
+    number = results.baselines.index(baseline) + 1
+    label = f"{results.metric} (right: better)"
+    panels = _panels(results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True)
+    return panels if speedups else []
+
+
+def crop_samples(results: Results, root: Path, folder: Path) -> list[Panel]:
+    """First rows of the last grid of samples, one complete seed for each contestant that has it."""
+    from PIL import Image
+
+    panels = []
+    for number, contestant in enumerate(results.contestants):
+        runs = complete_runs(results, contestant.name)
+        grids = sorted((root / runs[min(runs)].run / "samples").glob("step-*.png")) if runs else []
+        if grids:
+            path = folder / f"samples-{number:02d}.png"
+            with Image.open(grids[-1]) as grid:
+                height = min(grid.height, max(grid.width // 10 * SAMPLE_ROWS, 96))
+                grid.crop((0, 0, grid.width, height)).save(path)
+            panels.append(Panel(path, f"{contestant.name}, seed {min(runs)}"))
+    return panels
+
+
+def _line_with_band(axes, x: Array, logs: Array, name: str, colour: str, style: str) -> None:
+    mean = logs.mean(0)
+    axes.plot(x, np.exp(mean), style, color=colour, label=name)
+    if len(logs) > 1:
+        deviation = logs.std(0, ddof=1)
+        low, high = np.exp(mean - deviation), np.exp(mean + deviation)
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_speedup(axes, speedup: SpeedUp, colour: str, style: str) -> None:
+    """A line where it is measured; a triangle where only a bound is known."""
+    x = np.array(speedup.levels)
+    low, high = (np.array([getattr(r, end) for r in speedup.curve]) for end in ("low", "high"))
+    known = low == high
+    axes.plot(x, np.where(known, low, np.nan), style, color=colour, label=speedup.method)
+    axes.plot(x[high == math.inf], low[high == math.inf], "^", color=colour, markersize=4)
+    axes.plot(x[low == 0], high[low == 0], "v", color=colour, markersize=4)
+    unknown = (math.nan, math.nan)  # a bound alone is a triangle: its shade would hide the lines
+    intervals = [r.interval if r.low == r.high and r.interval else unknown for r in speedup.curve]
+    limits = np.clip(np.array(intervals), _LOWEST / 2, _HIGHEST * 2)
+    axes.fill_between(x, *limits.T, color=colour, alpha=0.15, linewidth=0)
+
+
+def _denoising(results: Results, name: str) -> dict[str, float]:
+    """Log-SNR -> geometric mean over complete runs."""
+    runs = [c.denoising for c in complete_runs(results, name).values() if c.denoising]
+    keys = set.intersection(*map(set, runs)) if runs else set()
+    return {key: float(np.exp(np.mean([math.log(run[key]) for run in runs]))) for key in keys}
+
+
+def _panels(
+    results: Results, folder: Path, stem: str, line: Draw, x: str, y: str, log_y: bool = False
+) -> list[Panel]:
+    """One picture per group, all with the same limits."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for number, (title, group) in enumerate(_groups(results), start=1):
+        figure = Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_yscale("log" if log_y else "linear")
+        for name, (colour, style) in zip(results.baselines, _BASELINE_STYLES, strict=False):
+            line(axes, name, colour, style)
+        for contestant, colour in zip(group, _COLOURS, strict=False):
+            line(axes, contestant.name, colour, "-")
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
+        drawn.append((Panel(folder / f"{stem}-{number}.png", title), figure, axes))
+    _finish([axes for _, _, axes in drawn], stem, log_y)
+    for panel, figure, _ in drawn:
+        figure.savefig(panel.path, dpi=_DPI)
+    return [panel for panel, _, _ in drawn]
+
+
+def _finish(panels: list, stem: str, log_y: bool) -> None:
+    limits = [axes.get_ylim() for axes in panels]
+    low, high = min(low for low, _ in limits), max(high for _, high in limits)
+    for axes in panels:
+        if log_y:
+            _number_plainly(axes.yaxis)
+        if stem.startswith("speedup"):
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+            _number_plainly(axes.xaxis)
+            low, high = max(low, _LOWEST), min(high, _HIGHEST)
+            ticks = [2.0**k for k in range(-3, 6)]
+            axes.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        axes.set_ylim(low, high)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=7.5)
+
+
+def _number_plainly(axis) -> None:
+    """1, 2, 5, 10 on a log scale, where a formatter's default writes powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _groups(results: Results) -> list[tuple[str, list[Contestant]]]:
+    """Title and contestants of each panel: by process and target, baselines left out."""
+    by_process: dict[str, list[Contestant]] = {}
+    for contestant in results.contestants:
+        if contestant.name not in results.baselines:
+            key = f"{contestant.schedule}, {contestant.prediction}"
+            by_process.setdefault(key, []).append(contestant)
+    groups = []
+    for key, members in by_process.items():
+        parts = [members[i : i + PER_PANEL] for i in range(0, len(members), PER_PANEL)]
+        for number, part in enumerate(parts, start=1):
+            groups.append((key if len(parts) == 1 else f"{key} ({number} of {len(parts)})", part))
+    return groups or [("baselines", [])]

@@ -1,0 +1,98 @@
+"""The report of a comparison, made from results.json alone; everything in it is computed.
+
+FOLDER/report.html     one file that needs nothing else, for a wide screen or a phone
+FOLDER/report.md       the same for a repository, with the pictures beside it
+FOLDER/figures/        the pictures
+"""
+
+import base64
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from speed_engine.arena import figures, summary
+from speed_engine.arena.results import Results, read_results
+
+
+def write_report(folder: Path) -> Path:
+    """Write report and pictures beside ``folder/results.json``; returns the path of the HTML.
+
+    Raises:
+        ValueError: results.json is absent, or is no file of results, or names an unknown baseline.
+    """
+    path = folder / "results.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no results.json; `speed-engine compare` writes it.")
+    results = read_results(path)
+    _check(results)
+    pictures = folder / "figures"
+    shutil.rmtree(pictures, ignore_errors=True)  # pictures of contestants that are gone
+    pictures.mkdir()
+    content = _content(results, folder, pictures)
+    for name in ("report.md", "report.html"):
+        (folder / name).write_text(_render(name, folder, content), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _check(results: Results) -> None:
+    names = [contestant.name for contestant in results.contestants]
+    for baseline in results.baselines:
+        if baseline not in names:
+            raise ValueError(f"The baseline {baseline} is not among the contestants: {names}.")
+
+
+def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
+    """What both templates show."""
+    found = [summary.against(results, baseline) for baseline in results.baselines]
+    own = summary.against_own_uniform(results)
+    sections = [
+        _section(one, figures.draw_speedups(results, one.baseline, one.by_images, pictures))
+        for one in found
+    ] + ([_section(own, [])] if own.by_images else [])
+    return {
+        "results": results,
+        "headlines": [summary.headline(results, one) for one in found],
+        "contestants": summary.contestants_table(results),
+        "edge": any(summary.at_grid_edge(contestant) for contestant in results.contestants),
+        "others": summary.other_metrics_table(results),
+        "failed": summary.failed_runs_table(results),
+        "against": sections,
+        "by_images": figures.draw_quality(results, "images", pictures),
+        "by_seconds": figures.draw_quality(results, "seconds", pictures),
+        "denoising": figures.draw_denoising(results, pictures),
+        "samples": figures.crop_samples(results, folder, pictures),
+        "config": json.dumps(results.config, indent=1),
+        "environment": json.dumps(results.environment, indent=1),
+    }
+
+
+def _section(found: summary.Against, panels: list[figures.Panel]) -> dict[str, Any]:
+    return {
+        "baseline": found.baseline,
+        "images": summary.speedup_table(found.by_images),
+        "seconds": summary.speedup_table(found.by_seconds),
+        "missing": found.missing,
+        "panels": panels,
+    }
+
+
+def _render(name: str, folder: Path, content: dict[str, Any]) -> str:
+    """One template; HTML is escaped, Markdown's tables are kept whole."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("speed_engine.arena", "templates"),
+        autoescape=name.endswith("html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "inline": lambda path: (
+            "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        ),
+        "relative": lambda path: path.relative_to(folder).as_posix(),
+        "cell": lambda text: " ".join(text.replace("|", "\\|").split()),
+    }
+    return environment.get_template(name).render(content)

@@ -1,0 +1,136 @@
+"""Many runs, several at a time, each in a process of its own that may fail alone.
+
+What a run prints goes to FOLDER.log beside its folder. A run that is there already is resumed, or
+passed over when it is complete, so that an interrupted comparison goes on where it stopped.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from speed_engine import train
+from speed_engine.assemble import CHECKPOINTS
+from speed_engine.config import TrainConfig
+
+# Imported once, by the process that all others are forked from, instead of once per run.
+PRELOADED = ["speed_engine.arena.runs", "torch_fidelity", "torch.utils.tensorboard.writer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is to be complete."""
+
+    config: TrainConfig
+    folder: Path
+    finish: Callable[[Path], object] | None = None  # what else is done with the trained run
+    outcome: str = train.EMA_FILE  # file in the folder that is written last
+
+
+def is_complete(run: Run) -> bool:
+    """Whether nothing is left to do for it."""
+    return (run.folder / run.outcome).exists()
+
+
+def failure(run: Run) -> str:
+    """Why a run is not complete: the last line that it printed."""
+    path = _log(run)
+    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it has not begun")
+
+
+def execute(
+    runs: Sequence[Run], slots: int, threads: int, done: Callable[[Run, bool], None]
+) -> None:
+    """Complete the runs, ``slots`` at a time, on one GPU each where there are GPUs.
+
+    Args:
+        runs: in this order.
+        slots: processes at a time.
+        threads: of each process on the CPU.
+        done: called with each run that ended and whether it is complete.
+
+    Raises:
+        KeyboardInterrupt: after the runs that were under way have written a checkpoint.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    waiting = [run for run in runs if not is_complete(run)]
+    for run in runs:
+        if run not in waiting:
+            done(run, True)
+    free, busy = list(range(slots)), dict[int, tuple[BaseProcess, Run, int]]()
+    with _stopped_together(busy):
+        while waiting or busy:
+            while waiting and free:
+                run, slot = waiting.pop(0), free.pop(0)
+                process = context.Process(target=_work, args=(run, slot, threads))
+                process.start()
+                busy[process.sentinel] = process, run, slot
+            for sentinel in connection.wait(list(busy)):
+                process, run, slot = busy.pop(int(sentinel))  # type: ignore[arg-type]
+                process.join()
+                if process.exitcode and process.exitcode < 0:
+                    name = signal.Signals(-process.exitcode).name
+                    with _log(run).open("a") as log:
+                        log.write(f"\nthe process was killed by {name}\n")
+                free.append(slot)
+                done(run, is_complete(run))
+
+
+@contextmanager
+def _stopped_together(busy: dict[int, tuple[BaseProcess, Run, int]]) -> Iterator[None]:
+    """Runs are asked to stop, which they do with a checkpoint, if this process is interrupted."""
+    try:
+        yield
+    finally:
+        for process, _, _ in busy.values():
+            process.terminate()
+        for process, _, _ in busy.values():
+            process.join()
+
+
+def _work(run: Run, slot: int, threads: int) -> None:
+    """One run, in its own process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison's process tells when to stop
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot] if visible else str(slot)
+    torch.set_num_threads(threads)
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with _log(run).open("a", buffering=1) as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        log.write(f"process {os.getpid()}\n")
+        try:
+            _complete(run, Console(file=log, width=200))
+        except Exception as error:
+            traceback.print_exc(file=log)
+            text = str(error).replace("\n", " ")
+            log.write(f"\n{type(error).__name__}: {text}\n")
+            raise SystemExit(1) from None
+
+
+def _complete(run: Run, console: Console) -> None:
+    if not (run.folder / train.EMA_FILE).exists():
+        if any((run.folder / CHECKPOINTS).glob("step-*")):
+            train.resume(run.folder, console)
+        else:
+            shutil.rmtree(run.folder, ignore_errors=True)
+            train.start(run.config, run.folder, console)
+    trained = (run.folder / train.EMA_FILE).exists()  # else it was asked to stop
+    if trained and run.finish is not None:
+        run.finish(run.folder)
+
+
+def _log(run: Run) -> Path:
+    return run.folder.with_name(f"{run.folder.name}.log")

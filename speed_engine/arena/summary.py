@@ -1,0 +1,272 @@
+"""What a comparison says in words and tables, each number with what is known of its error."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from speed_engine.arena.results import Contestant, Curve, Results
+from speed_engine.arena.speedup import Ratio, SpeedUp, complete_runs, speed_up, why_unusable
+
+CANDIDATE = "speed_plus"  # the method that the goals are about
+
+
+class Goal(NamedTuple):
+    """What a speed-up should be."""
+
+    baseline: str  # method
+    schedule: str
+    ratio: float
+    where: str  # "final" or "median"
+
+
+GOALS = (Goal("uniform", "linear", 4.0, "final"), Goal("logit_normal", "flow", 1.5, "median"))
+WHERE = {"final": "to its final quality", "median": "in the median over levels of quality"}
+GOT = {"final": "to its final quality", "median": "to half of its levels of quality"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Header and rows of text; the first column names the row."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Against:
+    """Everything against one baseline."""
+
+    baseline: str
+    by_images: dict[str, SpeedUp]  # by contestant
+    by_seconds: dict[str, SpeedUp]
+    missing: dict[str, str]  # contestant: why it has no speed-up
+
+
+def against(results: Results, baseline: str) -> Against:
+    """Speed-ups of every other contestant over a baseline."""
+    return _compare(results, baseline, {c.name: baseline for c in results.contestants})
+
+
+def against_own_uniform(results: Results) -> Against:
+    """Speed-ups over uniform timesteps on the same process and target."""
+    plain = {(c.schedule, c.prediction): c.name for c in results.contestants if _is_plain(c)}
+    rivals = {c.name: plain.get((c.schedule, c.prediction)) for c in results.contestants}
+    return _compare(results, "uniform on the same process and target", rivals)
+
+
+def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
+    found = Against(label, {}, {}, {})
+    for name, rival in rivals.items():
+        if name == rival:
+            continue
+        if rival is None:
+            found.missing[name] = "uniform has not run on its process and target."
+            continue
+        try:
+            found.by_images[name] = speed_up(results, name, rival)
+            found.by_seconds[name] = speed_up(results, name, rival, "seconds")
+        except ValueError as obstacle:
+            found.missing[name] = str(obstacle)
+    return found
+
+
+def headline(results: Results, found: Against) -> str:
+    """One sentence on the candidate against a baseline, or on the fastest if there is none."""
+    baseline = next(c for c in results.contestants if c.name == found.baseline)
+    goal = next((g for g in GOALS if g[:2] == (baseline.method, baseline.schedule)), None)
+    where = goal.where if goal else "final"
+    if not found.by_images:
+        return f"Against {found.baseline} nothing could be measured."
+    candidates = [c.name for c in results.contestants if c.method == CANDIDATE]
+    pool = [name for name in candidates if name in found.by_images]
+    best = max(pool or found.by_images, key=lambda n: _certain(_at(found.by_images[n], where)))
+    chosen = "" if pool == [best] else _caution(len(pool or found.by_images))
+    ratio = _at(found.by_images[best], where)
+    verdict = f"{_verdict(ratio)} {_goal_verdict(ratio, goal)}" if goal else _verdict(ratio)
+    if ratio.low == 0:
+        return (
+            f"Against {found.baseline}, {best} never got {GOT[where]}: {written(ratio)}"
+            f"{interval_in_words(ratio)}. {verdict}{chosen}"
+        )
+    return (
+        f"Against {found.baseline}, {best} has a speed-up of {written(ratio)} in images "
+        f"{WHERE[where]}{interval_in_words(ratio)}. {verdict}{chosen}"
+    )
+
+
+def written(ratio: Ratio) -> str:
+    """Such as ``1.52×``, ``≥ 4×`` where it was there when first seen, ``< 0.9×`` if never."""
+    low, high = _times(ratio.low), _times(ratio.high)
+    if low == high:
+        return f"{low}×"
+    if ratio.low == 0:
+        return "?" if ratio.high == math.inf else f"< {high}×"
+    return f"≥ {low}×" if ratio.high == math.inf else f"{low} to {high}×"
+
+
+def interval_in_words(ratio: Ratio) -> str:
+    """In brackets; says so where there is none."""
+    if ratio.interval is None:
+        return " (one seed: no interval)"
+    return f" (95 % interval {written_interval(ratio)})"
+
+
+def written_interval(ratio: Ratio) -> str:
+    """``1.2 to 1.9``; an end that is not known is 0 or ∞."""
+    if ratio.interval is None:
+        return "none: one seed"
+    return " to ".join(_times(end) for end in ratio.interval)
+
+
+def contestants_table(results: Results) -> Table:
+    """Who took part, and where it ended; the best first."""
+    solver_steps = sorted({k for c in results.curves for k in c.by_solver_steps}, key=int)
+    header = ["contestant", "process", "target", "learning rate", "seeds", results.metric]
+    header += [f"{steps} steps" for steps in solver_steps] + ["copied share"]
+    rows = []
+    for contestant in sorted(results.contestants, key=lambda c: _final(results, c)):
+        runs = list(complete_runs(results, contestant.name).values())
+        of_steps = [
+            _mean_and_deviation([r.by_solver_steps[k] for r in runs if k in r.by_solver_steps])
+            for k in solver_steps
+        ]
+        final = _mean_and_deviation([_last(run, results.metric) for run in runs])
+        copied = [r.copied_share for r in runs if r.copied_share is not None]
+        share = f"{statistics.fmean(copied):.1%}" if copied else "–"
+        rows.append(
+            [contestant.name, contestant.schedule, contestant.prediction]
+            + [_learning_rate(contestant), f"{len(runs)} of {len(results.seeds)}", final]
+            + [*of_steps, share]
+        )
+    return Table(header, rows)
+
+
+def other_metrics_table(results: Results) -> Table | None:
+    """Everything else that was measured at the end."""
+    names = sorted(
+        {k for c in results.curves for p in c.points[-1:] for k in p.values} - {results.metric}
+    )
+    rows = []
+    for contestant in results.contestants:
+        ends = [run.points[-1].values for run in complete_runs(results, contestant.name).values()]
+        cells = [_mean_and_deviation([end[k] for end in ends if k in end]) for k in names]
+        rows.append([contestant.name, *cells])
+    return Table(["contestant", *names], rows) if names else None
+
+
+def speedup_table(speedups: dict[str, SpeedUp]) -> Table:
+    """The largest median first."""
+    header = ["contestant", "verdict", "median over levels", "95 %", "worst", "best"]
+    header += ["at final quality", "95 %", "seeds"]
+    rows = [
+        [name, _short_verdict(s.median), written(s.median), written_interval(s.median)]
+        + [written(s.worst), written(s.best), written(s.final), written_interval(s.final)]
+        + [str(len(s.seeds))]
+        for name, s in speedups.items()
+    ]
+    order = {name: _certain(speedups[name].median) for name in speedups}
+    return Table(header, sorted(rows, key=lambda row: order[row[0]], reverse=True))
+
+
+def failed_runs_table(results: Results) -> Table | None:
+    """Runs that no statistic uses, and asked-for runs that are absent."""
+    present = {(curve.contestant, curve.seed) for curve in results.curves}
+    rows = [
+        [curve.contestant, str(curve.seed), reason]
+        for curve in results.curves
+        if (reason := why_unusable(curve, results.metric)) is not None
+    ]
+    rows += [
+        [contestant.name, str(seed), "it has not run"]
+        for contestant in results.contestants
+        for seed in results.seeds
+        if (contestant.name, seed) not in present
+    ]
+    return Table(["contestant", "seed", "why"], rows) if rows else None
+
+
+def at_grid_edge(contestant: Contestant) -> bool:
+    """The best learning rate was the smallest or largest tried: a better one may lie beyond."""
+    tried = [float(rate) for rate in contestant.tuning]
+    return len(tried) > 1 and contestant.learning_rate in (min(tried), max(tried))
+
+
+def _is_plain(contestant: Contestant) -> bool:
+    return contestant.method == "uniform" and not contestant.options
+
+
+def _at(speedup: SpeedUp, where: str) -> Ratio:
+    return speedup.final if where == "final" else speedup.median
+
+
+def _certain(ratio: Ratio) -> tuple[float, float]:
+    """Order of merit: what it is at least, then at most."""
+    return ratio.low, ratio.high
+
+
+def _verdict(ratio: Ratio) -> str:
+    if ratio.faster:
+        return "It is faster."
+    if ratio.slower:
+        return "It is slower."
+    if ratio.interval is None:
+        return "One seed shows nothing."
+    return "That is not shown to be different from 1."
+
+
+def _short_verdict(ratio: Ratio) -> str:
+    if ratio.interval is None:
+        return "one seed"
+    return "faster" if ratio.faster else "slower" if ratio.slower else "not shown"
+
+
+def _goal_verdict(ratio: Ratio, goal: Goal) -> str:
+    reached = ratio.faster and ratio.low >= goal.ratio
+    return f"The goal of {goal.ratio:g}× {'is' if reached else 'is not'} reached."
+
+
+def _caution(number: int) -> str:
+    if number == 1:
+        return ""
+    return (
+        f" It is the fastest of {number}, and the largest of many is partly luck: confirm it on "
+        "seeds that did not choose it."
+    )
+
+
+def _learning_rate(contestant: Contestant) -> str:
+    mark = " ⚠" if at_grid_edge(contestant) else ""
+    tried = ", ".join(contestant.tuning)
+    return f"{contestant.learning_rate:g}{mark}" + (f" of {tried}" if tried else "")
+
+
+def _final(results: Results, contestant: Contestant) -> float:
+    runs = complete_runs(results, contestant.name).values()
+    return statistics.fmean([_last(r, results.metric) for r in runs]) if runs else math.inf
+
+
+def _last(run: Curve, metric: str) -> float:
+    return run.points[-1].values[metric]
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = _number(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {_number(statistics.stdev(values))}"
+
+
+def _times(value: float) -> str:
+    if value == 0 or math.isinf(value):
+        return "0" if value == 0 else "∞"
+    return f"{value:.2f}" if value < 10 else f"{value:.3g}"
+
+
+def _number(value: float) -> str:
+    """Three digits, without exponents."""
+    if math.isinf(value):
+        return "∞"
+    if not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

@@ -1,0 +1,181 @@
+"""A set of images as metrics see it: features, their mean and covariance, each computed once.
+
+Mean and covariance of real images are kept on disk, so that a large set need not be read again for
+the Frechet distance. A file is named by all that it depends on, and never unpickled.
+
+Letters: N images, D features, K classes, C channels, H height, W width.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from speed_engine.durable import write_durably
+from speed_engine.evaluation.features import Extractor, import_torch_fidelity
+
+BATCH_SIZE = 256  # images through the extractor at once
+Statistics = dict[str, np.ndarray]  # mu (D,), sigma (D, D), as torch-fidelity has them
+log = logging.getLogger(__name__)
+
+
+class ImageSet:
+    """Images, and what an extractor makes of them.
+
+    Args:
+        images: (N, C, H, W) uint8, or what reads them; called when first needed.
+        count: N.
+        extractor: of the features.
+        statistics_file: where mean and covariance are kept, see ``statistics_path``; None keeps
+            nothing.
+        logits: whether IS will be asked for, whose layer then is extracted in the same pass.
+    """
+
+    def __init__(
+        self,
+        images: Callable[[], Tensor] | Tensor,
+        count: int,
+        extractor: Extractor,
+        statistics_file: Path | None = None,
+        logits: bool = False,
+    ) -> None:
+        self._read, self._count, self.extractor = images, count, extractor
+        self._file, self._metrics = statistics_file, ["fid", "isc"] if logits else ["fid"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def images(self) -> Tensor:
+        """(N, C, H, W) uint8."""
+        return self._read if isinstance(self._read, Tensor) else self._read()
+
+    @property
+    def features(self) -> Tensor:
+        """(N, D) of the layer that FID compares, on the CPU."""
+        return self._layers[0]
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, K) of the layer that IS reads, on the CPU."""
+        return self._layers[1]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Mean and covariance of the features."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics
+
+        dim = self.extractor.feature_dim
+        if self._file is not None and (known := _load_statistics(self._file, dim)) is not None:
+            return known
+        statistics = fid_features_to_statistics(self.features)
+        if self._file is not None:
+            _save_statistics(self._file, statistics)
+        return statistics
+
+    @cached_property
+    def _layers(self) -> list[Tensor]:
+        return extract(self.images, self.extractor, self._metrics)
+
+
+def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> list[Tensor]:
+    """The layers that metrics read by default, each (N, ...) on the CPU.
+
+    Computed on the GPU if there is one; the global random state is left as it was.
+    """
+    import_torch_fidelity()
+    extractor.register()
+    from torch_fidelity.utils import (
+        create_feature_extractor,
+        get_featuresdict_from_dataset,
+        resolve_feature_layer_for_metric,
+    )
+
+    layers = [
+        resolve_feature_layer_for_metric(metric, feature_extractor=extractor.name)
+        for metric in metrics
+    ]
+    cuda = torch.cuda.is_available()
+    # DataLoader draws a seed and Inception its first weights from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        network = create_feature_extractor(
+            extractor.name,
+            list(dict.fromkeys(layers)),
+            cuda=cuda,
+            feature_extractor_weights_path=extractor.weights_path,
+            verbose=False,
+        )
+        found = get_featuresdict_from_dataset(
+            _Images(images, extractor.channels),
+            network,
+            BATCH_SIZE,
+            cuda,
+            save_cpu_ram=True,  # no worker processes: the images are in memory already
+            verbose=False,
+        )
+    return [found[layer] for layer in layers]
+
+
+class _Images(Dataset[Tensor]):
+    """Images one by one, (C, H, W) uint8; grey ones repeated where the extractor wants RGB."""
+
+    def __init__(self, images: Tensor, channels: int) -> None:
+        self.images = images.cpu().expand(-1, channels, -1, -1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+def statistics_path(
+    folder: Path, data: str, member: str, image_shape: Sequence[int], extractor: Extractor
+) -> Path:
+    """Where the statistics of real images are kept.
+
+    Args:
+        folder: made if it does not exist.
+        data: fingerprint of the data set and of the part of it.
+        member: which member of a sample is the image.
+        image_shape: (C, H, W).
+        extractor: of the features.
+    """
+    identity = [data, member, *image_shape, extractor.name, extractor.weights_sha256]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return folder / f"statistics-{digest[:40]}.npz"
+
+
+def _load_statistics(path: Path, dim: int) -> Statistics | None:
+    """None if there are none, or none that can be used."""
+    try:
+        with np.load(path, allow_pickle=False) as file:  # the zip's checksums are compared
+            found = {name: file[name] for name in ("mu", "sigma")}
+        if found["mu"].shape != (dim,) or found["sigma"].shape != (dim, dim):
+            raise ValueError(f"it holds {[array.shape for array in found.values()]}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged (%s) and is made again.", path, error)
+        return None
+    return found
+
+
+def _save_statistics(path: Path, statistics: Statistics) -> None:
+    """What cannot be kept is computed again."""
+    content = io.BytesIO()
+    np.savez(content, mu=statistics["mu"], sigma=statistics["sigma"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content.getvalue())
+    except OSError as error:
+        log.warning("%s could not be kept: %s", path, error)

@@ -1,0 +1,109 @@
+"""A whole comparison by the command line: real processes, real runs, its report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speed_engine.arena.results import read_results
+
+OPTIONS = (
+    "--methods uniform,speed_paper+optimizer.learning_rate=1e30+optimizer.warmup_steps=0 "
+    "--budget-images 320 --batch-size 16 --evaluations 2 --log-every 1 --model.dim 16 "
+    "--model.depth 1 --model.num-heads 2 --evaluation.num-images 100 --evaluation.solver-steps 2 "
+    "--evaluation.guidance 1 --final-solver-steps 3 --learning-rates 1e-3 4e-3"
+).split()
+DIVERGING = "speed_paper+optimizer.learning_rate=1e30+optimizer.warmup_steps=0"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def compare(cache: Path, out: Path, *options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "speed_engine", "compare", "digits", *OPTIONS]
+    return subprocess.run(
+        [*command, "--out", str(out), *map(str, options)],
+        capture_output=True, text=True, env={**os.environ, "SPEED_ENGINE_CACHE": str(cache)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    done = compare(cache, out, "--seeds", 1)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_every_contestant_is_reported_and_the_one_that_fails_with_the_reason(finished):
+    out, said = finished
+    results = read_results(out / "results.json")
+    names = [contestant.name for contestant in results.contestants]
+    assert names == ["uniform", DIVERGING, "logit_normal@flow:velocity", "uniform@flow:velocity"]
+    failures = {curve.contestant: curve.failure for curve in results.curves}
+    assert [name for name, failure in failures.items() if failure] == [DIVERGING]
+    assert "not finite" in str(failures[DIVERGING]) and "FAILED" in said
+    assert "not finite" in (out / "report.md").read_text()
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_contestants_are_paired_and_measured_where_the_plan_says(finished):
+    out, _ = finished
+    results = read_results(out / "results.json")
+    assert results.metric == "held_out_fid" and results.budget_images == 320
+    complete = [curve for curve in results.curves if not curve.failure]
+    for curve in complete:
+        assert [point.images for point in curve.points] == [160, 320]
+        assert {"fid", "held_out_fid", "copied_share"} <= curve.points[0].values.keys()
+        assert list(curve.by_solver_steps) == ["3"] and len(curve.denoising) >= 5
+        assert 0 < curve.points[0].seconds < curve.points[1].seconds
+    configs = [json.loads((out / c.run / "config.json").read_text()) for c in complete]
+    for config in configs:
+        for differs in ("method", "schedule", "prediction", "method_options", "optimizer"):
+            config.pop(differs)
+    assert configs[0] == configs[1] == configs[2]
+
+
+def test_learning_rates_are_chosen_on_a_seed_that_is_not_reported(finished):
+    out, _ = finished
+    results = read_results(out / "results.json")
+    for contestant in results.contestants:
+        if contestant.name == DIVERGING:  # it has its own
+            assert contestant.learning_rate == 1e30 and not contestant.tuning
+        else:
+            tried = {float(rate): value for rate, value in contestant.tuning.items()}
+            assert set(tried) == {1e-3, 4e-3}
+            assert contestant.learning_rate == min(tried, key=tried.__getitem__)
+    tuning = next((out / "tuning").glob("uniform/lr-*/config.json"))
+    assert json.loads(tuning.read_text())["seed"] not in results.seeds
+
+
+def test_seeds_can_be_added_and_what_is_there_is_kept(finished, cache):
+    out, _ = finished
+    before = read_results(out / "results.json").curves
+    done = compare(cache, out, "--seeds", 2)
+    assert done.returncode == 0, done.stderr
+    after = read_results(out / "results.json")
+    assert after.seeds == (0, 1)
+    assert {c for c in map(repr, before) if "failure=None" in c} <= set(map(repr, after.curves))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--seeds", 1, "--batch-size", 8), "config.batch_size was 16, is 8"),
+        (("--seeds", 0), "one seed or more"),
+        (("--seeds", 1, "--budget-images", 8), "raise --budget-images"),
+        (("--seeds", 1, "--methods", "uniform,nonsense"), "'nonsense'"),
+    ],
+)
+def test_another_plan_or_an_impossible_one_is_refused(finished, cache, options, complaint):
+    out, _ = finished
+    done = compare(cache, out, *options)
+    assert done.returncode == 2
+    assert complaint in done.stderr and "Traceback" not in done.stderr

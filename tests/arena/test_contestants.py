@@ -1,0 +1,88 @@
+import dataclasses
+
+import pytest
+
+from speed_engine.arena.contestants import ABLATION, expand, options, resolve
+from speed_engine.config import TrainConfig
+from speed_engine.diffusion.recipes import METHODS
+
+BASE = TrainConfig(steps=400)
+
+
+def test_a_name_sets_method_process_target_and_options():
+    config = resolve("speed_paper@cosine:v+k=3+stratified=True+optimizer.ema_decay=0.9", BASE)
+    assert (config.method, config.schedule, config.prediction) == ("speed_paper", "cosine", "v")
+    assert config.method_options.k == 3 and config.method_options.stratified is True
+    assert config.optimizer.ema_decay == 0.9
+    assert dataclasses.replace(
+        config, method=BASE.method, schedule=BASE.schedule, prediction=BASE.prediction,
+        method_options=BASE.method_options, optimizer=BASE.optimizer,
+    ) == BASE  # fmt: skip
+
+
+def test_what_is_left_out_is_the_comparisons_own():
+    base = dataclasses.replace(BASE, schedule="cosine", prediction="v")
+    assert resolve("p2", base).schedule == "cosine"
+    assert resolve("p2", base).prediction == "v"
+    assert resolve("p2@flow", base).prediction == "velocity"  # the target of its process
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("speed paper", "write METHOD"),
+        ("", "write METHOD"),
+        ("nonsense", "unknown; choose from uniform"),
+        ("uniform@nowhere", "nowhere"),
+        ("uniform:nothing", "nothing"),
+        ("uniform+k=3", "has no k"),
+        ("speed_paper+k=0", "k"),
+        ("speed_paper+seed=3", "there is no option seed"),
+        ("speed_paper+steps=9", "would not be the same comparison"),
+        ("uniform+optimizer.learning_rate=-1", "must be positive"),
+        ("uniform+seed_offset=-1", "must be a whole number"),
+        ("speed_official@edm", "speed_official"),
+    ],
+)
+def test_a_bad_name_is_refused_with_the_reason(name, complaint):
+    with pytest.raises(ValueError, match="contestant") as caught:
+        resolve(name, BASE)
+    assert complaint in str(caught.value)
+
+
+def test_the_same_method_with_other_seeds_is_a_contestant_of_its_own():
+    assert resolve("uniform+seed_offset=100", BASE) == dataclasses.replace(
+        resolve("uniform", BASE), seed=BASE.seed + 100
+    )
+    assert expand(["uniform", "uniform+seed_offset=100"], BASE)[:2] == (
+        "uniform", "uniform+seed_offset=100",
+    )  # fmt: skip
+
+
+def test_all_is_every_method_and_the_baselines_join_once():
+    names = expand(["all", "uniform"], BASE)
+    methods = [resolve(name, BASE).method for name in names]
+    assert methods[: len(METHODS)] == list(METHODS)
+    assert names[len(METHODS) :] == ("logit_normal@flow:velocity", "uniform@flow:velocity")
+
+
+def test_uniform_on_the_process_and_target_of_each_contestant_joins():
+    names = expand(["speed_paper@cosine:v"], BASE)
+    assert names == (
+        "speed_paper@cosine:v",
+        "uniform@linear:epsilon",
+        "logit_normal@flow:velocity",
+        "uniform@cosine:v",
+        "uniform@flow:velocity",
+    )
+
+
+def test_the_shortest_task_curriculum_takes_half_of_the_run():
+    (name,) = [name for name in expand(["all"], BASE) if name.startswith("task_curriculum")]
+    patience = resolve(name, BASE).method_options.patience
+    assert patience is not None and patience * 20 == BASE.steps // 2
+
+
+def test_every_contestant_of_the_ablation_resolves_and_differs():
+    assert len({resolve(name, BASE) for name in ABLATION}) == len(ABLATION)
+    assert options("speed_paper+k=2+stratified=True") == {"k": 2, "stratified": True}

@@ -1,0 +1,193 @@
+"""The report: complete, self-contained, and never kinder than the numbers."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from arena_curves import comparison
+from PIL import Image
+
+from speed_engine.arena import summary
+from speed_engine.arena.figures import PER_PANEL
+from speed_engine.arena.report import write_report
+from speed_engine.arena.results import Results, write_results
+from speed_engine.arena.speedup import Ratio
+
+SPEEDS = {"uniform": 1.0, "speed_paper": 2.0, "min_snr": 1.0, "uniform@flow": 3.0}
+
+
+def report(results: Results, folder) -> tuple[str, str]:
+    write_results(results, folder / "results.json")
+    html = write_report(folder)
+    return html.read_text(), (folder / "report.md").read_text()
+
+
+def failing(results: Results, *failed: tuple[str, int]) -> Results:
+    curves = [
+        dataclasses.replace(c, failure="loss | <NaN>", points=())
+        if (c.contestant, c.seed) in failed
+        else c
+        for c in results.curves
+    ]
+    return dataclasses.replace(results, curves=tuple(curves))
+
+
+class Sources(HTMLParser):
+    """Every address that a browser would fetch, and the tags left open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    results = comparison(SPEEDS, 3, 0.03)
+    results = failing(results, ("min_snr", 1), *(("uniform@flow", seed) for seed in range(3)))
+    for seed in range(3):
+        samples = folder / f"runs/speed_paper/{seed}/samples"
+        samples.mkdir(parents=True)
+        for step, value in ((1, 0), (200, 255)):
+            picture = Image.fromarray(np.full((80, 80), value, np.uint8))
+            picture.save(samples / f"step-{step:08d}.png")
+    return folder, *report(results, folder)
+
+
+def test_the_page_fetches_nothing_and_closes_its_tags(written):
+    page = Sources(written[1])
+    assert page.open == [] and page.addresses
+    assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
+    assert "@import" not in written[1] and "url(" not in written[1]
+
+
+def test_every_picture_of_the_markdown_exists(written):
+    folder, _, markdown = written
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", markdown)
+    assert set(pictures) == {f"figures/{p.name}" for p in (folder / "figures").iterdir()}
+    for kind in ("quality-images", "quality-seconds", "speedup-1", "denoising", "samples"):
+        assert any(kind in picture for picture in pictures)
+
+
+def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(written):
+    for block in re.findall(r"(?:^\|.*\n)+", written[2], flags=re.M):
+        cells = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(cells) == 1, block
+
+
+def test_failed_runs_are_listed_with_their_reason(written):
+    _, html, markdown = written
+    assert "4 runs failed or are missing" in html and "4 runs failed or are missing" in markdown
+    assert html.count("loss | &lt;NaN&gt;") == markdown.count("loss \\| <NaN>") == 4
+    assert "No seed is complete for both uniform@flow and uniform." in html
+
+
+def test_samples_are_the_last_ones_of_the_first_complete_seed(written):
+    with Image.open(written[0] / "figures" / "samples-01.png") as picture:
+        assert np.asarray(picture).min() == 255 and picture.width == 80
+    assert "speed_paper, seed 0" in written[1]
+
+
+def test_the_headline_is_plain_about_what_is_not_shown():
+    results = comparison({"uniform": 1.0, "speed_plus": 1.0}, 5, 0.1)
+    sentence = summary.headline(results, summary.against(results, "uniform"))
+    assert "not shown to be different from 1" in sentence and "4× is not reached" in sentence
+
+
+def test_the_goal_is_reached_when_it_is():
+    results = comparison({"uniform": 1.0, "speed_plus": 5.0, "p2": 9.0}, 5, 0.02)
+    sentence = summary.headline(results, summary.against(results, "uniform"))
+    assert "speed_plus has a speed-up of" in sentence and "The goal of 4× is reached." in sentence
+    assert "fastest of" not in sentence
+
+
+def test_choosing_the_fastest_of_many_is_said():
+    results = comparison({"uniform": 1.0, "a": 1.5, "b": 1.2}, 3, 0.02)
+    sentence = summary.headline(results, summary.against(results, "uniform"))
+    assert "a has a speed-up of 1.4" in sentence and "fastest of 2" in sentence
+
+
+def test_never_arriving_is_said():
+    results = comparison({"uniform": 1.0, "speed_plus": 0.3}, 3, 0.02)
+    sentence = summary.headline(results, summary.against(results, "uniform"))
+    assert "never got to its final quality" in sentence and "not reached" in sentence
+
+
+def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
+    results = comparison({"uniform": 1.0, "uniform@flow": 3.0, "p2@flow": 6.0, "p2@edm": 1.0})
+    found = summary.against_own_uniform(results)
+    assert set(found.by_images) == {"p2@flow"} and set(found.missing) == {"p2@edm"}
+    assert found.by_images["p2@flow"].median.low == pytest.approx(2)
+
+
+def test_a_learning_rate_at_the_edge_of_its_grid_is_marked(written):
+    assert "0.001 ⚠ of 0.0005, 0.001" in written[1]
+    lone = dataclasses.replace(comparison({"a": 1.0}).contestants[0], tuning={"0.001": 2.0})
+    assert not summary.at_grid_edge(lone)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text"),
+    [
+        (Ratio(1.519, 1.519), "1.52×"),
+        (Ratio(0, 0.9), "< 0.90×"),
+        (Ratio(4, np.inf), "≥ 4.00×"),
+        (Ratio(1, 2), "1.00 to 2.00×"),
+        (Ratio(0, np.inf), "?"),
+        (Ratio(123.4, 123.4), "123×"),
+    ],
+)
+def test_a_bound_is_written_as_one(ratio, text):
+    assert summary.written(ratio) == text
+
+
+def test_one_seed_gives_no_interval_and_says_so(tmp_path):
+    html, _ = report(comparison(SPEEDS), tmp_path)
+    assert "one seed: no interval" in html and "One seed shows nothing." in html
+
+
+def test_without_baselines_there_is_a_report(tmp_path):
+    results = dataclasses.replace(comparison({"a": 1.0, "b": 2.0}, 2), baselines=())
+    html, _ = report(results, tmp_path)
+    assert "No baseline was named" in html
+
+
+def test_when_everything_failed_there_is_a_report(tmp_path):
+    results = failing(comparison({"a": 1.0, "b": 2.0}), ("a", 0), ("b", 0))
+    html, markdown = report(results, tmp_path)
+    assert "nothing could be measured" in html and "nothing could be measured" in markdown
+
+
+def test_a_run_that_is_absent_is_listed():
+    results = comparison({"a": 1.0}, 2)
+    table = summary.failed_runs_table(dataclasses.replace(results, curves=results.curves[:1]))
+    assert table is not None and table.rows == [["a", "1", "it has not run"]]
+
+
+def test_many_contestants_are_spread_over_panels(tmp_path):
+    report(comparison({"base": 1.0} | {f"m{i}": 1.0 for i in range(PER_PANEL + 1)}), tmp_path)
+    assert len(list((tmp_path / "figures").glob("quality-images-*.png"))) == 2
+
+
+def test_the_report_is_the_same_each_time(tmp_path):
+    results = comparison({"a": 1.0, "b": 2.0}, 2, 0.1)
+    assert report(results, tmp_path) == report(results, tmp_path)
+
+
+def test_bad_input_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="no results.json"):
+        write_report(tmp_path)
+    with pytest.raises(ValueError, match="baseline nobody is not among the contestants"):
+        report(dataclasses.replace(comparison({"a": 1.0}), baselines=("nobody",)), tmp_path)

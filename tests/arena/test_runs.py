@@ -1,0 +1,123 @@
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from speed_engine import checkpoint
+from speed_engine.arena.runs import Run, execute, failure, is_complete
+from speed_engine.config import EvaluationConfig, OptimizerConfig, TrainConfig
+from speed_engine.model_config import DiTConfig
+
+TINY = TrainConfig(
+    steps=40,
+    batch_size=16,
+    log_every=10,
+    checkpoint_every=10,
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(every=40, num_images=20, solver_steps=2, features="none"),
+)
+LONG = dataclasses.replace(TINY, steps=4000, log_every=1, checkpoint_every=20)
+# The loss overflows float32 within a few steps, and so does every later one.
+DIVERGING = dataclasses.replace(
+    TINY, log_every=1, optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0)
+)
+
+
+class Ended:
+    """Remembers which runs ended."""
+
+    def __init__(self) -> None:
+        self.complete: dict[str, bool] = {}
+
+    def __call__(self, run: Run, complete: bool) -> None:
+        self.complete[run.folder.name] = complete
+
+
+def average(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_group(checkpoint.newest(run / "checkpoints"), "ema")
+
+
+def pid_of(run: Path) -> int:
+    return int(re.findall(r"process (\d+)", run.with_name(f"{run.name}.log").read_text())[-1])
+
+
+def kill_when_there_is_a_checkpoint(run: Path) -> None:
+    while not any((run / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+    os.kill(pid_of(run), signal.SIGKILL)
+
+
+def test_one_failing_run_is_told_and_does_not_stop_the_others(tmp_path):
+    outcome = tmp_path / "outcome"
+    outcome.write_text("done")
+    runs = [
+        Run(config=TINY, folder=tmp_path / "first"),
+        Run(config=DIVERGING, folder=tmp_path / "diverging"),
+        Run(
+            config=TINY, folder=tmp_path / "last", outcome="outcome",
+            finish=partial(shutil.copy, outcome),  # (outcome, folder)
+        ),
+    ]  # fmt: skip
+    ended = Ended()
+    execute(runs, slots=2, threads=1, done=ended)
+    assert ended.complete == {"first": True, "diverging": False, "last": True}
+    assert "not finite in 3 steps in a row" in failure(runs[1])
+    assert (tmp_path / "last" / "outcome").read_text() == "done"
+    for name, tensor in average(runs[0].folder).items():  # processes do not disturb each other
+        assert torch.equal(tensor, average(runs[2].folder)[name])
+
+
+def test_a_killed_run_is_told_and_resumed_by_the_next_call_as_if_it_had_not_been(tmp_path):
+    killed, straight = (Run(config=LONG, folder=tmp_path / name) for name in ("killed", "straight"))
+    short = [
+        dataclasses.replace(run, config=dataclasses.replace(LONG, steps=200))
+        for run in (killed, straight)
+    ]
+    ended = Ended()
+    threading.Thread(target=kill_when_there_is_a_checkpoint, args=(killed.folder,)).start()
+    execute([killed], slots=1, threads=1, done=ended)
+    assert ended.complete == {"killed": False}
+    assert failure(killed) == "the process was killed by SIGKILL"
+    config = killed.folder / "config.json"
+    config.write_text(config.read_text().replace('"steps": 4000', '"steps": 200'))
+    execute(short, slots=2, threads=1, done=ended)
+    assert ended.complete == {"killed": True, "straight": True}
+    for name, tensor in average(killed.folder).items():
+        assert torch.equal(tensor, average(straight.folder)[name])
+
+
+def test_a_complete_run_is_passed_over(tmp_path):
+    run = Run(config=TINY, folder=tmp_path / "run")
+    execute([run], slots=1, threads=1, done=Ended())
+    assert is_complete(run)
+    written = (run.folder / "metrics.jsonl").stat().st_mtime_ns
+    execute([run], slots=1, threads=1, done=Ended())
+    assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_run_that_has_not_begun_says_so(tmp_path):
+    assert failure(Run(config=TINY, folder=tmp_path / "run")) == "it has not begun"
+
+
+def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path):
+    run = Run(config=LONG, folder=tmp_path / "run")
+
+    def interrupt() -> None:
+        while not any((run.folder / "checkpoints").glob("step-*")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        execute([run], slots=1, threads=1, done=Ended())
+    assert not Path(f"/proc/{pid_of(run.folder)}").exists()
+    assert "stopped by SIGTERM" in failure(run)
+    assert checkpoint.newest(run.folder / "checkpoints")

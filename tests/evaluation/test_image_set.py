@@ -1,0 +1,92 @@
+"""Statistics of real images are computed once, kept on disk, and rebuilt when damaged."""
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+
+from speed_engine.evaluation.features import Extractor
+from speed_engine.evaluation.fidelity import compare
+from speed_engine.evaluation.image_set import ImageSet, statistics_path
+
+EXTRACTOR = Extractor(name="pixels-of-2x2", weights_sha256="1" * 64, feature_dim=4, channels=1)
+
+
+class Pixels(torch_fidelity.FeatureExtractorBase):
+    """(N, 1, 2, 2) uint8 -> (N, 4)."""
+
+    def __init__(self, name, features_list, **_settings):
+        super().__init__(name, features_list)
+
+    def forward(self, images):
+        return (images.flatten(1).double(),)
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "pixels"
+
+
+torch_fidelity.register_feature_extractor(EXTRACTOR.name, Pixels)
+REAL, DRAWN = torch.randint(0, 256, (2, 40, 1, 2, 2), dtype=torch.uint8)
+
+
+def path_of(folder, data="0" * 64, shape=(1, 2, 2), extractor=EXTRACTOR):
+    return statistics_path(folder, data, "npy", shape, extractor)
+
+
+def fid(images, file):
+    return compare(ImageSet(DRAWN, 40, EXTRACTOR), ImageSet(images, 40, EXTRACTOR, file), ["fid"])
+
+
+def unread():
+    raise AssertionError("the real images were read again")
+
+
+def test_a_second_evaluation_reads_no_real_images_and_finds_the_same_bits(tmp_path):
+    path = path_of(tmp_path / "made" / "when needed")
+    first = fid(lambda: REAL, path)
+    assert fid(unread, path) == first == fid(REAL, None)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    with np.load(path, allow_pickle=False) as file:
+        assert {name: file[name].shape for name in file} == {"mu": (4,), "sigma": (4, 4)}
+
+
+def test_other_data_shapes_and_weights_are_other_files(tmp_path):
+    other = Extractor(name="pixels-of-2x2", weights_sha256="2" * 64, feature_dim=4, channels=1)
+    paths = [
+        path_of(tmp_path),
+        path_of(tmp_path, data="1" * 64),
+        path_of(tmp_path, shape=(1, 4, 1)),
+        path_of(tmp_path, extractor=other),
+    ]
+    assert len(set(paths)) == 4
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "foreign"])
+def test_a_damaged_file_is_made_again_with_one_line_in_the_log(tmp_path, damage, caplog):
+    path = path_of(tmp_path)
+    first = fid(REAL, path)
+    whole = path.read_bytes()
+    place = whole.index(np.mean(REAL.flatten(1).double().numpy(), axis=0).tobytes()) + 6
+    damages = {
+        "flipped": whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
+        "cut": whole[:-20],
+        "empty": b"",
+    }
+    if damage == "foreign":
+        np.savez(path, mu=np.zeros(3), sigma=np.zeros((3, 3)))
+    else:
+        path.write_bytes(damages[damage])
+    assert fid(REAL, path) == first
+    assert [record.getMessage().count(str(path)) for record in caplog.records] == [1]
+    assert path.read_bytes() == whole and fid(unread, path) == first
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"")
+    assert fid(REAL, path_of(tmp_path / "file")) == fid(REAL, None)
+    assert "could not be kept" in caplog.text

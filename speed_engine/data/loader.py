@@ -11,7 +11,7 @@ Letters: B images, C, H, W as usual; N samples of the data set.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Literal, NamedTuple, Self, cast
@@ -126,7 +126,8 @@ class Loader:
         first = load(np.array([order.sample_indices(start, 1), [start]]))
         _check_conditions(reader, first, condition_shapes or {})
         if mode == "exact":
-            pipeline = _Exact(reader, order, load, start, batch_size, rank, world_size)
+            source = _Source(reader, order, start, batch_size, rank, world_size)
+            pipeline = DataPipeline(source, map_stage(load))
         else:
             stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
             pipeline = DataPipeline(stream, map_stage(as_batch))
@@ -232,29 +233,23 @@ def read_conditions(
     return {name: _scaled(value) for name, value in conditions.items()}
 
 
-class _Exact(IterableDataset):
-    """This worker's batches.
-
-    Not a stage of webdataset's pipeline, which would hold every batch until the next is made: the
-    memory of one would be used less often, and be gone from the processor's caches.
-    """
+class _Source(IterableDataset):
+    """This worker's batches as (2, B) int64: sample indices, positions in the stream."""
 
     def __init__(
         self,
         reader: ShardReader,
         order: DataOrder,
-        load: Callable[[np.ndarray], Batch],
         start: int,
         batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
         self._reader, self._order, self._batch_size = reader, order, batch_size
-        self._load = load  # (2, B) int64: sample indices, positions in the stream -> batch
         self._rank_size = batch_size // world_size
         self._first = start + rank * self._rank_size
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         worker = get_worker_info()
         k, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         begin = end = self._first + k * self._batch_size  # of the last window that was announced
@@ -264,7 +259,7 @@ class _Exact(IterableDataset):
                 begin, (end, shards) = end, self._order.window_at(end)
                 self._reader.prefetch(shards)
             indices = self._order.sample_indices(first, self._rank_size)
-            yield self._load(np.stack([indices, np.arange(first, first + self._rank_size)]))
+            yield np.stack([indices, np.arange(first, first + self._rank_size)])
             k += stride
 
 

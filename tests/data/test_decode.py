@@ -17,6 +17,7 @@ from speed_engine.data.decode import (
     decode_pictures,
     describe_member,
 )
+from speed_engine.environment import choose_jpeg_decoder
 
 
 def npy(array, **options):
@@ -154,6 +155,10 @@ def test_jpegs_are_the_same_without_simplejpeg(monkeypatch, mode, channels, opti
     with_simplejpeg = decode_image(data, "jpg", channels)
     monkeypatch.setattr("speed_engine.data.decode.jpeg_library", lambda: None)
     assert np.array_equal(with_simplejpeg, decode_image(data, "jpg", channels))
+
+
+def test_doctor_says_which_library_decodes_jpegs():
+    assert (decode.jpeg_library() is None) == (choose_jpeg_decoder().value == "Pillow")
 
 
 def test_a_missing_simplejpeg_is_said_once_and_pillow_decodes(monkeypatch, caplog):

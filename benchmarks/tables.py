@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import bench_loader
+from speed_engine.arena.results import read_results
+from speed_engine.arena.summary import against, headline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -164,6 +166,20 @@ def missing(command: str) -> str:
     return f"Not measured (`benchmarks/{command}`)."
 
 
+def comparisons() -> str:
+    """What the committed comparisons say in a sentence for each baseline."""
+    text = []
+    for folder in sorted((ROOT / "docs" / "results").glob("*/")):
+        results = read_results(folder / "results.json")
+        sentences = [headline(results, against(results, name)) for name in results.baselines]
+        sentences = [f"- {sentence}" for sentence in sentences]
+        size = f"{len(results.contestants)} contestants, {len(results.seeds)} seeds"
+        link = f"[{folder.name}](docs/results/{folder.name}/report.md)"
+        text.append(f"{link} ({size}, {results.budget_images:,} images each):\n")
+        text += [*sentences, ""]
+    return "\n".join(text).rstrip()
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "loader": loader,
     "train_step": train_step,
@@ -172,6 +188,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "startup": startup,
     "ladder": ladder,
     "compile_pays": compile_pays,
+    "comparisons": comparisons,
 }
 
 if __name__ == "__main__":

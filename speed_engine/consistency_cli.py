@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from speed_engine import assemble, checkpoint, environment
+from speed_engine import assemble, assemble_evaluation, checkpoint, environment
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.evaluation.consistency import (
@@ -75,10 +75,10 @@ def main(arguments: list[str], console: Console) -> None:
     configs = [_configured(assemble.read_config(run), command) for run in runs]
     checkpoints = [complete_checkpoints(run) for run in runs]
     _check_same_task(runs, configs, checkpoints)
-    conditions = assemble.drawn_conditions(configs[0])
+    conditions = assemble_evaluation.drawn_conditions(configs[0])
     partners = partners_of(conditions.get("labels"), command.count)
     compared = configs[0].evaluation.features != "none"
-    extractor = assemble.references(configs[0])[0].extractor if compared else None
+    extractor = assemble_evaluation.references(configs[0])[0].extractor if compared else None
     features = None if extractor is None else feature_extraction(extractor)
     comparisons: list[Comparison] = []
     for steps in steps_compared(*checkpoints):
@@ -169,7 +169,7 @@ def _draw(config: TrainConfig, path: Path, conditions: Conditions, seed: int) ->
         num_steps=config.evaluation.solver_steps,
         latents=config.data.latents,
     )
-    decode = assemble.build_decoder(config)
+    decode = assemble_evaluation.build_decoder(config)
     return images if decode is None else decode(images)
 
 

@@ -5,8 +5,7 @@ Several processes, started by torchrun, share the images; the first one writes t
 Letters: N images.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from speed_engine import assemble, distributed, environment
+from speed_engine import assemble, assemble_evaluation, distributed, environment
 from speed_engine.config import TrainConfig
-from speed_engine.evaluation.drawing import Drawing, draw_in_parts, is_begun
+from speed_engine.evaluation.drawing import Drawing, digest, draw_in_parts, is_begun
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.models.blocks import compiled
@@ -60,9 +59,12 @@ def draw(
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
-    conditions, null = assemble.drawn_conditions(config), assemble.null_conditions(config)
+    conditions, null = (
+        assemble_evaluation.drawn_conditions(config),
+        assemble.null_conditions(config),
+    )
     if prompts:
-        conditions, null = assemble.prompted(config, prompts, text_encoder)
+        conditions, null = assemble_evaluation.prompted(config, prompts, text_encoder)
     settings = config.evaluation
     check_guidance(settings.guidance, conditions, null)
     device = environment.choose_device(config.device).value
@@ -70,7 +72,7 @@ def draw(
     how = environment.choose_compile(compile, device, batches * settings.solver_steps).value
     local_device = torch.device(f"cuda:{world.local_rank}" if device == "cuda" else device)
     model, step = assemble.load_average(run, config, local_device)
-    process, decode = assemble.build_process(config), assemble.build_decoder(config)
+    process, decode = assemble.build_process(config), assemble_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:
@@ -95,8 +97,8 @@ def draw(
     total = settings.num_images
     decides = {
         "step": step,
-        "weights": _digest(model.state_dict()),
-        "conditions": _digest(conditions | {f"null {name}": null[name] for name in null}),
+        "weights": digest(model.state_dict()),
+        "conditions": digest(conditions | {f"null {name}": null[name] for name in null}),
         "solver": settings.solver,
         "solver_steps": settings.solver_steps,
         "guidance": settings.guidance,
@@ -124,14 +126,6 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
         )
     if out.exists() and not is_begun(folder):
         raise ValueError(f"{out} exists already; delete it or choose another --out.")
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write(drawing: Drawing, rows: Tensor, labels: Tensor | None, out: Path) -> Path:

@@ -5,26 +5,28 @@ was measured before with the same settings, in training or here, is found there 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from speed_engine import checkpoint, distributed, environment
-from speed_engine.assemble import (
-    build_evaluator,
-    build_process,
-    load_average,
-    newest_checkpoint,
-)
+from speed_engine.assemble import build_process, load_average, newest_checkpoint
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
+from speed_engine.distributed import World
 from speed_engine.evaluation.copies import Nearest
+from speed_engine.evaluation.drawing import Drawing, digest, draw_in_parts
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.metrics import RECORDS, append_record, read_records
+from speed_engine.progress import SampleProgress
+
+PART = 500  # images drawn at a time, and what a kill costs at most
 
 # What the table names its lines: (of the training images, of the held-out images)
 LINES = {
@@ -57,9 +59,13 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     model, step = load_average(run, config, _device(config, world))
-    images, found = evaluator(model)
-    if found is None:
+    drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
+    if not world.is_first:
         return None
+    images = drawing.images()
+    found = evaluator.measure(images)
+    assert found is not None  # some field is measured
+    drawing.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
     append_record(run, record | {"evaluated": True})
     if found.nearest is not None and evaluator.reference is not None:
@@ -67,6 +73,19 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
         _draw_copies(images, evaluator.reference.images, found.nearest, path)
         _note(f"the most copied images, above their nearest training images: {path}")
     return record
+
+
+def _drawn(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> Drawing:
+    """The images, on disk while they are drawn: a measurement that was killed goes on there."""
+    total, told = evaluator.num_images, evaluator.conditions
+    settings = evaluator.circumstances() | {
+        "weights": digest(model.state_dict()),
+        "conditions": digest(told),
+        "seed": evaluator.seed,
+    }
+    with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
+        draw = partial(evaluator.draw_some, model)
+        return draw_in_parts(draw, total, PART, folder, settings, world, progress.advance)
 
 
 def show(record: dict[str, Any], console: Console) -> None:

@@ -33,7 +33,6 @@ from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
     build_cleaning,
-    build_evaluator,
     build_model,
     build_objective,
     build_process,
@@ -43,6 +42,7 @@ from speed_engine.assemble import (
     read_config,
     stored_shape,
 )
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.device import on_device

@@ -14,9 +14,11 @@ import pytest
 from rich.console import Console
 
 from speed_engine import cli, train
-from speed_engine.assemble import build_evaluator, build_process
+from speed_engine.assemble import build_process
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.evaluate import show
+from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.metrics import append_record, read_records
 from speed_engine.model_config import DiTConfig
 
@@ -111,18 +113,35 @@ def test_other_settings_are_measured_once_and_survive_a_resumption(run, capsys):
     assert [r["step"] for r in read_records(run) if "evaluated" in r] == [4]
 
 
-def test_a_killed_evaluation_leaves_no_trace_and_is_repeated(run, capsys):
+def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):
+    options = ("--num-images", "1600", "--solver-steps", "40", "--metrics", "fid", "--json")
     before = (run / "metrics.jsonl").read_bytes()
-    process = launch(run, "--num-images", "20000", "--solver-steps", "200")
-    time.sleep(8)
+    first = run / "samples" / "step-00000004.parts" / "00000000.npy"
+    process = launch(run, *options)
+    while not first.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert (run / "metrics.jsonl").read_bytes() == before
     (run / "metrics.jsonl").write_bytes(before + b'{"step": 4, "fi')  # killed while writing
-    record = json.loads(evaluate(run, capsys, "--num-images", "90", "--json").out)
+
+    drawn = []
+    draw_some = Evaluator.draw_some
+
+    def counted(self, model, ids):
+        drawn.extend(ids.tolist())
+        return draw_some(self, model, ids)
+
+    monkeypatch.setattr(Evaluator, "draw_some", counted)
+    record = json.loads(evaluate(run, capsys, *options).out)
+    assert 0 < len(drawn) < 1600 and min(drawn) >= 500
     assert read_records(run)[-1] == {**record, "evaluated": True}
     assert (run / "metrics.jsonl").read_bytes().startswith(before + b'{"step": 4, "images"')
+    assert not first.parent.exists()
+    (run / "metrics.jsonl").write_bytes(before)
+    assert json.loads(evaluate(run, capsys, *options).out) == record  # as if it had not been killed
 
 
 def test_the_table_has_a_column_for_each_part(run, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from speed_engine import assemble, cli, train
+from speed_engine import assemble, assemble_evaluation, cli, train
 from speed_engine.config import (
     DataConfig,
     EvaluationConfig,
@@ -192,7 +192,7 @@ def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, 
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["stats"]
     step = torch.compile(lambda *b: objective(model, *b).loss, fullgraph=True, backend="aot_eager")
-    conditions = assemble.drawn_conditions(config)
+    conditions = assemble_evaluation.drawn_conditions(config)
     before, graphs = counted["unique_graphs"], []
     for done in range(3):
         ids = torch.arange(20) + 20 * done
@@ -308,15 +308,15 @@ def test_prompts_for_a_model_without_texts_are_refused(tmp_path, clip):
     trained(dataclasses.replace(CONFIG, steps=5), run)
     config = assemble.read_config(run)
     with pytest.raises(ValueError, match="is told labels; a prompt needs one"):
-        assemble.prompted(config, ["three"], str(clip))
+        assemble_evaluation.prompted(config, ["three"], str(clip))
 
 
 def test_prompts_need_the_encoder_of_the_data(told_shards, clip):
     config = dataclasses.replace(CONFIG, data=told(told_shards, "tokens.npy"))
     with pytest.raises(ValueError, match="needs --text-encoder"):
-        assemble.prompted(config, ["three"], None)
+        assemble_evaluation.prompted(config, ["three"], None)
     data = dataclasses.replace(config.data, token_shape=(77, 768))
     with pytest.raises(ValueError, match=r"makes tokens of shape \(12, 16\)"):
-        assemble.prompted(dataclasses.replace(config, data=data), ["three"], str(clip))
+        assemble_evaluation.prompted(dataclasses.replace(config, data=data), ["three"], str(clip))
     with pytest.raises(ValueError, match="cannot be loaded"):
-        assemble.prompted(config, ["three"], str(told_shards))
+        assemble_evaluation.prompted(config, ["three"], str(told_shards))

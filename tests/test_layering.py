@@ -27,9 +27,10 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"engine", "evaluation"},
     {"families"},
     {"assemble"},
+    {"assemble_evaluation"},
     {"presets", "train", "estimate", "draw", "evaluate"},
     {"arena"},
-    {"shards_cli", "compare_cli", "consistency_cli", "plan"},
+    {"shards_cli", "compare_cli", "consistency_cli", "sampling_cli", "plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from speed_engine.assemble import (
     build_cleaning,
-    build_evaluator,
     build_process,
     load_average,
     open_data,
     read_config,
 )
+from speed_engine.assemble_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
 from speed_engine.data.loader import Batch, read_all
 from speed_engine.diffusion.methods import Method

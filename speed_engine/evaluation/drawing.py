@@ -9,9 +9,10 @@ number of processes, and any interruptions, give the same bits.
 Letters: N images, B images of a batch, C channels, H x W pixels.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed_engine.data.dataset import write_durably
 from speed_engine.distributed import ALONE, World
+from speed_engine.durable import write_durably
 
 SETTINGS = "settings.json"
 
@@ -122,6 +123,15 @@ def draw_in_parts(
 def is_begun(folder: Path) -> bool:
     """Whether a folder holds parts that a drawing may continue."""
     return (folder / SETTINGS).is_file()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, hexadecimal: what a drawing depends on, in its settings."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _begin(drawing: Drawing, settings: dict[str, Any]) -> list[int]:

@@ -124,6 +124,10 @@ class Evaluator:
         share = -(-self.num_images // self.world.size)
         first = self.world.rank * share
         ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
+        return self.world.gather_on_host(self.draw_some(model, ids))[: self.num_images]
+
+    def draw_some(self, model: nn.Module, ids: Tensor) -> Tensor:
+        """(B,) int64 -> (B, C, H, W): these of the images, on this process alone."""
         images = generate(
             model,
             self.schedule,
@@ -139,9 +143,7 @@ class Evaluator:
             guidance_interval=self.guidance_interval,
             latents=self.latents,
         )
-        if self.decode is not None:
-            images = self.decode(images)
-        return self.world.gather_on_host(images)[: self.num_images]
+        return images if self.decode is None else self.decode(images)
 
     def measure(self, images: Tensor) -> Evaluation | None:
         """What is to be measured of images that were drawn; None if that is nothing."""

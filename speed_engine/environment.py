@@ -3,6 +3,7 @@
 ``doctor`` prints these choices and training acts on them, so that the two cannot disagree.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -30,7 +31,7 @@ from speed_engine.ops import (
 
 PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
-    "torchvision", "xformers",
+    "torchvision", "xformers", "simplejpeg", "zlib-ng",
 )  # fmt: skip
 # benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
 # is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
@@ -213,6 +214,20 @@ def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
     return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
 
 
+def choose_jpeg_decoder() -> Choice:
+    """What decodes JPEGs; the pixels are the same."""
+    if obstacle := _import_error("simplejpeg"):
+        return Choice("Pillow", f"half as fast as simplejpeg ({obstacle})")
+    return Choice("simplejpeg", "straight into the batch; Pillow where libjpeg warns")
+
+
+def choose_checksums() -> Choice:
+    """What computes CRC-32; the sums are the same."""
+    if obstacle := _import_error("zlib_ng.zlib_ng"):
+        return Choice("zlib", f"a tenth as fast as zlib-ng ({obstacle})")
+    return Choice("zlib-ng", "of every member that is read or written")
+
+
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     """A key of ``distributed.LAYOUTS``.
 
@@ -257,6 +272,8 @@ def choices(
         "norm kernels": choose_norm_kernels(device.value),
         "optimizer": choose_update(config.optimizer.update, device.value, world),
         "data workers": _workers(config.data.workers),
+        "JPEG decoder": choose_jpeg_decoder(),
+        "checksums": choose_checksums(),
     }
 
 
@@ -302,6 +319,15 @@ def _xformers_obstacle(device: str) -> str | None:
     except Exception as error:  # whatever a binary built for another machine may raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"xFormers {_version('xformers')} does not run here: {lines[0]}"
+    return None
+
+
+def _import_error(module: str) -> str | None:
+    """Why it cannot be imported; asking whether it is installed would miss a broken build."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
     return None
 
 

@@ -29,7 +29,7 @@ def test_doctor_says_what_will_be_used_and_why(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out
     topics = ("device", "precision", "torch.compile", "attention", "kernels", "block kernels")
-    topics += ("noise", "resident data", "data workers")
+    topics += ("noise", "resident data", "data workers", "JPEG decoder", "checksums")
     for topic in topics:
         assert topic in shown
 

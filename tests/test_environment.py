@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from speed_engine import environment
 from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.environment import (
     choose_attention,
+    choose_checksums,
     choose_compile,
+    choose_jpeg_decoder,
     choose_noise,
     choose_resident,
     machine_name,
@@ -118,3 +122,19 @@ def test_xformers_is_used_where_it_runs_and_was_asked_for(monkeypatch):
 @pytest.mark.parametrize("wanted", ["on", "blocks", "off"])
 def test_compilation_that_was_asked_for_is_done(wanted):
     assert choose_compile(wanted, "cpu", 1) == (wanted, "asked for")
+
+
+@pytest.mark.parametrize(
+    "choose, module, first, second",
+    [
+        (choose_jpeg_decoder, "simplejpeg", "simplejpeg", "Pillow"),
+        (choose_checksums, "zlib_ng.zlib_ng", "zlib-ng", "zlib"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_named_and_does_without(
+    monkeypatch, choose, module, first, second
+):
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    assert choose().value == first
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    assert choose().value == second and module in choose().reason

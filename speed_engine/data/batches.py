@@ -20,11 +20,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from speed_engine.data.conditions import condition_name, decode_condition
-from speed_engine.data.decode import UnfitSample, decode_image, decode_labels, decode_npy_rows
+from speed_engine.data.decode import (
+    UnfitSample,
+    decode_image,
+    decode_labels,
+    decode_npy_rows,
+    decode_pictures,
+)
 from speed_engine.data.reader import RawBatch, Sample, ShardReader
 from speed_engine.data.tarscan import ShardError
 
 IMAGE = "image"  # in a decoded sample, beside the names of its conditions
+TOGETHER = 2**28  # bytes of pictures that are read before the first is decoded
 ATTEMPTS = 100  # substitutes of one sample; more are damaged only where nearly everything is
 
 Shape = tuple[int, int, int]  # C, H, W
@@ -62,7 +69,7 @@ class BatchReader:
         self.stops = on_bad_sample == "stop"
         image, *conditions = reader.keys
         self._members = [(image, IMAGE), *((key, condition_name(key)) for key in conditions)]
-        self._holds_arrays = all(f".{key}".endswith((".npy", ".cls")) for key in reader.keys)
+        self._holds_arrays = _is_npy(image)
 
     def read(
         self,
@@ -81,28 +88,22 @@ class BatchReader:
             OSError: a shard cannot be read.
         """
         numbers = np.asarray(samples, dtype=np.int64)
-        read: Iterable[Sample | ShardError] = self.reader.stream(numbers)
-        if self._holds_arrays:
+        if self._holds_arrays or len(numbers) * self.reader.largest(numbers) <= TOGETHER:
             raw = self.reader.read_batch(numbers)
             if (uniform := self._decode_all(raw)) is not None:
                 return Arrays(uniform.pop(IMAGE), uniform, ())
             read = map(raw.sample, range(len(numbers)))
+        else:
+            read = self.reader.stream(numbers)
         return self._decode_each(numbers.tolist(), read, substitute)
 
     def _decode_all(self, raw: RawBatch) -> Row | None:
-        """All samples at once and without a copy; None unless they are intact, fit and alike."""
-        if raw.damage:
-            return None
+        """All samples at once; None unless they are intact, fit and alike."""
         arrays: Row = {}
         try:
-            first = self.decode(raw.sample(0), str)
-            for column, (_, name) in enumerate(self._members):
-                if name == "labels":
-                    array = decode_labels(raw.memory, raw.offset[:, column], raw.size[:, column])
-                else:
-                    rows = raw.member(column)
-                    array = None if rows is None else decode_npy_rows(rows)
-                if array is None or array.shape[1:] != first[name].shape:
+            for column, (key, name) in reversed([*enumerate(self._members)]):  # pictures last
+                array = self._decode_column(raw, column, key, name)
+                if array is None:
                     return None
                 arrays[name] = array
         except ValueError:
@@ -111,6 +112,23 @@ class BatchReader:
         if limit is not None and "labels" in arrays and arrays["labels"].max() >= limit:
             return None
         return arrays
+
+    def _decode_column(self, raw: RawBatch, k: int, key: str, name: str) -> np.ndarray | None:
+        """The k-th member of all samples, arrays without a copy; None unless they are alike."""
+        members, shape = raw.members(k), self._shape
+        if members is None:
+            return None
+        if name == "labels":
+            return decode_labels(raw.memory, raw.offset[:, k], raw.size[:, k])
+        if name != IMAGE:
+            shape = decode_condition(members[0], key, self._shape[0]).shape
+        if not _is_npy(key):
+            return decode_pictures(members, key, self._shape[0], shape)
+        if name == IMAGE and decode_image(members[0], key, self._shape[0]).dtype == np.int64:
+            return None
+        rows = raw.member_rows(k)
+        array = None if rows is None else decode_npy_rows(rows)
+        return array if array is not None and array.shape[1:] == shape else None
 
     def _decode_each(
         self,
@@ -189,6 +207,10 @@ class BatchReader:
                 f"num_classes={self._num_classes}. Correct num_classes or the data."
             )
         return row
+
+
+def _is_npy(key: str) -> bool:
+    return f".{key}".endswith(".npy")
 
 
 def _allocate(num_rows: int, row: np.ndarray) -> np.ndarray:

@@ -7,13 +7,13 @@ and samples whose content is there already. What training can leave out goes int
 
 import hashlib
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speed_engine.data.checksums import crc32
 from speed_engine.data.dataset import refuse_incomplete
 from speed_engine.data.decode import decode_image, decode_label
 from speed_engine.data.index import ShardIndex, index_path, load_index
@@ -154,9 +154,9 @@ def _read_by_index(shard: ShardFacts, index: ShardIndex, path: Path) -> None:
     with path.open("rb") as file:
         for key, members in _members(index):
             facts = shard.samples.setdefault(key, SampleFacts())
-            for extension, (offset, size, crc32) in members.items():
+            for extension, (offset, size, expected) in members.items():
                 data = os.pread(file.fileno(), size, offset)
-                if zlib.crc32(data) != crc32:
+                if crc32(data) != expected:
                     facts.reason = f"{extension}: CRC-32 mismatch with the index"
                 else:
                     _visit(shard, key, extension, memoryview(data))

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-from zlib import crc32
 
+from speed_engine.data.checksums import crc32
 from speed_engine.data.dataset import (
     RECORD,
     Dataset,

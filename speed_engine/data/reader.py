@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
-from zlib import crc32
 
 import numpy as np
 
+from speed_engine.data.checksums import crc32
 from speed_engine.data.folder import open_folder
 from speed_engine.data.index import ShardIndex
 from speed_engine.data.remote import Cache
@@ -122,7 +122,10 @@ class ShardReader:
             self._memory = bytearray(2 * places.extent)
         memory = memoryview(self._memory)
         for place in places.rows:
-            yield self._read(*place, memory) or self._sample(place[3], memory)
+            parts = self._read(*place, memory)
+            yield (
+                parts if isinstance(parts, ShardError) else dict(zip(self.keys, parts, strict=True))
+            )
 
     def read_batch(self, samples: Sequence[int] | np.ndarray) -> "RawBatch":
         """Members of many samples, each in a row of memory of its own.
@@ -133,9 +136,12 @@ class ShardReader:
         places = self._places(samples, stride=1)
         memory = np.empty((len(places.offset), places.extent), dtype=np.uint8)
         flat = memory.reshape(-1).data
-        samples_read = [self._read(*place, flat) for place in places.rows]
-        damage = {j: error for j, error in enumerate(samples_read) if error is not None}
-        return RawBatch(self.keys, memory, places.offset, places.size, damage)
+        rows = [self._read(*place, flat) for place in places.rows]
+        return RawBatch(self.keys, rows, memory, places.offset, places.size)
+
+    def largest(self, samples: Sequence[int] | np.ndarray) -> int:
+        """Bytes of the largest of some samples."""
+        return int(self._size[samples].sum(axis=1).max(initial=0))
 
     def _places(self, samples: Sequence[int] | np.ndarray, stride: int) -> "_Places":
         """Where samples lie, and where they go: row after row, or each (stride 0) to the first."""
@@ -167,14 +173,14 @@ class ShardReader:
         reads: list[list[int]],
         members: list[list[int]],
         memory: memoryview,
-    ) -> ShardError | None:
-        """One sample into ``memory``, a second time where the shard can be had elsewhere."""
-        if self._fill(shard, reads, members, memory):
-            return None
+    ) -> list[memoryview] | ShardError:
+        """Members of one sample, a second time where the shard can be had elsewhere."""
+        if parts := self._fill(shard, reads, members, memory):
+            return parts
         if self._folder.refetch(shard):
             os.close(self._open.pop(shard))
-            if self._fill(shard, reads, members, memory):
-                return None
+            if parts := self._fill(shard, reads, members, memory):
+                return parts
         return ShardError(
             f"{self.describe(number)}: CRC-32 mismatch in its members {list(self.keys)}; the shard "
             f"is damaged, write it again."
@@ -182,22 +188,21 @@ class ShardReader:
 
     def _fill(
         self, shard: int, reads: list[list[int]], members: list[list[int]], memory: memoryview
-    ) -> bool:
-        """Whether the bytes are all there and match their checksums."""
+    ) -> list[memoryview] | None:
+        """The members, put into ``memory``; None unless all bytes match their checksums."""
         file = self._open.get(shard)
         if file is None:
             file = self._descriptor(shard)
         for start, begin, end in reads:
             if os.preadv(file, (memory[begin:end],), start) != end - begin:
-                return False
+                return None
+        parts = []
         for begin, end, expected in members:
-            if crc32(memory[begin:end]) != expected:
-                return False
-        return True
-
-    def _sample(self, members: list[list[int]], memory: memoryview) -> Sample:
-        parts = [memory[begin:end] for begin, end, _ in members]
-        return dict(zip(self.keys, parts, strict=True))
+            part = memory[begin:end]
+            if crc32(part) != expected:
+                return None
+            parts.append(part)
+        return parts
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Say that these shards are read next; returns at once."""
@@ -268,20 +273,22 @@ class RawBatch(NamedTuple):
     """
 
     keys: tuple[str, ...]
-    memory: np.ndarray  # (B, L) uint8
+    rows: list[list[memoryview] | ShardError]  # (B, K) members, or what is wrong with a sample
+    memory: np.ndarray  # (B, L) uint8, in which they lie
     offset: np.ndarray  # (B, K) of each member in its row
     size: np.ndarray  # (B, K)
-    damage: dict[int, ShardError]  # what is wrong with some of them
 
     def sample(self, place: int) -> Sample | ShardError:
-        """Its members, which share the memory, or what is wrong with it."""
-        if place in self.damage:
-            return self.damage[place]
-        row, starts, sizes = memoryview(self.memory[place]), self.offset[place], self.size[place]
-        parts = [row[start : start + size] for start, size in zip(starts, sizes, strict=True)]
-        return dict(zip(self.keys, parts, strict=True))
+        """Its members, or what is wrong with it."""
+        row = self.rows[place]
+        return row if isinstance(row, ShardError) else dict(zip(self.keys, row, strict=True))
 
-    def member(self, k: int) -> np.ndarray | None:
+    def members(self, k: int) -> list[memoryview] | None:
+        """The k-th of every sample; None if one is damaged."""
+        parts = [row[k] for row in self.rows if not isinstance(row, ShardError)]
+        return parts if len(parts) == len(self.rows) else None
+
+    def member_rows(self, k: int) -> np.ndarray | None:
         """(B, size) uint8 of the k-th key; None if it is not in the same place of every row."""
         offset, size = int(self.offset[0, k]), int(self.size[0, k])
         if (self.offset[:, k] != offset).any() or (self.size[:, k] != size).any():

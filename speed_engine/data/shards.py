@@ -11,13 +11,13 @@ with an ``.incomplete`` marker, so a killed writer leaves nothing that could pas
 
 import re
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from speed_engine.data.checksums import crc32
 from speed_engine.data.dataset import (
     RECORD,
     Dataset,
@@ -217,4 +217,4 @@ class _Tar:
         self._data += info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
         offset = len(self._data)
         self._data += data + bytes(-len(data) % BLOCK)
-        return Member(offset, len(data), zlib.crc32(data))
+        return Member(offset, len(data), crc32(data))

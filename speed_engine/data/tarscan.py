@@ -11,10 +11,11 @@ compared and reported, never opened or created.
 
 import mmap
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from speed_engine.data.checksums import crc32
 
 BLOCK = 512
 MAX_MEMBERS = 2**22  # of one tar
@@ -74,7 +75,7 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
                 if num_members > MAX_MEMBERS:
                     raise _error(path, at, f"more than {MAX_MEMBERS} members")
                 with memoryview(tar) as view, view[offset : offset + size] as data:
-                    members[extension] = Member(offset, size, zlib.crc32(data))
+                    members[extension] = Member(offset, size, crc32(data))
                     if visit is not None:
                         visit(key, extension, data)
                 last = key

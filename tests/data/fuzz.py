@@ -34,7 +34,7 @@ from speed_engine.data.repair import RepairList, load_repair_list
 from speed_engine.data.shards import ShardWriter
 from speed_engine.data.tarscan import BLOCK, scan_tar
 
-PACKAGES = ("hypothesis", "numpy", "pillow", "safetensors", "torch", "torchvision")
+PACKAGES = ("hypothesis", "numpy", "pillow", "safetensors", "simplejpeg", "torch", "zlib-ng")
 
 
 @cache

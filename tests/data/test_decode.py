@@ -14,8 +14,10 @@ from speed_engine.data.decode import (
     decode_image,
     decode_label,
     decode_npy,
+    decode_pictures,
     describe_member,
 )
+from speed_engine.environment import choose_jpeg_decoder
 
 
 def npy(array, **options):
@@ -148,22 +150,26 @@ def jpeg(mode="RGB", **options):
     "mode, channels", [("RGB", 3), ("RGB", 1), ("L", 1), ("L", 3), ("CMYK", 3)]
 )
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}], ids=str)
-def test_jpegs_are_the_same_without_torchvision(monkeypatch, mode, channels, options):
+def test_jpegs_are_the_same_without_simplejpeg(monkeypatch, mode, channels, options):
     data = jpeg(mode, **options)
-    with_torchvision = decode_image(data, "jpg", channels)
-    monkeypatch.setattr("speed_engine.data.decode._torchvision_jpeg", lambda: None)
-    assert np.array_equal(with_torchvision, decode_image(data, "jpg", channels))
+    with_simplejpeg = decode_image(data, "jpg", channels)
+    monkeypatch.setattr("speed_engine.data.decode.jpeg_library", lambda: None)
+    assert np.array_equal(with_simplejpeg, decode_image(data, "jpg", channels))
 
 
-def test_an_unusable_torchvision_is_said_once_and_pillow_decodes(monkeypatch, caplog):
-    decode._torchvision_jpeg.cache_clear()
-    monkeypatch.setitem(sys.modules, "torchvision.io", None)  # importing it raises ImportError
+def test_doctor_says_which_library_decodes_jpegs():
+    assert (decode.jpeg_library() is None) == (choose_jpeg_decoder().value == "Pillow")
+
+
+def test_a_missing_simplejpeg_is_said_once_and_pillow_decodes(monkeypatch, caplog):
+    decode.jpeg_library.cache_clear()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)  # importing it raises ImportError
     try:
         for _ in range(3):
             assert decode_image(jpeg(), "jpg", 3).shape == (3, 24, 40)
     finally:
-        decode._torchvision_jpeg.cache_clear()
-    assert len(caplog.messages) == 1 and "no usable torchvision" in caplog.messages[0]
+        decode.jpeg_library.cache_clear()
+    assert len(caplog.messages) == 1 and "simplejpeg" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
@@ -177,9 +183,10 @@ def test_a_picture_of_another_size_is_refused_unread(kind):
 def test_a_jpeg_that_claims_gigapixels_is_refused_unread():
     data = bytearray(jpeg())
     frame = data.index(b"\xff\xc0")
-    data[frame + 5 : frame + 9] = b"\xff" * 4
-    with pytest.raises(ValueError, match="65535 x 65535 pixels"):
-        decode_image(bytes(data), "jpg", 3)
+    for side in (b"\x80\0", b"\xff\xff"):
+        data[frame + 5 : frame + 9] = side * 2
+        with pytest.raises(ValueError, match="pixels"):
+            decode_image(bytes(data), "jpg", 3)
 
 
 def test_an_array_that_claims_more_than_its_bytes_is_refused():
@@ -208,3 +215,35 @@ def test_members_are_described_by_their_first_bytes():
     assert describe_member(b"7", "cls") == {"classes": 8}
     for data, extension in ((b"junk", "npy"), (b"junk", "png"), (b"cat", "cls"), (b"{}", "json")):
         assert describe_member(data, extension) == {}
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_pictures_of_a_batch_are_those_decoded_one_by_one(kind):
+    members = [jpeg(), jpeg("L"), jpeg("CMYK"), jpeg(progressive=True)]
+    if kind == "png":
+        members = [picture(mode, (40, 24))[0] for mode in ("RGB", "L", "P", "RGBA")]
+    together = decode_pictures(members, kind, 3, (3, 24, 40))
+    assert together is not None
+    assert np.array_equal(together, [decode_image(data, kind, 3) for data in members])
+    assert decode_pictures(members, kind, 1, (1, 24, 40)) is None  # colour is never made grey
+    with pytest.raises(ValueError, match="expected 40 x 24"):
+        decode_pictures(members, kind, 3, (3, 40, 24))
+
+
+def test_damaged_jpegs_decode_alike_without_simplejpeg(monkeypatch):
+    rng = random.Random(0)
+    pytest.importorskip("simplejpeg")
+    for _ in range(300):
+        damaged = bytearray(jpeg())
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        results = []
+        for library in (decode.jpeg_library, lambda: None):
+            with monkeypatch.context() as patch:
+                patch.setattr(decode, "jpeg_library", library)
+                try:
+                    results.append(decode_image(bytes(damaged), "jpg", 3, (24, 40)))
+                except ValueError:
+                    results.append(None)
+        assert (results[0] is None) == (results[1] is None)
+        assert np.array_equal(results[0], results[1])

@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from speed_engine.data.loader import Batch, Loader, read_all
 from speed_engine.data.order import DataOrder
+from speed_engine.data.pictures import encode_picture
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.shards import ShardWriter
 
@@ -241,6 +244,25 @@ def test_texts_of_two_lengths_are_named(tmp_path):
     reader = conditioned(tmp_path, tokens, [np.zeros((1, 1, 1), np.uint8)] * 3)
     with pytest.raises(ValueError, match=r"has tokens of float16 and shape .*needs one dtype"):
         take(Loader(reader, SHAPE, 3, 0), 1)
+
+
+@pytest.mark.parametrize("together", [2**28, 0], ids=["a batch at once", "one by one"])
+@pytest.mark.parametrize("member", ["npy", "png", "jpg"])
+def test_a_batch_in_hand_is_not_overwritten_by_the_next(tmp_path, monkeypatch, member, together):
+    monkeypatch.setattr("speed_engine.data.batches.TOGETHER", together)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    with ShardWriter(tmp_path, "x", 5) as writer:
+        for i, image in enumerate(pixels):
+            stored = npy(image.transpose(2, 0, 1).copy())
+            if member != "npy":
+                stored = encode_picture(Image.fromarray(image), member, 90)
+            writer.write(str(i), {member: stored, "cls": b"%d" % i})
+    with Loader(ShardReader(tmp_path, (member, "cls")), (3, 16, 16), 4, 0) as loader:
+        batches = [(batch, list(map(torch.clone, parts(batch)))) for batch in islice(loader, 3)]
+    for batch, copies in batches:
+        assert all(map(torch.equal, parts(batch), copies))
+    for one, other in combinations([batch for batch, _ in batches], 2):
+        assert not any(map(np.may_share_memory, map(np.asarray, parts(one)), parts(other)))
 
 
 def test_iterating_again_continues(reader):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.arena import figures, summary
+from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
 
 
@@ -52,7 +53,10 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
     ] + ([_section(own, [])] if own.by_images else [])
     return {
         "results": results,
-        "headlines": [summary.headline(results, one) for one in found],
+        "headlines": [
+            *(summary.headline(results, one) for one in found),
+            *false_alarm_tests(results),
+        ],
         "contestants": summary.contestants_table(results),
         "edge": any(summary.at_grid_edge(contestant) for contestant in results.contestants),
         "others": summary.other_metrics_table(results),

@@ -70,6 +70,7 @@ class Rung:
 
     def _forward(self, model: nn.Module | ShadowedModel) -> Any:
         if self.fp8:
+            assert isinstance(model, nn.Module)  # no rung has both
             from torchao.float8 import (  # pyright: ignore[reportMissingImports]
                 convert_to_float8_training,
             )

@@ -21,6 +21,7 @@ from speed_engine.arena.summary import against, headline
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+COMPARISONS = ROOT / "docs" / "results"
 DOCUMENTS = (ROOT / "README.md", Path(__file__).parent / "README.md")
 MACHINE = "x86-64-2-cores"  # of blocks that name no other
 BLOCK = re.compile(r"(<!-- table: ([a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -169,7 +170,7 @@ def missing(command: str) -> str:
 def comparisons() -> str:
     """What the committed comparisons say in a sentence for each baseline."""
     text = []
-    for folder in sorted((ROOT / "docs" / "results").glob("*/")):
+    for folder in sorted(COMPARISONS.glob("*/")):
         results = read_results(folder / "results.json")
         sentences = [headline(results, against(results, name)) for name in results.baselines]
         sentences = [f"- {sentence}" for sentence in sentences]

@@ -39,6 +39,7 @@ def test_tables_of_the_documentation_are_those_of_the_results(document):
 
 def test_a_figure_without_a_result_cannot_appear(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "COMPARISONS", tmp_path)
     for name in tables.TABLES:
         block = f"<!-- table: {name} -->\n1,628 images/s\n<!-- end -->"
         assert not re.search(r"\d", tables.filled(block))

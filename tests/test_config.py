@@ -31,8 +31,8 @@ def test_json_gives_back_the_configuration(config):
 
 def test_every_field_is_documented_in_the_source():
     """The text under a field is its help on the command line."""
-    source = Path(__file__).parent.parent / "speed_engine" / "config.py"
-    text = source.read_text()
+    package = Path(__file__).parent.parent / "speed_engine"
+    text = "".join((package / f"{name}.py").read_text() for name in ("config", "model_config"))
     for cls in (TrainConfig, DataConfig, EvaluationConfig, DiTConfig, OptimizerConfig):
         for field in dataclasses.fields(cls):
             if not dataclasses.is_dataclass(field.type) and "Config" not in str(field.type):

@@ -115,12 +115,12 @@ SAVE = "speed_engine.checkpoint:"
         ("_Writer.write_data", 4),  # before the data of the fourth checkpoint
         ("_describe", 7),  # its data written, not described
         ("Checkpoints.commit", 4),  # all described, no manifest
-        ("_flush", 14),  # the manifest written, not flushed
-        ("_flush", 15),  # before the folder is renamed
-        ("_flush", 16),  # renamed
+        ("sync", 14),  # the manifest written, not flushed
+        ("sync", 15),  # before the folder is renamed
+        ("sync", 16),  # renamed
         ("Checkpoints._prune", 4),
         ("shutil.rmtree", 2),  # an old checkpoint out of sight, not deleted
-        ("os.unlink", 12),  # an old checkpoint deleted in part
+        ("shutil.os.unlink", 12),  # an old checkpoint deleted in part
     ],
 )
 def test_kill_9_anywhere_inside_a_save_leaves_whole_checkpoints(tmp_path, cache, target, call):

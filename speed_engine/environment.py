@@ -21,6 +21,7 @@ import torch
 
 from speed_engine.config import TrainConfig
 from speed_engine.distributed import ALONE, World
+from speed_engine.host_memory import can_keep_freed_memory
 from speed_engine.ops import (
     BLOCK_FUSED,
     FUSED,
@@ -228,6 +229,13 @@ def choose_checksums() -> Choice:
     return Choice("zlib-ng", "of every member that is read or written")
 
 
+def choose_host_memory() -> Choice:
+    """What becomes of memory that is freed between steps."""
+    if can_keep_freed_memory():
+        return Choice("kept", "freed memory waits for the next step, without page faults")
+    return Choice("returned", "to the system after every step; only glibc can keep it")
+
+
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     """A key of ``distributed.LAYOUTS``.
 
@@ -271,6 +279,7 @@ def choices(
         ),
         "norm kernels": choose_norm_kernels(device.value),
         "optimizer": choose_update(config.optimizer.update, device.value, world),
+        "host memory": choose_host_memory(),
         "data workers": _workers(config.data.workers),
         "JPEG decoder": choose_jpeg_decoder(),
         "checksums": choose_checksums(),

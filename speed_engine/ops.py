@@ -22,7 +22,7 @@ from speed_kernels.adaln import (
 from speed_kernels.adaln import gated_residual_reference as gated_residual
 from speed_kernels.adamw_ema import adamw_ema
 from speed_kernels.clean_images import clean_images, clean_images_reference
-from speed_kernels.gelu import gelu, gelu_reference
+from speed_kernels.gelu import gelu, gelu_by_sigmoid, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
 from speed_kernels.language import HAS_TRITON
 from speed_kernels.noising import (
@@ -36,10 +36,10 @@ from speed_kernels.variational_bound import hybrid_loss, hybrid_loss_reference
 from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
-    "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE", "SPECIFICATION",
-    "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for", "gated_residual",
-    "group_norm_silu", "norm_kernels_run_on", "normal", "operators_for", "qk_norm_rope",
-    "random_bits",
+    "BLOCK_COMPILED", "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE",
+    "SPECIFICATION", "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for",
+    "gated_residual", "group_norm_silu", "norm_kernels_run_on", "normal", "operators_for",
+    "qk_norm_rope", "random_bits",
 ]  # fmt: skip
 
 
@@ -130,6 +130,7 @@ def _linear_without_bias_gradient(layer: nn.Linear, x: Tensor) -> tuple[Tensor, 
 BLOCK_REFERENCE = BlockOperators(
     _linear, adaln_reference, gated_residual_adaln_reference, gelu_reference, split_heads_reference
 )
+BLOCK_COMPILED = BLOCK_REFERENCE._replace(gelu=gelu_by_sigmoid)
 BLOCK_FUSED = BlockOperators(
     _linear_without_bias_gradient, adaln, gated_residual_adaln, gelu, split_heads
 )
@@ -138,6 +139,10 @@ BLOCK_FUSED = BlockOperators(
 def block_operators_for(device: torch.device) -> BlockOperators:
     """Kernels on CUDA: a DiT block then moves a quarter less memory than under ``torch.compile``.
 
-    So it is counted (``benchmarks/traffic.py``); ``bench_kernels.py`` times it on a GPU.
+    So it is counted (``benchmarks/traffic.py``); ``bench_kernels.py`` times it on a GPU. Elsewhere
+    the definitions, as ``torch.compile`` makes the fastest code of them where it traces.
     """
-    return BLOCK_FUSED if device.type == "cuda" and HAS_TRITON else BLOCK_REFERENCE
+    if device.type == "cuda" and HAS_TRITON:
+        return BLOCK_FUSED
+    traced = device.type == "cpu" and torch.compiler.is_compiling()
+    return BLOCK_COMPILED if traced else BLOCK_REFERENCE

@@ -54,6 +54,7 @@ from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluation
 from speed_engine.evaluation.generate import grid_rows, save_images
+from speed_engine.host_memory import keep_freed_memory
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.models.blocks import compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained, require_shapes
@@ -141,6 +142,7 @@ class Trainer:
         world: World = distributed.ALONE,
         init_from: Path | None = None,
     ) -> None:
+        keep_freed_memory()
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
         self.reader = open_data(config)

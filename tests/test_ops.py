@@ -5,6 +5,7 @@ from torch import nn
 
 from speed_engine.environment import choose_block_kernels, choose_kernels
 from speed_engine.ops import (
+    BLOCK_COMPILED,
     BLOCK_FUSED,
     BLOCK_REFERENCE,
     FUSED,
@@ -22,6 +23,13 @@ def test_kernels_run_on_cuda_and_references_elsewhere():
     for device in ("cpu", "mps", "meta"):
         assert operators_for(torch.device(device)) is REFERENCE
         assert block_operators_for(torch.device(device)) is BLOCK_REFERENCE
+
+
+def test_code_compiled_for_a_cpu_is_made_of_what_inductor_makes_fast():
+    def traced(x):
+        return x + (block_operators_for(x.device) is BLOCK_COMPILED)
+
+    assert torch.compile(traced, backend="eager", fullgraph=True)(torch.zeros(())) == 1
 
 
 def test_doctor_names_the_implementation_that_runs():

@@ -27,10 +27,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) 
             sum(lengths) = N; tokens attend within their sequence. None: all N are one sequence.
     """
     if lengths is None:
+        few = k.shape[2] <= k.shape[3]  # the scores are no larger than the queries
+        if few and q.device.type == "cpu" and torch.compiler.is_compiling():
+            return _two_products(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)
     _check_packed(q, lengths)
     sequences = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*one) for one in sequences], dim=2)
+
+
+def _two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The definition, of which Inductor makes faster code than PyTorch's kernel for few tokens."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ v
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:

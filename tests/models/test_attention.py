@@ -35,6 +35,23 @@ def test_packed_sequences_are_dense_attention_under_a_block_diagonal_mask(length
     torch.testing.assert_close(torch.autograd.grad(packed.square().sum(), (q, k, v)), expected)
 
 
+@pytest.mark.parametrize(("tokens", "keys", "spelled_out"), [(5, 8, True), (5, 9, False)])
+def test_compiled_for_a_cpu_few_keys_are_attended_to_by_the_definition(tokens, keys, spelled_out):
+    q = heads(tokens, batch=2)[0].requires_grad_()
+    k, v = (x.requires_grad_() for x in heads(keys, batch=2)[1:])
+    called: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    answers = torch.compile(sdpa, backend=record, fullgraph=True)(q, k, v), sdpa(q, k, v)
+    assert any("scaled_dot_product" in name for name in called) is not spelled_out
+    torch.testing.assert_close(*answers)
+    gradients = [torch.autograd.grad(y.square().sum(), (q, k, v)) for y in answers]
+    torch.testing.assert_close(*gradients)
+
+
 def test_packed_images_of_different_lengths_answer_as_if_alone():
     torch.manual_seed(0)
     attention = SelfAttention(16, 2)

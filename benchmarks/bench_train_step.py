@@ -5,7 +5,8 @@ Run: ``python benchmarks/bench_train_step.py [--sections NAME ...] [--cases NAME
 measured on this machine is left alone.
 
     step     on a GPU a ladder from the original DiT step (``original_step.py``) upwards; on a CPU
-             the engine eager and compiled beside the loop of diffusers, all float32
+             the engine eager and compiled beside the loop of diffusers, all float32, each in a
+             process of its own, in turn
     loader   the same step fed by shards through the loader, and by one batch again and again
     startup  from the command to the first step, by part, with and without compiled code kept
 
@@ -37,6 +38,7 @@ from speed_engine.assemble import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.engine import Engine
 from speed_engine.estimate import GPUS
+from speed_engine.host_memory import keep_freed_memory
 from train_cases import (
     cpu_cases,
     gpu_cases,
@@ -47,7 +49,8 @@ from train_cases import (
     training_flops,
 )
 from train_phases import phase_times, shares
-from train_rungs import ENGINE, LADDER, Step, cpu_providers
+from train_rungs import CPU_PROVIDERS, ENGINE, LADDER, Step, cpu_provider
+from turns import Build, in_turn
 
 PRODUCT = "matrix product"
 STATES_TOGETHER = 0.35  # of a GPU's memory that rungs may hold between their turns
@@ -91,15 +94,14 @@ def compare(
     name: str, config: TrainConfig, device: torch.device, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The providers of a CPU in turn, then phases and operators of ours."""
-    batch = synthetic_batch(config, device)
-    providers = cpu_providers(config, device, batch)
-    product, product_flops = matrix_product(device, 1024)
-    repeats = options.repeats or (60 if name == "digits" else 8)
-    timings = interleaved({**providers, PRODUCT: product}, warmup=2, repeats=repeats)
-    rate = product_flops / timings.pop(PRODUCT).median * 1e3
+    calls = 10 if name == "digits" else 1
+    builds: dict[str, Build] = {n: partial(cpu_provider, n, config) for n in CPU_PROVIDERS}
+    builds[PRODUCT] = partial(_product, 1024)
+    timings = in_turn(builds, warmup=3, turns=options.repeats or 12, calls=calls)
+    rate = 2.0 * 1024**3 / timings.pop(PRODUCT).median * 1e3
     ours = training_flops(build_model(config), model_inputs(config))
     theirs = training_flops(diffusers_step.build(config), diffusers_step.inputs(config))
-    flops = {"eager": ours, "compiled": ours, "diffusers": theirs}
+    flops = {n: theirs if n == "diffusers" else ours for n in CPU_PROVIDERS}
     rows = {n: row(timings[n], config.batch_size, flops[n], rate, None) for n in timings}
     per_flop = {n: timings[n].median / flops[n] for n in timings}
     figures: dict[str, Any] = {
@@ -107,18 +109,25 @@ def compare(
         "matrix_product_gflops_per_second": round(rate / 1e9, 1),
         "providers": rows,
         "times_as_fast_at_equal_flops": {
-            n: round(per_flop[n] / per_flop["compiled"], 3) for n in ("eager", "diffusers")
+            n: round(per_flop[n] / per_flop["compiled"], 3) for n in timings if n != "compiled"
         },
     }
+    keep_freed_memory()
+    batch = synthetic_batch(config, device)
     for n, rung in ENGINE.items():
         engine = rung.make_engine(config, device)
         for _ in range(2):
             engine.step(batch)
-        phases = phase_times(engine, batch, max(3, repeats // 4))
-        rows[n]["phases_milliseconds"] = {p: t._asdict() for p, t in phases.items()}
-        rows[n]["operators"] = shares(partial(engine.step, batch), 3)
+        phases = phase_times(engine, batch, 3 if calls == 1 else 15)
+        kept = "eager, memory kept" if n == "eager" else n
+        rows[kept]["phases_milliseconds"] = {p: t._asdict() for p, t in phases.items()}
+        rows[kept]["operators"] = shares(partial(engine.step, batch), 3)
     show(figures)
     return figures
+
+
+def _product(size: int) -> Callable[[], object]:
+    return matrix_product(torch.device("cpu"), size)[0]
 
 
 def climb(

@@ -20,6 +20,7 @@ from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
 from speed_engine.data.shards import ShardWriter
 from speed_engine.engine import Engine
+from speed_engine.host_memory import keep_freed_memory
 from train_cases import cpu_cases, gpu_cases, synthetic_batch, tiny
 from train_rungs import ENGINE
 
@@ -36,6 +37,7 @@ def measure(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
     """Images/s with the loader over images/s without."""
     known = cpu_cases() if device.type == "cpu" else cpu_cases() | gpu_cases()
     rows = []
+    keep_freed_memory()  # as the trainer does
     with ExitStack() as stack:
         for name in ("digits", "DiT-S/2"):
             config, workers = known[name], [0, 2] if name == "DiT-S/2" else [0]

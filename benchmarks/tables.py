@@ -89,8 +89,10 @@ def operators() -> str:
         found = result(f"train_step_{name}")
         if found is None:
             continue
-        for provider in ("eager", "compiled"):
-            shares = found["providers"][provider]["operators"]
+        for provider, facts in found["providers"].items():
+            shares = facts.get("operators")
+            if shares is None:
+                continue
             parts = list(shares)
             body.append([f"{found['case']}: {provider}", *(f"{s:.0%}" for s in shares.values())])
     return rows(["", *parts], body) if body else missing("bench_train_step.py --sections step")
@@ -148,13 +150,16 @@ def ladder() -> str:
     return rows(head, body) if body else missing("gpu.sh")
 
 
+STEPS_OF_A_RUN = ("eager, memory kept", "compiled")
+
+
 def compile_pays() -> str:
     """The sentence on ``torch.compile`` on a CPU; steps as they were measured last."""
     found, step = result("compile"), result("train_step_digits")
     if found is None or step is None:
         return missing("bench_compile.py")
     providers, first = step["providers"], found["first_step_seconds"]
-    times = (providers[name]["step_milliseconds"]["median"] for name in ("eager", "compiled"))
+    times = (providers[name]["step_milliseconds"]["median"] for name in STEPS_OF_A_RUN)
     eager, fast = times
     won_back = 1000 * first["compiled cold"] / (eager - fast)
     return (

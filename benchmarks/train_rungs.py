@@ -18,10 +18,11 @@ from speed_engine.assemble import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.data.loader import Batch
 from speed_engine.engine import Engine
+from speed_engine.host_memory import keep_freed_memory
 from speed_engine.model_config import DiTConfig, ModelConfig, UNetConfig
 from speed_engine.models.blocks import compiled
 from speed_engine.shadow import ShadowedModel
-from train_cases import kernels, make_engine
+from train_cases import kernels, make_engine, synthetic_batch
 
 Step = Callable[[], object]
 
@@ -129,7 +130,19 @@ LADDER: dict[str, Rung] = {
 ENGINE = {"eager": Rung(how="off"), "compiled": Rung()}
 
 
-def cpu_providers(config: TrainConfig, device: torch.device, batch: Batch) -> dict[str, Step]:
-    """Eager and compiled, and diffusers' loop; all float32."""
-    ours = {name: rung.build(config, device, batch) for name, rung in ENGINE.items()}
-    return {**ours, "diffusers": diffusers_step.step_on(config, device, batch)}
+CPU_PROVIDERS = ("eager", "eager, memory kept", "compiled", "diffusers")
+
+
+def cpu_provider(name: str, config: TrainConfig) -> Step:
+    """One of ``CPU_PROVIDERS``, for a process of its own; all float32.
+
+    The trainer keeps freed memory, eager or compiled; ``eager`` and ``diffusers`` are PyTorch as
+    it comes.
+    """
+    device = torch.device("cpu")
+    batch = synthetic_batch(config, device)
+    if name == "diffusers":
+        return diffusers_step.step_on(config, device, batch)
+    if name != "eager":
+        keep_freed_memory()
+    return ENGINE[name.partition(",")[0]].build(config, device, batch)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_every_rung_of_the_training_step_runs_in_a_dry_run():
     out = [row for row in rows if "left out: " in row]
     assert all("channels last" in row or "torchao is not installed" in row for row in out)
     assert sum(" images/s" in row for row in rows) >= 12
+
+
+def test_providers_take_turns_in_processes_of_their_own(tmp_path):
+    import turns
+
+    log = tmp_path / "log"
+    build = partial(partial, subprocess.call, ["sh", "-c", f"sleep 0.005; echo $PPID >> {log}"])
+    providers = {"one": build, "other": build}
+    timings = turns.in_turn(providers, warmup=1, turns=2, calls=3)
+    assert all(5 <= timing.p20 <= timing.median for timing in timings.values())
+    first, second, *rest = log.read_text().split()
+    assert first != second and str(os.getpid()) not in (first, second)
+    assert rest == [*[first] * 4, *[second] * 4] * 2  # each turn, one call that is not timed
 
 
 @pytest.mark.parametrize("case", ["digits", "DiT-S/2", "unet"])

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "speed_engine"
 LAYERS = [  # lowest first; names on one line may not import each other
-    {"model_config", "distributed", "ops", "durable"},
+    {"model_config", "distributed", "ops", "durable", "host_memory"},
     {"config"},
     {
         "data",

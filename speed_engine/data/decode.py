@@ -87,17 +87,15 @@ def decode_pictures(
         (B, C, H, W) uint8, in memory (B, H, W, C); None if one has other channels.
     """
     depth, size = shape[0], shape[1:]
-    is_jpeg = _PILLOW_FORMATS.get(extension.rpartition(".")[2]) == "JPEG"
-    # All headers first: what is done again and again stays in the processor's caches.
-    headers = [_jpeg_header(data, channels, size) if is_jpeg else None for data in members]
     places = np.empty((len(members), *size, depth), dtype=np.uint8)
-    for data, header, place in zip(members, headers, places, strict=True):
-        if header and header.depth == depth and _decode_jpeg(data, header, place):
-            continue
-        picture = decode_image(data, extension, channels, size)
-        if picture.shape != shape:
-            return None
-        place[:] = picture.transpose(1, 2, 0)
+    is_jpeg = _PILLOW_FORMATS.get(extension.rpartition(".")[2]) == "JPEG"
+    done = _decode_jpegs(members, places, channels) if is_jpeg else [False] * len(members)
+    for data, place, is_there in zip(members, places, done, strict=True):
+        if not is_there:
+            picture = decode_image(data, extension, channels, size)
+            if picture.shape != shape:
+                return None
+            place[:] = picture.transpose(1, 2, 0)
     return places.transpose(0, 3, 1, 2)
 
 
@@ -207,6 +205,35 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
             f"{', '.join(sorted(map(str, _DTYPES)))} in C order."
         )
     return dtype, shape
+
+
+def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) -> list[bool]:
+    """Which of ``members`` are put into their row of ``places``, (B, H, W, C): those of its shape.
+
+    Headers go first, and the loops hold little: what is done again and again stays in the
+    processor's caches.
+    """
+    library = jpeg_library()
+    if library is None:
+        return [False] * len(members)
+    height, width, depth = places.shape[1:]
+    mode, colours = ("GRAY", {"Gray"}) if depth == 1 else ("RGB", _JPEG_COLOURS)
+    if depth == 3 and channels == 1:  # where grey is kept, others are of colour
+        colours = colours - {"Gray"}
+    read_header, decode, done = library.decode_jpeg_header, library.decode_jpeg, []
+    for data in members:
+        try:
+            found = read_header(data)
+            done.append(found[0] == height and found[1] == width and found[2] in colours)
+        except (ValueError, KeyError):  # as in ``_jpeg_header``
+            done.append(False)
+    for i, place in enumerate(places):
+        if done[i]:
+            try:
+                decode(members[i], mode, buffer=place)
+            except ValueError:  # as in ``_decode_jpeg``
+                done[i] = False
+    return done
 
 
 class _JpegHeader(NamedTuple):

@@ -131,13 +131,15 @@ class Loader:
         else:
             stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
             pipeline = DataPipeline(stream, map_stage(as_batch))
-        self._loader: DataLoader | None = DataLoader(
-            cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
+        self._loader: DataLoader | DataPipeline | None = pipeline
+        if workers or torch.cuda.is_available():  # else it has nothing to do, and takes time
+            self._loader = DataLoader(
+                cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=PREFETCH if workers else None,
+                pin_memory=torch.cuda.is_available(),
+            )
         self._batches: Iterator[Batch] | None = None
         self._damaged: set[str] = set()  # shards
 

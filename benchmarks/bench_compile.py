@@ -22,6 +22,7 @@ from functools import partial
 
 from harness import interleaved, write_result
 from speed_engine.environment import torch_device
+from speed_engine.host_memory import keep_freed_memory
 from speed_engine.model_config import DiTConfig
 from speed_engine.models.blocks import compiled
 from speed_engine.presets import PRESETS
@@ -72,6 +73,7 @@ def first_step_elsewhere(how: str, depth: int, cache: str | None = None) -> dict
 
 def digits() -> None:
     """Steps of the digits preset until compiling has paid."""
+    keep_freed_memory()  # as the trainer does
     _, config = PRESETS["digits"]
     assert isinstance(config.model, DiTConfig)
     depth = config.model.depth

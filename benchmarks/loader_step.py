@@ -46,7 +46,7 @@ def measure(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
             if name != "digits":
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 config = on_shards(config, folder, 64 if options.dry_run else NUM_LATENTS)
-            repeats = 2 if options.dry_run else options.repeats or (200 if name == "digits" else 10)
+            repeats = 2 if options.dry_run else options.repeats or (200 if name == "digits" else 20)
             for count in workers:
                 rows.append(fed(name, config, device, count, repeats, options.dry_run))
                 print(

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from speed_engine.assemble import build_cleaning, open_data, stored_shape
 from speed_engine.config import TrainConfig
 from speed_engine.data.device import on_device
 from speed_engine.data.loader import Batch, Loader
+from speed_engine.data.resident import Resident
 from speed_engine.data.shards import ShardWriter
 from speed_engine.engine import Engine
 from speed_engine.host_memory import keep_freed_memory
@@ -26,6 +27,7 @@ from train_rungs import ENGINE
 
 NUM_LATENTS, NUM_SHARDS = 4096, 4  # (4, 32, 32) float16, 33 MB
 GOAL = 0.97
+Workers = int | Literal["resident"]
 
 
 def cases(device: torch.device, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
@@ -40,7 +42,8 @@ def measure(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
     keep_freed_memory()  # as the trainer does
     with ExitStack() as stack:
         for name in ("digits", "DiT-S/2"):
-            config, workers = known[name], [0, 2] if name == "DiT-S/2" else [0]
+            # Small data sets lie in memory, as the trainer keeps them on a CPU.
+            config, workers = known[name], [0, 2] if name == "DiT-S/2" else ["resident", 0]
             if options.dry_run:
                 config = tiny(config) if name != "digits" else replace(config, batch_size=8)
             if name != "digits":
@@ -58,7 +61,7 @@ def measure(device: torch.device, options: argparse.Namespace) -> dict[str, Any]
 
 
 def fed(
-    name: str, config: TrainConfig, device: torch.device, workers: int, repeats: int, dry: bool
+    name: str, config: TrainConfig, device: torch.device, workers: Workers, repeats: int, dry: bool
 ) -> dict[str, Any]:
     """One engine, fed in turn by the loader and by a batch that lies there."""
     engine = ENGINE["eager" if dry else "compiled"].make_engine(config, device)
@@ -70,7 +73,8 @@ def fed(
         }
         timings = interleaved(providers, warmup=1 if dry else 5, repeats=repeats)
     return {
-        "case": f"{name}, batch {config.batch_size}, workers {workers}",
+        "case": f"{name}, batch {config.batch_size}, "
+        + (workers if isinstance(workers, str) else f"workers {workers}"),
         "step_milliseconds": {n: timing._asdict() for n, timing in timings.items()},
         "share": round(timings["one batch"].median / timings["loader"].median, 4),
     }
@@ -81,12 +85,17 @@ def _step_from(engine: Engine, stream: Iterator[Batch]) -> None:
 
 
 @contextmanager
-def batches(config: TrainConfig, device: torch.device, workers: int) -> Generator[Iterator[Batch]]:
+def batches(
+    config: TrainConfig, device: torch.device, workers: Workers
+) -> Generator[Iterator[Batch]]:
     """The run's batches, as ``Trainer`` has them."""
     reader = open_data(config)
     cleaning = build_cleaning(config, reader, device)
     classes = config.data.num_classes
     shape = stored_shape(config, reader)
+    if isinstance(workers, str):
+        yield Resident(reader, shape, config.batch_size, config.seed, cleaning, num_classes=classes)
+        return
     with Loader(
         reader, shape, config.batch_size, config.seed, workers=workers, num_classes=classes
     ) as loader:

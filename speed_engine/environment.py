@@ -38,6 +38,9 @@ PACKAGES = (
 # is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
 RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the rest is for training
+# Bytes. The steps of models for small data are so short that 5 us of loading per image count; a
+# larger data set is of larger images, or lies in the page cache anyway.
+RESIDENT_ON_CPU = 2**26
 # By machine; not part of an installed package, where the defaults hold.
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 STORED_NOISE = "kernels_stored_noise.json"  # written by benchmarks/bench_kernels.py
@@ -140,7 +143,9 @@ def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESU
     return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
 
 
-def choose_resident(wanted: str, device: str, num_bytes: int | None, mode: str = "exact") -> Choice:
+def choose_resident(
+    wanted: str, device: str, num_bytes: int | None, mode: str = "exact", workers: int = 0
+) -> Choice:
     """``on`` or ``off``.
 
     Args:
@@ -148,13 +153,17 @@ def choose_resident(wanted: str, device: str, num_bytes: int | None, mode: str =
         device: ``cuda`` or ``cpu``.
         num_bytes: of the data set; None if it is not known yet.
         mode: in which it is read.
+        workers: processes that are asked to read it.
     """
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if mode == "stream":
         return Choice("off", "data.mode=stream reads shards from end to end")
     if device != "cuda":
-        return Choice("off", "a CPU reads the shards from the same memory")
+        small = f"{RESIDENT_ON_CPU / 1e6:.0f} MB without data workers"
+        if workers or (num_bytes or 0) > RESIDENT_ON_CPU:
+            return Choice("off", f"a CPU keeps data sets of at most {small}")
+        return Choice("on", f"at most {small}: images cost no reading and checking again")
     free, _ = torch.cuda.mem_get_info()
     limit = f"{RESIDENT_SHARE:.0%} of {free / 1e9:.1f} GB of free GPU memory"
     if num_bytes is None:
@@ -275,7 +284,11 @@ def choices(
         "block kernels": choose_block_kernels(device.value),
         "noise": choose_noise(device.value, config.data.image_shape),
         "resident data": choose_resident(
-            config.data.resident, device.value, num_bytes, config.data.mode
+            config.data.resident,
+            device.value,
+            num_bytes,
+            config.data.mode,
+            config.data.workers,
         ),
         "norm kernels": choose_norm_kernels(device.value),
         "optimizer": choose_update(config.optimizer.update, device.value, world),

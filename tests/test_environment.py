@@ -77,8 +77,16 @@ def test_data_are_resident_where_they_take_half_of_the_free_memory_at_most(gpu, 
     assert choice.value == value and "50% of 100.0 GB" in choice.reason
 
 
-def test_data_are_resident_where_it_is_asked_for_and_not_on_a_cpu_by_itself(gpu):
-    assert choose_resident("auto", "cpu", 1).value == "off"
+@pytest.mark.parametrize(
+    "size, workers, value",
+    [(2**26, 0, "on"), (2**26 + 1, 0, "off"), (1, 1, "off"), (None, 0, "on")],
+)
+def test_a_cpu_keeps_small_data_sets_that_no_worker_shall_read(size, workers, value):
+    choice = choose_resident("auto", "cpu", size, workers=workers)
+    assert choice.value == value and "67 MB" in choice.reason
+
+
+def test_data_are_resident_where_it_is_asked_for(gpu):
     for wanted in ("on", "off"):
         assert choose_resident(wanted, "cuda", 10**15) == (wanted, "asked for")
 

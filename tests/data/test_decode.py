@@ -226,6 +226,11 @@ def test_pictures_of_a_batch_are_those_decoded_one_by_one(kind):
     assert together is not None
     assert np.array_equal(together, [decode_image(data, kind, 3) for data in members])
     assert decode_pictures(members, kind, 1, (1, 24, 40)) is None  # colour is never made grey
+    grey = [members[1], picture("L", (40, 24), kind)[0]]
+    together = decode_pictures(grey, kind, 1, (1, 24, 40))
+    assert together is not None
+    assert np.array_equal(together, [decode_image(data, kind, 1) for data in grey])
+    assert decode_pictures(grey, kind, 1, (3, 24, 40)) is None  # nor grey colour
     with pytest.raises(ValueError, match="expected 40 x 24"):
         decode_pictures(members, kind, 3, (3, 40, 24))
 

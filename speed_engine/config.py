@@ -102,8 +102,8 @@ class DataConfig:
     flip: bool = False
     """Mirror one image in two, left to right; of latents an approximation."""
     resident: Literal["auto", "on", "off"] = "auto"
-    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well, on a
-    CPU if it is small. The run is the same either way."""
+    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well, and
+    on a CPU if it is small. The run is the same either way."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
     """A damaged sample is replaced by another and counted, or ends the run."""
     held_out: float = 0.0

@@ -34,8 +34,8 @@ PACKAGES = (
     "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
     "torchvision", "xformers", "simplejpeg", "zlib-ng",
 )  # fmt: skip
-# benchmarks/results/x86-64-2-cores/compile.json: 25 s of C++ compilation against 11 ms a step saved
-# is even after 2,300 steps of the digits preset. Other models and machines differ, hence a margin.
+# benchmarks/results/x86-64-2-cores/compile.json: 31 s of C++ compilation against 12 ms a step saved
+# is even after 2,500 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
 RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the rest is for training
 # Bytes. The steps of models for small data are so short that 5 us of loading per image count; a

@@ -279,8 +279,10 @@ def bad_samples(run: Path) -> list[int]:
     return [record["bad_samples"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path, workers):
+@pytest.mark.parametrize(
+    "options", [{"resident": "on"}, {"resident": "off"}, {"workers": 1}], ids=str
+)
+def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path, options):
     shards = tmp_path / "shards"
     write_digits(shards)
     path = shards / "digits-000002.tar"
@@ -289,7 +291,7 @@ def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path,
     for offset in index.offset[:200, index.extensions.index("npy")].tolist():
         tar[offset + 150] ^= 1
     path.write_bytes(tar)
-    data = dataclasses.replace(TINY.data, source=str(shards), workers=workers)
+    data = dataclasses.replace(TINY.data, source=str(shards), **options)
     config = dataclasses.replace(TINY, steps=40, data=data)
     train.start(config, tmp_path / "whole", quiet())
     train.start(dataclasses.replace(config, steps=20), tmp_path / "halves", quiet())

@@ -17,7 +17,7 @@ from torch import Tensor
 from speed_engine.data.batches import ATTEMPTS, BatchReader, OnBadSample, Shape
 from speed_engine.data.clean import Cleaning
 from speed_engine.data.loader import Batch, as_batch, check_arguments
-from speed_engine.data.order import DataOrder
+from speed_engine.data.order import DataOrder, elsewhere
 from speed_engine.data.reader import ShardReader
 from speed_engine.data.tarscan import ShardError
 
@@ -109,7 +109,7 @@ class Resident:
                 """Fills the row of a damaged sample, which is then never gathered."""
                 if attempt == 1:
                     damaged.append(first + place)
-                return (first + place + attempt) % len(reader)
+                return elsewhere(first + place, attempt, len(reader))
 
             chunk = as_batch((batches.read(samples, next_one), samples))
             self._damage |= dict(zip(damaged, chunk.replaced, strict=True))

@@ -20,6 +20,7 @@ import fault_harness as harness
 from speed_engine.watchdog import EXIT_HUNG
 
 OPTIONS = "--steps 120 --checkpoint-every 10 --keep-checkpoints 100 --parallel fsdp".split()
+OPTIONS += ["--data.resident", "off"]  # batches come through the loader, as those of large data do
 OK = [0, 0]
 NEXT_BATCH = "speed_engine.data.loader:Loader.__next__"
 
@@ -281,9 +282,7 @@ def test_nans_in_a_row_stop_all_processes(train):
 
 @pytest.mark.parametrize("what", ["stopped", "stuck"])
 def test_the_process_that_hangs_is_named(train, resume, straight, what):
-    stuck = harness.Fault(
-        "speed_engine.data.loader:Loader.__next__", 36, harness.Sleep(1000), rank=1
-    )
+    stuck = harness.Fault(NEXT_BATCH, 36, harness.Sleep(1000), rank=1)
     training = train("--hang-timeout", "6", fault=stuck if what == "stuck" else None)
     if what == "stopped":
         assert training.wait_for_step(35)

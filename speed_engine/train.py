@@ -86,6 +86,10 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
     world = distributed.join(environment.torch_device(config).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world.from_first(run.exists):
+        if restarted and world.from_first((run / EMA_FILE).exists):
+            if world.is_first:  # a process died on its way out
+                console.print(f"{run} was complete before the restart.")
+            return
         if restarted and world.from_first(lambda: (run / CONFIG_FILE).exists()):
             _continue(read_config(run), run, console, world)
             return

@@ -274,6 +274,17 @@ def test_a_complete_run_says_how_to_train_it_longer(tmp_path):
         train.resume(run, quiet())
 
 
+def test_a_restart_after_the_end_has_nothing_to_do(tmp_path, monkeypatch):
+    config, run = dataclasses.replace(TINY, steps=4), tmp_path / "run"
+    train.start(config, run, quiet())
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="exists already"):
+        train.start(config, run, quiet())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun started this process again
+    train.start(config, run, quiet())
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 def bad_samples(run: Path) -> list[int]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [record["bad_samples"] for record in records if "loss" in record]

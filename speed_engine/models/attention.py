@@ -28,7 +28,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) 
     """
     if lengths is None:
         few = k.shape[2] <= k.shape[3]  # the scores are no larger than the queries
-        if few and q.device.type == "cpu" and torch.compiler.is_compiling():
+        wide = q.dtype.itemsize >= 4  # else the scores would be rounded
+        if few and wide and q.device.type == "cpu" and torch.compiler.is_compiling():
             return _two_products(q, k, v)
         return F.scaled_dot_product_attention(q, k, v)
     _check_packed(q, lengths)

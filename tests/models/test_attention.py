@@ -35,10 +35,13 @@ def test_packed_sequences_are_dense_attention_under_a_block_diagonal_mask(length
     torch.testing.assert_close(torch.autograd.grad(packed.square().sum(), (q, k, v)), expected)
 
 
-@pytest.mark.parametrize(("tokens", "keys", "spelled_out"), [(5, 8, True), (5, 9, False)])
-def test_compiled_for_a_cpu_few_keys_are_attended_to_by_the_definition(tokens, keys, spelled_out):
-    q = heads(tokens, batch=2)[0].requires_grad_()
-    k, v = (x.requires_grad_() for x in heads(keys, batch=2)[1:])
+@pytest.mark.parametrize(
+    ("keys", "dtype", "spelled_out"),
+    [(8, torch.float64, True), (9, torch.float64, False), (8, torch.bfloat16, False)],
+)
+def test_compiled_for_a_cpu_few_keys_are_attended_to_by_the_definition(keys, dtype, spelled_out):
+    q = heads(5, batch=2)[0].to(dtype).requires_grad_()
+    k, v = (x.to(dtype).requires_grad_() for x in heads(keys, batch=2)[1:])
     called: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _):

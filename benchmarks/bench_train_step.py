@@ -53,6 +53,7 @@ from train_rungs import CPU_PROVIDERS, ENGINE, LADDER, Step, cpu_provider
 from turns import Build, in_turn
 
 PRODUCT = "matrix product"
+CPU_PRODUCT_SIZE = 1024
 STATES_TOGETHER = 0.35  # of a GPU's memory that rungs may hold between their turns
 
 
@@ -96,9 +97,9 @@ def compare(
     """The providers of a CPU in turn, then phases and operators of ours."""
     calls = 10 if name == "digits" else 1
     builds: dict[str, Build] = {n: partial(cpu_provider, n, config) for n in CPU_PROVIDERS}
-    builds[PRODUCT] = partial(_product, 1024)
+    builds[PRODUCT] = _cpu_product
     timings = in_turn(builds, warmup=3, turns=options.repeats or 12, calls=calls)
-    rate = 2.0 * 1024**3 / timings.pop(PRODUCT).median * 1e3
+    rate = 2.0 * CPU_PRODUCT_SIZE**3 / timings.pop(PRODUCT).median * 1e3
     ours = training_flops(build_model(config), model_inputs(config))
     theirs = training_flops(diffusers_step.build(config), diffusers_step.inputs(config))
     flops = {n: theirs if n == "diffusers" else ours for n in CPU_PROVIDERS}
@@ -126,8 +127,8 @@ def compare(
     return figures
 
 
-def _product(size: int) -> Callable[[], object]:
-    return matrix_product(torch.device("cpu"), size)[0]
+def _cpu_product() -> Callable[[], object]:
+    return matrix_product(torch.device("cpu"), CPU_PRODUCT_SIZE)[0]
 
 
 def climb(

@@ -235,6 +235,14 @@ def test_pictures_of_a_batch_are_those_decoded_one_by_one(kind):
         decode_pictures(members, kind, 3, (3, 40, 24))
 
 
+@pytest.mark.parametrize("size", [(40, 12), (24, 40), (40, 25)], ids=str)
+def test_a_picture_of_another_size_in_a_batch_is_refused(size):
+    """Also a smaller one, which would fill a part of its place."""
+    other = picture("RGB", size, "jpeg")[0]
+    with pytest.raises(ValueError, match="expected 24 x 40"):
+        decode_pictures([jpeg(), other], "jpg", 3, (3, 24, 40))
+
+
 def test_damaged_jpegs_decode_alike_without_simplejpeg(monkeypatch):
     rng = random.Random(0)
     pytest.importorskip("simplejpeg")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SILENT = {"environment"}  # says where a result was measured, not what
-NAMES = ("case", "name", "ours")  # what a row of a list is known by
+NAMES = ("case", "name", "ours", "theirs")  # what a row of a list is known by
 
 
 def committed(path: Path) -> dict[str, Any] | None:
@@ -50,4 +50,4 @@ def figures(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(tree, list):
         for i, value in enumerate(tree):
             known = [str(value[n]) for n in NAMES if isinstance(value, dict) and n in value]
-            yield from figures(value, f"{path} / {known[0] if known else i}")
+            yield from figures(value, f"{path} / {' / '.join(known) or i}")

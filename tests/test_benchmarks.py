@@ -48,16 +48,23 @@ def test_a_figure_without_a_result_cannot_appear(tmp_path, monkeypatch):
 
 def test_a_result_is_compared_with_the_committed_one(tmp_path):
     path = tmp_path / "step.json"
-    old = {"environment": {"cores": 2}, "rows": [{"case": "S/2", "ms": {"median": 4.0, "p20": 1}}]}
+    rows = [{"case": "S/2", "ms": {"median": 4.0, "p20": 1}}]
+    goals = [{"ours": "a", "theirs": theirs, "ratio": 2} for theirs in ("b", "c")]
+    old = {"environment": {"cores": 2}, "rows": rows, "goals": goals}
     assert regression.committed(path) is None
     path.write_text(json.dumps(old))
     git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
-    new = {"environment": {"cores": 9}, "rows": [{"case": "S/2", "ms": {"median": 5.0, "p20": 9}}]}
+    rows = [{"case": "S/2", "ms": {"median": 5.0, "p20": 9}}]
+    new = {"environment": {"cores": 9}, "rows": rows, "goals": goals}
     path.write_text(json.dumps(new))
     lines = list(regression.compared(regression.committed(path), new))
-    assert lines == ["rows / S/2 / ms: 4 -> 5, ratio 1.250"]
+    assert lines == [
+        "rows / S/2 / ms: 4 -> 5, ratio 1.250",
+        "goals / a / b / ratio: 2 -> 2, ratio 1.000",
+        "goals / a / c / ratio: 2 -> 2, ratio 1.000",
+    ]
 
 
 def test_every_rung_of_the_training_step_runs_in_a_dry_run():

@@ -145,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}.")
     try:
         commands[arguments[0]](arguments[1:], console)
+        if distributed := sys.modules.get("speed_engine.distributed"):  # not every command needs it
+            distributed.leave()
     except BrokenPipeError:  # whoever reads the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

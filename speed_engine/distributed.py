@@ -141,6 +141,16 @@ def join(device_type: str) -> World:
     return World(rank, size, local_rank, local_size, background)
 
 
+def leave() -> None:
+    """End the process groups of ``join``, if there are any; only after success.
+
+    The interpreter would end them while their threads run, which aborts now and then. After an
+    error a peer may be waiting in a collective, and NCCL would wait for it.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def rendezvous_store(keeper: bool, timeout: timedelta) -> "Store":
     """A connection to where processes find each other.
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from speed_engine import cli
+from speed_engine import cli, distributed
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -32,6 +33,20 @@ def test_doctor_says_what_will_be_used_and_why(capsys):
     topics += ("noise", "resident data", "data workers", "JPEG decoder", "checksums")
     for topic in topics:
         assert topic in shown
+
+
+def test_process_groups_are_left_after_success_only(capsys, monkeypatch):
+    """After an error a peer may never answer; without one, leaving them to the interpreter aborts
+    now and then."""
+    world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    distributed.join("cpu")
+    fails(capsys, "train", "digitz")
+    assert torch.distributed.is_initialized()
+    cli.main(["methods"])
+    assert not torch.distributed.is_initialized()
+    cli.main(["methods"])  # there is nothing to leave
 
 
 def test_unknown_words_list_the_known_ones(capsys):

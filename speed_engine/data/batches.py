@@ -34,6 +34,8 @@ IMAGE = "image"  # in a decoded sample, beside the names of its conditions
 TOGETHER = 2**28  # bytes of pictures that are read before the first is decoded
 ATTEMPTS = 100  # substitutes of one sample; more are damaged only where nearly everything is
 
+ALLOCATE = partial(np.empty, dtype=np.uint8)  # bytes -> ordinary memory; workers share theirs
+
 Shape = tuple[int, int, int]  # C, H, W
 OnBadSample = Literal["skip", "stop"]
 Row = dict[str, np.ndarray]
@@ -75,6 +77,7 @@ class BatchReader:
         self,
         samples: Sequence[int] | np.ndarray,
         substitute: Callable[[int, int], int] | None = None,
+        allocate: Callable[[int], np.ndarray] = ALLOCATE,
     ) -> Arrays:
         """The batch of ``samples``, in their order.
 
@@ -82,27 +85,31 @@ class BatchReader:
             samples: (B,) numbers.
             substitute: (place in the batch, attempt from 1) -> number of another sample; needed to
                 skip.
+            allocate: bytes -> memory of that size, for the images; called once at most.
 
         Raises:
             ValueError: a sample is damaged and the policy is to stop, or it is unfit; names it.
             OSError: a shard cannot be read.
         """
         numbers = np.asarray(samples, dtype=np.int64)
-        if self._holds_arrays or len(numbers) * self.reader.largest(numbers) <= TOGETHER:
-            raw = self.reader.read_batch(numbers)
-            if (uniform := self._decode_all(raw)) is not None:
+        if self._holds_arrays:  # which stay where they are read to
+            raw = self.reader.read_batch(numbers, allocate)
+        else:
+            raw = self.reader.read_batch(numbers, ALLOCATE, limit=TOGETHER)
+        if raw is not None:
+            if (uniform := self._decode_all(raw, allocate)) is not None:
                 return Arrays(uniform.pop(IMAGE), uniform, ())
             read = map(raw.sample, range(len(numbers)))
         else:
             read = self.reader.stream(numbers)
         return self._decode_each(numbers.tolist(), read, substitute)
 
-    def _decode_all(self, raw: RawBatch) -> Row | None:
+    def _decode_all(self, raw: RawBatch, allocate: Callable[[int], np.ndarray]) -> Row | None:
         """All samples at once; None unless they are intact, fit and alike."""
         arrays: Row = {}
         try:
             for column, (key, name) in reversed([*enumerate(self._members)]):  # pictures last
-                array = self._decode_column(raw, column, key, name)
+                array = self._decode_column(raw, column, key, name, allocate)
                 if array is None:
                     return None
                 arrays[name] = array
@@ -113,7 +120,9 @@ class BatchReader:
             return None
         return arrays
 
-    def _decode_column(self, raw: RawBatch, k: int, key: str, name: str) -> np.ndarray | None:
+    def _decode_column(
+        self, raw: RawBatch, k: int, key: str, name: str, allocate: Callable[[int], np.ndarray]
+    ) -> np.ndarray | None:
         """The k-th member of all samples, arrays without a copy; None unless they are alike."""
         members, shape = raw.members(k), self._shape
         if members is None:
@@ -123,7 +132,8 @@ class BatchReader:
         if name != IMAGE:
             shape = decode_condition(members[0], key, self._shape[0]).shape
         if not _is_npy(key):
-            return decode_pictures(members, key, self._shape[0], shape)
+            memory = allocate if name == IMAGE else ALLOCATE
+            return decode_pictures(members, key, self._shape[0], shape, memory)
         if name == IMAGE and decode_image(members[0], key, self._shape[0]).dtype == np.int64:
             return None
         rows = raw.member_rows(k)
@@ -165,7 +175,7 @@ class BatchReader:
         for attempt in range(1, ATTEMPTS + 1):
             number = substitute(place, attempt)
             try:
-                sample = self.reader.read_batch([number]).sample(0)
+                (sample,) = self.reader.stream([number])
                 return number, self.decode(sample, partial(self.reader.describe, number))
             except ShardError:
                 continue

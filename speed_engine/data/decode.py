@@ -15,14 +15,14 @@ whose bytes they are.
 import io
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
 _DTYPES = {np.dtype(name) for name in ("uint8", "float16", "float32", "int64", "uint16")}
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
+_JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
+_JPEG_SEGMENTS = {0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, applications'
 _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -73,7 +75,11 @@ def decode_image(
 
 
 def decode_pictures(
-    members: Sequence[Buffer], extension: str, channels: int, shape: tuple[int, ...]
+    members: Sequence[Buffer],
+    extension: str,
+    channels: int,
+    shape: tuple[int, ...],
+    allocate: Callable[[int], np.ndarray],
 ) -> np.ndarray | None:
     """Many pictures at once, each straight into its place.
 
@@ -82,12 +88,13 @@ def decode_pictures(
         extension: as in ``decode_image``, as are the channels.
         channels: grey pictures are repeated to three where 1 is not asked for.
         shape: (C, H, W) of every picture.
+        allocate: bytes -> memory of that size.
 
     Returns:
         (B, C, H, W) uint8, in memory (B, H, W, C); None if one has other channels.
     """
     depth, size = shape[0], shape[1:]
-    places = np.empty((len(members), *size, depth), dtype=np.uint8)
+    places = allocate(len(members) * math.prod(shape)).reshape(len(members), *size, depth)
     is_jpeg = _PILLOW_FORMATS.get(extension.rpartition(".")[2]) == "JPEG"
     done = _decode_jpegs(members, places, channels) if is_jpeg else [False] * len(members)
     for data, place, is_there in zip(members, places, done, strict=True):
@@ -211,7 +218,7 @@ def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) 
     """Which of ``members`` are put into their row of ``places``, (B, H, W, C): those of its shape.
 
     Headers go first, and the loops hold little: what is done again and again stays in the
-    processor's caches.
+    processor's caches. Pictures that one program wrote begin alike: that is parsed once.
     """
     library = jpeg_library()
     if library is None:
@@ -220,13 +227,16 @@ def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) 
     mode, colours = ("GRAY", {"Gray"}) if depth == 1 else ("RGB", _JPEG_COLOURS)
     if depth == 3 and channels == 1:  # where grey is kept, others are of colour
         colours = colours - {"Gray"}
-    read_header, decode, done = library.decode_jpeg_header, library.decode_jpeg, []
+    beginning, is_fit, decode, done = b"", False, library.decode_jpeg, []
     for data in members:
-        try:
-            found = read_header(data)
-            done.append(found[0] == height and found[1] == width and found[2] in colours)
-        except (ValueError, KeyError):  # as in ``_jpeg_header``
-            done.append(False)
+        if not beginning or bytes(data[: len(beginning)]) != beginning:
+            beginning = _jpeg_beginning(data)
+            try:
+                found = library.decode_jpeg_header(data)
+                is_fit = found[0] == height and found[1] == width and found[2] in colours
+            except (ValueError, KeyError):  # as in ``_jpeg_header``
+                beginning, is_fit = b"", False
+        done.append(is_fit)
     for i, place in enumerate(places):
         if done[i]:
             try:
@@ -234,6 +244,22 @@ def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) 
             except ValueError:  # as in ``_decode_jpeg``
                 done[i] = False
     return done
+
+
+def _jpeg_beginning(data: Buffer) -> bytes:
+    """Up to the end of its frame header (ITU-T T.81, B.2.2), which has size and components.
+
+    What follows can only tell whether three components are RGB or YCbCr, or fail to decode. Empty
+    if anything but common segments comes before it.
+    """
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, at = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if marker in _JPEG_FRAMES:
+            return bytes(data[:at])
+        if marker not in _JPEG_SEGMENTS:
+            break
+    return b""
 
 
 class _JpegHeader(NamedTuple):
@@ -304,6 +330,10 @@ def _decode_picture(
             pixels = np.array(image.convert("L" if keep_grey else "RGB"))
     except UnfitSample:
         raise
+    except UnidentifiedImageError as error:  # its text names an object in memory
+        raise ValueError(
+            f"unusable {pillow_format} picture: it has no {pillow_format} header that can be read."
+        ) from error
     except Exception as error:  # whatever the bytes provoke in Pillow
         raise ValueError(f"unusable {pillow_format} picture: {error}") from error
     return pixels.reshape(*pixels.shape[:2], -1)

@@ -27,6 +27,7 @@ from speed_engine.data.batches import Arrays, BatchReader, OnBadSample, Shape
 from speed_engine.data.conditions import condition_name
 from speed_engine.data.order import DataOrder, elsewhere
 from speed_engine.data.reader import ShardReader
+from speed_engine.data.shared_memory import Piece, SharedMemory
 from speed_engine.data.stream import StreamSource
 
 log = logging.getLogger(__name__)
@@ -120,17 +121,18 @@ class Loader:
         check_arguments(reader, batch_size, start, workers, rank, world_size)
         order = DataOrder(reader.counts, seed, window)
         batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
-        load = partial(_load_batch, batches, order)
+        self._memory = SharedMemory(workers)
+        load = partial(_load_batch, batches, order, self._memory)
         # An unfit data set fails here, not in a worker. The order of this epoch is computed, too,
         # which the workers then share.
-        first = load(np.array([order.sample_indices(start, 1), [start]]))
+        first, _ = load(np.array([order.sample_indices(start, 1), [start]]))
         _check_conditions(reader, first, condition_shapes or {})
         if mode == "exact":
             source = _Source(reader, order, start, batch_size, rank, world_size)
             pipeline = DataPipeline(source, map_stage(load))
         else:
             stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
-            pipeline = DataPipeline(stream, map_stage(as_batch))
+            pipeline = DataPipeline(stream, map_stage(_without_piece))
         self._loader: DataLoader | DataPipeline | None = pipeline
         if workers or torch.cuda.is_available():  # else it has nothing to do, and takes time
             self._loader = DataLoader(
@@ -140,7 +142,7 @@ class Loader:
                 prefetch_factor=PREFETCH if workers else None,
                 pin_memory=torch.cuda.is_available(),
             )
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[_Loaded] | None = None
         self._damaged: set[str] = set()  # shards
 
     def __iter__(self) -> Self:
@@ -152,18 +154,29 @@ class Loader:
         try:
             if self._batches is None:
                 self._batches = iter(self._loader)
-            return self._reported(next(self._batches))
+            self._memory.give_back()
+            return self._reported(self._received(next(self._batches)))
         except (EOFError, ConnectionError, RuntimeError) as error:
             self.close()
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise ChildProcessError(
                 f"a DataLoader worker was killed or exited ({error!r}); if memory ran out, use "
-                "fewer workers. Make another Loader with start=images consumed to go on."
+                "fewer workers, or in a container more of /dev/shm (docker run --shm-size). Make "
+                "another Loader with start=images consumed to go on."
             ) from error
         except BaseException:
             self.close()  # DataLoader would go on without the worker that failed
             raise
+
+    def _received(self, loaded: "_Loaded") -> Batch:
+        """The batch, whose memory its worker gets back once nobody holds it."""
+        batch, piece = loaded
+        if piece is not None:
+            tensors = [batch.images, *batch.conditions.values()]
+            pinned = torch.cuda.is_available()  # then these are copies, and the piece is free
+            self._memory.watch([] if pinned else tensors, piece)
+        return batch
 
     def _reported(self, batch: Batch) -> Batch:
         """The batch, after one warning for each shard that is found to be damaged."""
@@ -265,22 +278,39 @@ class _Source(IterableDataset):
             k += stride
 
 
-def _load_batch(batches: BatchReader, order: DataOrder, part: np.ndarray) -> Batch:
+class _Loaded(NamedTuple):
+    """What comes from a worker."""
+
+    batch: Batch
+    piece: Piece | None  # of shared memory, that the batch is in
+
+
+def _load_batch(
+    batches: BatchReader, order: DataOrder, memory: SharedMemory, part: np.ndarray
+) -> _Loaded:
     indices, ids = part
-    arrays = batches.read(
-        indices, lambda place, attempt: order.substitute(int(ids[place]), attempt)
+    images, conditions, replaced = batches.read(
+        indices, lambda place, attempt: order.substitute(int(ids[place]), attempt), memory.empty
     )
-    return as_batch((arrays, ids))
+    (stored, *told), piece = memory.lend([images, *conditions.values()])
+    conditions = dict(zip(conditions, told, strict=True))
+    return _Loaded(Batch(_floats(stored), conditions, torch.from_numpy(ids), replaced), piece)
+
+
+def _without_piece(part: tuple[Arrays, np.ndarray]) -> _Loaded:
+    return _Loaded(as_batch(part), None)
 
 
 def as_batch(part: tuple[Arrays, np.ndarray]) -> Batch:
     """The tensors that share the arrays' memory."""
     (images, conditions, replaced), ids = part
     told = {name: torch.from_numpy(value) for name, value in conditions.items()}
-    stored = torch.from_numpy(images)
-    if images.dtype == np.uint16:
-        stored = stored.view(torch.bfloat16)
-    return Batch(stored, told, torch.from_numpy(ids), replaced)
+    return Batch(_floats(torch.from_numpy(images)), told, torch.from_numpy(ids), replaced)
+
+
+def _floats(images: Tensor) -> Tensor:
+    """bfloat16, which NumPy lacks, from its bits; others as they are."""
+    return images.view(torch.bfloat16) if images.dtype == torch.uint16 else images
 
 
 def _scaled(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Letters: N samples, K keys.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -127,21 +127,31 @@ class ShardReader:
                 parts if isinstance(parts, ShardError) else dict(zip(self.keys, parts, strict=True))
             )
 
-    def read_batch(self, samples: Sequence[int] | np.ndarray) -> "RawBatch":
-        """Members of many samples, each in a row of memory of its own.
+    def read_batch(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        allocate: Callable[[int], np.ndarray],
+        limit: int | None = None,
+    ) -> "RawBatch | None":
+        """Members of many samples, each in a row of memory of its own; None beyond ``limit`` bytes.
+
+        Args:
+            samples: B numbers.
+            allocate: bytes -> memory of that size.
+            limit: of bytes; None reads any number.
 
         Raises:
             OSError: a shard cannot be read.
         """
         places = self._places(samples, stride=1)
-        memory = np.empty((len(places.offset), places.extent), dtype=np.uint8)
-        flat = memory.reshape(-1).data
+        num_bytes = len(places.offset) * places.extent
+        if limit is not None and num_bytes > limit:
+            return None
+        memory = allocate(num_bytes)
+        flat = memory.data
         rows = [self._read(*place, flat) for place in places.rows]
+        memory = memory.reshape(len(rows), places.extent)
         return RawBatch(self.keys, rows, memory, places.offset, places.size)
-
-    def largest(self, samples: Sequence[int] | np.ndarray) -> int:
-        """Bytes of the largest of some samples."""
-        return int(self._size[samples].sum(axis=1).max(initial=0))
 
     def _places(self, samples: Sequence[int] | np.ndarray, stride: int) -> "_Places":
         """Where samples lie, and where they go: row after row, or each (stride 0) to the first."""

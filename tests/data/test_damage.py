@@ -227,6 +227,24 @@ def test_an_open_shard_survives_its_deletion(folder):
     assert [reader.read(i) for i in range(N)] == known
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_cut_short_during_training_is_damage(folder, workers):
+    """In place, as by a copy over it; memory that is mapped from it would end the process."""
+    whole = [pixels(batch) for batch in batches(folder, 12)]
+    with Loader(
+        ShardReader(folder), SHAPE, 8, 5, window=2, workers=workers, on_bad_sample="skip"
+    ) as loader:
+        seen = [pixels(next(loader)) for _ in range(5)]  # an epoch: it is open
+        os.truncate(folder / "x-000003.tar", 0)
+        # What workers had read before is still in their queues.
+        later = [next(loader) for _ in range(20)]
+    assert seen == whole[:5]
+    epoch = later[10:15]
+    assert all(sample // 8 != 3 for batch in epoch for sample in pixels(batch))
+    replaced = [text for batch in epoch for text in batch.replaced]
+    assert len(replaced) == 8 and all("x-000003.tar: sample" in text for text in replaced)
+
+
 FULL_DISK = """
 import resource, signal, sys
 from speed_engine.data.shards import ShardWriter

@@ -2,7 +2,9 @@ import io
 import os
 import pickle
 import random
+import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -217,22 +219,26 @@ def test_members_are_described_by_their_first_bytes():
         assert describe_member(data, extension) == {}
 
 
+def decode_together(*arguments):
+    return decode_pictures(*arguments, allocate=partial(np.empty, dtype=np.uint8))
+
+
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
 def test_pictures_of_a_batch_are_those_decoded_one_by_one(kind):
     members = [jpeg(), jpeg("L"), jpeg("CMYK"), jpeg(progressive=True)]
     if kind == "png":
         members = [picture(mode, (40, 24))[0] for mode in ("RGB", "L", "P", "RGBA")]
-    together = decode_pictures(members, kind, 3, (3, 24, 40))
+    together = decode_together(members, kind, 3, (3, 24, 40))
     assert together is not None
     assert np.array_equal(together, [decode_image(data, kind, 3) for data in members])
-    assert decode_pictures(members, kind, 1, (1, 24, 40)) is None  # colour is never made grey
+    assert decode_together(members, kind, 1, (1, 24, 40)) is None  # colour is never made grey
     grey = [members[1], picture("L", (40, 24), kind)[0]]
-    together = decode_pictures(grey, kind, 1, (1, 24, 40))
+    together = decode_together(grey, kind, 1, (1, 24, 40))
     assert together is not None
     assert np.array_equal(together, [decode_image(data, kind, 1) for data in grey])
-    assert decode_pictures(grey, kind, 1, (3, 24, 40)) is None  # nor grey colour
+    assert decode_together(grey, kind, 1, (3, 24, 40)) is None  # nor grey colour
     with pytest.raises(ValueError, match="expected 40 x 24"):
-        decode_pictures(members, kind, 3, (3, 40, 24))
+        decode_together(members, kind, 3, (3, 40, 24))
 
 
 @pytest.mark.parametrize("size", [(40, 12), (24, 40), (40, 25)], ids=str)
@@ -240,7 +246,7 @@ def test_a_picture_of_another_size_in_a_batch_is_refused(size):
     """Also a smaller one, which would fill a part of its place."""
     other = picture("RGB", size, "jpeg")[0]
     with pytest.raises(ValueError, match="expected 24 x 40"):
-        decode_pictures([jpeg(), other], "jpg", 3, (3, 24, 40))
+        decode_together([jpeg(), other], "jpg", 3, (3, 24, 40))
 
 
 def test_damaged_jpegs_decode_alike_without_simplejpeg(monkeypatch):
@@ -260,3 +266,25 @@ def test_damaged_jpegs_decode_alike_without_simplejpeg(monkeypatch):
                     results.append(None)
         assert (results[0] is None) == (results[1] is None)
         assert np.array_equal(results[0], results[1])
+
+
+def test_a_damaged_jpeg_of_a_batch_decodes_as_it_does_alone():
+    """Also one that begins as the intact ones before it do, so that its header is not parsed."""
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(300):
+        damaged = bytearray(jpeg())
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        try:
+            alone = decode_image(bytes(damaged), "jpg", 3, (24, 40))
+        except ValueError as error:
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                decode_together([jpeg(), bytes(damaged)], "jpg", 3, (3, 24, 40))
+            outcomes.add(str(error).partition(":")[0])
+        else:
+            together = decode_together([jpeg(), bytes(damaged)], "jpg", 3, (3, 24, 40))
+            assert together is not None
+            assert np.array_equal(together[1], alone)
+            outcomes.add("decoded")
+    assert {"decoded", "unusable JPEG picture"} <= outcomes

@@ -1,7 +1,6 @@
 import io
 import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -296,10 +295,21 @@ def test_the_death_of_a_worker_is_an_error(reader):
     assert not multiprocessing.active_children()
 
 
-def test_what_workers_get_survives_pickling(reader):
-    pipeline = Loader(reader, SHAPE, 8, 5, workers=1)._loader.dataset  # type: ignore[union-attr]
-    sent = pickle.loads(pickle.dumps(pipeline))
-    assert_equal(next(iter(sent)), next(Loader(reader, SHAPE, 8, 5)))
+def test_workers_may_be_spawned(make_shards, tmp_path):
+    """As on systems that do not fork: what workers get is pickled."""
+    script = tmp_path / "spawning.py"
+    script.write_text(f"""
+import multiprocessing
+from speed_engine.data.loader import Loader
+from speed_engine.data.reader import ShardReader
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    with Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=1) as loader:
+        print([next(loader).ids.tolist() for _ in range(3)])
+""")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{[list(range(8 * k, 8 * k + 8)) for k in range(3)]}\n", done.stderr
 
 
 def test_a_process_that_forgets_to_close_exits_cleanly(make_shards):

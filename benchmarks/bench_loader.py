@@ -3,16 +3,19 @@
 Run: ``python benchmarks/bench_loader.py --streaming-python PYTHON``, of an environment that has
 mosaicml-streaming, which needs older transformers and numpy, and simplejpeg; without, it is left
 out. Latents are (8, 32, 32) float16, pictures JPEGs of 256 x 256, quality 90, of noise with the
-spectrum of photographs. Every provider is a process that loads an epoch's worth when its turn
-comes, first from the page cache, then after its files were dropped from it.
+spectrum of photographs. Every provider is a process that loads for a second when its turn comes,
+from the page cache, and then a part of an epoch after its files were dropped from it. The turns of
+a cycle are in random order.
 
 Reported: images per CPU-second (self, threads and workers together), which a busy machine changes
-little, images per second of the wall clock, and megabytes per worker. Median and 20 to 80 % range.
+less than those per second of the wall clock, reported, too, and megabytes per worker. Median and
+20 to 80 % range, also of the ratios, which are taken within a cycle.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -25,12 +28,14 @@ import numpy as np
 from PIL import Image
 
 from harness import result_path, summary, write_result
-from loader_providers import JPG_SHAPE, LATENT_SHAPE, PROVIDERS, npy_bytes
+from loader_providers import BATCH, JPG_SHAPE, LATENT_SHAPE, PROVIDERS, npy_bytes
 from speed_engine.data.pictures import encode_picture
 from speed_engine.data.shards import ShardWriter
 
 HERE = Path(__file__).parent
 CLASSES, SHARDS = 10, 10
+SECONDS = 1.0  # of a turn
+COLD = {"jpg": 1280, "latents": 3840}  # images of a turn, less than an epoch
 STREAMING = ("mosaicml-streaming", "torch", "numpy", "simplejpeg")
 DECODED = ("pictures dropped", "into one array", "into a batch")
 GOALS = [  # ours, theirs, how many times as many images per CPU-second
@@ -49,7 +54,7 @@ def main() -> None:
     if options.table:
         print(table(json.loads(result_path("loader").read_text())))
         return
-    images = {"jpg": options.jpg, "latents": options.latents}
+    images = {"jpg": options.jpg, "latents": options.latents}  # of an epoch
     with ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch))
         data = Path(scratch)
@@ -62,9 +67,14 @@ def main() -> None:
             _run(options.streaming_python, "write-streaming", str(data))
         pythons = {name: python for name, python in pythons.items() if python}
         os.sync()
-        figures = measure(data, pythons, images, options)
+        costs = measure(data, pythons, options)
+    figures = {
+        case: {name: _figures(values) for name, values in providers.items() if values}
+        for case, providers in costs.items()
+    }
+    warm = next(iter(costs.values()))
     ratios = [
-        {"ours": ours, "theirs": theirs, "goal": goal, "ratio": _ratio(figures, ours, theirs)}
+        {"ours": ours, "theirs": theirs, "goal": goal, "ratio": _ratio(warm[ours], warm[theirs])}
         for ours, theirs, goal in GOALS
         if theirs in pythons
     ]
@@ -76,9 +86,11 @@ def main() -> None:
                 f" /CPU-s {wall['median']:9,.0f} /s {values['worker_megabytes']['median']:6.0f} MB"
             )
     for row in ratios:
-        print(f"{row['ours']} / {row['theirs']}: {row['ratio']:.2f}, goal {row['goal']}")
+        print(_goal(row))
     if not options.dry_run:
         data_facts = {"images": images, "shards": SHARDS, "latent_shape": LATENT_SHAPE}
+        data_facts |= {"seconds_per_turn": SECONDS, "images_per_cold_turn": COLD}
+        data_facts |= {"images_per_batch": BATCH}
         sections = {"data": data_facts, "goals": ratios, "figures": figures}
         if options.streaming_python:  # versions say more than where they were installed
             sections["streaming"] = _streaming_versions(options.streaming_python)
@@ -87,31 +99,36 @@ def main() -> None:
         print(path)
 
 
+Costs = list[dict[str, float]]  # of one provider, turn by turn
+
+
 def measure(
-    data: Path, pythons: dict[str, str], images: dict[str, int], options: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """Figures of every provider in every case, their turns interleaved."""
+    data: Path, pythons: dict[str, str], options: argparse.Namespace
+) -> dict[str, dict[str, Costs]]:
+    """What the turns of every provider cost in every case."""
     cases = [("warm", 0, options.repeats), ("cold", 0, options.cold_repeats)]
     cases.append(("warm", options.workers, options.cold_repeats))
-    figures: dict[str, dict[str, Any]] = {}
+    measured: dict[str, dict[str, Costs]] = {}
+    shuffled = random.Random(0)
     with ExitStack() as stack:
         children = {
             name: stack.enter_context(_child(python, name, data))
             for name, python in pythons.items()
         }
         for state, workers, repeats in cases:
-            costs: dict[str, list[dict[str, float]]] = {name: [] for name in children}
-            for name in [*children] * repeats:
-                kind = name.partition(" ")[0]
-                if workers and "decoder" in name.split(",")[0].split()[1]:
-                    continue  # it has none
-                if state == "cold":
-                    drop_from_page_cache(data / kind)
-                costs[name].append(_ask(children[name], images[kind], workers))
-            figures[f"{state}, workers={workers}"] = {
-                name: _figures(values) for name, values in costs.items() if values
-            }
-    return figures
+            costs: dict[str, Costs] = {name: [] for name in children}
+            for _ in range(repeats):
+                for name in shuffled.sample([*children], len(children)):
+                    kind = name.partition(" ")[0]
+                    if workers and "decoder" in name.split(",")[0].split()[1]:
+                        continue  # it has none
+                    order = {"seconds": SECONDS, "images": None, "workers": workers}
+                    if state == "cold":
+                        drop_from_page_cache(data / kind)
+                        order |= {"seconds": None, "images": COLD[kind]}
+                    costs[name].append(_ask(children[name], order))
+            measured[f"{state}, workers={workers}"] = costs
+    return measured
 
 
 def table(result: dict[str, Any]) -> str:
@@ -124,11 +141,13 @@ def table(result: dict[str, Any]) -> str:
         medians = [_median(row, "images_per_cpu_second") for row in figures]
         rows.append([name, *medians, _median(figures[-1], "worker_megabytes")])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    goals = [
-        f"- {row['ours']} / {row['theirs']}: **{row['ratio']:.2f}**, goal {row['goal']}"
-        for row in result["goals"]
-    ]
-    return "\n".join([*lines, "", *goals])
+    return "\n".join([*lines, "", *(f"- {_goal(row)}" for row in result["goals"])])
+
+
+def _goal(row: dict[str, Any]) -> str:
+    ratio = row["ratio"]
+    spread = f"{ratio['median']:.3g} [{ratio['p20']:.3g}, {ratio['p80']:.3g}]"
+    return f"{row['ours']} / {row['theirs']}: {spread}, goal {row['goal']:g}"
 
 
 def _median(figures: dict[str, Any] | None, name: str) -> str:
@@ -226,9 +245,9 @@ def _child(python: str, provider: str, data: Path) -> Iterator[subprocess.Popen]
         child.communicate()  # closes its input, which ends it
 
 
-def _ask(child: subprocess.Popen, images: int, workers: int) -> dict[str, float]:
+def _ask(child: subprocess.Popen, order: dict[str, float | None]) -> dict[str, float]:
     assert child.stdin is not None
-    child.stdin.write(json.dumps({"images": images, "workers": workers}) + "\n")
+    child.stdin.write(json.dumps(order) + "\n")
     child.stdin.flush()
     return _answer(child)
 
@@ -241,7 +260,7 @@ def _answer(child: subprocess.Popen) -> dict[str, Any]:
     return json.loads(line)
 
 
-def _figures(costs: list[dict[str, float]]) -> dict[str, Any]:
+def _figures(costs: Costs) -> dict[str, Any]:
     return {name: _spread([cost[name] for cost in costs]) for name in costs[0]}
 
 
@@ -249,19 +268,19 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in summary(values)._asdict().items()}
 
 
-def _ratio(figures: dict[str, Any], ours: str, theirs: str) -> float:
-    warm = figures["warm, workers=0"]
-    mine, other = (warm[name]["images_per_cpu_second"]["median"] for name in (ours, theirs))
-    return round(mine / other, 3)
+def _ratio(ours: Costs, theirs: Costs) -> dict[str, float]:
+    """Of images per CPU-second, within each cycle of turns."""
+    counted = "images_per_cpu_second"
+    return _spread([a[counted] / b[counted] for a, b in zip(ours, theirs, strict=True)])
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--streaming-python", help="of an environment with mosaicml-streaming")
-    parser.add_argument("--jpg", type=int, default=1600, help="pictures of an epoch")
+    parser.add_argument("--jpg", type=int, default=5120, help="pictures of an epoch")
     parser.add_argument("--latents", type=int, default=12_800, help="latents of an epoch")
-    parser.add_argument("--repeats", type=int, default=7, help="turns of every provider, warm")
-    parser.add_argument("--cold-repeats", type=int, default=3, help="and with files dropped")
+    parser.add_argument("--repeats", type=int, default=25, help="turns of every provider, warm")
+    parser.add_argument("--cold-repeats", type=int, default=5, help="and with files dropped")
     parser.add_argument("--workers", type=int, default=2, help="of the second table")
     parser.add_argument("--scratch", help="folder for the data, on the disk to be measured")
     parser.add_argument("--table", action="store_true", help="print the rows of README.md")

@@ -14,6 +14,7 @@ DATA holds jpg/ and latents/, each with ``shards`` (tar), ``files`` (one per sam
 import importlib
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 JPG_SHAPE, LATENT_SHAPE = (3, 256, 256), (8, 32, 32)
-BATCH = {"jpg": 64, "latents": 256}
+BATCH = {"jpg": 128, "latents": 256}
 SEED = 0
 Batches = Iterator[Any]
 
@@ -219,7 +220,11 @@ def write_streaming(data: Path) -> None:
 
 
 def serve(provider: str, data: Path) -> None:
-    """Answer every line {"images": n, "workers": w} with what it cost to load n images."""
+    """Answer every line with what a turn cost.
+
+    {"seconds": s, "images": n, "workers": w}: the turn ends after s seconds or n images, whichever
+    comes first; without a limit where it is null.
+    """
     import torchvision  # noqa: F401  its operators, before memory is counted
 
     warnings.simplefilter("ignore")  # arrays that share the memory of bytes, read only
@@ -240,15 +245,16 @@ def serve(provider: str, data: Path) -> None:
         queued = 4 * workers
         for _ in range(queued):
             next(batches)
-        wall, timed = time.perf_counter(), order["images"] // BATCH[kind]
-        for _ in range(timed):
+        begin, wall, timed = time.perf_counter(), 0.0, 0
+        while wall < (order["seconds"] or math.inf) and timed < (order["images"] or math.inf):
             next(batches)
-        wall, now = time.perf_counter() - wall, _cpu_seconds()
+            wall, timed = time.perf_counter() - begin, timed + BATCH[kind]
+        now = _cpu_seconds()
         loaders[workers] = batches, now
         memory = [_memory(child) for child in _children()] or [_memory(os.getpid()) - alone]
         cost = {
-            "images_per_cpu_second": (queued + timed) * BATCH[kind] / (now - cpu),
-            "images_per_second": timed * BATCH[kind] / wall,
+            "images_per_cpu_second": (queued * BATCH[kind] + timed) / (now - cpu),
+            "images_per_second": timed / wall,
             "worker_megabytes": max(memory),
         }
         print(json.dumps(cost), flush=True)
@@ -283,13 +289,13 @@ def _cpu_seconds() -> float:
 
 
 def _memory(pid: int) -> float:
-    """Megabytes: memory shared by n processes counts for 1/n."""
+    """Megabytes without files' pages; memory shared by n processes counts for 1/n."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     except OSError:
         return 0.0
-    kilobytes = next(line.split()[1] for line in rollup.splitlines() if line.startswith("Pss:"))
-    return int(kilobytes) / 1e3
+    kinds = ("Pss_Anon:", "Pss_Shmem:")
+    return sum(int(rollup.partition(kind)[2].split()[0]) for kind in kinds) / 1e3
 
 
 def npy_bytes(array: np.ndarray) -> bytes:

@@ -314,17 +314,23 @@ def test_paths_are_never_commands(make_shards, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("executed"))
 
 
+def open_files(folder):
+    """How many files below it this process has open."""
+    descriptors = Path("/proc/self/fd")
+    found = [os.readlink(descriptors / name) for name in os.listdir(descriptors) if name.isdigit()]
+    return sum(path.startswith(f"{folder}/") for path in found)
+
+
 def test_a_reader_keeps_few_files_open(tmp_path):
     with ShardWriter(tmp_path, "x", 1) as writer:
         for i in range(100):
             writer.write(str(i), {"npy": b"%d" % i, "cls": b"0"})
-    before = len(os.listdir("/proc/self/fd"))
     reader = ShardReader(tmp_path)
     for _ in range(2):
         assert [reader.read(i)["npy"] for i in range(100)] == [b"%d" % i for i in range(100)]
-    assert len(os.listdir("/proc/self/fd")) <= before + 64
+    assert 0 < open_files(tmp_path) <= 64
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == 0
     assert reader.read(7)["npy"] == b"7"
 
 

@@ -316,9 +316,8 @@ def test_paths_are_never_commands(make_shards, tmp_path, monkeypatch):
 
 def open_files(folder):
     """How many files below it this process has open."""
-    descriptors = Path("/proc/self/fd")
-    found = [os.readlink(descriptors / name) for name in os.listdir(descriptors) if name.isdigit()]
-    return sum(path.startswith(f"{folder}/") for path in found)
+    paths = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+    return sum(path.startswith(f"{folder}/") for path in paths)
 
 
 def test_a_reader_keeps_few_files_open(tmp_path):

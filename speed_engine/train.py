@@ -15,10 +15,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,43 +31,25 @@ from speed_engine import checkpoint, distributed, environment
 from speed_engine.assemble import (
     CHECKPOINTS,
     CONFIG_FILE,
-    build_cleaning,
-    build_model,
-    build_objective,
     build_process,
-    condition_shapes,
     newest_checkpoint,
-    open_data,
     read_config,
-    stored_shape,
 )
 from speed_engine.assemble_evaluation import build_evaluator
+from speed_engine.assemble_training import TrainingData, build_engine
 from speed_engine.checkpoint import Checkpoints
 from speed_engine.config import TrainConfig, to_json
-from speed_engine.data.device import on_device
-from speed_engine.data.loader import Batch, Loader
-from speed_engine.data.resident import Resident, resident_bytes
+from speed_engine.data.loader import Batch
 from speed_engine.distributed import World
 from speed_engine.durable import write_durably
-from speed_engine.ema import Ema
-from speed_engine.engine import Engine
 from speed_engine.evaluation.evaluator import Evaluation
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.host_memory import keep_freed_memory
 from speed_engine.metrics import IntervalMean, RunLog, SkippedSteps, TrainingClock
-from speed_engine.models.blocks import compiled, compiled_blocks
-from speed_engine.models.pretrained import load_pretrained, require_shapes
-from speed_engine.optim import (
-    MOMENTUM_DECAYS,
-    OneSweep,
-    adamw,
-    linear_warmup,
-    one_sweep,
-    optimizer_tensors,
-)
+from speed_engine.models.pretrained import require_shapes
+from speed_engine.optim import OneSweep, optimizer_tensors
 from speed_engine.preemption import StopRequest
 from speed_engine.progress import TrainingProgress
-from speed_engine.shadow import ShadowedModel
 from speed_engine.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -149,47 +130,13 @@ class Trainer:
         keep_freed_memory()
         self.config, self.run, self.world = config, run, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.reader = open_data(config)
-        self.stored_shape = stored_shape(config, self.reader)
-        self._loader(start=0).close()  # an unfit data set fails here
-        num_bytes = resident_bytes(self.reader, self.stored_shape)
-        self.choices = environment.choices(config, world, num_bytes)
-        device_type = self.choices["device"].value
-        local_device = f"cuda:{world.local_rank}" if device_type == "cuda" else device_type
-        self.device = torch.device(local_device)
-        self.cleaning = build_cleaning(config, self.reader, self.device)
+        kind = environment.torch_device(config).type
+        self.device = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
+        self.data = TrainingData(config, world, self.device)
+        self.choices = environment.choices(config, world, self.data.num_bytes)
         process = build_process(config)
-        model, ema, forward, shadows = self._build_model(init_from)
         self.evaluator = build_evaluator(config, process, world)
-        settings = config.optimizer
-        warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
-        decay = settings.momentum_decay or process.momentum_decay
-        momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-        store_noise = self.choices["noise"].value == "stored"
-        objective = build_objective(config, process, model, store_noise).to(self.device)
-        separate = self.choices["optimizer"].value == "separate"
-        make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
-        self.engine = Engine(
-            model,
-            objective,
-            make_optimizer(
-                model,
-                learning_rate=settings.learning_rate,
-                beta1=settings.beta1,
-                beta2=settings.beta2,
-                weight_decay=settings.weight_decay,
-                loss=objective,
-                loss_learning_rate=process.batch_loss.learning_rate,
-            ),
-            ema,
-            learning_rate=lambda step: warmup(step) * momentum.compensation(step),
-            beta1=momentum.beta1,
-            grad_clip=settings.grad_clip,
-            forward=forward,
-            microbatch_size=config.microbatch_size,
-            world=world,
-            seed=config.seed,
-        )
+        self.engine = build_engine(config, process, self.choices, world, self.device, init_from)
         self.means = IntervalMean(FIGURES, self.device)
         self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(self.device)
@@ -201,47 +148,15 @@ class Trainer:
             (config.checkpoint_every, self._checkpoint),
         ]
 
-    def _build_model(
-        self, init_from: Path | None
-    ) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
-        """The model, its average, what is called in its place, and the copies that this computes
-        with; laid out over the processes.
-        """
-        config, world = self.config, self.world
-        model = build_model(config, self.choices["attention"].value).to(self.device)
-        if init_from is not None:
-            load_pretrained(model, init_from)
-        ema = Ema(model, config.optimizer.ema_decay)
-        how = self.choices["torch.compile"].value
-        if world.size == 1:
-            if self.choices["optimizer"].value == "one_sweep_bf16":
-                shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
-                forward = torch.compile(shadowed) if how == "on" else shadowed
-                return model, ema, forward, shadowed.shadows
-            return model, ema, compiled(model, how), {}
-        if how != "off":  # the gathering of parameters between blocks cannot be compiled
-            for block in distributed.blocks(model):
-                block.compile()
-        for laid_out in (model, ema.model):
-            distributed.distribute(
-                laid_out,
-                world,
-                self.choices["parallel"].value,
-                self.device.type,
-                reshard_after_forward=config.reshard,
-                offload=config.offload,
-            )
-        ema.follow(model)
-        return model, ema, model, {}
-
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
         state = checkpoint.read_state(path)
-        if state["data"] != self.reader.fingerprint:
+        fingerprint = self.data.reader.fingerprint
+        if state["data"] != fingerprint:
             raise ValueError(
                 f"{self.config.data.source} holds other data than when {path} was written "
-                f"(SHA-256 {self.reader.fingerprint[:12]}, then {state['data'][:12]}); put the "
-                "shards back as they were, or start a new run."
+                f"(SHA-256 {fingerprint[:12]}, then {state['data'][:12]}); put the shards back as "
+                "they were, or start a new run."
             )
         if state["step"] >= self.config.steps:
             raise ValueError(
@@ -282,8 +197,9 @@ class Trainer:
         self.lost: list[str] = []
         self._introduce()
         first, last = engine.steps_done, config.steps
+        resident = self.choices["resident data"].value == "on"
         with (
-            closing(self._batches(start=first * config.batch_size)) as batches,
+            closing(self.data.batches(first * config.batch_size, resident)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, config.hang_timeout) as self.watchdog,
             StopRequest(self.world, self.device) as stop,
@@ -335,7 +251,7 @@ class Trainer:
             where = f"{self.world.size} x {where}, {self.choices['parallel'].value}"
         lines = {
             "run": self.run,
-            "data": f"{len(self.reader):,} images of shape {self.config.data.image_shape}",
+            "data": f"{len(self.data.reader):,} images of shape {self.config.data.image_shape}",
             "model": f"{parameters:,} parameters on {where}",
             "method": self.config.method,
             "features": self.evaluator.extractor.describe() if self.evaluator.extractor else "none",
@@ -462,7 +378,7 @@ class Trainer:
             "bad_samples": self._count_bad(),
             "skipped": self.skipped.state(),
             "seconds": self.clock.seconds,
-            "data": self.reader.fingerprint,
+            "data": self.data.reader.fingerprint,
         }
         self.checkpoints.save(step, self._tensors(), state)
         self.watchdog.doing(step, "training")
@@ -484,46 +400,3 @@ class Trainer:
             if fid is not None:
                 self._say(f"FID       {fid:.3f}  (all in {self.run / 'metrics.jsonl'})")
             self._say(f"samples   {samples}")
-
-    def _batches(self, start: int) -> Generator[Batch]:
-        """Batches of clean images on the device."""
-        if self.choices["resident data"].value == "on":
-            yield from self._resident(start)
-        else:
-            with self._loader(start) as loader:
-                for images, conditions, ids, replaced in on_device(loader, self.device):
-                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
-
-    def _resident(self, start: int) -> Resident:
-        config = self.config
-        return Resident(
-            self.reader,
-            self.stored_shape,
-            config.batch_size,
-            config.seed,
-            self.cleaning,
-            start=start,
-            window=config.data.window,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_classes=config.data.num_classes,
-            on_bad_sample=config.data.on_bad_sample,
-        )
-
-    def _loader(self, start: int) -> Loader:
-        config = self.config
-        return Loader(
-            self.reader,
-            self.stored_shape,
-            config.batch_size,
-            config.seed,
-            start=start,
-            workers=config.data.workers,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            window=config.data.window,
-            num_classes=config.data.num_classes,
-            condition_shapes=condition_shapes(config),
-            on_bad_sample=config.data.on_bad_sample,
-            mode=config.data.mode,
-        )

@@ -153,5 +153,5 @@ def test_latents_that_were_drawn_before_are_scaled_only(tmp_path):
     trainer = train.Trainer(
         dataclasses.replace(TINY, data=options), tmp_path / "run", Console(file=io.StringIO())
     )
-    assert trainer.cleaning[1:] == (False, 0.5, 0.0, False)
-    assert float(next(trainer._batches(0)).images.max()) <= 2
+    assert trainer.data.cleaning[1:] == (False, 0.5, 0.0, False)
+    assert float(next(trainer.data.batches(0, resident=False)).images.max()) <= 2

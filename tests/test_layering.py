@@ -27,7 +27,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"engine", "evaluation"},
     {"families"},
     {"assemble"},
-    {"assemble_evaluation"},
+    {"assemble_evaluation", "assemble_training"},
     {"presets", "train", "estimate", "draw", "evaluate"},
     {"arena"},
     {"shards_cli", "compare_cli", "consistency_cli", "sampling_cli", "plan"},

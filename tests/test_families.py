@@ -3,12 +3,16 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from speed_engine import assemble, assemble_evaluation, cli, train
 from speed_engine.config import (
@@ -25,6 +29,7 @@ from speed_engine.data.sources import digits_folder
 from speed_engine.families import FAMILIES, Shape, build_network
 from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 
+ROOT = Path(__file__).parents[1]
 CONFIG = TrainConfig(
     method="uniform",
     steps=50,
@@ -153,6 +158,53 @@ def test_super_resolution_trains_and_draws_from_smaller_images(tmp_path, told_sh
     config = dataclasses.replace(CONFIG, model=SMALL[name], data=data)
     first, last = trained(config, tmp_path / "run")
     assert last < 0.9 * first
+
+
+def recorded(run: Path, *names: str) -> list[tuple[float, ...]]:
+    """Figures of every record of training."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(record[name] for name in names) for record in records]
+
+
+def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
+    """Parameters are shared out block by block, whatever a family calls its blocks."""
+    data = {
+        "labels": DataConfig(),
+        "texts": told(told_shards, "tokens.npy"),
+        "smaller": told(told_shards, "low.npy", "cls"),
+    }
+    cases = [(name, "labels") for name in SMALL]
+    cases += [("dit-modern", "texts"), ("unet", "texts")]
+    cases += [(name, "smaller") for name in ("dit", "mdt-v2", "unet", "ddpm++")]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    together.mkdir()
+    for name, members in cases:
+        model = SMALL[name]
+        if isinstance(model, (UNetConfig, EdmUNetConfig)):  # each process draws its own dropout
+            model = dataclasses.replace(model, dropout=0.0)
+        config = dataclasses.replace(
+            CONFIG, model=model, data=data[members], steps=8, log_every=1, checkpoint_every=8
+        )
+        case = f"{name}-{members}"
+        (together / f"{case}.json").write_text(to_json(config))
+        train.start(config, alone / case, Console(quiet=True))
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, ROOT / "tests" / "train_runs.py", together],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for name, members in cases:
+        runs = [where / f"{name}-{members}" for where in (together, alone)]
+        figures = [recorded(run, "loss", "grad_norm") for run in runs]
+        assert len(figures[0]) == 8
+        assert np.allclose(*figures, rtol=1e-4), (name, members)
+        averages = [load_file(run / train.EMA_FILE) for run in runs]
+        for parameter, value in averages[1].items():
+            torch.testing.assert_close(averages[0][parameter], value, rtol=1e-3, atol=1e-4)
 
 
 def test_latents_are_drawn_unbounded_and_kept_as_arrays(tmp_path):

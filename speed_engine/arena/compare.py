@@ -1,10 +1,10 @@
 """A comparison of methods at equal budget: its plan, its runs, and what came of them.
 
-OUT/compare.json            the conditions
-OUT/paces/CONTESTANT        short runs, where the budget is a time
-OUT/tuning/CONTESTANT/lr-X  a run per learning rate, with a seed that is not reported
-OUT/runs/CONTESTANT/seed-S  the runs that count; each folder is one of ``speed-engine train``
-OUT/results.json            see results.py
+OUT/compare.json                   the conditions
+OUT/paces/CONTESTANT               short runs, where the budget is a time
+OUT/tuning/CONTESTANT/lr-X/seed-S  runs that choose the learning rate, see tuning.py
+OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``speed-engine train``
+OUT/results.json                   see results.py
 
 Contestants are paired by seed: runs of one seed have the same initial weights, order of data, noise
 and images drawn. Called again, a comparison goes on where it stopped; contestants and seeds may be
@@ -29,6 +29,7 @@ from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.results import Contestant, Results, write_results
 from speed_engine.arena.runs import Run, execute, failure, is_complete
+from speed_engine.arena.tuning import Trial, Tuned, tune
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.durable import write_durably
 
@@ -45,6 +46,7 @@ class Plan:
         contestants: names, see contestants.py; the sets ``all`` and ``ablation`` are allowed.
         seeds: how many, from the configuration's on.
         learning_rates: grid that each contestant's is chosen from; empty keeps the configured one.
+        tuning_seeds: runs, at most, of a rate of the grid.
         solver_steps: the final models are also measured with so many.
         budget_seconds: of training, in place of the configured steps; these then say only how far
             evaluations are apart.
@@ -54,6 +56,7 @@ class Plan:
     contestants: tuple[str, ...]
     seeds: int
     learning_rates: tuple[float, ...] = ()
+    tuning_seeds: int = 3
     solver_steps: tuple[int, ...] = ()
     budget_seconds: float | None = None
 
@@ -103,36 +106,39 @@ class Comparison:
         return results
 
     def _tuned(self) -> list[Contestant]:
-        """The contestants with their learning rates: of the grid, the best in a single run."""
-        runs = {
-            (name, rate): Run(
-                config=self._tuning_config(name, rate),
-                folder=self._folder("tuning", name) / f"lr-{rate:g}",
-            )
-            for name in self.configs
-            for rate in self.plan.learning_rates
-            if "optimizer.learning_rate" not in options(name)
-        }
-        if runs:
-            self._execute("runs to choose learning rates", list(runs.values()))
-        return [
-            self._contestant(
-                name, {rate: self._reached(run) for (of, rate), run in runs.items() if of == name}
-            )
-            for name in self.configs
-        ]
+        """The contestants with their learning rates."""
+        plan = self.plan
+        names = [name for name in self.configs if "optimizer.learning_rate" not in options(name)]
+        first = plan.config.seed + TUNING_SEED
+        tuned = dict[str, Tuned]()
+        if plan.learning_rates:
+            seeds = range(first, first + plan.tuning_seeds)
+            tuned = tune(names, plan.learning_rates, seeds, self._measure)
+        return [self._contestant(name, tuned.get(name)) for name in self.configs]
 
-    def _contestant(self, name: str, tried: dict[float, float]) -> Contestant:
+    def _measure(self, trials: list[Trial]) -> list[float]:
+        """What runs with these learning rates reach."""
+        runs = [
+            Run(
+                config=self._tuning_config(trial.name, trial.rate, trial.seed),
+                folder=self._run_folder("tuning", *trial),
+            )
+            for trial in trials
+        ]
+        self._execute("runs to choose learning rates", runs)
+        return [self._reached(run) for run in runs]
+
+    def _contestant(self, name: str, tuned: Tuned | None) -> Contestant:
         config = self.configs[name]
-        own = config.optimizer.learning_rate
+        reached = tuned.reached if tuned else {}
         return Contestant(
             name=name,
             method=config.method,
             schedule=config.schedule,
             prediction=str(config.prediction),
             options=options(name),
-            learning_rate=min(tried, key=tried.__getitem__, default=own),
-            tuning={f"{rate:g}": value for rate, value in tried.items() if math.isfinite(value)},
+            learning_rate=tuned.rate if tuned else config.optimizer.learning_rate,
+            tuning={f"{rate:g}": value for rate, value in reached.items() if math.isfinite(value)},
         )
 
     def _counting_runs(self, contestants: Sequence[Contestant]) -> dict[tuple[str, int], Run]:
@@ -143,7 +149,7 @@ class Comparison:
         return {
             (name, seed): Run(
                 config=_with_rate(self.configs[name], rates[name], seed - plan.config.seed),
-                folder=self._folder("runs", name) / f"seed-{seed}",
+                folder=self._run_folder("runs", name, rates[name], seed),
                 finish=finish,
                 outcome=FINAL_FILE,
             )
@@ -196,10 +202,14 @@ class Comparison:
     def _why_failed(self, run: Run) -> str | None:
         return None if is_complete(run) else failure(run)
 
-    def _tuning_config(self, name: str, rate: float) -> TrainConfig:
+    def _tuning_config(self, name: str, rate: float, seed: int) -> TrainConfig:
         """One evaluation, at the end."""
-        config = _with_rate(self.configs[name], rate, TUNING_SEED)
+        config = _with_rate(self.configs[name], rate, seed - self.plan.config.seed)
         return replace(config, evaluation=replace(config.evaluation, every=config.steps))
+
+    def _run_folder(self, kind: str, name: str, rate: float, seed: int) -> Path:
+        """With the rate: if another is chosen later, its runs are others."""
+        return self._folder(kind, name) / f"lr-{rate:g}" / f"seed-{seed}"
 
     def _folder(self, kind: str, name: str) -> Path:
         """Of a contestant, without characters that shells and URLs give a meaning."""
@@ -211,6 +221,7 @@ class Comparison:
         now = {
             "config": json.loads(to_json(plan.config)),
             "learning_rates": list(plan.learning_rates),
+            "tuning_seeds": plan.tuning_seeds,
             "solver_steps": list(plan.solver_steps),
             "budget_seconds": plan.budget_seconds,
         }

@@ -1,0 +1,16 @@
+"""One of two processes that train runs together; run by test_families.py.
+
+Usage: ``train_runs.py FOLDER`` in an environment as torchrun's. Every CONFIG.json there becomes the
+run CONFIG.
+"""
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from speed_engine import train
+from speed_engine.config import from_json
+
+for path in sorted(Path(sys.argv[1]).glob("*.json")):
+    train.start(from_json(path.read_text()), path.with_suffix(""), Console(quiet=True))

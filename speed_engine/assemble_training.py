@@ -26,7 +26,7 @@ from speed_engine.distributed import World
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.environment import Choice
-from speed_engine.models.blocks import compiled, compiled_blocks
+from speed_engine.models.blocks import compile_each, compiled, compiled_blocks
 from speed_engine.models.pretrained import load_pretrained
 from speed_engine.optim import MOMENTUM_DECAYS, adamw, linear_warmup, one_sweep
 from speed_engine.shadow import ShadowedModel
@@ -171,8 +171,7 @@ def _build_model(
             return model, ema, forward, shadowed.shadows
         return model, ema, compiled(model, how), {}
     if how != "off":  # the gathering of parameters between blocks cannot be compiled
-        for block in distributed.blocks(model):
-            block.compile()
+        compile_each(distributed.blocks(model))
     for laid_out in (model, ema.model):
         distributed.distribute(
             laid_out,

@@ -192,7 +192,7 @@ def distribute(
 ) -> None:
     """Lay the parameters of a model out over the processes, in place; alone, nothing happens.
 
-    Every element of the model's lists of blocks is gathered, used and, if told so, dropped by
+    Each of the model's ``blocks`` is gathered, used and, if told so, dropped by
     itself; communication overlaps with the blocks beside it.
 
     Args:
@@ -232,9 +232,18 @@ def mesh(world: World, layout: str, device_type: str) -> "DeviceMesh":
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The elements of a model's lists of modules: the units of sharding and of compilation."""
-    lists = [child for child in model.children() if isinstance(child, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks]
+    """The elements of a model's outermost lists and tables of modules: the units of sharding and of
+    compilation.
+    """
+    found: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            found += child
+        elif isinstance(child, nn.ModuleDict):
+            found += child.values()
+        else:
+            found += blocks(child)
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

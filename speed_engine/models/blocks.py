@@ -5,7 +5,7 @@ parameters, their names, nor (but for rounding in compiled code) what it compute
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ DEAR = [
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
 ]
+VARIANTS = 4  # of a compiled block: for training and for drawing, other strides, other inputs
 # What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.
 RECOMPUTE: dict[str, dict[str, Any] | None] = {
     "nothing": None,
@@ -99,6 +100,19 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
             f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
             "choose on or off."
         )
-    for block in blocks:
-        block.compile(fullgraph=True)
+    compile_each(blocks, fullgraph=True)
     return model
+
+
+def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
+    """Compile modules in place, one by one, with options of ``torch.compile``.
+
+    PyTorch counts the compilations of all of them together, since they share the code of
+    ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
+    a shape of its own.
+    """
+    config, limit = torch._dynamo.config, VARIANTS * len(blocks)
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+    for block in blocks:
+        block.compile(**options)

@@ -16,7 +16,7 @@ from speed_engine.data.loader import Batch
 from speed_engine.ema import Ema
 from speed_engine.engine import Engine
 from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
-from speed_engine.models.blocks import compiled, compiled_blocks, set_recompute
+from speed_engine.models.blocks import compile_each, compiled, compiled_blocks, set_recompute
 from speed_engine.models.dit import DiT
 from speed_engine.optim import adamw, linear_warmup
 
@@ -145,6 +145,24 @@ def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, d
     for _ in range(3):
         torch.testing.assert_close(blockwise(*inputs()), expected)
     assert compilations.frame_count == 2  # the first has no branch to add
+
+
+def test_blocks_of_many_shapes_are_compiled_every_one(monkeypatch):
+    """PyTorch's own limit is 8."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    blocks = [nn.Linear(width, width) for width in range(1, 13)]
+    compile_each(blocks, backend=backend)
+    for _ in range(2):
+        for width, block in enumerate(blocks, 1):
+            block(torch.ones(2, width))
+    assert len(compiled_graphs) == 12
 
 
 def test_a_model_without_blocks_is_not_compiled_by_blocks():

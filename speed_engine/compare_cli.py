@@ -37,12 +37,8 @@ class CompareCommand:
     evaluations: int = 10
     """Measurements in a run, at equal numbers of images."""
     learning_rates: tuple[float, ...] = ()
-    """Grid; each contestant takes what was best with seeds that are not reported. Default: the
-    preset's own, for all."""
-    tuning_seeds: int = 3
-    """Runs of each learning rate of the grid, at most: after the first, only rates that are nearly
-    as good as the best go on. With one run chance decides between these, and a contestant that was
-    unlucky looks slower than it is."""
+    """Grid; each contestant takes its best. One run of each rules out those that are far off, the
+    others run with every seed. Default: the preset's own, for all."""
     final_solver_steps: tuple[int, ...] = (8, 50)
     """Also measure the final models with so many evaluations of the model per image."""
     slots: int | None = None
@@ -69,7 +65,6 @@ def main(arguments: list[str], console: Console) -> None:
         contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),
         seeds=command.seeds,
         learning_rates=command.learning_rates,
-        tuning_seeds=command.tuning_seeds,
         solver_steps=command.final_solver_steps,
         budget_seconds=command.budget_seconds,
     )
@@ -92,12 +87,11 @@ def _within_budget(command: CompareCommand) -> TrainConfig:
     """The configuration of every run: its length, and where it is measured."""
     config, wanted = command.config, command.budget_images
     steps = config.steps if wanted is None else wanted // config.batch_size
-    counts = command.evaluations, command.seeds, command.tuning_seeds
-    if steps < command.evaluations or min(counts) < 1:
+    if steps < command.evaluations or command.seeds < 1 or command.evaluations < 1:
         raise ValueError(
             f"{steps} steps of {config.batch_size} images, {command.evaluations} evaluations, "
-            f"{command.seeds} seeds, {command.tuning_seeds} tuning seeds: needed are one or more "
-            "of each, and a step or more for each evaluation; raise --budget-images."
+            f"{command.seeds} seeds: needed are one seed or more, one evaluation or more, and a "
+            "step or more for each; raise --budget-images."
         )
     every = steps // command.evaluations
     return replace(

@@ -2,7 +2,7 @@
 
 OUT/compare.json                   the conditions
 OUT/paces/CONTESTANT               short runs, where the budget is a time
-OUT/tuning/CONTESTANT/lr-X/seed-S  runs that choose the learning rate, see tuning.py
+OUT/tuning/CONTESTANT/lr-X/seed-S  a run per learning rate, with a seed that does not count
 OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``speed-engine train``
 OUT/results.json                   see results.py
 
@@ -29,7 +29,7 @@ from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.results import Contestant, Results, write_results
 from speed_engine.arena.runs import Run, execute, failure, is_complete
-from speed_engine.arena.tuning import Trial, Tuned, tune
+from speed_engine.arena.tuning import best, contenders, mean
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.durable import write_durably
 
@@ -46,7 +46,6 @@ class Plan:
         contestants: names, see contestants.py; the sets ``all`` and ``ablation`` are allowed.
         seeds: how many, from the configuration's on.
         learning_rates: grid that each contestant's is chosen from; empty keeps the configured one.
-        tuning_seeds: runs, at most, of a rate of the grid.
         solver_steps: the final models are also measured with so many.
         budget_seconds: of training, in place of the configured steps; these then say only how far
             evaluations are apart.
@@ -56,7 +55,6 @@ class Plan:
     contestants: tuple[str, ...]
     seeds: int
     learning_rates: tuple[float, ...] = ()
-    tuning_seeds: int = 3
     solver_steps: tuple[int, ...] = ()
     budget_seconds: float | None = None
 
@@ -98,69 +96,87 @@ class Comparison:
             folders = {name: self._folder("paces", name) for name in self.configs}
             execute = partial(self._execute, "short runs to measure paces")
             self.configs = in_time(self.configs, self.plan.budget_seconds, folders, execute)
-        contestants = self._tuned()
-        runs = self._counting_runs(contestants)
+        screened = self._screened()
+        runs = self._counting_runs({name: contenders(of) for name, of in screened.items()})
         self._execute("runs", list(runs.values()))
+        contestants = [self._contestant(name, screened[name], runs) for name in self.configs]
         results = self._results(contestants, runs)
         write_results(results, self.out / "results.json")
         return results
 
-    def _tuned(self) -> list[Contestant]:
-        """The contestants with their learning rates."""
-        plan = self.plan
-        names = [name for name in self.configs if "optimizer.learning_rate" not in options(name)]
-        first = plan.config.seed + TUNING_SEED
-        tuned = dict[str, Tuned]()
-        if plan.learning_rates:
-            seeds = range(first, first + plan.tuning_seeds)
-            tuned = tune(names, plan.learning_rates, seeds, self._measure)
-        return [self._contestant(name, tuned.get(name)) for name in self.configs]
-
-    def _measure(self, trials: list[Trial]) -> list[float]:
-        """What runs with these learning rates reach."""
-        runs = [
-            Run(
-                config=self._tuning_config(trial.name, trial.rate, trial.seed),
-                folder=self._run_folder("tuning", *trial),
+    def _screened(self) -> dict[str, dict[float, float]]:
+        """By contestant, what one run with each of its learning rates reaches; where there is only
+        one, nothing is run.
+        """
+        seed = self.plan.config.seed + TUNING_SEED
+        runs = {
+            (name, rate): Run(
+                config=self._tuning_config(name, rate),
+                folder=self._run_folder("tuning", name, rate, seed),
             )
-            for trial in trials
-        ]
-        self._execute("runs to choose learning rates", runs)
-        return [self._reached(run) for run in runs]
+            for name in self.configs
+            for rate in self._rates(name)
+            if len(self._rates(name)) > 1
+        }
+        if runs:
+            self._execute("runs to rule learning rates out", list(runs.values()))
+        return {
+            name: {
+                rate: self._reached(runs[name, rate]) if (name, rate) in runs else math.inf
+                for rate in self._rates(name)
+            }
+            for name in self.configs
+        }
 
-    def _contestant(self, name: str, tuned: Tuned | None) -> Contestant:
+    def _rates(self, name: str) -> tuple[float, ...]:
+        """The grid, unless the contestant's name has its own."""
+        if self.plan.learning_rates and "optimizer.learning_rate" not in options(name):
+            return self.plan.learning_rates
+        return (self.configs[name].optimizer.learning_rate,)
+
+    def _counting_runs(self, rates: dict[str, list[float]]) -> dict[tuple[str, float, int], Run]:
+        """By name, rate and seed; seed by seed, so that one cut short has whole seeds."""
+        plan = self.plan
+        finish = partial(measure_final, solver_steps=plan.solver_steps, metric=plan.metric)
+        return {
+            (name, rate, seed): Run(
+                config=_with_rate(self.configs[name], rate, seed - plan.config.seed),
+                folder=self._run_folder("runs", name, rate, seed),
+                finish=finish,
+                outcome=FINAL_FILE,
+            )
+            for seed in plan.reported_seeds
+            for name in self.configs
+            for rate in rates[name]
+        }
+
+    def _contestant(
+        self, name: str, screened: dict[float, float], runs: dict[tuple[str, float, int], Run]
+    ) -> Contestant:
+        """With the best of its rates."""
         config = self.configs[name]
-        reached = tuned.reached if tuned else {}
+        reached: dict[float, list[float]] = {}
+        for (of, rate, _), run in runs.items():
+            if of == name:
+                reached.setdefault(rate, []).append(self._reached(run))
+        tuning = screened | {rate: mean(values) for rate, values in reached.items()}
+        if len(tuning) == 1:
+            tuning = {}
         return Contestant(
             name=name,
             method=config.method,
             schedule=config.schedule,
             prediction=str(config.prediction),
             options=options(name),
-            learning_rate=tuned.rate if tuned else config.optimizer.learning_rate,
-            tuning={f"{rate:g}": value for rate, value in reached.items() if math.isfinite(value)},
+            learning_rate=best(reached),
+            tuning={f"{rate:g}": value for rate, value in tuning.items() if math.isfinite(value)},
         )
 
-    def _counting_runs(self, contestants: Sequence[Contestant]) -> dict[tuple[str, int], Run]:
-        """By name and seed. Seed by seed, so that an interrupted comparison has whole seeds."""
-        plan = self.plan
-        rates = {contestant.name: contestant.learning_rate for contestant in contestants}
-        finish = partial(measure_final, solver_steps=plan.solver_steps, metric=plan.metric)
-        return {
-            (name, seed): Run(
-                config=_with_rate(self.configs[name], rates[name], seed - plan.config.seed),
-                folder=self._run_folder("runs", name, rates[name], seed),
-                finish=finish,
-                outcome=FINAL_FILE,
-            )
-            for seed in plan.reported_seeds
-            for name in rates
-        }
-
     def _results(
-        self, contestants: Sequence[Contestant], runs: dict[tuple[str, int], Run]
+        self, contestants: Sequence[Contestant], runs: dict[tuple[str, float, int], Run]
     ) -> Results:
         plan = self.plan
+        chosen = {contestant.name: contestant.learning_rate for contestant in contestants}
         where = {"slots": self.slots, "threads": self.threads}
         wanted = [resolve(name, plan.config) for name in BASELINES]
         known = {resolve(c.name, plan.config): c.name for c in contestants}
@@ -173,7 +189,8 @@ class Comparison:
             seeds=plan.reported_seeds,
             curves=tuple(
                 curve_of(name, seed, run.folder, self.out, self._why_failed(run))
-                for (name, seed), run in runs.items()
+                for (name, rate, seed), run in runs.items()
+                if rate == chosen[name]
             ),
             baselines=tuple(dict.fromkeys(known[config] for config in wanted)),
             config=json.loads(to_json(plan.config)),
@@ -202,9 +219,9 @@ class Comparison:
     def _why_failed(self, run: Run) -> str | None:
         return None if is_complete(run) else failure(run)
 
-    def _tuning_config(self, name: str, rate: float, seed: int) -> TrainConfig:
+    def _tuning_config(self, name: str, rate: float) -> TrainConfig:
         """One evaluation, at the end."""
-        config = _with_rate(self.configs[name], rate, seed - self.plan.config.seed)
+        config = _with_rate(self.configs[name], rate, TUNING_SEED)
         return replace(config, evaluation=replace(config.evaluation, every=config.steps))
 
     def _run_folder(self, kind: str, name: str, rate: float, seed: int) -> Path:
@@ -221,7 +238,6 @@ class Comparison:
         now = {
             "config": json.loads(to_json(plan.config)),
             "learning_rates": list(plan.learning_rates),
-            "tuning_seeds": plan.tuning_seeds,
             "solver_steps": list(plan.solver_steps),
             "budget_seconds": plan.budget_seconds,
         }

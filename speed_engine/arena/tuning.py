@@ -1,71 +1,41 @@
-"""Which learning rate of a grid each contestant takes, by runs that are not reported."""
+"""Which learning rate of a grid each contestant takes.
+
+Runs differ by chance as much as neighbouring rates do. A rate that was chosen by a few runs of its
+own can be unlucky, and its contestant then looks slower than it is: tried with three such runs, the
+false-alarm test of a comparison failed, since one method got two rates. So a single run only rules
+rates out, and those that are left run with every seed that counts.
+"""
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 NEARLY_AS_GOOD = 1.5  # times the best: chance alone hardly makes two runs differ by more
 
 
-class Trial(NamedTuple):
-    """A run."""
-
-    name: str  # of the contestant
-    rate: float
-    seed: int
-
-
-class Tuned(NamedTuple):
-    """A contestant's choice.
-
-    Attributes:
-        rate: the best of the grid.
-        reached: geometric mean of the metric by rate; infinite where a run failed.
-    """
-
-    rate: float
-    reached: dict[float, float]
-
-
-def tune(
-    names: Sequence[str],
-    rates: Sequence[float],
-    seeds: Iterable[int],
-    measure: Callable[[list[Trial]], list[float]],
-) -> dict[str, Tuned]:
-    """The best rate of every contestant.
-
-    The first seed is run with every rate, each further one only where chance may decide: with the
-    rates that are nearly as good as a contestant's best so far.
+def contenders(reached: Mapping[float, float]) -> list[float]:
+    """The rates that may be the best.
 
     Args:
-        names: of the contestants.
-        rates: the grid, for all.
-        seeds: of the runs.
-        measure: what each of some trials reached, lower is better; infinite if it failed.
+        reached: what one run with each rate reached, lower is better; infinite if it failed. Where
+            all did, the first is left.
     """
-    values = {name: {rate: list[float]() for rate in rates} for name in names}
-    contenders = {name: list(rates) for name in names}
-    for seed in seeds:
-        trials = [Trial(name, rate, seed) for name in names for rate in contenders[name]]
-        if not trials:
-            break
-        for trial, value in zip(trials, measure(trials), strict=True):
-            values[trial.name][trial.rate].append(value)
-        for name, tried in contenders.items():
-            reached = {rate: _mean(values[name][rate]) for rate in tried}
-            limit = NEARLY_AS_GOOD * min(reached.values(), default=0.0)
-            near = [rate for rate in tried if reached[rate] <= limit]
-            contenders[name] = near if len(near) > 1 else []
-    return {name: _best(tried) for name, tried in values.items()}
+    limit = NEARLY_AS_GOOD * min(reached.values())
+    if math.isinf(limit):
+        return [next(iter(reached))]
+    return [rate for rate, value in reached.items() if value <= limit]
 
 
-def _best(tried: dict[float, list[float]]) -> Tuned:
-    """Among those that were tried the most often: others were given up."""
-    reached = {rate: _mean(values) for rate, values in tried.items()}
-    return Tuned(min(tried, key=lambda rate: (-len(tried[rate]), reached[rate])), reached)
+def best(reached: Mapping[float, Sequence[float]]) -> float:
+    """The rate with the lowest geometric mean.
+
+    Args:
+        reached: what the runs of all seeds reached with each rate; a failure rules a rate out while
+            there are others.
+    """
+    return min(reached, key=lambda rate: mean(reached[rate]))
 
 
-def _mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """Geometric; infinite if a run failed."""
     return math.inf if math.inf in values else statistics.geometric_mean(values)

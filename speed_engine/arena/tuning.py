@@ -1,9 +1,8 @@
 """Which learning rate of a grid each contestant takes.
 
-Runs differ by chance as much as neighbouring rates do. A rate that was chosen by a few runs of its
-own can be unlucky, and its contestant then looks slower than it is: tried with three such runs, the
-false-alarm test of a comparison failed, since one method got two rates. So a single run only rules
-rates out, and those that are left run with every seed that counts.
+Runs of one rate differ by chance as much as neighbouring rates do. A contestant whose rate was
+chosen by a few runs of their own can be unlucky, and then looks slower than it is. So a single run
+only rules rates out, and those that are left run with every seed that counts.
 """
 
 import math

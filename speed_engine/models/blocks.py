@@ -111,7 +111,8 @@ def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
     a shape of its own.
     """
-    config, limit = torch._dynamo.config, VARIANTS * len(blocks)
+    config: Any = torch._dynamo.config  # its attributes are made when it is imported
+    limit = VARIANTS * len(blocks)
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     for block in blocks:

@@ -147,9 +147,8 @@ def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, d
     assert compilations.frame_count == 2  # the first has no branch to add
 
 
-def test_blocks_of_many_shapes_are_compiled_every_one(monkeypatch):
+def test_blocks_of_many_shapes_are_compiled_every_one():
     """PyTorch's own limit is 8."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
     compiled_graphs = []
 
@@ -158,10 +157,11 @@ def test_blocks_of_many_shapes_are_compiled_every_one(monkeypatch):
         return graph
 
     blocks = [nn.Linear(width, width) for width in range(1, 13)]
-    compile_each(blocks, backend=backend)
-    for _ in range(2):
-        for width, block in enumerate(blocks, 1):
-            block(torch.ones(2, width))
+    with torch._dynamo.config.patch(recompile_limit=8):  # pyright: ignore[reportAttributeAccessIssue]
+        compile_each(blocks, backend=backend)
+        for _ in range(2):
+            for width, block in enumerate(blocks, 1):
+                block(torch.ones(2, width))
     assert len(compiled_graphs) == 12
 
 

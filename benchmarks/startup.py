@@ -73,7 +73,7 @@ def first_step(how: str, folder: Path, compiled_code: str) -> dict[str, float]:
 
 def child(begin: float, how: str, run: str) -> None:
     """Train to the end of the first step, print the seconds of each part, and stop there."""
-    from speed_engine import cli, train  # noqa: F401
+    from speed_engine import cli, train  # noqa: F401  what the command loads, as "import"
     from speed_engine.engine import Engine
 
     imported = time.time()

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 
 from rich.console import Console
 
@@ -29,7 +30,7 @@ from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.results import Contestant, Results, write_results
 from speed_engine.arena.runs import Run, execute, failure, is_complete
-from speed_engine.arena.tuning import best, contenders, mean
+from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.durable import write_durably
 
@@ -159,7 +160,7 @@ class Comparison:
         for (of, rate, _), run in runs.items():
             if of == name:
                 reached.setdefault(rate, []).append(self._reached(run))
-        tuning = screened | {rate: mean(values) for rate, values in reached.items()}
+        tuning = screened | {rate: geometric_mean(values) for rate, values in reached.items()}
         if len(tuning) == 1:
             tuning = {}
         return Contestant(

@@ -6,8 +6,8 @@ only rules rates out, and those that are left run with every seed that counts.
 """
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import geometric_mean
 
 NEARLY_AS_GOOD = 1.5  # times the best: chance alone hardly makes two runs differ by more
 
@@ -32,9 +32,4 @@ def best(reached: Mapping[float, Sequence[float]]) -> float:
         reached: what the runs of all seeds reached with each rate; a failure rules a rate out while
             there are others.
     """
-    return min(reached, key=lambda rate: mean(reached[rate]))
-
-
-def mean(values: Sequence[float]) -> float:
-    """Geometric; infinite if a run failed."""
-    return math.inf if math.inf in values else statistics.geometric_mean(values)
+    return min(reached, key=lambda rate: geometric_mean(reached[rate]))

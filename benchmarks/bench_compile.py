@@ -21,11 +21,11 @@ from dataclasses import replace
 from functools import partial
 
 from harness import interleaved, write_result
-from speed_engine.environment import torch_device
-from speed_engine.host_memory import keep_freed_memory
-from speed_engine.model_config import DiTConfig
-from speed_engine.models.blocks import compiled
+from speed_engine.models.config import DiTConfig
+from speed_engine.models.layers.blocks import compiled
 from speed_engine.presets import PRESETS
+from speed_engine.runtime.machine import torch_device
+from speed_engine.runtime.memory import keep_freed_memory
 from train_cases import make_engine, synthetic_batch
 
 FIRST_STEP = "--first-step"  # HOW DEPTH, of this script: print the seconds of one first step

@@ -30,15 +30,15 @@ import torch
 
 import fault_harness as faults
 from harness import result_path, write_result
-from speed_engine import checkpoint
-from speed_engine.assemble import build_model, build_objective, build_process
-from speed_engine.checkpoint import Checkpoints
+from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import DataConfig, TrainConfig
-from speed_engine.data.loader import Batch
-from speed_engine.ema import Ema
-from speed_engine.engine import Engine
-from speed_engine.model_config import DiTConfig
-from speed_engine.optim import adamw, optimizer_tensors
+from speed_engine.data.loading.loader import Batch
+from speed_engine.models.config import DiTConfig
+from speed_engine.training import checkpoint
+from speed_engine.training.checkpoint import Checkpoints
+from speed_engine.training.ema import Ema
+from speed_engine.training.engine import Engine
+from speed_engine.training.optimizers import adamw, optimizer_tensors
 
 OPTIONS = "--checkpoint-every 10 --keep-checkpoints 5 --parallel fsdp".split()
 KILLS_PER_RUN = 10

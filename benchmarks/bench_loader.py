@@ -29,8 +29,8 @@ from PIL import Image
 
 from harness import result_path, summary, write_result
 from loader_providers import BATCH, JPG_SHAPE, LATENT_SHAPE, PROVIDERS, npy_bytes
-from speed_engine.data.pictures import encode_picture
-from speed_engine.data.shards import ShardWriter
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.preparing.pictures import encode_picture
 
 HERE = Path(__file__).parent
 CLASSES, SHARDS = 10, 10

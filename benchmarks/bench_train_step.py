@@ -34,11 +34,11 @@ import diffusers_step
 import loader_step
 import startup
 from harness import Timing, interleaved, matrix_product, measured, write_result
-from speed_engine.assemble import build_model
+from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.engine import Engine
-from speed_engine.estimate import GPUS
-from speed_engine.host_memory import keep_freed_memory
+from speed_engine.planning.cost import GPUS
+from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.training.engine import Engine
 from train_cases import (
     cpu_cases,
     gpu_cases,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernel_case import DEVICE, Case, compiled
-from speed_engine.models import attention, dit, open_sum
+from speed_engine.models import dit
+from speed_engine.models.layers import attention, open_sum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 
 HEADS = {72: 4, 384: 6, 768: 12, 1024: 16, 1152: 16}  # by width

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.assemble import build_model
+from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.data.loader import Batch
-from speed_engine.model_config import DiTConfig
+from speed_engine.data.loading.loader import Batch
+from speed_engine.models.config import DiTConfig
 from speed_engine.models.dit import DiT
 
 GRAD_CLIP = 1.0  # of the script, where the run's own is infinite

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from speed_engine import checkpoint
+from speed_engine.training import checkpoint
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["speed_engine.train", "speed_engine.cli"])
+SERVER.set_forkserver_preload(["speed_engine.training.trainer", "speed_engine.cli"])
 TINY = (
     "digits --batch-size 16 --log-every 1 --model.dim 16 --model.depth 2 --model.num-heads 2 "
     "--evaluation.every 1000000 --evaluation.num-images 100 --evaluation.solver-steps 2 "

@@ -26,7 +26,7 @@ if [ -n "$dry" ]; then
     results=$(mktemp -d)
     trap 'rm -rf "$results"' EXIT
 else
-    name='from speed_engine.environment import machine_name as m; print(m("cuda"))'
+    name='from speed_engine.runtime.machine import machine_name as m; print(m("cuda"))'
     gpu=$("$python" -c "$name") || { echo "no GPU: --dry-run proves the script." >&2; exit 2; }
     results=benchmarks/results/$gpu
 fi

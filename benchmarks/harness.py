@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 import regression
-from speed_engine import environment
+from speed_engine.runtime import machine
 
 
 class Timing(NamedTuple):
@@ -45,7 +45,7 @@ def interleaved(
 
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
     """Store figures with the command, the machine and the versions they were measured with."""
-    facts = environment.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
     path = result_path(benchmark)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = regression.committed(path)
@@ -57,8 +57,8 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
 
 def result_path(benchmark: str) -> Path:
     """Where this machine's figures of a benchmark are kept."""
-    machine = environment.machine_name("cuda" if torch.cuda.is_available() else "cpu")
-    return environment.RESULTS / machine / f"{benchmark}.json"
+    name = machine.machine_name("cuda" if torch.cuda.is_available() else "cpu")
+    return machine.RESULTS / name / f"{benchmark}.json"
 
 
 def measured(benchmark: str) -> bool:
@@ -67,7 +67,7 @@ def measured(benchmark: str) -> bool:
     if not path.exists():
         return False
     commit = json.loads(path.read_text())["environment"]["git_commit"]
-    return commit is not None and commit == environment.describe([])["git_commit"]
+    return commit is not None and commit == machine.describe([])["git_commit"]
 
 
 def matrix_product(device: torch.device, size: int) -> tuple[Callable[[], object], float]:

@@ -36,9 +36,9 @@ Batches = Iterator[Any]
 
 def speed_engine(data: Path, kind: str, workers: int) -> Batches:
     """This project's loader, with every checksum verified, in a process set up as the trainer's."""
-    from speed_engine.data.loader import Loader
-    from speed_engine.data.reader import ShardReader
-    from speed_engine.host_memory import keep_freed_memory
+    from speed_engine.data.format.reader import ShardReader
+    from speed_engine.data.loading.loader import Loader
+    from speed_engine.runtime.memory import keep_freed_memory
 
     keep_freed_memory()
     member, shape = ("jpg", JPG_SHAPE) if kind == "jpg" else ("npy", LATENT_SHAPE)

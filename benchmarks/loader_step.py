@@ -14,14 +14,14 @@ import torch
 
 from harness import interleaved
 from loader_providers import npy_bytes
-from speed_engine.assemble import build_cleaning, open_data, stored_shape
+from speed_engine.build import build_cleaning, open_data, stored_shape
 from speed_engine.config import TrainConfig
-from speed_engine.data.device import on_device
-from speed_engine.data.loader import Batch, Loader
-from speed_engine.data.resident import Resident
-from speed_engine.data.shards import ShardWriter
-from speed_engine.engine import Engine
-from speed_engine.host_memory import keep_freed_memory
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading.device import on_device
+from speed_engine.data.loading.loader import Batch, Loader
+from speed_engine.data.loading.resident import Resident
+from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.training.engine import Engine
 from train_cases import cpu_cases, gpu_cases, synthetic_batch, tiny
 from train_rungs import ENGINE
 

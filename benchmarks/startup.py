@@ -73,8 +73,8 @@ def first_step(how: str, folder: Path, compiled_code: str) -> dict[str, float]:
 
 def child(begin: float, how: str, run: str) -> None:
     """Train to the end of the first step, print the seconds of each part, and stop there."""
-    from speed_engine import cli, train  # noqa: F401  what the command loads, as "import"
-    from speed_engine.engine import Engine
+    from speed_engine import cli
+    from speed_engine.training.engine import Engine
 
     imported = time.time()
     step = Engine.step

@@ -23,8 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from generated_code import Kernel, count, pretend_gpu
 from harness import write_result
 from noise_and_loss_cases import TABLES, from_device, hybrid_eager, noise_on_device
-from speed_engine.models import attention, dit, open_sum
-from speed_engine.models.embeddings import unpatchify
+from speed_engine.models import dit
+from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers.embeddings import unpatchify
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 from speed_kernels import adaln, gelu, heads, noising, variational_bound
 

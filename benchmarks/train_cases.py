@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from speed_engine import ops
-from speed_engine.assemble import build_model, build_objective, build_process
+from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loader import Batch
-from speed_engine.ema import Ema
-from speed_engine.engine import Engine
-from speed_engine.model_config import DiTConfig
-from speed_engine.models.flops import forward_flops
-from speed_engine.optim import adamw, linear_warmup, one_sweep
+from speed_engine.data.loading.loader import Batch
+from speed_engine.models.config import DiTConfig
+from speed_engine.planning.flops import forward_flops
 from speed_engine.presets import PRESETS
-from speed_engine.shadow import ShadowedModel
+from speed_engine.training.ema import Ema
+from speed_engine.training.engine import Engine
+from speed_engine.training.optimizers import adamw, linear_warmup, one_sweep
+from speed_engine.training.shadow import ShadowedModel
 
 DITS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 CPU_BATCH = {"DiT-S/2": 8, "unet": 4}  # images of 32 x 32 x 4 per step on two cores

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from harness import Timing, summary
-from speed_engine.data.loader import Batch
-from speed_engine.engine import Engine
+from speed_engine.data.loading.loader import Batch
+from speed_engine.training.engine import Engine
 
 PHASES = ("noised input", "forward", "loss", "backward", "optimizer and average")
 # What an operator of PyTorch, or a kernel on CUDA, is for; all others are elementwise work and

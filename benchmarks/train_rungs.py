@@ -14,14 +14,14 @@ from torch import nn
 
 import diffusers_step
 from original_step import OriginalStep, stored_attention
-from speed_engine.assemble import build_model
+from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.data.loader import Batch
-from speed_engine.engine import Engine
-from speed_engine.host_memory import keep_freed_memory
-from speed_engine.model_config import DiTConfig, ModelConfig, UNetConfig
-from speed_engine.models.blocks import compiled
-from speed_engine.shadow import ShadowedModel
+from speed_engine.data.loading.loader import Batch
+from speed_engine.models.config import DiTConfig, ModelConfig, UNetConfig
+from speed_engine.models.layers.blocks import compiled
+from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.training.engine import Engine
+from speed_engine.training.shadow import ShadowedModel
 from train_cases import kernels, make_engine, synthetic_batch
 
 Step = Callable[[], object]

@@ -32,11 +32,11 @@ from diffusers import (
 from diffusers.utils import make_image_grid
 from torch import Tensor
 
-from speed_engine.data.loader import Loader
-from speed_engine.data.reader import ShardReader
-from speed_engine.data.sources import digits_folder
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.preparing.catalogue import digits_folder
 from speed_engine.diffusion.discrete import from_diffusers
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 
 AVERAGED = 10  # steps at either end whose mean loss is printed
 GRID_ROWS, GRID_COLUMNS = 4, 8

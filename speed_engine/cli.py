@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from speed_engine.config import TrainConfig, cache_folder
-from speed_engine.model_config import DiTConfig
+from speed_engine.models.config import DiTConfig
 from speed_engine.presets import PRESETS
 
 USAGE = """\
@@ -145,7 +145,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"unknown command {arguments[0]!r}; choose from {', '.join(commands)}.")
     try:
         commands[arguments[0]](arguments[1:], console)
-        if distributed := sys.modules.get("speed_engine.distributed"):  # not every command needs it
+        if distributed := sys.modules.get(
+            "speed_engine.runtime.world"
+        ):  # not every command needs it
             distributed.leave()
     except BrokenPipeError:  # whoever reads the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -160,11 +162,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _train(arguments: list[str], console: Console) -> None:
-    from speed_engine import train
+    from speed_engine.training import trainer
 
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
         command = tyro.cli(ResumeCommand, args=arguments, prog="speed-engine train")
-        train.resume(command.resume, console, command.steps)
+        trainer.resume(command.resume, console, command.steps)
     else:
         presets = {
             name: (text, TrainCommand(preset=name, config=config))
@@ -177,18 +179,18 @@ def _train(arguments: list[str], console: Console) -> None:
             config=(tyro.conf.AvoidSubcommands,),  # the preset has chosen the family of the model
         )
         if command.dry_run:
-            from speed_engine import estimate
+            from speed_engine.planning import cost
 
-            for name, text in estimate.describe(command.config, command.gpu).items():
+            for name, text in cost.describe(command.config, command.gpu).items():
                 console.print(f"{name:12}{text}", highlight=False, soft_wrap=True)
             return
         config = command.config
         run = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
-        train.start(config, run, console)
+        trainer.start(config, run, console)
 
 
 def _plan(arguments: list[str], console: Console) -> None:
-    from speed_engine import plan
+    from speed_engine.planning import cluster
 
     presets = {
         name: (text, PlanCommand(preset=name, config=config))
@@ -197,7 +199,7 @@ def _plan(arguments: list[str], console: Console) -> None:
     command = tyro.extras.overridable_config_cli(
         presets, args=arguments, prog="speed-engine plan", config=(tyro.conf.AvoidSubcommands,)
     )
-    lines = plan.describe(
+    lines = cluster.describe(
         command.config, command.gpus, command.gpu, command.per_node, command.efficiency
     )
     for name, text in lines.items():
@@ -205,32 +207,32 @@ def _plan(arguments: list[str], console: Console) -> None:
 
 
 def _sample(arguments: list[str], console: Console) -> None:
-    from speed_engine import sampling_cli
+    from speed_engine.commands import sampling
 
-    sampling_cli.sample(arguments, console)
+    sampling.sample(arguments, console)
 
 
 def _evaluate(arguments: list[str], console: Console) -> None:
-    from speed_engine import sampling_cli
+    from speed_engine.commands import sampling
 
-    sampling_cli.evaluate(arguments, console)
+    sampling.evaluate(arguments, console)
 
 
 def _compare(arguments: list[str], console: Console) -> None:
-    from speed_engine import compare_cli
+    from speed_engine.commands import compare
 
-    compare_cli.main(arguments, console)
+    compare.main(arguments, console)
 
 
 def _export(arguments: list[str], console: Console) -> None:
     import torch
 
-    from speed_engine import assemble
-    from speed_engine.models.pretrained import save_pretrained
+    from speed_engine import build
+    from speed_engine.models.layouts.files import save_pretrained
 
     command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
-    config = assemble.read_config(command.run)
-    model, step = assemble.load_average(command.run, config, torch.device("cpu"))
+    config = build.read_config(command.run)
+    model, step = build.load_average(command.run, config, torch.device("cpu"))
     for path in save_pretrained(model, command.out, command.layout):
         console.print(f"weights of step {step}: {path}", highlight=False, soft_wrap=True)
     shift = config.model.frequency_shift if isinstance(config.model, DiTConfig) else 1
@@ -238,22 +240,22 @@ def _export(arguments: list[str], console: Console) -> None:
         console.print(
             f"diffusers computes time features with a frequency shift of 1, this model with "
             f"{shift:g}: after from_pretrained, call "
-            f"speed_engine.models.pretrained_dit.set_frequency_shift(transformer, {shift:g}).",
+            f"speed_engine.models.layouts.dit.set_frequency_shift(transformer, {shift:g}).",
             highlight=False,
             soft_wrap=True,
         )
 
 
 def _consistency(arguments: list[str], console: Console) -> None:
-    from speed_engine import consistency_cli
+    from speed_engine.commands import consistency
 
-    consistency_cli.main(arguments, console)
+    consistency.main(arguments, console)
 
 
 def _shards(arguments: list[str], console: Console) -> None:
-    from speed_engine import shards_cli
+    from speed_engine.commands import shards
 
-    shards_cli.main(arguments, console)
+    shards.main(arguments, console)
 
 
 def _methods(arguments: list[str], console: Console) -> None:
@@ -299,15 +301,15 @@ def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) ->
 
 
 def _doctor(arguments: list[str], console: Console) -> None:
-    from speed_engine import environment
+    from speed_engine.runtime import machine
 
     tyro.cli(DoctorCommand, args=arguments, prog="speed-engine doctor")
-    facts = environment.describe(["speed-engine", "doctor"])
+    facts = machine.describe(["speed-engine", "doctor"])
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("python", facts["python"], packages)
     table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
-    for name, (value, reason) in environment.choices(PRESETS["digits"][1]).items():
+    for name, (value, reason) in machine.choices(PRESETS["digits"][1]).items():
         table.add_row(name, f"[bold]{value}[/bold]", reason)
     table.add_row("cache", "", str(cache_folder()))
     console.print(table, highlight=False)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from speed_engine.model_config import MODEL_CONFIGS, DiTConfig, ModelConfig, check
+from speed_engine.models.config import MODEL_CONFIGS, DiTConfig, ModelConfig, check
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ Expected results are FID of 10,000 images as the paper states them; none is repr
 import math
 
 from speed_engine.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
-from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
+from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 
 RECIPE = OptimizerConfig(
     learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=math.inf, ema_decay=0.9999

@@ -13,7 +13,7 @@ import torch
 
 import regression
 import tables
-from speed_engine.assemble import build_model
+from speed_engine.build import build_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from speed_engine import cli, distributed
+from speed_engine import cli
+from speed_engine.runtime.world import join
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -41,7 +42,7 @@ def test_process_groups_are_left_after_success_only(capsys, monkeypatch):
     world = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in world.items():
         monkeypatch.setenv(name, value)
-    distributed.join("cpu")
+    join("cpu")
     fails(capsys, "train", "digitz")
     assert torch.distributed.is_initialized()
     cli.main(["methods"])

@@ -13,7 +13,7 @@ from speed_engine.config import (
     from_json,
     to_json,
 )
-from speed_engine.model_config import DiTConfig
+from speed_engine.models.config import DiTConfig
 
 UNUSUAL = TrainConfig(
     method="uniform",

@@ -13,12 +13,14 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from speed_engine import environment, train
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
-from speed_engine.data.pictures import npy_bytes
-from speed_engine.data.resident import Resident
-from speed_engine.data.shards import ShardWriter
-from speed_engine.model_config import DiTConfig
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading.resident import Resident
+from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.models.config import DiTConfig
+from speed_engine.runtime import machine
+from speed_engine.training import trainer
+from speed_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(
@@ -67,7 +69,7 @@ def figures(run: Path) -> list[tuple]:
 
 def outcome(config: TrainConfig, run: Path) -> tuple[list[tuple], dict[str, bytes]]:
     """Figures of every step, and the bytes of every tensor of the last checkpoint."""
-    train.start(config, run, Console(file=io.StringIO()))
+    trainer.start(config, run, Console(file=io.StringIO()))
     assert len(figures(run)) == config.steps
     checkpoint = run / "checkpoints" / f"step-{config.steps:08d}"
     (file,) = checkpoint.glob("*.safetensors")
@@ -124,7 +126,7 @@ def test_a_resident_run_resumes_bit_for_bit(tmp_path):
     config = dataclasses.replace(TINY, data=data("latents", tmp_path, resident="on", flip=True))
     straight = outcome(config, tmp_path / "straight")
     outcome(dataclasses.replace(config, steps=5), tmp_path / "resumed")
-    train.resume(tmp_path / "resumed", Console(file=io.StringIO()), steps=12)
+    trainer.resume(tmp_path / "resumed", Console(file=io.StringIO()), steps=12)
     assert figures(tmp_path / "resumed") == straight[0]
 
 
@@ -132,8 +134,8 @@ def test_a_resident_run_resumes_bit_for_bit(tmp_path):
 def test_stored_noise_and_noise_drawn_again_give_the_same_run(tmp_path, learn_sigma, monkeypatch):
     outcomes = []
     for value in ("stored", "drawn again"):
-        choice = environment.Choice(value, "for this test")
-        monkeypatch.setattr(environment, "choose_noise", lambda *_, choice=choice: choice)
+        choice = machine.Choice(value, "for this test")
+        monkeypatch.setattr(machine, "choose_noise", lambda *_, choice=choice: choice)
         model = dataclasses.replace(TINY.model, learn_sigma=learn_sigma)
         outcomes.append(outcome(dataclasses.replace(TINY, model=model), tmp_path / value))
     assert outcomes[0] == outcomes[1]
@@ -150,7 +152,7 @@ def test_latents_of_unknown_scale_are_refused(tmp_path):
 def test_latents_that_were_drawn_before_are_scaled_only(tmp_path):
     folder = write_latents(tmp_path / "latents", channels=2, latent_scale=0.5)
     options = DataConfig(source=str(folder), image_shape=(2, 4, 4), latents=True)
-    trainer = train.Trainer(
+    trainer = Trainer(
         dataclasses.replace(TINY, data=options), tmp_path / "run", Console(file=io.StringIO())
     )
     assert trainer.data.cleaning[1:] == (False, 0.5, 0.0, False)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from speed_engine.diffusion.discrete import from_diffusers
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.processes import build_schedule
 
 ROOT = Path(__file__).parent.parent

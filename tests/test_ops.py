@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from speed_engine.environment import choose_block_kernels, choose_kernels
 from speed_engine.ops import (
     BLOCK_COMPILED,
     BLOCK_FUSED,
@@ -14,6 +13,7 @@ from speed_engine.ops import (
     block_operators_for,
     operators_for,
 )
+from speed_engine.runtime.machine import choose_block_kernels, choose_kernels
 
 
 def test_kernels_run_on_cuda_and_references_elsewhere():

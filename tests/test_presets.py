@@ -1,6 +1,6 @@
-from speed_engine.assemble import build_model
+from speed_engine.build import build_model
 from speed_engine.config import from_json, to_json
-from speed_engine.model_config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
+from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.presets import PRESETS
 
 EXPERIMENTS = {

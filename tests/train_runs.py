@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from speed_engine import train
 from speed_engine.config import from_json
+from speed_engine.training import trainer
 
 for path in sorted(Path(sys.argv[1]).glob("*.json")):
-    train.start(from_json(path.read_text()), path.with_suffix(""), Console(quiet=True))
+    trainer.start(from_json(path.read_text()), path.with_suffix(""), Console(quiet=True))

@@ -23,7 +23,6 @@ from statistics import geometric_mean
 
 from rich.console import Console
 
-from speed_engine import environment
 from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import FINAL_FILE, measure_final
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
@@ -32,7 +31,8 @@ from speed_engine.arena.results import Contestant, Results, write_results
 from speed_engine.arena.runs import Run, execute, failure, is_complete
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, to_json
-from speed_engine.durable import write_durably
+from speed_engine.runtime import machine
+from speed_engine.runtime.files import write_durably
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
 PLAN_FILE = "compare.json"
@@ -195,7 +195,7 @@ class Comparison:
             ),
             baselines=tuple(dict.fromkeys(known[config] for config in wanted)),
             config=json.loads(to_json(plan.config)),
-            environment=environment.describe([]) | where,
+            environment=machine.describe([]) | where,
             command=shlex.join(["speed-engine", *sys.argv[1:]]),
         )
 

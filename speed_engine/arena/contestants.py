@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from speed_engine.assemble import build_process
+from speed_engine.build import build_process
 from speed_engine.config import MethodOptions, OptimizerConfig, TrainConfig
 from speed_engine.diffusion.recipes import METHODS
 

@@ -13,21 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speed_engine.assemble import (
+from speed_engine.build import (
     build_cleaning,
     build_process,
     load_average,
     open_data,
     read_config,
 )
-from speed_engine.assemble_evaluation import build_evaluator
+from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
-from speed_engine.data.loader import Batch, read_all
-from speed_engine.diffusion.methods import Method
+from speed_engine.data.loading.loader import Batch, read_all
+from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
-from speed_engine.durable import write_durably
-from speed_engine.environment import torch_device
 from speed_engine.ops import Stream, normal
+from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.machine import torch_device
 
 FINAL_FILE = "final.json"
 LOG_SNRS = (-8, -6, -4, -2, 0, 2, 4, 6, 8)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from speed_engine.durable import write_durably
+from speed_engine.runtime.files import write_durably
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from speed_engine.diffusion.conditions import ConditionChange
 from speed_engine.diffusion.discrete import DiscreteSchedule
-from speed_engine.diffusion.methods import Method
+from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import operators_for

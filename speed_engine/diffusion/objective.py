@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import ConditionChange, Conditions
-from speed_engine.diffusion.laws import Law
-from speed_engine.diffusion.methods import Method
+from speed_engine.diffusion.distributions import Law
+from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.timesteps import TimestepSampler
 from speed_engine.ops import operators_for
 

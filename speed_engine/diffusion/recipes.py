@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion import probabilities, weighting
+from speed_engine.diffusion.distributions import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum
 from speed_engine.diffusion.increments import increments
-from speed_engine.diffusion.laws import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.timesteps import (
     MirroredSampler,

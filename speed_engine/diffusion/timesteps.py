@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speed_engine.diffusion.laws import Law
+from speed_engine.diffusion.distributions import Law
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import Stream, random_bits
 

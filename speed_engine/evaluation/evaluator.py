@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
-from speed_engine.distributed import ALONE, World
-from speed_engine.evaluation.clip import ClipScore
+from speed_engine.encoders.clip import ClipScore
 from speed_engine.evaluation.copies import Nearest, nearest
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import METRICS, check_channels, check_counts, compare
 from speed_engine.evaluation.generate import check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.runtime.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)

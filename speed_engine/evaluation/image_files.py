@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from speed_engine.evaluation.drawing import Drawing
+from speed_engine.evaluation.parts import Drawing
 
 
 def write_archive(drawing: Drawing, labels: np.ndarray | None, path: Path) -> None:

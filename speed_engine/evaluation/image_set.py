@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from speed_engine.durable import write_durably
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
+from speed_engine.runtime.files import write_durably
 
 BATCH_SIZE = 256  # images through the extractor at once
 Statistics = dict[str, np.ndarray]  # mu (D,), sigma (D, D), as torch-fidelity has them

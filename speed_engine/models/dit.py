@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.attention import RotaryAttention, SelfAttention
-from speed_engine.models.blocks import recomputable, set_recompute
-from speed_engine.models.embeddings import (
+from speed_engine.models.layers.attention import RotaryAttention, SelfAttention
+from speed_engine.models.layers.blocks import recomputable, set_recompute
+from speed_engine.models.layers.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
     TimestepEmbedding,
@@ -23,7 +23,7 @@ from speed_engine.models.embeddings import (
     rotary_grid,
     unpatchify,
 )
-from speed_engine.models.open_sum import OpenSum, opened
+from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.ops import block_operators_for
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.blocks import set_recompute
-from speed_engine.models.edm_block import EdmBlock, Style, norm_groups
-from speed_engine.models.embeddings import sinusoid
-from speed_engine.models.group_norm import GroupNormSiLU
-from speed_engine.models.unet_layers import (
+from speed_engine.models.layers.blocks import set_recompute
+from speed_engine.models.layers.edm_block import EdmBlock, Style, norm_groups
+from speed_engine.models.layers.embeddings import sinusoid
+from speed_engine.models.layers.group_norm import GroupNormSiLU
+from speed_engine.models.layers.unet_layers import (
     Double,
     Halve,
     check_given,

@@ -12,16 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from speed_engine.models.blocks import set_recompute
 from speed_engine.models.dit import FinalLayer, initialise
-from speed_engine.models.embeddings import (
+from speed_engine.models.layers.blocks import set_recompute
+from speed_engine.models.layers.embeddings import (
     LabelEmbedding,
     PatchEmbedding,
     TimestepEmbedding,
     position_grid,
     unpatchify,
 )
-from speed_engine.models.mdt_block import MdtBlock, Shown
+from speed_engine.models.layers.mdt_block import MdtBlock, Shown
 
 RATIO_SPREAD = 0.2  # MDTv2 hides mask_ratio to mask_ratio + 0.2 of an image
 

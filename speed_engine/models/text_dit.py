@@ -14,9 +14,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.blocks import recomputable
 from speed_engine.models.dit import Block, DiT
-from speed_engine.models.open_sum import OpenSum, opened
+from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.open_sum import OpenSum, opened
 
 
 class CrossAttention(nn.Module):

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from speed_engine.models.blocks import set_recompute
-from speed_engine.models.embeddings import sinusoid
-from speed_engine.models.group_norm import GroupNormSiLU
-from speed_engine.models.spatial_transformer import SpatialTransformer
-from speed_engine.models.unet_layers import (
+from speed_engine.models.layers.blocks import set_recompute
+from speed_engine.models.layers.embeddings import sinusoid
+from speed_engine.models.layers.group_norm import GroupNormSiLU
+from speed_engine.models.layers.spatial_transformer import SpatialTransformer
+from speed_engine.models.layers.unet_layers import (
     NORM_GROUPS,
     AttentionBlock,
     Double,

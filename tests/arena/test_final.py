@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from speed_engine.arena.final import LOG_SNRS, denoising_errors, times_at
-from speed_engine.assemble import build_process
+from speed_engine.build import build_process
 from speed_engine.config import DataConfig, TrainConfig
 
 

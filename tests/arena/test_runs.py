@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from speed_engine import checkpoint
 from speed_engine.arena.runs import Run, execute, failure, is_complete
 from speed_engine.config import EvaluationConfig, OptimizerConfig, TrainConfig
-from speed_engine.model_config import DiTConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.training import checkpoint
 
 TINY = TrainConfig(
     steps=40,

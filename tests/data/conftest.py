@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_engine.data.shards import ShardWriter
+from speed_engine.data.format.writer import ShardWriter
 
 SHAPE = (1, 2, 3)
 

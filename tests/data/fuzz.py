@@ -26,13 +26,13 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from speed_engine.data.dataset import dataset_from_json
-from speed_engine.data.decode import decode_image, decode_label, decode_npy, describe_member
-from speed_engine.data.index import index_path, load_index
-from speed_engine.data.reader import ShardReader
-from speed_engine.data.repair import RepairList, load_repair_list
-from speed_engine.data.shards import ShardWriter
-from speed_engine.data.tarscan import BLOCK, scan_tar
+from speed_engine.data.format.decode import decode_image, decode_label, decode_npy, describe_member
+from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.record import dataset_from_json
+from speed_engine.data.format.repair import RepairList, load_repair_list
+from speed_engine.data.format.tar import BLOCK, scan_tar
+from speed_engine.data.format.writer import ShardWriter
 
 PACKAGES = ("hypothesis", "numpy", "pillow", "safetensors", "simplejpeg", "torch", "zlib-ng")
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_engine.data.batches import BatchReader
-from speed_engine.data.index import index_path, load_index
-from speed_engine.data.loader import Loader, read_all
-from speed_engine.data.order import DataOrder
-from speed_engine.data.reader import ShardReader
-from speed_engine.data.shards import ShardWriter, write_shard
-from speed_engine.data.tarscan import ShardError, scan_tar
+from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.tar import ShardError, scan_tar
+from speed_engine.data.format.writer import ShardWriter, write_shard
+from speed_engine.data.loading.decoding import BatchReader
+from speed_engine.data.loading.loader import Loader, read_all
+from speed_engine.data.loading.order import DataOrder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -198,7 +198,7 @@ def test_an_index_of_another_data_set_is_refused(folder, make_shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_shard_deleted_during_training_ends_it_with_its_name(folder, workers, monkeypatch):
-    monkeypatch.setattr("speed_engine.data.reader.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("speed_engine.data.format.reader.MAX_OPEN_FILES", 1)
     whole = [pixels(batch) for batch in batches(folder, 12)]
     away = folder.parent / "away.tar"
     done = 0
@@ -247,7 +247,7 @@ def test_a_shard_cut_short_during_training_is_damage(folder, workers):
 
 FULL_DISK = """
 import resource, signal, sys
-from speed_engine.data.shards import ShardWriter
+from speed_engine.data.format.writer import ShardWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # each file; a write past it fails
 with ShardWriter(sys.argv[1], "x", 30) as writer:
@@ -287,7 +287,7 @@ def test_names_inside_a_tar_are_never_paths(tmp_path):
 
 
 def test_a_tar_of_millions_of_members_or_endless_names_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("speed_engine.data.tarscan.MAX_MEMBERS", 5)
+    monkeypatch.setattr("speed_engine.data.format.tar.MAX_MEMBERS", 5)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(6):
             tar.addfile(tarfile.TarInfo(f"{i}.npy"))

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_engine.data.loader import Loader
-from speed_engine.data.order import DataOrder
-from speed_engine.data.reader import ShardReader
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import DataOrder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -104,8 +104,8 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from speed_engine.data.loader import Loader
-from speed_engine.data.reader import ShardReader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.format.reader import ShardReader
 
 torch.set_num_threads(1)
 folder, place, kills, steps = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])

@@ -8,7 +8,7 @@ import torch
 
 from speed_engine.diffusion.discrete import linear
 from speed_engine.diffusion.hybrid import HybridObjective, bound_rows
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.ops import FUSED, REFERENCE, normal
 

@@ -15,7 +15,7 @@ from speed_engine.diffusion.discrete import from_alphas_cumprod, from_betas, lin
 from speed_engine.diffusion.increments import increments
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
 
 
 def test_borders_of_the_areas_equal_the_reference_values():

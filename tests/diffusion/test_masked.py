@@ -5,7 +5,7 @@ import torch
 
 from speed_engine.diffusion.hybrid import HybridObjective
 from speed_engine.diffusion.masked import MaskedObjective
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.processes import build_schedule
 
 T, TAU = 1000, 700

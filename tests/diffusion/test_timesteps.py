@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from speed_engine.diffusion.discrete import from_alphas_cumprod, linear
-from speed_engine.diffusion.laws import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum, thresholds
+from speed_engine.diffusion.distributions import (
+    AdaptiveLaw,
+    ClimbingLaw,
+    Law,
+    TaskCurriculum,
+    thresholds,
+)
 from speed_engine.diffusion.probabilities import (
     asymmetric,
     log_normal,

@@ -17,7 +17,7 @@ from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.uncertainty import ClusterUncertainty, FourierUncertainty, MeanLoss
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
 INDICES = torch.tensor(GOLDEN["idx0"])
 ABAR = linear().alphas_cumprod.numpy()
 SNR = ABAR / (1 - ABAR)

@@ -12,7 +12,7 @@ from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.diffusion.recipes import METHODS
 from speed_engine.evaluation import method_report
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "methods.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
 
 
 @pytest.mark.parametrize("num_timesteps", [1000, 250])

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 import fault_harness as harness
-from speed_engine.watchdog import EXIT_HUNG
+from speed_engine.runtime.watchdog import EXIT_HUNG
 
 OPTIONS = "--steps 120 --checkpoint-every 10 --keep-checkpoints 100 --parallel fsdp".split()
 OPTIONS += ["--data.resident", "off"]  # batches come through the loader, as those of large data do
 OK = [0, 0]
-NEXT_BATCH = "speed_engine.data.loader:Loader.__next__"
+NEXT_BATCH = "speed_engine.data.loading.loader:Loader.__next__"
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_a_signal_to_one_process_checkpoints_and_ends_all(train, resume, straigh
     assert_same(training.run, straight)
 
 
-SAVE = "speed_engine.checkpoint:"
+SAVE = "speed_engine.training.checkpoint:"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,11 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path, cache):
 def poison(times: int) -> harness.Fault:
     """NaN in the loss of the second process only, at its 30th step and some after it."""
     return harness.Fault(
-        "speed_engine.engine:Engine.step", 30, harness.PoisonNext(times), rank=1, every=True
+        "speed_engine.training.engine:Engine.step",
+        30,
+        harness.PoisonNext(times),
+        rank=1,
+        every=True,
     )
 
 

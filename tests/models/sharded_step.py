@@ -13,11 +13,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from speed_engine.diffusion import objective
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.models import attention, dit, open_sum
+from speed_engine.models import dit
 from speed_engine.models.dit import DiT
+from speed_engine.models.layers import attention, open_sum
 from speed_engine.ops import BLOCK_FUSED, FUSED
 
 WORLD, BATCH, DIM, CLASSES = 2, 4, 32, 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speed_engine.models.dit import DiT
-from speed_engine.models.embeddings import position_grid, unpatchify
+from speed_engine.models.layers.embeddings import position_grid, unpatchify
 
 SMALL = {
     "input_size": (8, 12), "channels": 3, "patch_size": 4, "dim": 32, "depth": 2, "num_heads": 4,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.models import attention, dit, open_sum
+from speed_engine.models import dit
 from speed_engine.models.dit import Block, DiT
-from speed_engine.models.open_sum import OpenSum
+from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers.open_sum import OpenSum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from speed_engine.models.dit import DIT_SIZES, DiT, build_dit
-from speed_engine.models.flops import forward_flops
+from speed_engine.planning.flops import forward_flops
 
 # Tables 1 and 4 of Peebles and Xie 2022, latents of 32 x 32 x 4: millions of parameters, and
 # billions of multiply-adds, which they call Gflops.

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from speed_engine.models.layers.mdt_block import Shown, bias_among, distance_index
 from speed_engine.models.mdt import MDT, MDTv2
-from speed_engine.models.mdt_block import Shown, bias_among, distance_index
 from speed_engine.ops import Stream, random_bits
 
 SMALL: dict[str, Any] = {

@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-import speed_engine.data
-from speed_engine.data.loader import Batch
+from speed_engine.data.loading.loader import Batch
+from speed_engine.data.preparing import catalogue
 from speed_engine.diffusion.masked import MaskedObjective
-from speed_engine.diffusion.methods import build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.ema import Ema
-from speed_engine.engine import Engine
-from speed_engine.models.blocks import set_recompute
 from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
+from speed_engine.models.layers.blocks import set_recompute
 from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.models.unet import UNet
-from speed_engine.optim import adamw
+from speed_engine.training.ema import Ema
+from speed_engine.training.engine import Engine
+from speed_engine.training.optimizers import adamw
 
 BATCH = 16
 UNET: dict[str, Any] = {
@@ -57,7 +57,7 @@ FAMILIES = {
 
 def digits(start: int, told: str, size: int = BATCH) -> Batch:
     """Real images; a text is one token that says the class."""
-    with np.load(Path(speed_engine.data.__file__).with_name("digits.npz")) as stored:
+    with np.load(Path(catalogue.__file__).with_name("digits.npz")) as stored:
         rows = np.arange(start, start + size) % len(stored["labels"])
         images, labels = stored["images"][rows], torch.from_numpy(stored["labels"][rows]).long()
     pixels = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1

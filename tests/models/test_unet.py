@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from speed_engine.models.group_norm import group_norm_silu
-from speed_engine.models.spatial_transformer import SpatialTransformer
+from speed_engine.models.layers.group_norm import group_norm_silu
+from speed_engine.models.layers.spatial_transformer import SpatialTransformer
+from speed_engine.models.layers.unet_layers import AttentionBlock, ResBlock
 from speed_engine.models.unet import UNET_SIZES, UNet
-from speed_engine.models.unet_layers import AttentionBlock, ResBlock
 
 SMALL: dict[str, Any] = {
     "input_size": (8, 12), "in_channels": 3, "out_channels": 3, "model_channels": 64,

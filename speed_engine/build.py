@@ -1,0 +1,261 @@
+"""The objects of a run, made from its configuration.
+
+Training, generation and evaluation all build through here, so that they agree on the model and the
+process.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.data.format.held_out import Part
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.remote import Cache, is_url
+from speed_engine.data.loading.clean import Cleaning
+from speed_engine.data.loading.conditions import (
+    NULL_TOKENS,
+    condition_name,
+    decode_null_tokens,
+    load_null_tokens,
+)
+from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.diffusion.conditions import (
+    ConditionChange,
+    ConditionDropout,
+    LowResolutionNoise,
+)
+from speed_engine.diffusion.hybrid import HybridObjective
+from speed_engine.diffusion.masked import MaskedObjective
+from speed_engine.diffusion.method import Method, build_method, method_options
+from speed_engine.diffusion.objective import Objective
+from speed_engine.diffusion.processes import build_schedule
+from speed_engine.models.families import Shape, build_network
+from speed_engine.models.layouts.files import require_shapes
+from speed_engine.models.mdt import MDT
+from speed_engine.models.super_resolution import SuperResolution
+from speed_engine.training import checkpoint
+
+CONFIG_FILE = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def build_process(config: TrainConfig) -> Method:
+    """The configured method on its process.
+
+    Raises:
+        ValueError: an unknown schedule, method or prediction, or an option out of range.
+    """
+    options = config.method_options.given()
+    if "ramp_steps" in method_options(config.method):
+        options.setdefault("ramp_steps", config.steps)
+    return build_method(
+        config.method,
+        build_schedule(config.schedule, config.num_timesteps),
+        config.prediction,
+        stratified=config.method_options.stratified,
+        normalised=config.method_options.normalised,
+        weight_on=config.method_options.weight_on,
+        seed=config.seed,
+        **options,
+    )
+
+
+def build_objective(
+    config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
+) -> Objective | MaskedObjective:
+    """The objective of the configured method for a model, on the CPU.
+
+    Args:
+        config: of the run.
+        process: its method.
+        model: what will be trained.
+        store_noise: as in ``Objective``.
+
+    Raises:
+        ValueError: a learned variance is asked for where there is none.
+    """
+    changes: list[ConditionChange] = [
+        ConditionDropout(null_conditions(config), config.condition_dropout),
+        LowResolutionNoise(config.low_resolution_noise),
+    ]
+    objective = Objective(process, config.seed, changes, store_noise)
+    if config.model.learn_sigma:
+        weigh_bound = config.method_options.weigh_bound
+        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
+    masked = masked_network(model)
+    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
+
+
+def masked_network(model: nn.Module) -> MDT | None:
+    """The part of a model that is trained under a mask, too; None if there is none."""
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, MDT) else None
+
+
+def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
+    """The configured model, initialised from the run's seed, on the current default device.
+
+    Attention is not taken from the configuration, since what trained a model need not be there
+    where it is used.
+    """
+    data, told = config.data, told_names(config)
+    channels, height, width = data.image_shape
+    shape = Shape(
+        input_size=(height, width),
+        channels=channels,
+        num_classes=data.num_classes if "labels" in told else None,
+        token_dim=data.token_shape[1] if "tokens" in told else None,
+        low_channels=data.low_shape[0] if "low_resolution" in told else None,
+        attention=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return build_network(config.model, shape)
+
+
+def told_names(config: TrainConfig) -> tuple[str, ...]:
+    """The conditions that the model is told, as its arguments are named."""
+    return tuple(condition_name(member) for member in config.data.members[1:])
+
+
+def condition_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of one row of each condition."""
+    data = config.data
+    shapes = {"labels": (), "tokens": data.token_shape, "low_resolution": data.low_shape}
+    return {name: shapes[name] for name in told_names(config)}
+
+
+def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
+    """One row of each condition that can be hidden, as it is when hidden."""
+    null: dict[str, Callable[[], Tensor]] = {
+        "labels": lambda: torch.tensor(config.data.num_classes),
+        "tokens": lambda: torch.from_numpy(_null_tokens(config)),
+    }
+    return {name: null[name]() for name in told_names(config) if name in null}
+
+
+def data_source(config: TrainConfig) -> Path | str:
+    """Path or URL of the configured shards; an embedded data set is written to the cache first."""
+    if config.data.source == "digits":
+        return digits_folder(cache_folder())
+    return config.data.source if is_url(config.data.source) else Path(config.data.source)
+
+
+def open_data(
+    config: TrainConfig, members: Sequence[str] | None = None, part: Part | None = "training"
+) -> ShardReader:
+    """The configured shards, with the configured or other members; of one part, or None for both.
+
+    Raises:
+        ValueError: they are damaged, or lack a member that the model is to be told.
+    """
+    return ShardReader(
+        data_source(config),
+        members or config.data.members,
+        Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
+        config.data.exclude,
+        config.data.held_out,
+        part,
+    )
+
+
+def _null_tokens(config: TrainConfig) -> np.ndarray:
+    source = data_source(config)
+    if isinstance(source, Path):
+        return load_null_tokens(source)
+    return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
+
+
+def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
+    """Whether the data set holds mean and standard deviation of latents, to draw from."""
+    content = reader.dataset.contents.get(config.data.members[0], {})
+    shape = content.get("shape") or (None,)
+    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
+
+
+def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
+    """Of an image in the shards."""
+    channels, height, width = config.data.image_shape
+    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
+
+
+def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
+    """How stored images become clean ones, on the device.
+
+    Raises:
+        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+    """
+    metadata = reader.dataset.metadata if config.data.latents else {}
+    posterior = stores_posterior(config, reader)
+    if posterior and "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} holds mean and standard deviation of latents, and its record "
+            "does not say by which latent_scale to multiply them; encode it again."
+        )
+    return Cleaning(
+        seed=torch.tensor(config.seed, device=device),
+        posterior=posterior,
+        scale=float(metadata.get("latent_scale", 1.0)),
+        shift=float(metadata.get("latent_shift", 0.0)),
+        flip=config.data.flip,
+    )
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        ValueError: the folder is not a run.
+    """
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+    return from_json(path.read_text())
+
+
+def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """(averaged model, its step) from a run's newest complete checkpoint.
+
+    Raises:
+        ValueError: there is no checkpoint, or it belongs to another model.
+    """
+    return load_average_of(newest_checkpoint(run), config, device)
+
+
+def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """The same from one checkpoint, which must be complete.
+
+    Raises:
+        ValueError: it belongs to another model.
+    """
+    model = build_model(config)
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return checkpoint.newest(run / CHECKPOINTS)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Strict load.
+
+    Raises:
+        ValueError: names or shapes differ; lists them.
+    """
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
+    model.load_state_dict(tensors)

@@ -1,0 +1,180 @@
+"""What a run draws and measures, made from its configuration.
+
+Evaluation in training and afterwards, drawing and comparisons all build through here.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed_engine.build import null_conditions, open_data, stored_shape, told_names
+from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.loading.loader import read_all, read_conditions
+from speed_engine.data.preparing.encode import decode_latents, load_vae
+from speed_engine.diffusion.conditions import (
+    Conditions,
+)
+from speed_engine.diffusion.method import Method
+from speed_engine.encoders.clip import ClipScore
+from speed_engine.encoders.text import TextEncoder
+from speed_engine.evaluation.classifier import classifier_for
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.features import Extractor, inception_features
+from speed_engine.evaluation.image_set import ImageSet, statistics_path
+from speed_engine.runtime import machine
+from speed_engine.runtime.world import ALONE, World
+
+
+def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
+    """Evaluation against the training and the held-out images, with the configured features.
+
+    Raises:
+        ValueError: there are too few images for a metric, or what it needs is missing.
+    """
+    settings = config.evaluation
+    reference, held_out, clip, texts = None, None, None, ()
+    if settings.features != "none":
+        reference, held_out = references(config)
+    if "clip" in settings.metrics and settings.clip_model is not None:
+        clip = ClipScore(settings.clip_model, machine.torch_device(config))
+        texts = drawn_texts(config)
+    return Evaluator(
+        schedule=process.schedule,
+        table=process.table,
+        reference=reference,
+        extractor=None if reference is None else reference.extractor,
+        metrics=settings.metrics,
+        held_out=held_out,
+        clip=clip,
+        texts=texts,
+        conditions=drawn_conditions(config),
+        null=null_conditions(config),
+        image_shape=config.data.image_shape,
+        latents=config.data.latents,
+        decode=build_decoder(config),
+        num_images=settings.num_images,
+        solver_steps=settings.solver_steps,
+        solver=settings.solver,
+        guidance=settings.guidance,
+        guidance_interval=settings.guidance_interval,
+        seed=config.seed,
+        world=world,
+    )
+
+
+def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+    """Drawn latents to pictures, by the configured VAE; None where there is none.
+
+    Raises:
+        ValueError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+    """
+    if config.data.vae is None:
+        return None
+    metadata = open_data(config).dataset.metadata
+    if "latent_scale" not in metadata:
+        raise ValueError(
+            f"{config.data.source} does not record its latent_scale, which decoding needs; "
+            "`speed-engine shards index --metadata` records it."
+        )
+    vae = load_vae(config.data.vae, machine.torch_device(config))
+    scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
+    return partial(decode_latents, vae, scale=scale, shift=shift)
+
+
+def drawn_conditions(config: TrainConfig) -> Conditions:
+    """(num_images, ...) each, of the images that an evaluation draws.
+
+    Classes come in turn; texts and smaller images are those of the first samples, with their
+    classes: of samples that are held out, where some are, since others could be known by heart.
+    """
+    told, num_images = told_names(config), config.evaluation.num_images
+    if set(told) <= {"labels"}:
+        return {name: torch.arange(num_images) % config.data.num_classes for name in told}
+    reader = open_data(config, part="held_out")
+    indices = [i % len(reader) for i in range(num_images)]
+    conditions = read_conditions(reader, stored_shape(config, reader), indices)
+    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
+    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
+
+
+def drawn_texts(config: TrainConfig) -> tuple[str, ...]:
+    """(num_images,) the texts whose tokens ``drawn_conditions`` are.
+
+    Raises:
+        ValueError: the data have tokens only.
+    """
+    reader = open_data(config, ["txt"], part="held_out")
+    numbers = [i % len(reader) for i in range(config.evaluation.num_images)]
+    texts = {n: reader.read(n)["txt"].decode().partition("\n")[0] for n in set(numbers)}
+    return tuple(texts[n] for n in numbers)
+
+
+def prompted(
+    config: TrainConfig, prompts: Sequence[str], text_encoder: str | None
+) -> tuple[Conditions, dict[str, Tensor]]:
+    """(num_images, ...) of prompts in turn, and what hides them.
+
+    Raises:
+        ValueError: the model is not told texts alone, or not those of this encoder.
+    """
+    if told_names(config) != ("tokens",):
+        raise ValueError(
+            f"this model is told {', '.join(told_names(config)) or 'nothing'}; a prompt needs one "
+            "that is told texts alone (data.members with tokens.npy)."
+        )
+    if text_encoder is None:
+        raise ValueError(
+            "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
+            "the data were encoded with."
+        )
+    encoder = TextEncoder(text_encoder, torch.device("cpu"))
+    tokens = torch.from_numpy(encoder(["", *prompts])).float()
+    if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
+        raise ValueError(
+            f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
+            f"trained on {config.data.token_shape}, of another encoder."
+        )
+    turns = torch.arange(config.evaluation.num_images) % len(prompts)
+    return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}
+
+
+def references(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+    """The images that are trained on, and those that are held out, if any, in one feature space."""
+    image = config.data.members[0]
+    reader = open_data(config, [m for m in config.data.members if m in (image, "cls")], part=None)
+    share, is_held_out = config.data.held_out, np.zeros(len(reader), dtype=bool)
+    if share:
+        is_held_out = in_part(map(reader.key, range(len(reader))), share, "held_out")
+    shape, policy = config.data.image_shape, config.data.on_bad_sample
+    read = cache(lambda: read_all(reader, shape, policy, is_held_out))
+    extractor = _extractor(config, reader, read)
+
+    def part(name: Part, rows: np.ndarray) -> ImageSet:
+        data = part_fingerprint(reader.fingerprint, share, name) if share else reader.fingerprint
+        folder = cache_folder() / "statistics"
+        file = statistics_path(folder, data, image, shape, extractor)
+        images = lambda: torch.from_numpy(read()[0][rows] if share else read()[0])
+        return ImageSet(images, int(rows.sum()), extractor, file)
+
+    training = part("training", ~is_held_out)
+    return training, part("held_out", is_held_out) if share else None
+
+
+def _extractor(config: TrainConfig, reader: ShardReader, read: Callable[[], Any]) -> Extractor:
+    """Of the features that images are compared by; ``read`` gives all images and conditions."""
+    if config.evaluation.features == "inception":
+        return inception_features(config.evaluation.inception_weights)
+    if "cls" not in reader.keys:
+        raise ValueError(
+            "evaluation.features=classifier needs the labels of the images (member cls); use "
+            "inception, or none to draw images only."
+        )
+    pixels, conditions = read()
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(conditions["labels"])
+    return classifier_for(images, labels, cache_folder() / "features", reader.fingerprint)

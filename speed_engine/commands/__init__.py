@@ -1,0 +1,1 @@
+"""The commands of ``speed-engine``, one module each."""

@@ -1,0 +1,135 @@
+"""``speed-engine evaluate``: measure the averaged model of a run, once for each setting.
+
+Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluated": true``. What
+was measured before with the same settings, in training or here, is found there and not drawn again.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from speed_engine.build import build_process, load_average, newest_checkpoint
+from speed_engine.build_evaluation import build_evaluator
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.copies import Nearest
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
+from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts
+from speed_engine.runtime import machine
+from speed_engine.runtime.progress import SampleProgress
+from speed_engine.runtime.records import RECORDS, append_record, read_records
+from speed_engine.runtime.world import World, join
+from speed_engine.training import checkpoint
+
+PART = 500  # images drawn at a time, and what a kill costs at most
+
+# What the table names its lines: (of the training images, of the held-out images)
+LINES = {
+    "FID": ("fid", "held_out_fid"),
+    "KID": ("kid", "held_out_kid"),
+    "precision": ("precision", "held_out_precision"),
+    "recall": ("recall", "held_out_recall"),
+    "copied share": ("copied_share", None),
+    "inception score": ("isc", None),
+    "CLIP score": ("clip_score", None),
+}
+
+
+def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
+    """The record of the newest checkpoint under the configured settings; None on other processes.
+
+    Raises:
+        ValueError: the run has no checkpoint, or nothing is to be measured.
+    """
+    world = join(machine.torch_device(config).type)
+    step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
+    evaluator = build_evaluator(config, build_process(config), world)
+    if not evaluator.fields():
+        raise ValueError(
+            "this run's evaluation.features is none, which measures nothing; choose --features."
+        )
+    if known := world.from_first(lambda: _known(run, step, evaluator)):
+        if world.is_first:
+            text = f"measured before, at step {step} with these settings"
+            _note(f"{text}: {run / RECORDS}")
+        return known if world.is_first else None
+    model, step = load_average(run, config, _device(config, world))
+    drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
+    if not world.is_first:
+        return None
+    images = drawing.images()
+    found = evaluator.measure(images)
+    assert found is not None  # some field is measured
+    drawing.remove()
+    record = {"step": step, "images": step * config.batch_size, **found.record()}
+    append_record(run, record | {"evaluated": True})
+    if found.nearest is not None and evaluator.reference is not None:
+        path = run / "samples" / f"step-{step:08d}-copies.png"
+        _draw_copies(images, evaluator.reference.images, found.nearest, path)
+        _note(f"the most copied images, above their nearest training images: {path}")
+    return record
+
+
+def _drawn(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> Drawing:
+    """The images, on disk while they are drawn: a measurement that was killed goes on there."""
+    total, told = evaluator.num_images, evaluator.conditions
+    settings = evaluator.circumstances() | {
+        "weights": digest(model.state_dict()),
+        "conditions": digest(told),
+        "seed": evaluator.seed,
+    }
+    with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
+        draw = partial(evaluator.draw_some, model)
+        return draw_in_parts(draw, total, PART, folder, settings, world, progress.advance)
+
+
+def show(record: dict[str, Any], console: Console) -> None:
+    """The figures as a table; of one extractor, for those of two say nothing of each other."""
+    steps = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
+    console.print(f"step {record['step']}, {record['num_generated']:,} images by {steps}")
+    if "extractor" in record:
+        console.print(f"features of {record['extractor']}", highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    for part, count in {"training": "num_reference", "held-out": "num_held_out"}.items():
+        table.add_column(f"{part}\n{record[count]:,} images" if count in record else "")
+    for name, fields in LINES.items():
+        if any(field in record for field in fields):
+            cells = [f"{record[field]:.4g}" if field in record else "" for field in fields]
+            table.add_row(name, *cells)
+    console.print(table, highlight=False)
+
+
+def _known(run: Path, step: int, evaluator: Evaluator) -> dict[str, Any] | None:
+    """The newest record of the same measurement."""
+    settings = {"step": step, **evaluator.circumstances()}
+    for record in reversed(read_records(run)):
+        same = all(record.get(name) == value for name, value in settings.items())
+        if same and evaluator.fields() <= record.keys():
+            return record
+    return None
+
+
+def _draw_copies(images: Tensor, training: Tensor, found: Nearest, path: Path) -> None:
+    """The drawn images nearest to training images, above those, in pairs of rows."""
+    pairs = GRID_COLUMNS * (GRID_ROWS // 2)
+    ids = found.distances.argsort()[:pairs]
+    row = 2 * (torch.arange(len(ids)) // GRID_COLUMNS)
+    both = torch.cat([images[ids], training[found.ids[ids]]])
+    save_grid(both, torch.cat([row, row + 1]), path)
+
+
+def _device(config: TrainConfig, world: World) -> torch.device:
+    device = machine.torch_device(config)
+    return torch.device("cuda", world.local_rank) if device.type == "cuda" else device
+
+
+def _note(text: str) -> None:
+    """Beside the figures, which programs may read."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What lies on disk: shards, their indexes and their record; needs no torch."""

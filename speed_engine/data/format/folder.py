@@ -1,0 +1,290 @@
+"""Where the files of a data set are: in a folder of this machine, or behind a URL."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from speed_engine.data.format.checksums import crc32
+from speed_engine.data.format.index import Contents, ShardIndex, index_path, load_index
+from speed_engine.data.format.record import (
+    RECORD,
+    Dataset,
+    ShardRecord,
+    dataset_from_json,
+    merge_description,
+    refuse_incomplete,
+    verified,
+)
+from speed_engine.data.format.remote import RECORD_LIMIT, Cache, fetch, is_url
+from speed_engine.data.format.tar import ShardError
+from speed_engine.data.format.writer import scan_index
+
+log = logging.getLogger(__name__)
+
+_TRANSFERS = 16  # indices fetched at a time; shards come one at a time
+
+Loaded = tuple[Dataset, list[ShardIndex]]
+
+
+class Folder(Protocol):
+    """Access to the files of a data set; shards go by their place in its record."""
+
+    def load(self, without: Collection[str]) -> Loaded:
+        """The record of the shards not in ``without``, and their indices."""
+        ...
+
+    def describe(self, name: str) -> str:
+        """Path or URL of a file."""
+        ...
+
+    def open(self, shard: int) -> int:
+        """A file descriptor."""
+        ...
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Say that these shards are read next."""
+        ...
+
+    def refetch(self, shard: int) -> bool:
+        """Drop a copy of a shard whose bytes are damaged; False where there is no other."""
+        ...
+
+    def read_file(self, name: str) -> bytes:
+        """A file of the record beside the shards, verified."""
+        ...
+
+
+def open_folder(source: str | Path, cache: Cache | None) -> Folder:
+    """The folder that a path or a URL names.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a URL that cannot be read here.
+    """
+    if isinstance(source, Path) or not is_url(source):
+        return LocalFolder(Path(source))
+    if cache is None:
+        raise ValueError(f"{source} needs a cache to fetch its shards into.")
+    return RemoteFolder(source, cache)
+
+
+class LocalFolder:
+    """Tars on a file system; what their writer did not record is made in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._dataset = Dataset(())
+
+    def load(self, without: Collection[str]) -> Loaded:
+        """See ``Folder``.
+
+        Raises:
+            FileNotFoundError: no such folder, or no shards in it.
+            ShardError: shards, indices and record are not of each other; names file and remedy.
+        """
+        if not self._path.is_dir():
+            raise FileNotFoundError(f"data folder {self._path} does not exist; check the path.")
+        refuse_incomplete(self._path)
+        names = sorted(path.name for path in self._path.glob("*.tar") if path.name not in without)
+        if not names:
+            raise FileNotFoundError(
+                f"{self._path} holds no .tar shards; `speed-engine shards make` writes some."
+            )
+        record, known = self._path / RECORD, None
+        if record.exists():
+            known = dataset_from_json(record.read_bytes(), str(record)).without(without)
+            self._refuse_other_shards(known, names)
+        if lacking := [name for name in names if not index_path(self._path / name).exists()]:
+            log.warning(
+                "%d of %d shards in %s have no index and are read whole to make one; "
+                "`speed-engine shards index %s` keeps it.",
+                len(lacking),
+                len(names),
+                self._path,
+                self._path,
+            )
+        loaded = [self._load_shard(self._path / name) for name in names]
+        self._dataset = known or _record(names, loaded)
+        for shard, (index, sha256) in zip(self._dataset.shards, loaded, strict=True):
+            _refuse_other_content(shard, index, sha256, str(self._path / shard.name))
+        return self._dataset, [index for index, _ in loaded]
+
+    def describe(self, name: str) -> str:
+        """See ``Folder``."""
+        return str(self._path / name)
+
+    def open(self, shard: int) -> int:
+        """See ``Folder``."""
+        path = self._path / self._dataset.shards[shard].name
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} is gone since the data set was opened; put it back and resume."
+            ) from error
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Folder``; the kernel reads ahead."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for shard in shards:
+            file = self.open(shard)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            os.close(file)
+
+    def refetch(self, shard: int) -> bool:
+        """See ``Folder``."""
+        return False
+
+    def read_file(self, name: str) -> bytes:
+        """See ``Folder``."""
+        path = self._path / name
+        return verified(self._dataset, name, str(path), path.read_bytes)
+
+    def _load_shard(self, path: Path) -> tuple[ShardIndex, str]:
+        """Index and content hash, checked against the size of the tar."""
+        try:
+            index, sha256 = load_index(index_path(path))
+        except FileNotFoundError:
+            index = scan_index(path)
+            return index, index.content_hash()
+        tar_bytes = path.stat().st_size
+        if tar_bytes != index.tar_bytes:
+            raise ShardError(
+                f"{path} has {tar_bytes} bytes, its index says {index.tar_bytes}: it is truncated "
+                f"or was replaced; write it again, or delete {index_path(path).name} if you trust "
+                f"it."
+            )
+        return index, sha256
+
+    def _refuse_other_shards(self, known: Dataset, names: list[str]) -> None:
+        listed = [shard.name for shard in known.shards]
+        if names != listed:
+            missing, extra = sorted(set(listed) - set(names)), sorted(set(names) - set(listed))
+            raise ShardError(
+                f"{self._path} lacks {missing[:3]} and has {extra[:3]} against its {RECORD}; put "
+                f"the folder back as it was, or run `speed-engine shards index {self._path}` to "
+                f"record it as it is."
+            )
+
+
+class RemoteFolder:
+    """Shards behind a URL, with their record and indices; fetched whole when first needed.
+
+    Args:
+        url: of the folder.
+        cache: for the shards and their indices.
+    """
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self._url, self._cache = url.rstrip("/"), cache
+        self._dataset, self._indices = Dataset(()), list[ShardIndex]()
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # process, threads
+
+    def load(self, without: Collection[str]) -> Loaded:
+        """See ``Folder``.
+
+        Raises:
+            FileNotFoundError: there is no record or index; shards of others need them, too.
+            ShardError: a file is not what the record says; names it.
+            OSError: a file cannot be fetched.
+        """
+        url = self.describe(RECORD)
+        try:
+            record = self._fetch_bytes(url, RECORD_LIMIT)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{url} does not exist; `speed-engine shards index` on a local copy writes it."
+            ) from error
+        self._dataset = dataset_from_json(record, url).without(without)
+        with ThreadPoolExecutor(_TRANSFERS) as pool:
+            self._indices = list(pool.map(self._load_index, self._dataset.shards))
+        return self._dataset, self._indices
+
+    def describe(self, name: str) -> str:
+        """See ``Folder``."""
+        return f"{self._url}/{name}"
+
+    def open(self, shard: int) -> int:
+        """See ``Folder``; fetches the shard if need be."""
+        record, index = self._dataset.shards[shard], self._indices[shard]
+        url = self.describe(record.name)
+        return self._cache.open(url, record.bytes, partial(_verify_members, index, url))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """See ``Folder``; fetches in the background, each worker from another shard on."""
+        process = os.getpid()
+        if self._pool is None or self._pool[0] != process:  # threads do not survive a fork
+            self._pool = process, ThreadPoolExecutor(1)
+        first = process % max(len(shards), 1)
+        for shard in [*shards[first:], *shards[:first]]:
+            self._pool[1].submit(self._prefetch, shard)
+
+    def refetch(self, shard: int) -> bool:
+        """See ``Folder``."""
+        self._cache.discard(self.describe(self._dataset.shards[shard].name))
+        return True
+
+    def read_file(self, name: str) -> bytes:
+        """See ``Folder``."""
+        url = self.describe(name)
+        return verified(self._dataset, name, url, partial(self._fetch_bytes, url, RECORD_LIMIT))
+
+    def _prefetch(self, shard: int) -> None:
+        try:
+            os.close(self.open(shard))
+        except (OSError, ValueError) as error:  # whoever needs the shard meets it, too
+            log.warning("%s", error)
+
+    def _load_index(self, shard: ShardRecord) -> ShardIndex:
+        url = self.describe(index_path(Path(shard.name)).name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "index"
+            fetch(url, path, RECORD_LIMIT)
+            index, sha256 = load_index(path)
+        _refuse_other_content(shard, index, sha256, url)
+        return index
+
+    def _fetch_bytes(self, url: str, limit: int) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file"
+            fetch(url, path, limit)
+            return path.read_bytes()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_pool": None}
+
+
+def _verify_members(index: ShardIndex, url: str, path: Path) -> None:
+    """Every member of a fetched shard against its checksum."""
+    with path.open("rb") as file:
+        tar = memoryview(file.read())
+    columns = (index.offset.ravel(), index.size.ravel(), index.crc32.ravel())
+    for offset, size, expected in zip(*(column.tolist() for column in columns), strict=True):
+        if size >= 0 and crc32(tar[offset : offset + size]) != expected:
+            raise ShardError(f"{url} is not what its index says, at byte {offset}")
+
+
+def _refuse_other_content(shard: ShardRecord, index: ShardIndex, sha256: str, where: str) -> None:
+    if (shard.sha256, shard.bytes, shard.samples) != (sha256, index.tar_bytes, len(index)):
+        raise ShardError(
+            f"{where} is of another data set than {RECORD}: its content is {sha256[:12]}, recorded "
+            f"is {shard.sha256[:12]}; put the shard and its index back."
+        )
+
+
+def _record(names: list[str], loaded: list[tuple[ShardIndex, str]]) -> Dataset:
+    contents: Contents = {}
+    for index, _ in loaded:
+        for extension, description in index.contents.items():
+            merge_description(contents, extension, description)
+    shards = [
+        ShardRecord(name, index.tar_bytes, len(index), sha256)
+        for name, (index, sha256) in zip(names, loaded, strict=True)
+    ]
+    return Dataset(tuple(shards), contents)

@@ -1,0 +1,198 @@
+"""``dataset.json``: which shards make up a data set, and what is true of all of them.
+
+    {"version": 2, "shards": [{"name", "bytes", "samples", "sha256"}, ...],
+     "contents": {"npy": {"dtype": "uint8", "shape": [1, 8, 8]}, "cls": {"classes": 10}},
+     "metadata": {"latent_scale": 0.18215, ...},
+     "files": {"null_tokens.npy": {"bytes", "sha256"}},
+     "checksum": SHA-256 of the rest}
+
+It is the commit record of the whole: written last, when every shard is on disk with its index. What
+holds of no common value (shapes that differ) is null. While a writer is at work, and after it was
+killed, a file ``NAME.incomplete`` lies there instead and readers refuse the folder.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from speed_engine.data.format.index import VERSION, Contents, index_path, load_index
+from speed_engine.data.format.tar import ShardError
+from speed_engine.runtime.files import sync, write_durably
+
+RECORD = "dataset.json"
+_PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """One tar."""
+
+    name: str
+    bytes: int
+    samples: int
+    sha256: str  # of the content, see index.py
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file beside the shards."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The record of a complete data set."""
+
+    shards: tuple[ShardRecord, ...]
+    contents: Contents = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content of all shards, hexadecimal."""
+        hashes = "".join(shard.sha256 for shard in self.shards)
+        return hashlib.sha256(hashes.encode()).hexdigest()
+
+    def without(self, names: Collection[str]) -> "Dataset":
+        """The record of the other shards."""
+        return replace(self, shards=tuple(s for s in self.shards if s.name not in names))
+
+    def to_json(self) -> str:
+        """The content of ``dataset.json``."""
+        record = {"version": VERSION, **asdict(self)}
+        return json.dumps({**record, "checksum": _checksum(record)}, indent=1) + "\n"
+
+
+def dataset_from_json(data: bytes, source: str) -> Dataset:
+    """Inverse of ``Dataset.to_json``.
+
+    Args:
+        data: content of the file.
+        source: its name, for messages.
+
+    Raises:
+        ShardError: damaged, of another version, or naming files outside its folder.
+    """
+    remedy = (
+        "delete it and run `speed-engine shards index` on the folder; facts like a latent scale "
+        "must be given again."
+    )
+    try:
+        record = json.loads(data)
+        version, checksum = record.pop("version"), record.pop("checksum")
+        if version != VERSION:
+            raise ShardError(
+                f"{source} has version {version!r}; this program reads {VERSION}; {remedy}"
+            )
+        intact = checksum == _checksum({"version": version, **record})
+        dataset = Dataset(
+            shards=tuple(ShardRecord(**shard) for shard in record.pop("shards")),
+            files={name: FileRecord(**file) for name, file in record.pop("files").items()},
+            **record,
+        )
+        names = [shard.name for shard in dataset.shards] + list(dataset.files)
+        foreign = [name for name in names if not _PLAIN_NAME.fullmatch(name)]
+        foreign += [shard.name for shard in dataset.shards if not shard.name.endswith(".tar")]
+    except ShardError:
+        raise
+    # RecursionError: brackets nested ten thousand deep.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(
+            f"{source} is not the record of a data set ({error!r}); {remedy}"
+        ) from error
+    if not intact:
+        raise ShardError(f"{source} does not match its own checksum; {remedy}")
+    if foreign:
+        raise ShardError(f"{source} names what is no shard beside it: {foreign[:3]}.")
+    return dataset
+
+
+def begin(folder: Path, name: str) -> None:
+    """Mark a folder as incomplete until ``commit``; ``name`` says by what, such as a prefix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.incomplete").touch()
+    (folder / RECORD).unlink(missing_ok=True)
+    sync(folder)
+
+
+def refuse_incomplete(folder: Path) -> None:
+    """Raises ShardError if a writer is at work in the folder or was killed."""
+    if markers := sorted(folder.glob("*.incomplete")):
+        raise ShardError(
+            f"{markers[0]} marks a data set whose writer did not finish; run what made it again, "
+            f"or delete its shards and the marker."
+        )
+
+
+def commit(
+    folder: Path,
+    name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    files: Iterable[str] = (),
+) -> Dataset:
+    """Record all shards of a folder as one complete data set.
+
+    Args:
+        folder: every tar in it has its index.
+        name: as given to ``begin``; None if that was not called.
+        metadata: facts about the whole, of JSON's types; ``latent_scale``, for example.
+        files: names of files beside the shards that belong to the data set.
+
+    Raises:
+        ShardError: there is no shard, or one lacks its index or does not fit it.
+    """
+    shards, contents = [], {}
+    for path in sorted(folder.glob("*.tar")):
+        index, sha256 = load_index(index_path(path))
+        if path.stat().st_size != index.tar_bytes:
+            raise ShardError(f"{path} has not the size that its index says; write it again.")
+        shards.append(ShardRecord(path.name, index.tar_bytes, len(index), sha256))
+        for extension, description in index.contents.items():
+            merge_description(contents, extension, description)
+    if not shards:
+        raise ShardError(f"{folder} holds no shards; nothing was written into it.")
+    records = {file: _record_of((folder / file).read_bytes()) for file in files}
+    dataset = Dataset(tuple(shards), contents, dict(metadata or {}), records)
+    write_durably(folder / RECORD, dataset.to_json().encode())
+    if name is not None:
+        (folder / f"{name}.incomplete").unlink(missing_ok=True)
+        sync(folder)
+    return dataset
+
+
+def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
+    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
+    known = contents.get(extension)
+    if known is None:
+        contents[extension] = description
+    elif known != description:
+        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
+        varying = dict.fromkeys(
+            name for name in known | description if known.get(name) != description.get(name)
+        )
+        contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
+
+
+def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes]) -> bytes:
+    """A file beside the shards; raises ShardError unless it is the recorded one."""
+    if name not in dataset.files:
+        raise ShardError(f"{where} is not among the recorded files {sorted(dataset.files)}.")
+    data = read()
+    if dataset.files[name] != _record_of(data):
+        raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
+    return data
+
+
+def _record_of(data: bytes) -> FileRecord:
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

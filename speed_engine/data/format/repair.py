@@ -1,0 +1,59 @@
+"""The repair list: what ``speed-engine shards check`` found wanting, and training can leave out.
+
+{"version": 2, "shards": {"x-000003.tar": "the reason"},
+ "samples": {"x-000001.tar": {"0017": "the reason", ...}}}
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from speed_engine.data.format.index import VERSION
+from speed_engine.data.format.record import Dataset
+from speed_engine.data.format.tar import ShardError
+from speed_engine.runtime.files import write_durably
+
+
+@dataclass(frozen=True)
+class RepairList:
+    """Shards and samples that are damaged or unfit, each with a reason."""
+
+    shards: dict[str, str] = field(default_factory=dict)  # by name: unreadable as a whole
+    samples: dict[str, dict[str, str]] = field(default_factory=dict)  # by shard, then by key
+
+    def __bool__(self) -> bool:
+        return bool(self.shards or any(self.samples.values()))
+
+    def fingerprint(self, dataset: Dataset) -> str:
+        """Of a data set without what this list names, hexadecimal; its own if that is nothing."""
+        named = {name: sorted(keys) for name, keys in sorted(self.samples.items()) if keys}
+        if not named:  # whole shards are not in the record any more
+            return dataset.fingerprint
+        content = json.dumps([dataset.fingerprint, named])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        record = {"version": VERSION, "shards": self.shards, "samples": self.samples}
+        write_durably(path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def load_repair_list(path: Path) -> RepairList:
+    """Inverse of ``RepairList.save``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ShardError: not a repair list.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+        version, shards, samples = record["version"], record["shards"], record["samples"]
+        sound = version == VERSION and all(isinstance(keys, dict) for keys in samples.values())
+        if not sound or not isinstance(shards, dict):
+            raise ValueError(f"version {version!r}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardError(
+            f"{path} is not a repair list ({error!r}); `speed-engine shards check` writes one."
+        ) from error
+    return RepairList(shards, samples)

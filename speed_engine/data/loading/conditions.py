@@ -1,0 +1,82 @@
+"""Members of a sample that tell the model about its image, by the first part of their extension.
+
+    cls                       labels           the class, as decimal text
+    tokens.npy                tokens           (L, D) floats of a text encoder
+    low.npy, low.png, ...     low_resolution   a smaller version of the image, (C, h, w)
+
+What stands for "no text" is the empty prompt's tokens, in ``null_tokens.npy`` beside the shards.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from speed_engine.data.format.decode import Buffer, decode_image, decode_label, decode_npy
+from speed_engine.data.format.tar import ShardError
+
+NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}
+NULL_TOKENS = "null_tokens.npy"
+
+
+def condition_name(member: str) -> str:
+    """The model's argument that a member is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name = NAMES.get(member.partition(".")[0])
+    if name is None:
+        raise ValueError(
+            f"member {member!r} is no condition; the known are cls, tokens.npy and low.npy, "
+            "low.png, low.jpg, low.webp."
+        )
+    return name
+
+
+def decode_condition(data: Buffer, member: str, channels: int) -> np.ndarray:
+    """A member's bytes to its row of the batch; ``channels`` as in ``decode_image``.
+
+    Raises:
+        ValueError: they are not what the member should be.
+    """
+    name = condition_name(member)
+    if name == "labels":
+        return np.array(decode_label(data), dtype=np.int64)
+    if name == "tokens":
+        return _checked_tokens(decode_npy(data))
+    return decode_image(data, member, channels)
+
+
+def load_null_tokens(folder: Path) -> np.ndarray:
+    """(L, D) of the empty prompt.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    path = folder / NULL_TOKENS
+    if not path.is_file():
+        raise ShardError(
+            f"{path} does not exist; it holds the text encoder's tokens of the empty prompt, which "
+            "stand for no text. `speed-engine shards encode` writes it beside the tokens."
+        )
+    return decode_null_tokens(path.read_bytes(), str(path))
+
+
+def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
+    """(L, D) of the empty prompt, from its file.
+
+    Raises:
+        ValueError: it holds something else; ``where`` names it.
+    """
+    try:
+        return _checked_tokens(decode_npy(data)).copy()  # of its own memory
+    except ValueError as error:
+        raise ShardError(f"{where}: {error}") from error
+
+
+def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.floating):
+        raise ValueError(
+            f"text tokens are (length, width) floats, not {tokens.dtype} of shape {tokens.shape}."
+        )
+    return tokens

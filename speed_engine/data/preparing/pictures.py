@@ -1,0 +1,83 @@
+"""Pictures as they are prepared for shards: opened safely, cropped as ADM does, encoded.
+
+Letters: C channels, H, W of an array; pictures of Pillow have (width, height).
+"""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from speed_engine.data.format.decode import MAX_PIXELS
+
+FORMATS = ("png", "jpg", "webp", "npy")
+EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # of files that are taken for pictures
+_PILLOW_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # by content: ImageNet has PNGs named .JPEG
+_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
+
+
+def open_picture(data: bytes, channels: int) -> Image.Image:
+    """An 8-bit picture, grey for one channel, RGB for three; transparency is dropped, as ADM does.
+
+    Raises:
+        ValueError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
+            if image.mode not in _MODES:
+                raise ValueError(f"mode {image.mode} is not 8-bit grey or colour.")
+            return image.convert("L" if channels == 1 else "RGB")
+    except Exception as error:  # whatever the bytes provoke in Pillow
+        raise ValueError(f"unusable picture: {error}") from error
+
+
+def centre_crop(picture: Image.Image, size: int) -> Image.Image:
+    """The central square as size x size pixels, as ADM prepares ImageNet.
+
+    Halved by boxes while the shorter side is at least twice the size, resized by bicubic
+    interpolation, then cropped (Dhariwal and Nichol 2021, guided-diffusion's
+    ``image_datasets.center_crop_arr``).
+    """
+    while min(picture.size) >= 2 * size:
+        width, height = picture.size
+        picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    width, height = (round(side * scale) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def shrink(picture: Image.Image, size: int) -> Image.Image:
+    """Square pictures to size x size by means over boxes, ADM's low-resolution condition."""
+    return picture.resize((size, size), Image.Resampling.BOX)
+
+
+def encode_picture(picture: Image.Image, kind: str, quality: int) -> bytes:
+    """The content of a member.
+
+    Args:
+        picture: of mode L or RGB.
+        kind: one of FORMATS; npy is (C, H, W) uint8.
+        quality: of jpg and webp, 1 to 100.
+    """
+    if kind == "npy":
+        pixels = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+        return npy_bytes(np.ascontiguousarray(pixels))
+    file = io.BytesIO()
+    if kind == "png":
+        picture.save(file, "PNG")
+    elif kind == "jpg":
+        picture.save(file, "JPEG", quality=quality)
+    else:
+        picture.save(file, "WEBP", quality=quality)
+    return file.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """The content of an npy file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()

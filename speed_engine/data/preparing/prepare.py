@@ -1,0 +1,289 @@
+"""Shards from a source or from other shards: in parallel, and to be continued after a crash.
+
+    OUT/preparation.json        the plan: what is being made of what, and how
+    OUT/shard-000000.tar, ...   each a function of the plan and its number alone
+    OUT/dataset.json            there when all shards are, see dataset.py
+
+So whatever was killed is continued by running it again: shards that are complete stay, others are
+written, and the result is the same to the byte. Any number of processes may work on one plan, each
+on shards of its own.
+
+Letters: N samples, S shards.
+"""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed_engine.data.format.record import RECORD, begin, commit
+from speed_engine.data.format.writer import is_complete, shard_name, write_shard
+from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
+from speed_engine.data.preparing.source import Source
+from speed_engine.runtime.files import write_durably
+
+PLAN = "preparation.json"
+_NAME = "preparation"
+Members = dict[str, bytes]
+_log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """A folder that is being filled with shards.
+
+    Args:
+        out: the folder; new, empty, or of the same plan.
+        plan: of JSON's types; equal plans make equal shards.
+        names: (S,) file names of the shards.
+
+    Raises:
+        ValueError: the folder is in use for something else; says for what.
+    """
+
+    def __init__(self, out: Path, plan: dict[str, Any], names: Sequence[str]) -> None:
+        self._out, self._names = out, names
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
+        if (out / PLAN).exists():
+            _check_same_plan(out / PLAN, json.loads(text))
+        elif any(out.iterdir()):
+            raise ValueError(f"{out} is not empty; choose another folder or delete it.")
+        else:
+            write_durably(out / PLAN, text.encode())
+        if not (out / RECORD).exists():
+            begin(out, _NAME)
+
+    def pending(self) -> list[int]:
+        """Numbers of the shards that are not complete."""
+        return [s for s in range(len(self._names)) if not is_complete(self.path(s))]
+
+    def path(self, shard: int) -> Path:
+        """Of a shard's tar."""
+        return self._out / self._names[shard]
+
+    def finish(self, metadata: dict[str, Any], files: Sequence[str] = ()) -> None:
+        """Make the folder a data set if every shard is complete; else another process will.
+
+        Args:
+            metadata: facts about the whole for ``dataset.json``.
+            files: further ones beside the shards.
+        """
+        if not self.pending():
+            try:
+                commit(self._out, _NAME, metadata, (PLAN, *files))
+            except FileNotFoundError:  # two processes may end at once and rename one file
+                if not (self._out / RECORD).exists():
+                    raise
+
+
+def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        there = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete its folder.") from error
+    if there != plan:
+        other = {k: there.get(k) for k in sorted({*there, *plan}) if there.get(k) != plan.get(k)}
+        asked = {k: plan.get(k) for k in other}
+        raise ValueError(
+            f"{path.parent} holds a preparation with {other}, asked for is {asked}; choose another "
+            f"folder, or delete it."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How pictures are stored.
+
+    Attributes:
+        size: side of the square they are cropped to; None keeps them, if all are of one shape.
+        channels: 1 or 3.
+        format: png, jpg, webp or npy.
+        quality: of jpg and webp.
+        low_size: side of a second, smaller picture of the same, for super-resolution.
+        samples_per_shard: the last shard may hold fewer.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    size: int | None = None
+    channels: int = 3
+    format: str = "png"
+    quality: int = 95
+    low_size: int | None = None
+    samples_per_shard: int = 1000
+
+    def __post_init__(self) -> None:
+        _check("size", self.size, self.size is None or 1 <= self.size <= 8192, "1 to 8192 pixels")
+        _check("channels", self.channels, self.channels in (1, 3), "1 or 3")
+        _check("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}")
+        _check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
+        count = self.samples_per_shard
+        _check("samples_per_shard", count, 1 <= count <= 10**6, "1 to 1,000,000")
+        if self.low_size is not None:
+            fits = self.size is not None and 1 <= self.low_size < self.size
+            valid = fits and not (self.size or 0) % self.low_size
+            _check("low_size", self.low_size, valid, f"a divisor of size={self.size} below it")
+
+
+def _check(name: str, value: object, valid: bool, need: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value}: needed is {need}.")
+
+
+def make(
+    source: Source,
+    out: Path,
+    options: PictureOptions,
+    *,
+    workers: int,
+    skip_bad: bool = False,
+    advance: Callable[[int], object] = lambda samples: None,
+) -> None:
+    """Write a source as shards, its samples in an order that mixes them.
+
+    Args:
+        source: what to write.
+        out: folder, new, empty or of the same preparation, which is continued.
+        options: how to write it.
+        workers: processes.
+        skip_bad: leave unusable pictures out, each with a warning, instead of stopping there.
+        advance: called with the number of samples whenever a shard is there.
+
+    Raises:
+        ValueError: the first picture, or with ``skip_bad`` false any, is unusable; or the folder
+            is.
+        OSError: the disk is full, for example; the folder can be continued.
+        ChildProcessError: a worker was killed; likewise.
+    """
+    _check("workers", workers, workers >= 1, "1 or more")
+    size = _checked_first(source, options)
+    order, step = mixed_order(len(source)), options.samples_per_shard
+    numbers = [order[start : start + step] for start in range(0, len(order), step)]
+    names = [shard_name("shard", s) for s in range(len(numbers))]
+    plan = {"source": source.identity, "size": list(size), "samples": len(source)}
+    preparation = Preparation(out, {**asdict(options), **plan}, names)
+    pending = preparation.pending()
+    advance(sum(len(numbers[s]) for s in set(range(len(names))).difference(pending)))
+    tasks = [(preparation.path(s), numbers[s]) for s in pending]
+    for path, bad in _in_processes(tasks, source, options, size, skip_bad, workers):
+        for message in bad:
+            _log.warning("left out: %s", message)
+        advance(next(len(n) for p, n in tasks if p == path))
+    classes = {"classes": list(source.classes)} if source.classes else {}
+    preparation.finish({**classes, **source.metadata})
+
+
+def mixed_order(count: int) -> np.ndarray:
+    """(count,) int64, a fixed permutation: sources list class after class, shards mix them.
+
+    By the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+
+
+def _checked_first(source: Source, options: PictureOptions) -> tuple[int, int]:
+    """(width, height) of all; an unfit source fails here, before any work."""
+    if not len(source):
+        raise ValueError("the source holds no samples.")
+    try:
+        picture = source.read(0, options.channels).picture
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source.name(0)}: {error}") from error
+    return (options.size, options.size) if options.size else picture.size
+
+
+def _in_processes(
+    tasks: list[tuple[Path, np.ndarray]],
+    source: Source,
+    options: PictureOptions,
+    size: tuple[int, int],
+    skip_bad: bool,
+    workers: int,
+) -> Iterator[tuple[Path, list[str]]]:
+    """Each shard's path and its bad samples, as it is completed."""
+    setup = (source, options, size, skip_bad)
+    # Spawned, not forked: the parent has threads.
+    pool = ProcessPoolExecutor(
+        min(workers, max(len(tasks), 1)), get_context("spawn"), _start_worker, setup
+    )
+    try:
+        futures = [pool.submit(_make_shard, path, numbers) for path, numbers in tasks]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process was killed; if memory ran out, use fewer workers. Run the same "
+            "command again to continue."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Source, PictureOptions, tuple[int, int], bool]  # of this process
+
+
+def _start_worker(*setup: Any) -> None:
+    global _worker
+    _worker = setup  # type: ignore[assignment]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker of a killed parent would wait for tasks for ever."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _make_shard(path: Path, numbers: np.ndarray) -> tuple[Path, list[str]]:
+    source, options, size, skip_bad = _worker
+    bad: list[str] = []
+
+    def samples() -> Iterator[tuple[str, Members]]:
+        for number in numbers.tolist():
+            try:
+                yield f"{number:07d}", _members(source, number, options, size)
+            except (ValueError, OSError) as error:
+                message = f"{source.name(number)}: {error}"
+                if not skip_bad:
+                    raise ValueError(message) from error
+                bad.append(message)
+
+    write_shard(path, samples())
+    return path, bad
+
+
+def _members(
+    source: Source, number: int, options: PictureOptions, size: tuple[int, int]
+) -> Members:
+    picture, label, captions = source.read(number, options.channels)
+    if options.size is not None:
+        picture = centre_crop(picture, options.size)
+    elif picture.size != size:
+        raise ValueError(f"it has {picture.size} pixels, the first has {size}; choose a size.")
+    members = {options.format: encode_picture(picture, options.format, options.quality)}
+    if options.low_size is not None:
+        kind = "npy" if options.format == "npy" else "png"
+        low = shrink(picture, options.low_size)
+        members[f"low.{kind}"] = encode_picture(low, kind, options.quality)
+    if label is not None:
+        members["cls"] = str(label).encode()
+    if captions:
+        members["txt"] = "\n".join(captions).encode()
+    return members

@@ -1,0 +1,158 @@
+"""Named methods: a law of timesteps together with a loss weighting, for any process.
+
+Without this library's trainer, a method takes two lines of someone else's loop:
+
+    method = build_method("speed_paper", from_diffusers(noise_scheduler))
+    ...
+    timesteps, weights = method.draw(batch_size, step)      # then: loss = (weights * mse).mean()
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from speed_engine.diffusion import weighting
+from speed_engine.diffusion.distributions import Law
+from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.diffusion.table import TimestepTable
+from speed_engine.diffusion.timesteps import TimestepSampler, independent
+from speed_engine.diffusion.timesteps import stratified as stratified_words
+from speed_engine.diffusion.uncertainty import MeanLoss
+from speed_engine.diffusion.weighting import LossWeighting
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A recipe for one process and one target.
+
+    Attributes:
+        name: a key of ``METHODS``.
+        schedule: the process.
+        prediction: the target, a key of ``PREDICTIONS``.
+        timesteps: the sampler; its module state is the method's.
+        weight: (T,) float64 weight of the target's MSE.
+        table: the same with the linear form of process and target, for any timestep.
+        batch_loss: from per-image losses to one; its parameters are learned.
+        momentum_decay: the optimizer's part.
+        seed: () int64, root of ``draw``.
+    """
+
+    name: str
+    schedule: NoiseSchedule
+    prediction: str
+    timesteps: TimestepSampler
+    weight: Tensor
+    table: TimestepTable
+    batch_loss: MeanLoss
+    momentum_decay: str
+    seed: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(T,) float64 P at the first step."""
+        return self.timesteps.probabilities(0)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether law and weights stay what they are at the first step."""
+        return type(self.timesteps.law) is Law and type(self.batch_loss) is MeanLoss
+
+    @property
+    def epsilon_weight(self) -> Tensor:
+        """(T,) float64 the weight as one of the epsilon-MSE."""
+        return weighting.converted(
+            LossWeighting(self.weight, self.prediction), self.schedule, "epsilon"
+        )
+
+    def draw(
+        self, batch: int | Tensor, step: int, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor]:
+        """Timesteps and weights of a batch, for any training loop.
+
+        Args:
+            batch: B, the batch size, or (B,) int64 image counters, unique in the run; with several
+                processes pass counters, or every process draws the same.
+            step: optimizer steps done so far.
+            device: of the results, unless ``batch`` is a tensor.
+
+        Returns:
+            (B,) timesteps as the model and a diffusers scheduler take them, and (B,) float32
+            weights of the per-image MSE of ``prediction``. Weights that are learned
+            (``batch_loss``) and observed losses (``timesteps.observe``) are for loops that call
+            those themselves.
+        """
+        if isinstance(batch, int):
+            batch = torch.arange(step * batch, (step + 1) * batch, device=device)
+        for module in (self.timesteps, self.table):
+            module.to(batch.device)
+        t = self.timesteps.sample(self.seed.to(batch.device), batch, step)
+        weights = self.table(t)[:, 4] * self.timesteps.importance(t)
+        return self.schedule.model_time(t), weights
+
+
+def method_options(name: str) -> list[str]:
+    """What may be tuned of a method.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
+    return list(inspect.signature(METHODS[name]).parameters)[1:]
+
+
+def build_method(
+    name: str,
+    schedule: NoiseSchedule,
+    prediction: str | None = None,
+    *,
+    stratified: bool | None = None,
+    normalised: bool | None = None,
+    weight_on: Literal["definition", "prediction"] = "definition",
+    seed: int = 0,
+    **tuned: float,
+) -> Method:
+    """The named method for a process and a target.
+
+    Args:
+        name: a key of ``METHODS``.
+        schedule: the process.
+        prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
+        stratified: draw a batch's timesteps evenly spread instead of independently, from the same
+            P; by default as the method does.
+        normalised: scale the weights such that E_P[w] = 1 (P of the first step); by default as the
+            method does.
+        weight_on: "definition" converts the weight from the target that it is defined on, so that
+            the loss stays the same; "prediction" applies its values to the model's target as they
+            are, which is a different method.
+        seed: root of ``Method.draw``.
+        tuned: overrides the method's own arguments.
+
+    Raises:
+        ValueError: an unknown name, an argument that the method does not have, or one out of range.
+    """
+    known = method_options(name)
+    for argument in tuned:
+        if argument not in known:
+            raise ValueError(
+                f"method {name!r} has no {argument}; it takes {', '.join(known) or 'no arguments'}."
+            )
+    recipe = METHODS[name](schedule, **tuned)
+    prediction = prediction or schedule.prediction
+    timesteps = recipe.timesteps
+    if stratified is not None:
+        timesteps.words = stratified_words if stratified else independent
+    weight = recipe.weighting.values
+    if weight_on == "definition":
+        weight = weighting.converted(recipe.weighting, schedule, prediction)
+    if recipe.normalised if normalised is None else normalised:
+        weight = weight / (timesteps.probabilities(0) * weight).sum()
+    return Method(
+        name, schedule, prediction, timesteps, weight,
+        TimestepTable(schedule, prediction, weight),
+        recipe.batch_loss, recipe.momentum_decay, torch.tensor(seed),
+    )  # fmt: skip

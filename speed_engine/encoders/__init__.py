@@ -1,0 +1,1 @@
+"""Pretrained models of others that turn pictures and texts into what a model takes."""

@@ -1,0 +1,178 @@
+"""Images drawn in parts on disk: what was interrupted continues where it stopped.
+
+    FOLDER/settings.json     all that decides the images
+    FOLDER/00000500.npy      images 500 and following, one batch (B, C, H, W)
+
+A part appears when it is complete. It is the same batch whichever process draws it, so that any
+number of processes, and any interruptions, give the same bits.
+
+Letters: N images, B images of a batch, C channels, H x W pixels.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.world import ALONE, World
+
+SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Images on disk.
+
+    Attributes:
+        folder: of the parts.
+        num_images: N.
+        batch_size: B, but for the last part.
+    """
+
+    folder: Path
+    num_images: int
+    batch_size: int
+
+    @property
+    def starts(self) -> range:
+        """First image of each part."""
+        return range(0, self.num_images, self.batch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), of the first part."""
+        return next(self.parts()).shape[1:]
+
+    def path(self, start: int) -> Path:
+        """Of the part that begins there."""
+        return self.folder / f"{start:08d}.npy"
+
+    def ids(self, start: int) -> Tensor:
+        """(B,) int64 images of the part that begins there."""
+        return torch.arange(start, min(start + self.batch_size, self.num_images))
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """(B, C, H, W) in the order of the images, one part in memory at a time.
+
+        Raises:
+            ValueError: a part is missing or damaged.
+        """
+        for start in self.starts:
+            path = self.path(start)
+            try:
+                images = np.load(path, allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise _unreadable(path, str(error)) from error
+            if len(images) != len(self.ids(start)):
+                raise _unreadable(path, f"{len(images)} images for {len(self.ids(start))}")
+            yield images
+
+    def images(self) -> Tensor:
+        """(N, C, H, W), all in memory."""
+        return torch.cat([torch.from_numpy(part) for part in self.parts()])
+
+    def remove(self) -> None:
+        """The parts, once their images are elsewhere."""
+        (self.folder / SETTINGS).unlink()  # first: parts without it are never taken for a drawing
+        _empty(self.folder)
+        self.folder.rmdir()
+
+
+def draw_in_parts(
+    draw: Callable[[Tensor], Tensor],
+    num_images: int,
+    batch_size: int,
+    folder: Path,
+    settings: dict[str, Any],
+    world: World = ALONE,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Drawing:
+    """Draw what is missing in a folder; the processes share it.
+
+    Args:
+        draw: (B,) int64 images on the CPU -> (B, C, H, W) on the CPU, a function of these ids.
+        num_images: N.
+        batch_size: B.
+        folder: of the parts, made or continued.
+        settings: JSON-like, all that decides the images, beside those above.
+        world: the processes; each calls this, and returns when all parts are there.
+        advance: told the images of each part that this process has drawn.
+
+    Raises:
+        ValueError: the folder holds images of other settings.
+    """
+    drawing = Drawing(folder, num_images, batch_size)
+    settings = {"num_images": num_images, "batch_size": batch_size, **settings}
+    missing: list[int] = world.from_first(lambda: _begin(drawing, settings))
+    for start in missing[world.rank :: world.size]:
+        ids = drawing.ids(start)
+        _write(drawing.path(start), draw(ids).numpy())
+        advance(len(ids))
+    world.barrier()
+    return drawing
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether a folder holds parts that a drawing may continue."""
+    return (folder / SETTINGS).is_file()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, hexadecimal: what a drawing depends on, in its settings."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        sha.update(value.cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _begin(drawing: Drawing, settings: dict[str, Any]) -> list[int]:
+    """Make the folder, or check that it is of these settings; the parts to draw."""
+    folder, settings = drawing.folder, json.loads(json.dumps(settings))
+    if is_begun(folder):
+        _check_settings(folder, settings)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _empty(folder)
+        write_durably(folder / SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
+    return [start for start in drawing.starts if not drawing.path(start).exists()]
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    there = json.loads((folder / SETTINGS).read_text())
+    differing = sorted(
+        name for name in {*there, *settings} if there.get(name) != settings.get(name)
+    )
+    if differing:
+        changes = ", ".join(
+            f"{name} {there.get(name)} (now {settings.get(name)})" for name in differing
+        )
+        raise ValueError(
+            f"{folder} holds the beginning of a drawing with {changes}; finish that one with its "
+            "own settings, delete the folder, or write elsewhere."
+        )
+
+
+def _write(path: Path, images: np.ndarray) -> None:
+    file = io.BytesIO()
+    np.save(file, images, allow_pickle=False)
+    write_durably(path, file.getvalue())
+
+
+def _empty(folder: Path) -> None:
+    """Of parts, and of nothing else that may be there."""
+    for pattern in ("[0-9]*.npy", "[0-9]*.npy.tmp"):
+        for part in folder.glob(pattern):
+            part.unlink()
+
+
+def _unreadable(path: Path, cause: str) -> ValueError:
+    return ValueError(f"{path} cannot be used: {cause}. Delete it and run again; it is redrawn.")

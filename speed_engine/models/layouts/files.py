@@ -1,0 +1,188 @@
+"""Weights in files of other libraries' layouts.
+
+``original``    names as in the model's original code, such as facebookresearch/DiT, which are ours;
+                one safetensors file, or the .pt files that such code writes
+``diffusers``   ``DiTTransformer2DModel``: a folder with config.json and one safetensors file
+
+U-Nets are read from latent-diffusion's and EDM's files, too, see ``pretrained_unet``.
+"""
+
+import argparse
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from speed_engine.models.dit import DiT
+from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
+from speed_engine.models.layouts import dit, unet
+from speed_engine.models.unet import UNet
+
+LAYOUTS = ("original", "diffusers")
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+SHIFT = "frequency_shift"  # in the metadata of files written here
+
+
+def load_pretrained(model: nn.Module, path: Path) -> None:
+    """Copy the weights of a file into a model, by name.
+
+    Args:
+        model: of the file's sizes.
+        path: a .safetensors file of either layout, a folder that diffusers saved, or a .pt file, of
+            which the average is taken where there is one. A .pt file is a pickle: it is read by
+            PyTorch's restricted reader, which runs no code.
+
+    Raises:
+        ValueError: no such file, not such a file, or tensors that are missing, left over or of
+            other shapes (lists them); time features of another frequency shift; diffusers' layout
+            for a model that it cannot hold, or with embeddings that differ between blocks.
+    """
+    path = path / DIFFUSERS_FILE if path.is_dir() else path
+    tensors, metadata = _read(path)
+    try:
+        ours = _as_ours(model, tensors, metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    require_shapes(shapes(model.state_dict()), shapes(ours), path)
+    model.load_state_dict(ours)
+
+
+def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
+    """Write a model's weights: a .safetensors file for ``original``, a folder for ``diffusers``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: an unknown layout, a path that is taken, or a model that diffusers cannot hold.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout={layout!r} is unknown; choose from {', '.join(LAYOUTS)}.")
+    if path.exists():
+        raise ValueError(f"{path} exists already; name another path.")
+    metadata = {"format": "pt", SHIFT: str(_shift_of(model))}
+    if layout == "original":
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path} must end in .safetensors in layout original.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_owned(model.state_dict()), path, metadata)
+        return [path]
+    if not isinstance(model, DiT):
+        raise ValueError(f"layout diffusers is for DiTs, and this is a {type(model).__name__}.")
+    tensors = _owned(dit.to_diffusers(model))
+    config = dit.diffusers_config(model)
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, path / DIFFUSERS_FILE, metadata)
+    return [path / "config.json", path / DIFFUSERS_FILE]
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of each, by name."""
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def require_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object
+) -> None:
+    """Compare names and shapes.
+
+    Args:
+        expected: shapes by name.
+        found: shapes by name.
+        source: what holds them, for the message.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; lists all of them.
+    """
+    if found == expected:
+        return
+    missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    reshaped = [
+        f"{name} is {found[name]} there and {expected[name]} here"
+        for name in sorted(expected.keys() & found)
+        if expected[name] != found[name]
+    ]
+    raise ValueError(
+        f"{source} is a checkpoint of another model: "
+        f"missing {missing}, unexpected {unexpected}, reshaped {reshaped}."
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is no file.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file ({error}).") from error
+    if path.suffix not in (".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{path} ends in none of .safetensors, .pt, .pth and .ckpt.")
+    try:
+        # DiT's training script stores its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged; nothing of it was run. If you trust "
+            f"it, convert it to .safetensors elsewhere. ({str(error).splitlines()[0]})"
+        ) from error
+    for part in ("ema", "model", "state_dict"):
+        stored = stored.get(part, stored) if isinstance(stored, dict) else stored
+    if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors, nor one named ema or model.")
+    return stored, {}
+
+
+def _as_ours(
+    model: nn.Module, tensors: dict[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors by the model's names, whatever the layout."""
+    if isinstance(model, DiT):
+        of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
+        _require_shift(model, of_diffusers, metadata)
+        if not of_diffusers:
+            return tensors
+        require_shapes(shapes(dit.to_diffusers(model)), shapes(tensors), "it")
+        return dit.from_diffusers(tensors, model)
+    if shapes(tensors) == shapes(model.state_dict()):
+        return tensors
+    if isinstance(model, UNet):
+        of_diffusers = any(name.startswith("down_blocks.") for name in tensors)
+        if of_diffusers:
+            return unet.from_diffusers(tensors, model)
+        return unet.from_ldm(tensors)
+    if isinstance(model, (SongUNet, DhariwalUNet)):
+        return unet.from_edm(tensors)
+    return tensors
+
+
+def _shift_of(model: nn.Module) -> float:
+    return float(model.t_embedder.frequency_shift) if isinstance(model, DiT) else 0.0
+
+
+def _require_shift(model: DiT, of_diffusers: bool, metadata: Mapping[str, str]) -> None:
+    """The time features that the weights were trained with must be the model's."""
+    told, ours = metadata.get(SHIFT), _shift_of(model)
+    assumed = dit.DIFFUSERS_SHIFT if of_diffusers else 0.0
+    theirs = float(told) if told is not None else assumed
+    if theirs != ours:
+        layout = LAYOUTS[of_diffusers]
+        reason = "is recorded in it" if told is not None else f"is that of layout {layout}"
+        raise ValueError(
+            f"a frequency shift of {theirs:g} {reason}, and the model has {ours:g}; set "
+            f"model.frequency_shift={theirs:g}."
+        )
+
+
+def _owned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, since safetensors refuses tensors that share memory."""
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}

@@ -1,0 +1,226 @@
+"""What a run takes on many devices: memory, communication and step time, before any is rented.
+
+A roofline with a network: for W devices, s of which share the parameters (shards) and r = W / s of
+which repeat them (replicas), P parameters and n images per device and step,
+
+    compute   3 forward FLOPs n / (efficiency x peak)
+    gather    2 P (s - 1) / s bytes per device, bfloat16, for the forward pass, and as much again
+              for the backward pass if parameters are dropped between the two
+    scatter   4 P (s - 1) / s bytes, float32 gradients
+    repeat    8 P / s (r - 1) / r bytes, their sum over the replicas, as a ring has it
+    step      between the longer of compute and communication, if all of it overlaps, and their sum
+
+A collective inside a node runs at the node's links, one that leaves it at the network's rate per
+device; each adds a latency for every doubling of the devices it spans. Gathering, scattering and
+repeating happen once per block of the model.
+"""
+
+from dataclasses import dataclass
+from math import log2
+from typing import NamedTuple
+
+import torch
+
+from speed_engine.build import build_model
+from speed_engine.config import TrainConfig
+from speed_engine.planning.cost import GPUS, UPDATE_BYTES, Estimate, Gpu, estimate
+from speed_engine.runtime.machine import choose_parallel
+from speed_engine.runtime.sharding import LAYOUTS, blocks
+from speed_engine.runtime.world import World
+
+
+class Links(NamedTuple):
+    """Bytes per second that one device sends, in one direction."""
+
+    node: float  # to the devices of its node
+    network: float  # to those of other nodes
+
+
+# Half of NVLink's two-way rate on NVIDIA's data sheets, PCIe 4.0 x16 for cards without it; one
+# adapter per device, as in DGX systems: 200 Gb/s with A100, 400 Gb/s with H100 and later.
+LINKS = {
+    "a100": Links(300e9, 25e9),
+    "h100": Links(450e9, 50e9),
+    "h200": Links(450e9, 50e9),
+    "b200": Links(900e9, 50e9),
+    "l40s": Links(32e9, 25e9),
+    "a6000": Links(32e9, 25e9),
+    "rtx4090": Links(32e9, 25e9),
+}
+# Assumed, as nothing of it has been measured: seconds of a collective per doubling of its devices.
+NODE_LATENCY, NETWORK_LATENCY = 5e-6, 10e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one run on W devices.
+
+    Attributes:
+        layout: a key of ``LAYOUTS``, or none.
+        images: per device and step.
+        state_bytes: parameters, gradients, optimizer and average on one device.
+        gathered_bytes: parameters and gradients of the blocks in use, on one device.
+        activation_bytes: kept for the backward pass, on one device.
+        sent_bytes: by one device in a step.
+        compute_seconds: of a step, arithmetic and the update of parameters.
+        communication_seconds: of a step.
+    """
+
+    layout: str
+    images: float
+    state_bytes: float
+    gathered_bytes: float
+    activation_bytes: float
+    sent_bytes: float
+    compute_seconds: float
+    communication_seconds: float
+
+    @property
+    def memory_bytes(self) -> float:
+        """On one device."""
+        return self.state_bytes + self.gathered_bytes + self.activation_bytes
+
+    @property
+    def step_seconds(self) -> tuple[float, float]:
+        """With all communication behind arithmetic, and with none."""
+        compute, communication = self.compute_seconds, self.communication_seconds
+        return max(compute, communication), compute + communication
+
+
+def plan(config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: float) -> Plan:
+    """Of a configured run.
+
+    Args:
+        config: of the run.
+        gpus: W.
+        gpu: a key of ``GPUS``.
+        per_node: devices of a node.
+        efficiency: share of the peak rate that the arithmetic reaches, in (0, 1].
+
+    Raises:
+        ValueError: sizes that do not divide as they must.
+    """
+    _check(config, gpus, per_node, efficiency)
+    cost = estimate(config)
+    per_node = min(per_node, gpus)
+    world = World(size=gpus, local_size=per_node)
+    layout = choose_parallel(config.parallel, world, "cuda").value
+    replicas, shards = LAYOUTS[layout](world) if gpus > 1 else (1, 1)
+    units = _unit_parameters(config)
+    images = config.batch_size / gpus
+    microbatches = images / min(config.microbatch_size or images, images)
+    reshard = config.reshard and shards > 1
+    gathers = microbatches * (2 if reshard else 1)
+    sent, seconds = 0.0, 0.0
+    across = _Span(gpu, shards, per_node)
+    for parameters in units:
+        for size, times in ((2 * parameters, gathers), (4 * parameters, 1)):
+            sent += times * size * (shards - 1) / shards
+            seconds += times * across.seconds(size * (shards - 1) / shards)
+        # Replicas of a sharded model are in other nodes; those of a whole one everywhere.
+        repeat = 8 * parameters / shards * (replicas - 1) / replicas
+        sent += repeat
+        seconds += _Span(gpu, replicas, 1 if shards > 1 else per_node).seconds(repeat)
+    return Plan(
+        layout,
+        images,
+        state_bytes=cost.state_bytes / shards,
+        gathered_bytes=_gathered(units, gpus, reshard),
+        activation_bytes=_activations(cost, images / microbatches, gpus),
+        sent_bytes=sent,
+        compute_seconds=_compute(cost, images, shards, GPUS[gpu], efficiency),
+        communication_seconds=seconds,
+    )
+
+
+def describe(
+    config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: float
+) -> dict[str, str]:
+    """What ``speed-engine plan`` prints, line by line."""
+    planned = plan(config, gpus, gpu, per_node, efficiency)
+    shortest, longest = planned.step_seconds
+    memory, need = GPUS[gpu].memory, planned.memory_bytes
+    verdict = "fits" if need < 0.9 * memory else "does not fit: lower microbatch_size or add GPUs"
+    alone = planned.compute_seconds
+    rates = [config.batch_size / seconds for seconds in (longest, shortest)]
+    hours = [config.steps * seconds / 3600 for seconds in (shortest, longest)]
+    bound = "communication" if planned.communication_seconds > alone else "arithmetic"
+    return {
+        "layout": f"{planned.layout} on {gpus} {gpu}, {planned.images:g} images each per step",
+        "memory": f"{need / 1e9:.1f} GB of {memory / 1e9:.0f} per GPU, {verdict}: state "
+        f"{planned.state_bytes / 1e9:.2f}, blocks in use {planned.gathered_bytes / 1e9:.2f}, "
+        f"activations {planned.activation_bytes / 1e9:.1f}",
+        "sent": f"{planned.sent_bytes / 1e9:.2f} GB per GPU and step, "
+        f"{1e3 * planned.communication_seconds:.1f} ms",
+        "compute": f"{1e3 * alone:.1f} ms per step at {efficiency:.0%} of the peak rate, which is "
+        "assumed, not measured",
+        "step": f"{1e3 * shortest:.1f} to {1e3 * longest:.1f} ms (communication behind arithmetic, "
+        f"or not at all): {rates[0]:,.0f} to {rates[1]:,.0f} images/s, bound by {bound}",
+        "scaling": f"{alone / longest:.0%} to {alone / shortest:.0%} of {gpus} times one GPU with "
+        "the same images each",
+        "run": f"{config.steps:,} steps: {hours[0]:.3g} to {hours[1]:.3g} hours, "
+        f"{gpus * hours[0]:,.0f} to {gpus * hours[1]:,.0f} GPU-hours",
+    }
+
+
+class _Span(NamedTuple):
+    """A group of devices that exchange."""
+
+    gpu: str
+    size: int
+    per_node: int
+
+    def seconds(self, sent: float) -> float:
+        """Of one collective in which each device sends so many bytes."""
+        if self.size == 1:
+            return 0.0
+        inside = self.size <= self.per_node
+        rate = LINKS[self.gpu].node if inside else LINKS[self.gpu].network
+        latency = NODE_LATENCY if inside else NETWORK_LATENCY
+        return sent / rate + latency * log2(self.size)
+
+
+def _check(config: TrainConfig, gpus: int, per_node: int, efficiency: float) -> None:
+    if gpus < 1 or per_node < 1 or (gpus > per_node and gpus % per_node):
+        raise ValueError(
+            f"{gpus} GPUs in nodes of {per_node}: take up to {per_node}, or a multiple of it."
+        )
+    if config.batch_size % gpus:
+        raise ValueError(
+            f"batch_size={config.batch_size} does not spread over {gpus} GPUs; it must be a "
+            f"multiple, such as --batch-size {-(-config.batch_size // gpus) * gpus}, and the "
+            "learning rate may have to follow it."
+        )
+    if not 0 < efficiency <= 1:
+        raise ValueError(f"efficiency={efficiency} is a share of the peak rate, in (0, 1].")
+
+
+def _unit_parameters(config: TrainConfig) -> list[int]:
+    """Parameters of each block, then of what is outside blocks."""
+    with torch.device("meta"):
+        model = build_model(config)
+    counts = [sum(p.numel() for p in block.parameters()) for block in blocks(model)]
+    return [*counts, sum(p.numel() for p in model.parameters()) - sum(counts)]
+
+
+def _gathered(units: list[int], gpus: int, reshard: bool) -> float:
+    """Two blocks, one in use and one on its way, and the rest; or all of them, if none is dropped.
+
+    In bfloat16, and the gradients of two blocks in float32 on their way to be summed.
+    """
+    if gpus == 1:
+        return 0.0
+    *blocks, rest = units
+    largest = 2 * max(blocks, default=0)
+    return 2 * ((largest if reshard else sum(blocks)) + rest) + 4 * (largest + rest)
+
+
+def _activations(cost: Estimate, images: float, gpus: int) -> float:
+    """Autocast's copies of the weights are the gathered blocks themselves where those exist."""
+    copies = cost.autocast_weight_bytes if gpus == 1 else 0
+    return cost.autocast_activation_bytes * images + copies
+
+
+def _compute(cost: Estimate, images: float, shards: int, gpu: Gpu, efficiency: float) -> float:
+    products = cost.training_flops * images / (efficiency * gpu.bf16_flops)
+    return products + UPDATE_BYTES * cost.parameters / shards / gpu.bandwidth

@@ -1,0 +1,210 @@
+"""What a run will cost, from its configuration alone: nothing is allocated, no data are read.
+
+    memory     parameters, gradients, AdamW's two moments and the average: float32, 20 bytes each
+    activation bytes that are kept for the backward pass, counted storage by storage
+    step       at least  3 forward FLOPs / peak rate + 36 bytes per parameter / bandwidth;
+               MDT goes forward twice, once under its mask
+
+The backward pass takes twice the forward's FLOPs (gradients of inputs and of parameters); the
+optimizer and the average read five and write four float32 per parameter in one sweep.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from speed_engine.build import build_model, condition_shapes, masked_network, told_names
+from speed_engine.config import TrainConfig
+from speed_engine.planning.flops import forward_flops
+
+STATE_BYTES = 20  # per parameter: itself, gradient, two moments, average
+UPDATE_BYTES = 36  # per parameter: five values read, four written
+
+
+class Gpu(NamedTuple):
+    """Of one device, as its maker states it."""
+
+    bf16_flops: float  # per second, dense matrix products with float32 accumulation
+    bandwidth: float  # bytes per second
+    memory: float  # bytes
+
+
+# NVIDIA's data sheets of each (SXM where there are several; half of the rates "with sparsity").
+GPUS = {
+    "a100": Gpu(312e12, 2.039e12, 80e9),
+    "h100": Gpu(989.5e12, 3.35e12, 80e9),
+    "h200": Gpu(989.5e12, 4.8e12, 141e9),
+    "b200": Gpu(2250e12, 8e12, 180e9),
+    "l40s": Gpu(362.05e12, 0.864e12, 48e9),
+    "a6000": Gpu(154.8e12, 0.768e12, 48e9),  # what the SpeeD paper trained on
+    "rtx4090": Gpu(165.2e12, 1.008e12, 24e9),
+}
+
+
+class _NormsInFloat32(TorchFunctionMode):
+    """What CUDA's autocast does and the CPU's does not."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.group_norm, F.layer_norm):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run on one device.
+
+    Attributes:
+        parameters: of the model.
+        forward_flops: per image, of one pass.
+        training_flops: per image, of every forward pass of a step and its backward pass.
+        activation_bytes: per image, kept for the backward pass in float32.
+        autocast_activation_bytes: the same under bfloat16 autocast.
+        autocast_weight_bytes: bfloat16 copies of the parameters that autocast keeps.
+        batch_size: images per step on the device.
+    """
+
+    parameters: int
+    forward_flops: int
+    training_flops: int
+    activation_bytes: int
+    autocast_activation_bytes: int
+    autocast_weight_bytes: int
+    batch_size: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters, gradients, optimizer and average."""
+        return STATE_BYTES * self.parameters
+
+    @property
+    def autocast_bytes(self) -> int:
+        """Everything, under bfloat16 autocast."""
+        activations = self.autocast_activation_bytes * self.batch_size
+        return self.state_bytes + self.autocast_weight_bytes + activations
+
+    def step_seconds(self, gpu: Gpu) -> float:
+        """The floor: no step can be faster, real ones move activations through memory as well."""
+        products = self.training_flops * self.batch_size / gpu.bf16_flops
+        return products + UPDATE_BYTES * self.parameters / gpu.bandwidth
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Of the configured model and batch size, on one device.
+
+    Raises:
+        ValueError: the model cannot be built, as in training.
+    """
+    with torch.device("meta"):
+        model = build_model(config)
+        flops = [forward_flops(model, inputs) for inputs in _passes(model, config, 1)]
+    # Unlike the meta device, a fake one has autocast and fused attention.
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        exact = _kept_bytes(model, config, 2) - _kept_bytes(model, config, 1)
+        with _NormsInFloat32():
+            one, two = (_kept_bytes(model, config, images, autocast=True) for images in (1, 2))
+    return Estimate(
+        parameters=sum(p.numel() for p in model.parameters()),
+        forward_flops=flops[0],
+        training_flops=3 * sum(flops),
+        activation_bytes=exact,
+        autocast_activation_bytes=two - one,
+        autocast_weight_bytes=2 * one - two,
+        batch_size=config.batch_size,
+    )
+
+
+def describe(config: TrainConfig, gpu: str) -> dict[str, str]:
+    """What ``speed-engine train PRESET --dry-run`` prints, line by line; gpu is one of ``GPUS``."""
+    cost, device = estimate(config), GPUS[gpu]
+    floor = cost.step_seconds(device)
+    shape = " x ".join(map(str, config.data.image_shape))
+    told = ", ".join(told_names(config)) or "nothing"
+    return {
+        "model": f"{config.model.size or config.model.family} on {shape}, told {told}",
+        "parameters": f"{cost.parameters:,}",
+        "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
+        f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",
+        "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
+        f"{_short(8 * cost.parameters)}B, AdamW {_short(8 * cost.parameters)}B, average "
+        f"{_short(4 * cost.parameters)}B; float32",
+        "activations": f"{_short(cost.activation_bytes)}B per image in float32; under bfloat16 "
+        f"autocast, which halves what products read but not what norms and residuals keep, "
+        f"{_short(cost.autocast_activation_bytes)}B per image and "
+        f"{_short(cost.autocast_weight_bytes)}B of weights once more",
+        "memory": f"{_short(cost.autocast_bytes)}B of one {gpu}'s {_short(device.memory)}B, with "
+        f"all {cost.batch_size} images of a step at once, under autocast",
+        "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "
+        f"images/s: products at {_short(device.bf16_flops)}FLOP/s, and the update of "
+        f"{UPDATE_BYTES} bytes per parameter at {_short(device.bandwidth)}B/s",
+        "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
+        f"{config.steps * floor / 3600:.3g} hours",
+    }
+
+
+def _short(number: float) -> str:
+    """Three or four digits and the decimal prefix of a unit."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.95:
+            return f"{number:.4g} {prefix}"
+        number /= 1000
+    return f"{number:.4g} T"
+
+
+def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
+    """The model's arguments in every forward pass of a step, on the current default device."""
+    conditions = {
+        name: torch.zeros(images, *shape, dtype=torch.int64 if name == "labels" else torch.float32)
+        for name, shape in condition_shapes(config).items()
+    }
+    inputs = {
+        "x": torch.zeros(images, *config.data.image_shape),
+        "t": torch.zeros(images),
+        **conditions,
+    }
+    network = masked_network(model)
+    if network is None:
+        return [inputs]
+    draws = torch.zeros(images, network.mask_words, dtype=torch.int64)
+    return [inputs, {**inputs, "mask_draws": draws}]
+
+
+def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:
+    """Of the storages made by a step's forward passes and alive after them, for the backward."""
+    with _Storages(model) as storages:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            answers = [model(**inputs) for inputs in _passes(model, config, images)]
+        kept = storages.bytes_alive()
+    del answers
+    return kept
+
+
+class _Storages(TorchDispatchMode):
+    """Watches what is allocated beside a model, by whatever it is held: autograd, or a cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        tensors = (*model.parameters(), *model.buffers())
+        self._own = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._own:
+                storage = leaf.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        """Of the storages that are still held."""
+        return sum(size for reference, size in self._made.values() if not reference.expired())

@@ -1,0 +1,381 @@
+"""What this machine offers, what a run will use of it, and why.
+
+``doctor`` prints these choices and training acts on them, so that the two cannot disagree.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from speed_engine.config import TrainConfig
+from speed_engine.ops import (
+    BLOCK_FUSED,
+    FUSED,
+    block_operators_for,
+    norm_kernels_run_on,
+    operators_for,
+)
+from speed_engine.runtime.memory import can_keep_freed_memory
+from speed_engine.runtime.world import ALONE, World
+
+PACKAGES = (
+    "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
+    "torchvision", "xformers", "simplejpeg", "zlib-ng",
+)  # fmt: skip
+# benchmarks/results/x86-64-2-cores/compile.json: 31 s of C++ compilation against 12 ms a step saved
+# is even after 2,500 steps of the digits preset. Other models and machines differ, hence a margin.
+COMPILE_PAYS_ON_CPU = 5000
+RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the rest is for training
+# Bytes. The steps of models for small data are so short that 5 us of loading per image count; a
+# larger data set is of larger images, or lies in the page cache anyway.
+RESIDENT_ON_CPU = 2**26
+# By machine; not part of an installed package, where the defaults hold.
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STORED_NOISE = "kernels_stored_noise.json"  # written by benchmarks/bench_kernels.py
+
+
+class Choice(NamedTuple):
+    """A decision and its reason."""
+
+    value: str
+    reason: str
+
+
+def choose_device(wanted: str) -> Choice:
+    """``cuda`` or ``cpu``.
+
+    Raises:
+        ValueError: CUDA was asked for and is not there.
+    """
+    if torch.cuda.is_available():
+        if wanted == "cpu":
+            return Choice("cpu", "asked for, although a GPU is present")
+        return Choice("cuda", torch.cuda.get_device_name())
+    if wanted == "cuda":
+        raise ValueError("device=cuda, but PyTorch finds no GPU here; use cpu or auto.")
+    return Choice("cpu", f"PyTorch finds no GPU; {torch.get_num_threads()} threads")
+
+
+def choose_precision(device: str) -> Choice:
+    """The dtype of matrix products; parameters are float32 everywhere."""
+    if device == "cuda":
+        return Choice("bfloat16", "autocast, with float32 parameters")
+    return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
+
+
+def choose_compile(wanted: str, device: str, steps: int) -> Choice:
+    """``on``, ``blocks`` or ``off``."""
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cuda":
+        return Choice("on", "the step is then a few large kernels")
+    measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
+    return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+
+
+def choose_attention(wanted: str, device: str) -> Choice:
+    """``sdpa``, PyTorch's, or ``xformers``.
+
+    Raises:
+        ValueError: xFormers was asked for and cannot run here.
+    """
+    obstacle = _xformers_obstacle(device)
+    if wanted == "xformers":
+        if obstacle:
+            raise ValueError(f"attention=xformers, but {obstacle}; use sdpa or auto.")
+        return Choice("xformers", "asked for")
+    if wanted == "sdpa":
+        return Choice("sdpa", "PyTorch's; asked for")
+    return Choice("sdpa", f"PyTorch's; {obstacle or 'xFormers would run, too'}")
+
+
+def choose_kernels(device: str) -> Choice:
+    """What computes the noise, the noised input and the loss."""
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice("Triton", "noise, noised input and loss fused, each one pass over memory")
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"noise, noised input and loss; {missing}")
+
+
+def choose_block_kernels(device: str) -> Choice:
+    """What computes a transformer block between its matrix products."""
+    if block_operators_for(torch.device(device)) is BLOCK_FUSED:
+        return Choice(
+            "Triton",
+            "adaLN, gates, GELU and bias gradients fused; a quarter less memory traffic than "
+            "torch.compile by count, not yet timed on a GPU",
+        )
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"adaLN, gates, GELU and bias gradients; {missing}")
+
+
+def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESULTS) -> Choice:
+    """``stored`` from input to loss, or ``drawn again`` there: the bits are the same.
+
+    What was measured on this kind of machine decides, at the measured size nearest to the images';
+    without a measurement a GPU draws again, which needs no memory.
+    """
+    path = results / machine_name(device) / STORED_NOISE
+    if not path.is_file():
+        if device == "cuda":
+            return Choice("drawn again", "needs no memory; not measured on this GPU")
+        return Choice("stored", "drawing takes a CPU longer than reading")
+    size = math.prod(image_shape)
+    cases = json.loads(path.read_text())["cases"]
+    nearest = min(cases, key=lambda case: abs(math.log(case["elements_per_image"] / size)))
+    times = {
+        name: figures["device_milliseconds"]["median"]
+        for name, figures in nearest["providers"].items()
+    }
+    measured = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
+    return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
+
+
+def choose_resident(
+    wanted: str, device: str, num_bytes: int | None, mode: str = "exact", workers: int = 0
+) -> Choice:
+    """``on`` or ``off``.
+
+    Args:
+        wanted: the option.
+        device: ``cuda`` or ``cpu``.
+        num_bytes: of the data set; None if it is not known yet.
+        mode: in which it is read.
+        workers: processes that are asked to read it.
+    """
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if mode == "stream":
+        return Choice("off", "data.mode=stream reads shards from end to end")
+    if device != "cuda":
+        small = f"{RESIDENT_ON_CPU / 1e6:.0f} MB without data workers"
+        if workers or (num_bytes or 0) > RESIDENT_ON_CPU:
+            return Choice("off", f"a CPU keeps data sets of at most {small}")
+        return Choice("on", f"at most {small}: images cost no reading and checking again")
+    free, _ = torch.cuda.mem_get_info()
+    limit = f"{RESIDENT_SHARE:.0%} of {free / 1e9:.1f} GB of free GPU memory"
+    if num_bytes is None:
+        return Choice("on", f"where the data set fits in {limit}")
+    fits = num_bytes <= RESIDENT_SHARE * free
+    word = "fit" if fits else "do not fit"
+    return Choice("on" if fits else "off", f"{num_bytes / 1e9:.3g} GB of data {word} in {limit}")
+
+
+def machine_name(device: str) -> str:
+    """The folder of a machine's measurements."""
+    hardware = f"{platform.machine()} {os.cpu_count()} cores"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
+
+
+def choose_norm_kernels(device: str) -> Choice:
+    """What computes QK-norm with RoPE, and group norm with SiLU."""
+    if norm_kernels_run_on(torch.device(device)):
+        return Choice(
+            "Triton",
+            "QK-norm with RoPE, group norm with SiLU: by count 10 and 8 tensors moved, forward and "
+            "backward together; not yet timed on a GPU",
+        )
+    missing = "Triton is not installed" if device == "cuda" else "the kernels need CUDA"
+    return Choice("PyTorch reference", f"QK-norm with RoPE, group norm with SiLU; {missing}")
+
+
+def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
+    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
+
+    Raises:
+        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+            or on several processes, where FSDP2 makes them.
+    """
+    if wanted == "auto":
+        return Choice(
+            "separate",
+            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "36, but no GPU has measured it yet",
+        )
+    if wanted == "separate":
+        return Choice(wanted, "asked for")
+    if wanted == "one_sweep_bf16" and device != "cuda":
+        raise ValueError(
+            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
+            f"{device} they are float32: use one_sweep or separate."
+        )
+    if wanted == "one_sweep_bf16" and world.size > 1:
+        raise ValueError(
+            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
+            f"gathers them, here on {world.size} processes: use one_sweep or separate."
+        )
+    if operators_for(torch.device(device)) is FUSED:
+        return Choice(wanted, "asked for; a Triton kernel")
+    missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
+    return Choice(wanted, f"asked for; the PyTorch reference, since {missing}")
+
+
+def choose_jpeg_decoder() -> Choice:
+    """What decodes JPEGs; the pixels are the same."""
+    if obstacle := _import_error("simplejpeg"):
+        return Choice("Pillow", f"half as fast as simplejpeg ({obstacle})")
+    return Choice("simplejpeg", "straight into the batch; Pillow where libjpeg warns")
+
+
+def choose_checksums() -> Choice:
+    """What computes CRC-32; the sums are the same."""
+    if obstacle := _import_error("zlib_ng.zlib_ng"):
+        return Choice("zlib", f"a tenth as fast as zlib-ng ({obstacle})")
+    return Choice("zlib-ng", "of every member that is read or written")
+
+
+def choose_host_memory() -> Choice:
+    """What becomes of memory that is freed between steps."""
+    if can_keep_freed_memory():
+        return Choice("kept", "freed memory waits for the next step, without page faults")
+    return Choice("returned", "to the system after every step; only glibc can keep it")
+
+
+def choose_parallel(wanted: str, world: World, device: str) -> Choice:
+    """A key of ``distributed.LAYOUTS``.
+
+    Raises:
+        ValueError: hsdp on one node.
+    """
+    nodes = world.size // world.local_size
+    if wanted == "hsdp" and nodes == 1:
+        raise ValueError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
+    if world.size == 1:
+        return Choice("none", "one process; torchrun starts several")
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    if device == "cpu":
+        return Choice("ddp", "processes on one host share its memory anyway")
+    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
+
+
+def choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> dict[str, Choice]:
+    """Every choice, by the name that doctor prints.
+
+    Args:
+        config: of the run.
+        world: of its processes.
+        num_bytes: of its data set, if known.
+    """
+    device = choose_device(config.device)
+    return {
+        "device": device,
+        "parallel": choose_parallel(config.parallel, world, device.value),
+        "precision": choose_precision(device.value),
+        "torch.compile": choose_compile(config.compile, device.value, config.steps),
+        "attention": choose_attention(config.attention, device.value),
+        "kernels": choose_kernels(device.value),
+        "block kernels": choose_block_kernels(device.value),
+        "noise": choose_noise(device.value, config.data.image_shape),
+        "resident data": choose_resident(
+            config.data.resident,
+            device.value,
+            num_bytes,
+            config.data.mode,
+            config.data.workers,
+        ),
+        "norm kernels": choose_norm_kernels(device.value),
+        "optimizer": choose_update(config.optimizer.update, device.value, world),
+        "host memory": choose_host_memory(),
+        "data workers": _workers(config.data.workers),
+        "JPEG decoder": choose_jpeg_decoder(),
+        "checksums": choose_checksums(),
+    }
+
+
+def torch_device(config: TrainConfig) -> torch.device:
+    """The device of a run."""
+    return torch.device(choose_device(config.device).value)
+
+
+def describe(command: list[str]) -> dict[str, Any]:
+    """Versions, hardware and source of a run, for ``environment.json``."""
+    return {
+        "command": command,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))}
+        | {"torch": torch.__version__},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "git_commit": _git_commit(),
+    }
+
+
+def _workers(count: int) -> Choice:
+    if count == 0:
+        return Choice("0", "the training process reads by itself, enough for small images")
+    return Choice(str(count), f"processes that read ahead, of {os.cpu_count()} cores")
+
+
+def _xformers_obstacle(device: str) -> str | None:
+    """Why xFormers cannot compute attention here; None if it just did, forward and backward."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xFormers is not installed (the extra `xformers`)"
+    if device == "cpu":
+        return f"xFormers {_version('xformers')} has operators for CUDA only"
+    try:
+        from xformers.ops import fmha
+
+        x = torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        fmha.memory_efficient_attention(x, x, x).sum().backward()
+    except Exception as error:  # whatever a binary built for another machine may raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return f"xFormers {_version('xformers')} does not run here: {lines[0]}"
+    return None
+
+
+def _import_error(module: str) -> str | None:
+    """Why it cannot be imported; asking whether it is installed would miss a broken build."""
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_commit() -> str | None:
+    """Of the checkout this package runs from; None if it was installed without one."""
+    folder = Path(__file__).parent
+    if shutil.which("git") is None:
+        return None
+    asked = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    tracked = subprocess.run(
+        ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
+    )
+    return asked.stdout.strip() if asked.returncode == tracked.returncode == 0 else None

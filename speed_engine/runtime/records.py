@@ -1,0 +1,186 @@
+"""Figures of a run: averaged on the device, read once per interval, recorded in two forms.
+
+metrics.jsonl    one object per record, for programs; a resumed run cuts it back to its checkpoint
+tensorboard/     the same figures as curves
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speed_engine.runtime.files import write_durably
+
+RECORDS = "metrics.jsonl"
+log = logging.getLogger(__name__)
+
+
+class IntervalMean:
+    """Means of per-step scalars since the last reading; adding never waits for the device."""
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self._names = names
+        self._sum = torch.zeros(len(names), device=device)
+        self._count = torch.zeros((), device=device)
+
+    def add(self, values: Tensor, skipped: Tensor) -> None:
+        """One value per name, (len(names),); () float32, 1 for a step that does not count."""
+        self._sum += torch.where(skipped > 0, 0.0, values)
+        self._count += 1 - skipped
+
+    def read(self) -> dict[str, float]:
+        """Means by name, NaN if no step counted; waits for the device, starts a new interval."""
+        means = (self._sum / self._count).tolist()
+        self._sum.zero_()
+        self._count.zero_()
+        return dict(zip(self._names, means, strict=True))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint inside an interval must keep; JSON holds a float32 exactly."""
+        return {"sum": self._sum.tolist(), "count": self._count.item()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self._sum.copy_(torch.tensor(state["sum"]))
+        self._count.fill_(state["count"])
+
+
+class TrainingClock:
+    """Seconds that a run has trained, evaluations left out, over all its resumptions.
+
+    Args:
+        before: seconds trained before it was resumed.
+    """
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._before = before
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """From now on time counts."""
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """So far; stands still while paused."""
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        self._before, self._since = self.seconds, None
+        yield
+        self.start()
+
+
+class SkippedSteps:
+    """Counts the steps that were skipped; adding never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+
+    def add(self, skipped: Tensor) -> None:
+        """() float32, 1 if the step was skipped."""
+        total, row, most = self._counts.unbind()
+        row = (row + 1) * skipped
+        self._counts = torch.stack([total + skipped, row, torch.maximum(most, row)])
+
+    def read(self) -> tuple[int, int]:
+        """(steps skipped in the run, most of them in a row); waits for the device."""
+        total, _, most = self._counts.int().tolist()
+        return total, most
+
+    def state(self) -> list[float]:
+        """What a checkpoint must keep."""
+        return self._counts.tolist()
+
+    def load_state(self, state: list[float]) -> None:
+        """Inverse of ``state``."""
+        self._counts.copy_(torch.tensor(state))
+
+
+class RunLog:
+    """Appends records to a run folder.
+
+    A disk that is full costs records, not the run: that is logged once, and later records are tried
+    again.
+
+    Args:
+        run: the folder.
+        resume_step: records of later steps are dropped; 0 starts anew.
+    """
+
+    def __init__(self, run: Path, resume_step: int) -> None:
+        # Imported here: it takes a second that other commands need not spend.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        path = run / RECORDS
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        write_durably(path, "".join(kept).encode())
+        self._file = path.open("ab", buffering=0)
+        self._curves: SummaryWriter | None = SummaryWriter(
+            str(run / "tensorboard"), purge_step=resume_step + 1
+        )
+        self.lost = 0
+
+    def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
+        """Record figures at a step."""
+        self._append(json.dumps({"step": step, **figures}).encode() + b"\n", step)
+        if self._curves is None:
+            return
+        try:
+            for name, value in figures.items():
+                if not isinstance(value, str):
+                    self._curves.add_scalar(name, value, step)
+        except OSError as error:
+            log.error("TensorBoard's curves end at step %d: %s", step, error)
+            self._curves = None
+
+    def _append(self, line: bytes, step: int) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self._file.write(line) == len(line):
+                return
+            error: str | OSError = "the disk is full"
+        except OSError as caught:
+            error = caught
+        self._file.truncate(end)  # half a record would spoil the next one
+        if self.lost == 0:
+            log.error("records from step %d on could not be written: %s", step, error)
+        self.lost += 1
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._file.close()
+        if self._curves is not None:
+            self._curves.close()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """Those of metrics.jsonl, oldest first; half a line that a kill left is not one."""
+    return [json.loads(line) for line in _lines(run / RECORDS)]
+
+
+def append_record(run: Path, record: Mapping[str, Any]) -> None:
+    """Add one to metrics.jsonl, after half a line, if a kill left one, is gone."""
+    with (run / RECORDS).open("a+b") as file:
+        file.seek(0)
+        known = file.read()
+        complete = known.rfind(b"\n") + 1
+        if complete < len(known):
+            file.truncate(complete)
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines; a killed run can leave half of one."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,104 @@
+"""How the parameters of a model lie on the processes of a run.
+
+They are laid out by FSDP2 (``fully_shard``) on a mesh of (replicas, shards):
+
+    ddp     (W, 1)                  every process holds all parameters
+    fsdp    (1, W)                  every process holds a W-th
+    hsdp    (nodes, per node)       sharded inside a node, repeated across nodes
+
+so that gradients are summed in one fixed order whatever the layout, and runs repeat bit for bit.
+
+Letters: W processes.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from speed_engine.runtime.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+LAYOUTS: dict[str, Callable[[World], tuple[int, int]]] = {
+    "ddp": lambda world: (world.size, 1),
+    "fsdp": lambda world: (1, world.size),
+    "hsdp": lambda world: (world.size // world.local_size, world.local_size),
+}
+
+
+def distribute(
+    model: nn.Module,
+    world: World,
+    layout: str,
+    device_type: str,
+    *,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+) -> None:
+    """Lay the parameters of a model out over the processes, in place; alone, nothing happens.
+
+    Each of the model's ``blocks`` is gathered, used and, if told so, dropped by
+    itself; communication overlaps with the blocks beside it.
+
+    Args:
+        model: equal on every process.
+        world: this process among all.
+        layout: a key of ``LAYOUTS``.
+        device_type: cuda computes in bfloat16, with float32 parameters and gradient sums.
+        reshard_after_forward: drop gathered parameters between forward and backward: less memory,
+            one more gathering.
+        offload: keep parameters, gradients and optimizer state on the host.
+    """
+    if world.size == 1:
+        return
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy()
+    if device_type == "cuda":
+        # Inputs stay as they are: a timestep of 999 is 1000 in bfloat16.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    options: dict[str, Any] = {"mesh": mesh(world, layout, device_type), "mp_policy": policy}
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    for block in blocks(model):
+        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, reshard_after_forward=False, **options)
+
+
+def mesh(world: World, layout: str, device_type: str) -> "DeviceMesh":
+    """The (replicas, shards) of a layout; one dimension where nothing is repeated."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    replicas, shards = LAYOUTS[layout](world)
+    if replicas == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=names)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The elements of a model's outermost lists and tables of modules: the units of sharding and of
+    compilation.
+    """
+    found: list[nn.Module] = []
+    for child in model.children():
+        if isinstance(child, nn.ModuleList):
+            found += child
+        elif isinstance(child, nn.ModuleDict):
+            found += child.values()
+        else:
+            found += blocks(child)
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every process; any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,272 @@
+"""Checkpoints: complete or invisible, verified on load, never unpickled, for any layout.
+
+    RUN/checkpoints/step-00000500/
+        shard-00001-....safetensors    tensors of one process, with their place in the whole
+        state.json                     counters
+        manifest.json                  size and sha256 of every file above; written last
+
+Written beside training by ``torch.distributed.checkpoint`` into a temporary folder, flushed to
+disk, then renamed; an existing checkpoint is never touched. The newest folder whose manifest holds
+is the one to resume from. Tensors are keyed ``group/name`` and load into any layout on any number
+of processes. With several nodes the folder must be on a file system that all of them see.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from speed_engine.runtime.files import sync
+from speed_engine.runtime.world import ALONE, World
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 2
+_MANIFEST = "manifest.json"
+_STATE = "state.json"
+_DESCRIPTION = ".description"  # beside a file that a process wrote, until the manifest holds it
+
+
+class InvalidCheckpoint(Exception):
+    """A checkpoint is incomplete or damaged; the message names the file."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, written by all of its processes together.
+
+    Args:
+        folder: of the run's checkpoints.
+        world: the processes.
+        keep: newest checkpoints that stay.
+        keep_every: of the older ones, those at multiples of this step stay; None keeps none.
+    """
+
+    def __init__(
+        self, folder: Path, world: World = ALONE, keep: int = 3, keep_every: int | None = None
+    ) -> None:
+        self.folder, self.world, self.keep, self.keep_every = folder, world, keep, keep_every
+        self.failures: list[str] = []
+        self._pending: tuple[Path, Future] | None = None
+        if world.is_first:
+            for left in folder.glob(".tmp-*"):
+                shutil.rmtree(left)
+        world.barrier()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write ``step-NNNNNNNN``; tensors may change as soon as this returns.
+
+        A disk that is full or read-only costs this checkpoint, not the run and not the checkpoints
+        before: the failure is logged and listed in ``failures``.
+
+        Args:
+            step: optimizer steps done.
+            tensors: by ``group/name``, sharded or equal on every process.
+            state: JSON, equal on every process.
+        """
+        self.wait()
+        temporary = self.folder / f".tmp-{step:08d}"
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            saving = async_save(
+                dict(tensors),
+                storage_writer=_Writer(self, temporary, step, state),
+                process_group=self.world.background,
+                no_dist=self.world.size == 1,
+            )
+        except (Exception, CheckpointException) as error:
+            self._failed(temporary, error)
+            return
+        written: Any = getattr(saving, "upload_completion", saving)
+        self._pending = temporary, written
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is complete, or has failed."""
+        if self._pending is None:
+            return
+        temporary, saving = self._pending
+        self._pending = None
+        try:
+            saving.result()
+        except (Exception, CheckpointException) as error:
+            self._failed(temporary, error)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether one is being written now."""
+        return self._pending is not None and not self._pending[1].done()
+
+    def commit(self, temporary: Path, step: int, state: dict[str, Any]) -> None:
+        """Turn the files of all processes into a checkpoint, and delete old ones."""
+        (temporary / _STATE).write_text(json.dumps(state))
+        files = {_STATE: _describe(temporary / _STATE)}
+        for description in sorted(temporary.glob(f"*{_DESCRIPTION}")):
+            files[description.name.removesuffix(_DESCRIPTION)] = json.loads(description.read_text())
+            description.unlink()
+        manifest = {"schema": SCHEMA, "step": step, "files": files}
+        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (temporary / _STATE, temporary / _MANIFEST, temporary):
+            sync(path)
+        final = self.folder / f"step-{step:08d}"
+        if final.exists():  # left by a run that went on from an earlier checkpoint
+            _delete(final)
+        temporary.rename(final)
+        sync(self.folder)
+        self._prune()
+
+    def _prune(self) -> None:
+        for checkpoint in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            step = int(checkpoint.name.removeprefix("step-"))
+            if self.keep_every is None or step % self.keep_every:
+                _delete(checkpoint)
+
+    def _failed(self, temporary: Path, error: BaseException) -> None:
+        cause = _root_cause(error)
+        self.failures.append(f"{temporary.name.removeprefix('.tmp-').lstrip('0')}: {cause}")
+        if self.world.is_first:
+            log.error("no checkpoint of step %s; earlier ones are intact.", self.failures[-1])
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Safetensors, described by the process that wrote them, committed by the first one."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, temporary: Path, step: int, state: dict[str, Any]
+    ) -> None:
+        super().__init__(str(temporary), save_distributed=True)
+        self._commit = lambda: checkpoints.commit(temporary, step, state)
+        self._temporary = temporary
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        written = super().write_data(plan, planner)
+        for name in {str(result.storage_data.relative_path) for result in written.value()}:
+            description = json.dumps(_describe(self._temporary / name))
+            (self._temporary / f"{name}{_DESCRIPTION}").write_text(description)
+        return written
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        self._commit()
+
+
+def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Any]:
+    """Fill ``tensors`` in place, whatever layout and number of processes wrote them.
+
+    Args:
+        checkpoint: one that ``newest`` returned or ``verify`` accepted.
+        tensors: by ``group/name``, sharded or whole; of the names and shapes in ``shapes``.
+        world: the processes that load together.
+
+    Returns:
+        The checkpoint's state.
+    """
+    load_state_dict(
+        dict(tensors),
+        storage_reader=HuggingFaceStorageReader(str(checkpoint)),
+        process_group=world.background,
+        no_dist=world.size == 1,
+    )
+    return read_state(checkpoint)
+
+
+def load_group(checkpoint: Path, group: str) -> dict[str, Tensor]:
+    """The whole tensors of one group, by name, on the CPU."""
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in stored.items()
+        if name.startswith(f"{group}/")
+    }
+    load_state_dict(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportArgumentType]
+    return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The counters of a checkpoint."""
+    return json.loads((checkpoint / _STATE).read_text())
+
+
+def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor, by ``group/name``."""
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    stored: dict[str, Any] = metadata.state_dict_metadata
+    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint that is complete; damaged ones are reported and passed over.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            verify(checkpoint)
+        except InvalidCheckpoint as damage:
+            log.warning("%s; falling back to the checkpoint before it.", damage)
+        else:
+            return checkpoint
+    raise FileNotFoundError(f"{folder} holds no complete checkpoint; train from the start.")
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        InvalidCheckpoint: one is missing, was added, or its size or checksum differs.
+    """
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidCheckpoint(f"{checkpoint / _MANIFEST} cannot be read ({error})") from error
+    if manifest.get("schema") != SCHEMA:
+        raise InvalidCheckpoint(
+            f"{checkpoint} has schema {manifest.get('schema')}; this version reads {SCHEMA}"
+        )
+    for name, expected in files.items():
+        path = checkpoint / name
+        if Path(name).name != name:
+            raise InvalidCheckpoint(f"{checkpoint / _MANIFEST} names a file outside it: {name!r}")
+        if not path.is_file():
+            raise InvalidCheckpoint(f"{path} is missing")
+        if _describe(path) != expected:
+            raise InvalidCheckpoint(f"{path} does not match its checksum")
+    # A file beside them would be read as tensors of another process, or tempt someone to unpickle.
+    if added := {path.name for path in checkpoint.iterdir()} - {*files, _MANIFEST}:
+        raise InvalidCheckpoint(f"{checkpoint} holds files that are not its own: {sorted(added)}")
+
+
+def _delete(checkpoint: Path) -> None:
+    """Out of sight first: one that is killed in between leaves nothing that looks like a whole."""
+    hidden = checkpoint.with_name(f".tmp-old-{checkpoint.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    shutil.rmtree(checkpoint.rename(hidden))
+
+
+def _root_cause(error: BaseException) -> str:
+    """What went wrong first, in one line; torch reports every process with its traceback."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (first, _) = next(iter(error.failures.items()))
+        return f"{first} (rank {rank})"
+    return str(error)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,0 +1,225 @@
+"""``speed-engine evaluate``: records that are kept, found again, and separable from training's."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from speed_engine import cli
+from speed_engine.build import build_process
+from speed_engine.build_evaluation import build_evaluator
+from speed_engine.commands.evaluate import show
+from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.models.config import DiTConfig
+from speed_engine.runtime.records import append_record, read_records
+from speed_engine.training import trainer
+
+ROOT = Path(__file__).parents[2]
+TINY = TrainConfig(
+    steps=4,
+    batch_size=16,
+    log_every=2,
+    checkpoint_every=2,
+    device="cpu",
+    data=DataConfig(held_out=0.2),
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(
+        every=1000, num_images=100, solver_steps=2, metrics=("fid", "kid", "isc", "prc", "copies")
+    ),
+)
+FIELDS = {
+    "fid", "kid", "isc", "precision", "recall", "held_out_fid", "held_out_kid",
+    "held_out_precision", "held_out_recall", "copied_share", "extractor", "weights_sha256",
+    "feature_dim", "num_generated", "num_reference", "num_held_out", "solver", "solver_steps",
+    "guidance",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    trainer.start(TINY, run, Console(file=io.StringIO()))
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy that a test may change."""
+    subprocess.run(["cp", "-r", trained, tmp_path / "run"], check=True)
+    return tmp_path / "run"
+
+
+def evaluate(run, capsys, *options):
+    cli.main(["evaluate", str(run), *map(str, options)])
+    return capsys.readouterr()
+
+
+def launch(run, *options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "speed_engine", "evaluate", str(run), *options],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_training_records_both_parts_with_their_circumstances(trained):
+    (record,) = [r for r in read_records(trained) if "fid" in r]
+    assert record.keys() >= FIELDS and "evaluated" not in record
+    assert record["num_reference"] + record["num_held_out"] == 1797
+    assert 0.15 < record["num_held_out"] / 1797 < 0.25
+    assert record["fid"] != record["held_out_fid"] and 0 <= record["copied_share"] <= 1
+    assert (record["solver_steps"], record["guidance"], record["num_generated"]) == (2, 1, 100)
+
+
+def test_what_training_measured_is_found_and_not_drawn_again(run, capsys, monkeypatch):
+    monkeypatch.setattr("speed_engine.commands.evaluate.load_average", None)
+    before = (run / "metrics.jsonl").read_bytes()
+    shown = evaluate(run, capsys, "--json")
+    assert "measured before, at step 4" in shown.err
+    assert json.loads(shown.out) == read_records(run)[-1]
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_measured_once_and_survive_a_resumption(run, capsys):
+    training = read_records(run)
+    shown = evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid", "copies", "--json")
+    record = json.loads(shown.out)
+    assert record["solver_steps"] == 3 and "kid" not in record and "held_out_fid" in record
+    assert read_records(run) == [*training, {**record, "evaluated": True}]
+    picture = run / "samples" / "step-00000004-copies.png"
+    assert str(picture) in shown.err and picture.read_bytes().startswith(b"\x89PNG")
+    again = evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid", "--json")
+    assert "measured before" in again.err and json.loads(again.out)["fid"] == record["fid"]
+    trainer.resume(run, Console(file=io.StringIO()), steps=6)
+    assert {**record, "evaluated": True} in read_records(run)
+    assert [r["step"] for r in read_records(run) if "evaluated" in r] == [4]
+
+
+def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):
+    options = ("--num-images", "1600", "--solver-steps", "40", "--metrics", "fid", "--json")
+    before = (run / "metrics.jsonl").read_bytes()
+    first = run / "samples" / "step-00000004.parts" / "00000000.npy"
+    process = launch(run, *options)
+    while not first.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "metrics.jsonl").write_bytes(before + b'{"step": 4, "fi')  # killed while writing
+
+    drawn = []
+    draw_some = Evaluator.draw_some
+
+    def counted(self, model, ids):
+        drawn.extend(ids.tolist())
+        return draw_some(self, model, ids)
+
+    monkeypatch.setattr(Evaluator, "draw_some", counted)
+    record = json.loads(evaluate(run, capsys, *options).out)
+    assert 0 < len(drawn) < 1600 and min(drawn) >= 500
+    assert read_records(run)[-1] == {**record, "evaluated": True}
+    assert (run / "metrics.jsonl").read_bytes().startswith(before + b'{"step": 4, "images"')
+    assert not first.parent.exists()
+    (run / "metrics.jsonl").write_bytes(before)
+    assert json.loads(evaluate(run, capsys, *options).out) == record  # as if it had not been killed
+
+
+def test_the_table_has_a_column_for_each_part(run, capsys):
+    shown = evaluate(run, capsys).out
+    for words in ("training", "held-out", "FID", "recall", "copied share", "2 steps", "guidance 1"):
+        assert words in shown
+    assert f"{read_records(run)[-1]['held_out_fid']:.4g}" in shown
+
+
+def test_two_processes_measure_as_one(run, capsys):
+    known = read_records(run)[-1]
+    (run / "metrics.jsonl").unlink()
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "speed_engine", "evaluate", str(run), "--json"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = read_records(run)
+    assert json.loads(done.stdout)["fid"] == record["fid"] == pytest.approx(known["fid"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--metrics", "fod"], "evaluation.metrics=fod: name one or more of fid, kid, isc, prc"),
+        (["--num-images", "64"], "needs 65 images or more"),
+        (["--features", "inception", "--inception-weights", "/no"], "/no"),
+        (["--metrics", "clip"], "clip needs evaluation.clip_model"),
+        (["--metrics", "clip", "--clip-model", "x"], "needs a model that is told texts"),
+    ],
+)
+def test_bad_input_is_one_message(run, capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(run, capsys, *options)
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_split_that_leaves_too_little_is_refused_before_training(cache, tmp_path):
+    def refused(held_out, message, metrics=("fid",)):
+        data = dataclasses.replace(TINY.data, held_out=held_out)
+        settings = dataclasses.replace(TINY.evaluation, metrics=metrics)
+        with pytest.raises(ValueError, match=message):
+            config = dataclasses.replace(TINY, data=data, evaluation=settings)
+            trainer.start(config, tmp_path / "run", Console(file=io.StringIO()))
+        assert not (tmp_path / "run").exists()
+
+    refused(0.01, "needs 65 images or more on both sides.*100 generated")
+    refused(0.0, "copies needs images that were never trained on", ("copies",))
+
+
+def test_the_extractor_is_one_whatever_is_held_out(cache):
+    extractors = set()
+    for share in (0.0, 0.2):
+        data = dataclasses.replace(TINY.data, held_out=share)
+        settings = dataclasses.replace(TINY.evaluation, metrics=("fid",))
+        config = dataclasses.replace(TINY, data=data, evaluation=settings)
+        evaluator = build_evaluator(config, build_process(config))
+        assert evaluator.extractor is not None and evaluator.reference is not None
+        extractors.add(evaluator.extractor.weights_sha256)
+        assert (evaluator.held_out is None) == (share == 0)
+    assert len(extractors) == 1
+
+
+def test_a_record_of_one_extractor_shows_no_figure_of_another(capsys):
+    show({"step": 1, "num_generated": 5, "solver": "ddim", "solver_steps": 2, "guidance": 1.0,
+          "extractor": "inception", "fid": 3.25, "num_reference": 9}, Console())  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "features of inception" in shown and "3.25" in shown and "held-out" not in shown
+
+
+def test_half_a_record_does_not_spoil_the_next(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
+    append_record(tmp_path, {"step": 2})
+    append_record(tmp_path, {"step": 3})
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3]

@@ -1,0 +1,99 @@
+"""Weights leave a run and start another, through the command line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+from speed_engine import build, cli
+from speed_engine.config import EvaluationConfig, TrainConfig, to_json
+from speed_engine.models.config import DiTConfig
+from speed_engine.models.layouts.dit import set_frequency_shift
+from speed_engine.training import checkpoint
+from speed_engine.training.checkpoint import Checkpoints
+
+CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2))
+OPTIONS = (
+    "--steps 2 --batch-size 8 --model.dim 16 --model.depth 2 --model.num-heads 2 "
+    "--evaluation.num-images 100 --evaluation.solver-steps 2"
+).split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as training leaves it, its average random."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(CONFIG))
+    torch.manual_seed(0)
+    model = build.build_model(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    tensors = {f"ema/{name}": value for name, value in model.state_dict().items()}
+    checkpoints.save(7, tensors, {"step": 7})
+    checkpoints.wait()
+    return folder
+
+
+def test_a_run_is_exported_and_answers_the_same_in_diffusers(run, tmp_path, capsys):
+    cli.main(["export", str(run), "--layout", "diffusers", "--out", str(tmp_path / "out")])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "weights of step 7" in said and "set_frequency_shift(transformer, 0)" in said
+    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
+    set_frequency_shift(theirs, 0)
+    ours, _ = build.load_average(run, CONFIG, torch.device("cpu"))
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 871]), torch.tensor([0, 10])
+    torch.testing.assert_close(theirs(*inputs).sample, ours(*inputs), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_training_starts_from_what_was_exported(run, tmp_path, layout, capsys):
+    shift = ["--model.frequency-shift", "1"] if layout == "diffusers" else []
+    if shift:
+        shifted = replace(CONFIG, model=replace(CONFIG.model, frequency_shift=1))
+        (run / "config.json").write_text(to_json(shifted))
+    out, tuned = tmp_path / "out.safetensors", tmp_path / "tuned"
+    cli.main(["export", str(run), "--layout", layout, "--out", str(out)])
+    start = ["train", "digits", "--init-from", str(out), "--run", str(tuned), *OPTIONS, *shift]
+    cli.main([*start, "--optimizer.learning-rate", "1e-12"])
+    newest = checkpoint.newest(tuned / "checkpoints")
+    wanted = checkpoint.load_group(checkpoint.newest(run / "checkpoints"), "ema")
+    assert checkpoint.read_state(newest)["step"] == 2
+    for part in ("model", "ema"):
+        tuned_weights = checkpoint.load_group(newest, part)
+        torch.testing.assert_close(tuned_weights, wanted, rtol=0, atol=1e-6)
+    assert build.read_config(tuned).init_from == out
+
+
+def test_weights_that_do_not_fit_are_named_before_anything_is_written(run, tmp_path, capsys):
+    cli.main(["export", str(run), "--out", str(tmp_path / "out.safetensors")])
+    options = ["--init-from", str(tmp_path / "out.safetensors"), "--run", str(tmp_path / "new")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "digits", *options, *OPTIONS, "--model.depth", "3"])
+    assert stopped.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "missing ['blocks.2.adaLN_modulation.1.bias'" in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_evaluation_runs_where_the_training_attention_is_missing(run):
+    """xFormers trained it, perhaps on another machine; here PyTorch computes."""
+    elsewhere = replace(CONFIG, attention="xformers")
+    model, _ = build.load_average(run, elsewhere, torch.device("cpu"))
+    answer = model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
+    assert bool(answer.isfinite().all())
+
+
+def test_the_evaluation_of_an_exported_run_needs_no_init_file(run):
+    moved = replace(CONFIG, init_from=run / "gone", evaluation=EvaluationConfig())
+    (run / "config.json").write_text(to_json(moved))
+    assert build.load_average(run, build.read_config(run), torch.device("cpu"))[1] == 7

@@ -1,0 +1,133 @@
+"""``speed-engine sample`` on a real run: kills, several processes and what is refused."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from speed_engine import cli
+from speed_engine.config import EvaluationConfig, TrainConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.training import trainer
+
+TINY = TrainConfig(
+    steps=20,
+    batch_size=16,
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(every=1000, num_images=100, solver_steps=2),
+)
+HOW = "--count 30 --batch-size 4 --solver ddpm --solver-steps 9 --guidance 1.5".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        none = dataclasses.replace(TINY.evaluation, features="none")
+        trainer.start(
+            dataclasses.replace(TINY, evaluation=none), folder, Console(file=io.StringIO())
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(run) -> bytes:
+    """The archive of a drawing that nothing disturbed."""
+    out = run.parent / "straight.npz"
+    cli.main(["sample", str(run), "--out", str(out), *HOW])
+    return out.read_bytes()
+
+
+def fails(capsys, *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_drawing_killed_by_sigkill_continues_where_it_stopped(run, straight, tmp_path, capsys):
+    out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
+    # Each part takes a quarter of a second more here, so that the kill falls between two.
+    slow = (
+        "import time; from speed_engine import draw; from speed_engine.cli import main\n"
+        "def slowly(*a, f=draw.generate, **k):\n    time.sleep(0.25); return f(*a, **k)\n"
+        f"draw.generate = slowly; main({['sample', str(run), '--out', str(out), *HOW]})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow])
+    while len(list(parts.glob("*.npy"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -9 and not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    assert 3 <= len(kept) < 8
+    message = fails(capsys, "sample", run, "--out", out, *HOW, "--seed", 1)
+    assert "seed 0 (now 1)" in message
+    assert {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")} == kept
+    cli.main(["sample", str(run), "--out", str(out), *HOW])
+    assert out.read_bytes() == straight and not parts.exists()
+
+
+def test_two_processes_draw_the_images_of_one(run, straight, tmp_path):
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --".split()
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "speed_engine", "sample", run, "--out",
+         tmp_path / "x.npz", *HOW],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.npz").read_bytes() == straight
+    assert done.stdout.count("30 images of step 20") == 1
+
+
+def test_pictures_and_archive_hold_the_same_images(run, straight, tmp_path):
+    from PIL import Image
+
+    cli.main(["sample", str(run), "--out", f"{tmp_path}/out/", *HOW])
+    with np.load(io.BytesIO(straight)) as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (30, 8, 8, 3) and labels.tolist() == [i % 10 for i in range(30)]
+    for i, label in enumerate(labels):
+        picture = np.asarray(Image.open(tmp_path / "out" / f"{i:06d}-class-{label}.png"))
+        assert (images[i] == picture[..., None]).all()
+
+
+def test_the_batch_size_moves_no_pixel_by_more_than_one_level(run, straight, tmp_path):
+    out = tmp_path / "x.npz"
+    cli.main(["sample", str(run), "--out", str(out), *HOW, "--batch-size", "13"])
+    with np.load(out) as ours, np.load(io.BytesIO(straight)) as theirs:
+        difference = np.abs(ours["arr_0"].astype(int) - theirs["arr_0"])
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
+def test_a_finished_drawing_is_not_overwritten_but_the_picture_is(run, tmp_path, capsys):
+    two = ["sample", str(run), "--count", "2", "--out"]
+    for out in (tmp_path / "x.npz", tmp_path / "folder"):
+        cli.main([*two, str(out)])
+        assert "exists already" in fails(capsys, *two, out)
+    for _ in range(2):
+        cli.main([*two, str(tmp_path / "x.png")])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--solver", "plms"], "ddpm_large"),
+        (["--solver-steps", "1001"], "must be at most num_timesteps=1000"),
+        (["--guidance-interval", "3", "1"], "guidance_interval=(3.0, 1.0): needs two noise levels"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_drawn(run, tmp_path, capsys, options, message):
+    out = tmp_path / "x.npz"
+    with pytest.raises(SystemExit):
+        cli.main(["sample", str(run), "--out", str(out), *options])
+    shown = capsys.readouterr()
+    assert message in " ".join((shown.out + shown.err).split()) and not list(tmp_path.iterdir())

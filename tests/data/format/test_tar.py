@@ -1,0 +1,107 @@
+import io
+import random
+import tarfile
+
+import pytest
+
+from speed_engine.data.format.tar import ShardError, scan_tar
+
+
+def write_tar(path, members, tar_format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def contents(path):
+    data = path.read_bytes()
+    return {
+        key: {extension: data[m.offset : m.offset + m.size] for extension, m in members.items()}
+        for key, members in scan_tar(path).items()
+    }
+
+
+LONG = "/".join(["folder" * 12, "sub" * 25, "n" * 60])
+
+
+@pytest.mark.parametrize(
+    "tar_format, key",
+    [
+        (tarfile.USTAR_FORMAT, "a"),
+        (tarfile.USTAR_FORMAT, "dir.with.dots/a"),
+        (tarfile.USTAR_FORMAT, "f" * 90 + "/" + "n" * 90),
+        (tarfile.GNU_FORMAT, LONG),
+        (tarfile.PAX_FORMAT, LONG),
+        (tarfile.PAX_FORMAT, "naïve/ключ"),
+    ],
+)
+def test_names_of_every_tar_dialect_are_read(tmp_path, tar_format, key):
+    members = [(f"{key}.npy", b"x" * 700), (f"{key}.CLS", b"7"), ("z.seg.png", b"")]
+    path = write_tar(tmp_path / "a.tar", members, tar_format)
+    assert contents(path) == {key: {"npy": b"x" * 700, "cls": b"7"}, "z": {"seg.png": b""}}
+
+
+def test_folders_links_and_hidden_files_are_not_samples(tmp_path):
+    path = tmp_path / "a.tar"
+    (tmp_path / "folder.d").mkdir()
+    (tmp_path / "link.npy").symlink_to("/etc/passwd")
+    with tarfile.open(path, "w") as tar:
+        tar.add(tmp_path / "folder.d", "folder.d")
+        tar.add(tmp_path / "link.npy", "link.npy")
+    write_tar(tmp_path / "b.tar", [(".hidden", b"1"), ("README", b"2"), ("__meta__/a.json", b"3")])
+    assert scan_tar(path) == scan_tar(tmp_path / "b.tar") == {}
+
+
+def test_samples_keep_the_order_of_the_tar(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.cls", b"%d" % i) for i in (3, 1, 2)])
+    assert list(scan_tar(path)) == ["3", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    "names, reason",
+    [
+        (["a.npy", "b.npy", "a.cls", "b.cls"], "'a' are not adjacent, at byte 2048"),
+        (["a.npy", "a.npy"], "'a.npy' is there twice, at byte 1024"),
+    ],
+)
+def test_ambiguous_samples_are_refused(tmp_path, names, reason):
+    path = write_tar(tmp_path / "a.tar", [(name, b"data") for name in names])
+    with pytest.raises(ShardError, match=reason):
+        scan_tar(path)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_every_truncation_is_refused(tmp_path, tar_format):
+    path = write_tar(tmp_path / "a.tar", [("é.npy", b"x" * 700), ("é.cls", b"1")], tar_format)
+    data = path.read_bytes()
+    end = len(data.rstrip(b"\0")) // 512 * 512 + 1024  # last data block and one empty block
+    for size in [*range(0, end, 97), *range(0, end, 512), end - 1]:
+        path.write_bytes(data[:size])
+        with pytest.raises(ShardError):
+            scan_tar(path)
+
+
+def test_a_damaged_header_is_named_by_its_offset(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.npy", b"x"), ("b.npy", b"x"), ("c.npy", b"x")])
+    data = bytearray(path.read_bytes())
+    data[1024 + 3] ^= 1
+    path.write_bytes(data)
+    with tarfile.open(path) as tar:
+        assert tar.getnames() == ["a.npy"]  # why there is a scanner of our own
+    with pytest.raises(ShardError, match=r"a\.tar: header checksum mismatch, at byte 1024"):
+        scan_tar(path)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"<html>404</html>" * 100, bytes(700), random.Random(0).randbytes(5000)],
+    ids=["empty", "html", "zeros", "noise"],
+)
+def test_what_is_no_tar_is_refused(tmp_path, junk):
+    path = tmp_path / "a.tar"
+    path.write_bytes(junk)
+    with pytest.raises(ShardError, match=r"a\.tar"):
+        scan_tar(path)

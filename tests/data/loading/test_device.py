@@ -1,0 +1,50 @@
+import io
+
+import numpy as np
+import torch
+
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading.device import on_device
+from speed_engine.data.loading.loader import Loader
+
+SHAPE = (1, 2, 3)
+
+
+def test_batches_arrive_on_the_device_whole_and_in_order(make_shards, device):
+    reader = ShardReader(make_shards(50, per_shard=7))
+    with Loader(reader, SHAPE, 8, 5, workers=1) as loader:
+        expected = [next(loader).to("cpu") for _ in range(30)]
+    with Loader(reader, SHAPE, 8, 5, workers=1) as loader:
+        for before, batch in zip(expected, on_device(loader, device), strict=False):
+            assert batch.images.device.type == device.type
+            work = batch.images
+            for _ in range(50):  # on a GPU the next copy runs beside this
+                work = work * 1.0
+            torch.testing.assert_close(work.cpu(), before.images, rtol=0, atol=0)
+            assert batch.ids.tolist() == before.ids.tolist()
+            assert batch.conditions["labels"].tolist() == before.conditions["labels"].tolist()
+
+
+def test_a_finite_iterable_ends_with_its_last_batch(make_shards, device):
+    reader = ShardReader(make_shards(10, per_shard=7))
+    with Loader(reader, SHAPE, 2, 5) as loader:
+        batches = [next(loader) for _ in range(4)]
+    assert [b.ids.tolist() for b in on_device(batches, device)] == [b.ids.tolist() for b in batches]
+
+
+def test_bfloat16_latents_keep_their_values(tmp_path, device):
+    truth = torch.randn(4, 2, 2, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with ShardWriter(tmp_path, "x", 3) as writer:
+        for i, latent in enumerate(truth):
+            file = io.BytesIO()
+            np.save(file, latent.view(torch.uint16).numpy())
+            writer.write(str(i), {"bf16.npy": file.getvalue(), "cls": str(i).encode()})
+    reader = ShardReader(tmp_path, keys=("bf16.npy", "cls"))
+    with Loader(reader, (2, 2, 3), 4, 0) as loader:
+        stored = next(loader)
+    assert stored.images.dtype == torch.bfloat16
+    moved = stored.to(device)
+    assert moved.images.dtype == torch.float32
+    labels = stored.conditions["labels"]
+    torch.testing.assert_close(moved.images.cpu(), truth[labels].float(), rtol=0, atol=0)

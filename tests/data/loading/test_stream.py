@@ -1,0 +1,63 @@
+import pytest
+import torch
+
+from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.tar import ShardError
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading.decoding import BatchReader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.stream import StreamSource
+
+SHAPE, N = (1, 2, 3), 60
+
+
+def take(folder, count, **options):
+    with Loader(ShardReader(folder), SHAPE, 8, 5, mode="stream", **options) as loader:
+        return [next(loader) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streaming_gives_whole_samples_and_says_that_it_is_not_exact(make_shards, workers, caplog):
+    batches = take(make_shards(N, per_shard=7), 40, workers=workers)
+    images = torch.cat([batch.images for batch in batches])[:, 0, 0, 0]
+    labels = torch.cat([batch.conditions["labels"] for batch in batches])
+    assert (labels == images % 10).all() and set(images.tolist()) == set(range(N))
+    assert torch.cat([batch.ids for batch in batches]).tolist() == list(range(320))
+    assert "data.mode=stream is not exact" in caplog.text
+
+
+def test_ranks_and_resumed_runs_draw_differently_and_number_on(make_shards):
+    folder = make_shards(N, per_shard=7)
+    draws = [
+        take(folder, 3, rank=rank, world_size=2, start=start)
+        for rank in (0, 1)
+        for start in (0, 800)
+    ]
+    assert len({str(draw[0].images.tolist()) for draw in draws}) == 4
+    assert draws[3][1].ids.tolist() == [812, 813, 814, 815]
+
+
+def test_a_damaged_sample_is_dropped_and_counted_or_stops_the_stream(make_shards):
+    folder = make_shards(N, per_shard=7)
+    path = folder / "x-000000.tar"
+    index, _ = load_index(index_path(path))
+    data = bytearray(path.read_bytes())
+    data[int(index.offset[3, 1])] ^= 1  # the magic of npy: streams do not compare checksums
+    path.write_bytes(data)
+    batches = take(folder, 40, on_bad_sample="skip")
+    replaced = [reason for batch in batches for reason in batch.replaced]
+    assert replaced and all("sample '0003': not an npy file" in reason for reason in replaced)
+    assert all((batch.images[:, 0, 0, 0] != 3).all() for batch in batches)
+    with pytest.raises(ShardError, match="sample '0003'"):
+        take(folder, 40, on_bad_sample="stop")
+
+
+def test_a_stream_of_nothing_but_damage_ends(tmp_path):
+    with ShardWriter(tmp_path, "x", 5) as writer:
+        for i in range(20):
+            writer.write(f"{i}", {"npy": b"junk", "cls": b"1"})
+    reader = ShardReader(tmp_path)
+    batches = BatchReader(reader, SHAPE, None, "skip")
+    with pytest.raises(ShardError, match="not an npy file"):
+        next(iter(StreamSource(batches, 5, 0, 8, 0, 1)))

@@ -1,0 +1,92 @@
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from speed_engine.data.format.decode import decode_image
+from speed_engine.data.preparing import pictures
+from speed_engine.data.preparing.pictures import centre_crop, encode_picture, open_picture, shrink
+
+
+def pattern(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * y, 3 * x + 5 * y, x ^ y], axis=-1) % 256
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def content(picture: Image.Image, kind: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def test_the_crop_is_that_of_guided_diffusion():
+    # Digest of what center_crop_arr of guided-diffusion (81916c0) returns for this picture.
+    cropped = np.asarray(centre_crop(pattern(211, 317), 48))
+    assert hashlib.sha256(cropped.tobytes()).hexdigest() == (
+        "fd996b8d51e132bf857c6122fecb83b6b34c48c3658c4b004332297306d48508"
+    )
+
+
+def test_a_picture_of_the_size_is_not_touched():
+    picture = pattern(32, 32)
+    assert np.array_equal(np.asarray(centre_crop(picture, 32)), np.asarray(picture))
+
+
+def test_the_crop_is_of_the_middle():
+    picture = pattern(32, 47)
+    expected = np.asarray(picture)[:, 7:39]
+    assert np.array_equal(np.asarray(centre_crop(picture, 32)), expected)
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(5, 400, 16), (31, 32, 32), (64, 64, 1), (97, 33, 33)]
+)
+def test_every_shape_gives_a_square(height, width, size):
+    assert centre_crop(pattern(height, width), size).size == (size, size)
+
+
+def test_shrinking_is_the_mean_over_boxes():
+    picture = pattern(32, 32)
+    means = np.asarray(picture).astype(float).reshape(8, 4, 8, 4, 3).mean((1, 3))
+    assert (
+        np.abs(np.asarray(shrink(picture, 8)) - means).max() <= 1
+    )  # Pillow rounds rows, then columns
+
+
+@pytest.mark.parametrize("kind", ["png", "npy"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_and_npy_give_the_pixels_back(kind, channels):
+    picture = open_picture(content(pattern(9, 7)), channels)
+    data = encode_picture(picture, kind, 95)
+    expected = np.atleast_3d(np.asarray(picture)).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(data, kind, channels), expected)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "webp"])
+def test_quality_decides_the_size_of_lossy_pictures(kind):
+    low, high = (encode_picture(pattern(64, 64), kind, quality) for quality in (30, 95))
+    assert len(low) < len(high)
+    assert decode_image(high, kind, 3).shape == (3, 64, 64)
+
+
+def test_a_picture_is_known_by_its_content_and_damage_is_an_error():
+    assert open_picture(content(pattern(4, 4), "JPEG"), 3).mode == "RGB"
+    for data in (b"", b"GIF89a", content(pattern(40, 40))[:-40]):
+        with pytest.raises(ValueError, match="unusable picture"):
+            open_picture(data, 3)
+
+
+def test_sixteen_bits_are_refused_rather_than_clipped():
+    deep = Image.fromarray(np.full((4, 4), 40_000, np.uint16))
+    with pytest.raises(ValueError, match="not 8-bit"):
+        open_picture(content(deep), 1)
+
+
+def test_pixels_are_counted_before_they_are_unpacked(monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 100)
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unpacked"))
+    with pytest.raises(ValueError, match="exceed the limit"):
+        open_picture(content(pattern(11, 10)), 3)

@@ -1,0 +1,252 @@
+"""Named methods: SpeeD's presets to the committed values, the rest as laws times weights."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from speed_engine.diffusion import weighting
+from speed_engine.diffusion.continuous import RectifiedFlow
+from speed_engine.diffusion.discrete import (
+    from_alphas_cumprod,
+    from_betas,
+    linear,
+)
+from speed_engine.diffusion.method import build_method
+from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
+from speed_engine.diffusion.processes import SCHEDULES, build_schedule
+from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.timesteps import MirroredSampler
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
+INDICES = torch.tensor(GOLDEN["idx0"])
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.tensor(GOLDEN[name], dtype=torch.float64)
+
+
+def test_speed_paper_equals_the_reference_values():
+    method = build_method("speed_paper", linear())
+    weights = golden("w_paper_lam0.6")
+    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    probabilities = golden("P_paper_k5_tau700")
+    torch.testing.assert_close(method.probabilities[INDICES], probabilities, rtol=0, atol=1e-12)
+
+
+def test_speed_official_equals_the_reference_values():
+    method = build_method("speed_official", linear())
+    weights = golden("w_official_lam0.6_tau700")
+    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    mirrored = 2 * method.probabilities - method.timesteps.law.probabilities(0)
+    component = golden("P_dual_component")
+    torch.testing.assert_close(mirrored[INDICES], component, rtol=0, atol=1e-12)
+
+
+BANDS = (0, 100, 220, 350, 500, 642, 700, 850, 1000)
+
+
+@pytest.mark.parametrize(
+    "name, options, shares",
+    [
+        ("uniform", {}, (.100, .120, .130, .150, .142, .058, .150, .150)),
+        ("speed_paper", {"tau": 700}, (.126, .184, .200, .199, .163, .063, .032, .032)),
+        ("speed_official", {}, (.156, .191, .207, .188, .153, .030, .037, .037)),
+        ("speed_official", {"k": 2}, (.140, .184, .200, .162, .130, .026, .079, .079)),
+        ("speed_official", {"k": 1}, (.121, .177, .192, .131, .104, .021, .127, .127)),
+        ("p2", {}, (.005, .040, .101, .173, .188, .079, .207, .207)),
+    ],
+)  # fmt: skip
+def test_the_gradient_s_share_per_band(name, options, shares):
+    method = build_method(name, linear(), **options)
+    measure = method.probabilities * method.epsilon_weight
+    measure = (measure / measure.sum()).cumsum(0)
+    found = np.diff([0.0, *(float(measure[end - 1]) for end in BANDS[1:])])
+    np.testing.assert_allclose(found, shares, atol=6e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule, pivot",
+    [
+        (linear(), 642),
+        (build_schedule("quadratic"), 829),
+        (build_schedule("cosine"), 959),
+        (linear(250), 187),
+        (linear(500), 349),
+        (linear(2000), 1157),
+        (linear(4000), 2016),
+    ],
+)
+def test_the_released_code_mirrors_there(schedule, pivot):
+    tau = min(700, schedule.num_timesteps)
+    timesteps = build_method("speed_official", schedule, tau=tau).timesteps
+    assert isinstance(timesteps, MirroredSampler)
+    assert timesteps.pivot == pivot
+
+
+@pytest.mark.parametrize("process", SCHEDULES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_cell_works_or_says_why_not(name, process):
+    schedule = build_schedule(process)
+    if name == "speed_official" and process in ("edm", "fdm"):
+        with pytest.raises(ValueError, match="no point to mirror at on schedule '.dm'"):
+            build_method(name, schedule)
+        return
+    method = build_method(name, schedule)
+    p = method.probabilities
+    assert p.shape == (1000,) and float(p.min()) >= 0 and float(p.sum()) == pytest.approx(1)
+    assert bool(torch.isfinite(method.weight).all()) and float(method.weight.min()) >= 0
+    timesteps, weights = method.draw(8, 3)
+    assert timesteps.shape == weights.shape == (8,) and weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["uniform", "speed_paper"])
+def test_a_million_draws_follow_p_at_every_timestep(name):
+    method = build_method(name, linear())
+    observed = torch.zeros(1000, dtype=torch.int64)
+    for ids in torch.arange(1_000_000).split(100_000):
+        drawn = method.timesteps.sample(torch.tensor(11), ids, 0)
+        observed += torch.bincount(drawn, minlength=1000)
+    expected = method.probabilities * 1_000_000
+    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    "name, process",
+    [
+        (name, process)
+        for name in METHODS
+        for process in ("linear", "edm", "flow")
+        if (name, process) != ("speed_official", "edm")
+    ],
+)
+def test_draws_follow_p(name, process):
+    method = build_method(name, build_schedule(process))
+    sampler = method.timesteps
+    drawn = torch.cat(
+        [
+            sampler.sample(torch.tensor(11), torch.arange(step * 1000, step * 1000 + 1000), 0)
+            for step in range(100)
+        ]
+    )
+    observed = torch.bincount(method.schedule.cell(drawn), minlength=1000).view(100, 10).sum(1)
+    expected = method.probabilities.view(100, 10).sum(1)
+    assert int(observed[expected == 0].sum()) == 0
+    kept = expected * 100_000 > 5
+    o, e = observed[kept].numpy(), expected[kept].numpy()
+    assert stats.chisquare(o, e / e.sum() * o.sum()).pvalue > 1e-4
+
+
+@given(
+    T=st.integers(20, 600),
+    beta_max=st.floats(0.02, 0.2),
+    k=st.floats(1, 50),
+    lam=st.floats(0.5, 1),
+    r=st.floats(1.1, 500),
+    closed_form=st.booleans(),
+)
+def test_speed_on_any_schedule(T, beta_max, k, lam, r, closed_form):
+    schedule = linear(T, 1e-4, beta_max)
+    if not closed_form:
+        schedule = from_alphas_cumprod(schedule.alphas_cumprod)
+    method = build_method("speed_paper", schedule, k=k, lam=lam, r=r)
+    p, w = method.probabilities, method.weight
+    assert float(p.sum()) == pytest.approx(1) and float(p.min()) > 0
+    assert float(w.min()) == pytest.approx(1 - lam) and float(w.max()) == pytest.approx(lam)
+    steps = p[:-1] / p[1:]
+    assert bool(((steps - 1).abs() < 1e-9).logical_or((steps - k).abs() < 1e-6 * k).all())
+
+
+def test_k_one_is_uniform():
+    p = build_method("speed_paper", linear(), k=1.0).probabilities
+    torch.testing.assert_close(p, torch.full_like(p, 1e-3))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@given(prediction=st.sampled_from(list(PREDICTIONS)), process=st.sampled_from(list(SCHEDULES)))
+def test_a_method_is_the_same_objective_on_every_target(name, prediction, process):
+    schedule = build_schedule(process, 720)
+    try:
+        own = build_method(name, schedule)
+    except ValueError:
+        return
+    other = build_method(name, schedule, prediction, normalised=False)
+    own = build_method(name, schedule, normalised=False)
+    torch.testing.assert_close(own.epsilon_weight, other.epsilon_weight, rtol=1e-6, atol=0)
+
+
+def test_weights_may_be_applied_unconverted():
+    schedule = RectifiedFlow()
+    method = build_method("speed_paper", schedule, weight_on="prediction")
+    assert torch.equal(method.weight, weighting.change_aware(schedule).values)
+    converted = build_method("speed_paper", schedule)
+    rows = linear_form(schedule, "velocity", schedule.timesteps)
+    torch.testing.assert_close(converted.weight, method.weight * from_epsilon_weight(rows))
+
+
+@pytest.mark.parametrize("name", ["speed_paper", "speed_official", "p2", "min_snr", "speed_plus"])
+def test_normalised_weights_average_to_one(name):
+    method = build_method(name, linear(), "v", normalised=True)
+    assert float((method.probabilities * method.weight).sum()) == pytest.approx(1)
+
+
+def test_a_process_without_convergence_area_says_so_and_is_sampled_uniformly(caplog):
+    schedule = linear(1000, 1e-5, 1e-3)
+    method = build_method("speed_paper", schedule)
+    assert len(caplog.records) == 1 and "no convergence area" in caplog.text
+    assert float(method.probabilities.max()) == pytest.approx(float(method.probabilities.min()))
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("speed_paper", {"k": 0.5}, "k=0.5: .* at least 1"),
+        ("speed_paper", {"k": math.nan}, "k=nan"),
+        ("speed_paper", {"r": 1.0}, "r=1.0: .* above 1"),
+        ("speed_paper", {"tau": 0.0}, r"tau=0.0 is outside \[1, 1000\]"),
+        ("speed_paper", {"tau": 1001.0}, r"tau=1001.0 is outside \[1, 1000\]"),
+        ("speed_paper", {"lam": 0.4}, r"lambda=0.4 is outside \[0.5, 1\]"),
+        ("speed_official", {"lam": 5.0}, r"lambda=5.0 is outside \[0.5, 1\]"),
+        ("uniform", {"k": 5.0}, "'uniform' has no k; it takes no arguments"),
+        ("min_snr", {"k": 5.0}, "'min_snr' has no k; it takes gamma"),
+        ("sped", {}, "choose from uniform, speed_paper"),
+    ],
+)
+def test_options_out_of_range_are_named(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_method(name, linear(), **options)
+
+
+def test_the_released_method_needs_its_700_timesteps():
+    with pytest.raises(ValueError, match=r"tau=700 is outside \[1, 250\]"):
+        build_method("speed_official", linear(250))
+
+
+def test_two_lines_train_in_someone_else_s_loop():
+    """draw() gives the times and weights of the objective's own table, batch after batch."""
+    schedule = from_betas(torch.linspace(1e-4, 0.02, 1000))
+    method = build_method("speed_paper", schedule)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(200):
+        x0, noise = torch.randn(64, 2), torch.randn(64, 2)
+        timesteps, weights = method.draw(64, step)
+        alpha = schedule.alphas_cumprod[timesteps].sqrt().float()[:, None]
+        x_in = alpha * x0 + (1 - alpha**2).sqrt() * noise
+        loss = (weights * (model(x_in) - noise).square().mean(1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
+    ids = torch.arange(5 * 64, 6 * 64)
+    for whole, part in zip(method.draw(64, 5), method.draw(ids, 5), strict=True):
+        assert torch.equal(whole, part)

@@ -1,0 +1,237 @@
+"""Recomputed activations and compiled blocks: the same figures, less memory, one compilation."""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from speed_engine.build import build_model, build_objective, build_process
+from speed_engine.config import TrainConfig
+from speed_engine.data.loading.loader import Batch
+from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
+from speed_engine.models.dit import DiT
+from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
+from speed_engine.training.ema import Ema
+from speed_engine.training.engine import Engine
+from speed_engine.training.optimizers import adamw, linear_warmup
+
+VARIANTS = pytest.mark.parametrize("variant", ["original", "modern"])
+
+
+def model(**changes) -> DiT:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"dim": 32, "depth": 4, "num_heads": 2, "patch_size": 2} | changes
+    net = DiT(input_size=(16, 16), channels=3, num_classes=5, **sizes)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 16, 16), torch.tensor([3, 871]), torch.tensor([0, 5])
+
+
+def gradients(net: nn.Module, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(net.parameters())))
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation ran, the dtypes of its results, and what of them is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.dtypes: defaultdict[str, set[torch.dtype]] = defaultdict(set)
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.counts[name] += 1
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.dtypes[name].add(tensor.dtype)
+                if not func.is_view:
+                    storage = tensor.untyped_storage()
+                    self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out
+
+    def held(self) -> int:
+        """Bytes of the results that something still holds."""
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+@VARIANTS
+def test_the_dial_trades_memory_for_time_and_nothing_else(variant):
+    net, held, work, found = model(variant=variant), [], [], []
+    for dial in (0, 0.25, 0.5, 0.75, 1):
+        set_recompute(net.blocks, dial)
+        with Operations() as forward:
+            loss = net(*inputs()).square().mean()
+        held.append(forward.held())
+        with Operations() as backward:
+            found.append(gradients(net, loss))
+        work.append(backward.counts.total())
+    assert held == sorted(held, reverse=True) and len(set(held)) == len(held)
+    assert work == sorted(work) and len(set(work)) == len(work)
+    assert held[-1] < 0.1 * held[0]
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dial, expected",
+    [
+        (0, ["nothing"] * 4),
+        (0.25, ["nothing", "cheap"] * 2),
+        (0.5, ["cheap"] * 4),
+        (0.875, ["cheap", "everything", "everything", "everything"]),
+        (1, ["everything"] * 4),
+    ],
+)
+def test_what_is_recomputed_is_spread_over_the_depth(dial, expected):
+    assert [block.recompute for block in model(checkpointing=dial).blocks] == expected
+
+
+def test_a_dial_outside_its_range_is_named():
+    with pytest.raises(ValueError, match=r"checkpointing=1.5 is a share; choose from \[0, 1\]"):
+        model(checkpointing=1.5)
+
+
+@pytest.mark.parametrize("dial, products", [(0, 0), (0.5, 0), (1, 5 * 4)])
+def test_matrix_products_and_attention_are_not_repeated_up_to_one_half(dial, products):
+    net = model(checkpointing=dial)
+    loss = net(*inputs()).square().mean()
+    with Operations() as backward:
+        gradients(net, loss)
+    assert backward.counts["addmm"] == products  # adaLN, qkv, proj and two of the feed-forward
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert backward.counts[attention] == (4 if dial == 1 else 0)
+    assert backward.counts["gelu"] == (4 if dial else 0)
+
+
+@VARIANTS
+def test_compiled_recomputing_blocks_have_the_eager_gradients(variant):
+    torch._dynamo.reset()
+    net = model(variant=variant, depth=2, checkpointing=0.75).double()
+    assert [block.recompute for block in net.blocks] == ["cheap", "everything"]
+    x, t, labels = inputs()
+    expected = gradients(net, net(x.double(), t, labels).square().mean())
+    whole = torch.compile(net, fullgraph=True, backend="aot_eager")
+    found = gradients(net, whole(x.double(), t, labels).square().mean())
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def compilations(monkeypatch) -> CompileCounterWithBackend:
+    """Counts the graphs that whatever is compiled in the test comes to."""
+    torch._dynamo.reset()
+    counter, plain = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: plain(f, **o, backend=counter))
+    return counter
+
+
+@pytest.mark.parametrize("depth", [2, 9])
+def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, depth):
+    net = model(depth=depth)
+    expected = net(*inputs())
+    blockwise = compiled_blocks(net)
+    for _ in range(3):
+        torch.testing.assert_close(blockwise(*inputs()), expected)
+    assert compilations.frame_count == 2  # the first has no branch to add
+
+
+def test_blocks_of_many_shapes_are_compiled_every_one():
+    """PyTorch's own limit is 8."""
+    torch._dynamo.reset()
+    compiled_graphs = []
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    blocks = [nn.Linear(width, width) for width in range(1, 13)]
+    with torch._dynamo.config.patch(recompile_limit=8):  # pyright: ignore[reportAttributeAccessIssue]
+        compile_each(blocks, backend=backend)
+        for _ in range(2):
+            for width, block in enumerate(blocks, 1):
+                block(torch.ones(2, width))
+    assert len(compiled_graphs) == 12
+
+
+def test_a_model_without_blocks_is_not_compiled_by_blocks():
+    with pytest.raises(ValueError, match="Linear has none; choose on or off"):
+        compiled_blocks(nn.Linear(2, 2))
+
+
+SIZES: dict[str, Any] = {"dim": 32, "depth": 1, "num_heads": 2}
+CONFIGS = {
+    "dit": TrainConfig(model=DiTConfig(**SIZES)),
+    "dit-sigma": TrainConfig(model=DiTConfig(**SIZES, learn_sigma=True)),
+    "dit-modern": TrainConfig(model=DiTConfig(**SIZES, variant="modern")),
+    "mdt": TrainConfig(model=MDTConfig(**SIZES, decode_layers=1)),
+    "unet": TrainConfig(model=UNetConfig(channel_mult=(1,), attention_resolutions=(1,))),
+    "edm": TrainConfig(model=EdmUNetConfig(channel_mult=(1,)), schedule="edm"),
+}
+
+
+def batch(step: int) -> Batch:
+    labels, ids = torch.arange(8) % 10, torch.arange(8) + 8 * step
+    return Batch(torch.rand(8, 1, 8, 8), {"labels": labels}, ids)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_whole_training_step_is_one_graph_compiled_once(compilations, name):
+    """Noise, timesteps, model and loss together, at changing steps and image counters."""
+    net = build_model(CONFIGS[name])
+    objective = build_objective(CONFIGS[name], build_process(CONFIGS[name]), net)
+    loss = torch.compile(lambda *batch: objective(net, *batch).loss, fullgraph=True)
+    counts = []
+    for step in range(4):
+        loss(*batch(step)[:3], step).backward()
+        counts.append(compilations.frame_count)
+    assert counts[0] == 1 and counts[1] == counts[-1]
+
+
+@pytest.mark.parametrize("how", ["on", "blocks"])
+def test_the_engine_never_recompiles_after_the_second_step(compilations, how):
+    config = CONFIGS["dit"]
+    net = build_model(config)
+    engine = Engine(
+        net,
+        build_objective(config, build_process(config), net),
+        adamw(net, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
+        Ema(net, 0.99),
+        learning_rate=linear_warmup(1e-3, 2),
+        grad_clip=1.0,
+        forward=compiled(net, how),
+    )
+    counts = []
+    for step in range(5):
+        engine.step(batch(step))
+        counts.append(compilations.frame_count)
+    assert counts[0] == 1 and counts[1] == counts[-1]
+
+
+@VARIANTS
+def test_under_autocast_only_matrix_products_are_bfloat16(variant):
+    """Norms, their statistics, the residual stream, parameters and gradients stay float32."""
+    net = model(variant=variant)
+    streams: list[torch.dtype] = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, __, out: streams.append(out.tokens.dtype))
+    with Operations() as seen, torch.autocast("cpu", dtype=torch.bfloat16):
+        answer = net(*inputs())
+    norms = {name for name in seen.dtypes if "norm" in name or name == "rsqrt"}
+    assert norms and all(seen.dtypes[name] == {torch.float32} for name in norms)
+    assert seen.dtypes["addmm"] == {torch.bfloat16} and set(streams) == {torch.float32}
+    found = gradients(net, answer.float().square().mean())
+    assert {gradient.dtype for gradient in found} == {torch.float32}
+    exact = net(*inputs())
+    assert (answer - exact).norm() < 0.03 * exact.norm()

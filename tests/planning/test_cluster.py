@@ -1,0 +1,77 @@
+"""The planner's figures follow from counted ones, and real processes send what it says."""
+
+import dataclasses
+
+import pytest
+
+from speed_engine import cli
+from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.planning.cluster import plan
+from speed_engine.planning.cost import GPUS, estimate
+from speed_engine.presets import PRESETS
+
+SMALL = TrainConfig(
+    batch_size=64,
+    data=DataConfig(image_shape=(3, 16, 16)),
+    model=DiTConfig(dim=64, depth=2, num_heads=4),
+)
+
+
+def test_one_gpu_sends_nothing_and_takes_what_the_estimate_says():
+    one = plan(SMALL, 1, "h200", 8, 1.0)
+    cost = estimate(SMALL)
+    assert (one.layout, one.sent_bytes, one.communication_seconds) == ("none", 0, 0)
+    assert one.memory_bytes == cost.autocast_bytes
+    assert one.compute_seconds == pytest.approx(cost.step_seconds(GPUS["h200"]))
+
+
+def test_shards_send_their_parameters_twice_and_gradients_once():
+    parameters = estimate(SMALL).parameters
+    planned = plan(SMALL, 4, "h200", 8, 0.5)
+    assert planned.layout == "fsdp" and planned.images == 16
+    assert planned.sent_bytes == pytest.approx((2 + 2 + 4) * parameters * 3 / 4)
+    kept = plan(dataclasses.replace(SMALL, reshard=False), 4, "h200", 8, 0.5)
+    assert kept.sent_bytes == pytest.approx((2 + 4) * parameters * 3 / 4)
+    assert kept.memory_bytes >= planned.memory_bytes
+    assert planned.state_bytes == pytest.approx(20 * parameters / 4)
+
+
+def test_nodes_repeat_what_their_gpus_share():
+    parameters = estimate(SMALL).parameters
+    planned = plan(SMALL, 16, "h200", 8, 0.5)
+    assert planned.layout == "hsdp"
+    expected = 8 * parameters * 7 / 8 + 8 * parameters / 8 * 1 / 2
+    assert planned.sent_bytes == pytest.approx(expected)
+    copies = plan(dataclasses.replace(SMALL, parallel="ddp"), 16, "h200", 8, 0.5)
+    assert copies.sent_bytes == pytest.approx(8 * parameters * 15 / 16)
+    assert copies.state_bytes == pytest.approx(20 * parameters)
+
+
+def test_microbatches_gather_again_and_keep_less():
+    whole = plan(SMALL, 4, "h200", 8, 0.5)
+    parts = plan(dataclasses.replace(SMALL, microbatch_size=4), 4, "h200", 8, 0.5)
+    assert parts.activation_bytes == pytest.approx(whole.activation_bytes / 4)
+    assert parts.sent_bytes > whole.sent_bytes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_be_planned(capsys, name):
+    cli.main(["plan", name, "--gpus", "8", "--gpu", "a100", "--batch-size", "256"])
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["layout", "memory", "sent", "compute", "step", "scaling", "run"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--gpus", "1000", "--per-node", "8"], "batch_size=256 does not spread over 1000 GPUs"),
+        (["--gpus", "12"], "12 GPUs in nodes of 8: take up to 8, or a multiple"),
+        (["--efficiency", "1.5"], "efficiency=1.5 is a share"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_the_way_out(capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "imagenet256-dit-xl2", *options])
+    assert stopped.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,97 @@
+"""What --dry-run says is counted, and agrees with what is published and with real tensors."""
+
+import dataclasses
+import math
+import typing
+
+import pytest
+import torch
+
+from speed_engine import cli
+from speed_engine.build import build_model
+from speed_engine.cli import TrainCommand
+from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
+from speed_engine.planning.cost import GPUS, Gpu, estimate
+from speed_engine.presets import PRESETS
+
+PIXELS = DataConfig(image_shape=(3, 16, 16))
+SMALL = TrainConfig(data=PIXELS, model=DiTConfig(dim=64, depth=2, num_heads=4))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_the_dry_run(capsys, name):
+    cli.main(["train", name, "--dry-run", "--gpu", "a100"])
+    shown = capsys.readouterr().out
+    lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert list(lines) == [
+        "model", "parameters", "FLOPs", "state", "activations", "memory", "step", "run",
+    ]  # fmt: skip
+    assert "on one a100" in lines["step"]
+
+
+def test_dit_xl_2_costs_what_its_paper_says():
+    _, config = PRESETS["imagenet256-dit-xl2"]
+    cost = estimate(config)
+    assert round(cost.parameters / 1e6) == 675
+    assert round(cost.forward_flops / 2e9, 1) == 118.6
+    assert cost.training_flops == 3 * cost.forward_flops
+    gpu = Gpu(bf16_flops=1e15, bandwidth=4e12, memory=1e11)
+    by_hand = 256 * 3 * cost.forward_flops / 1e15 + 36 * cost.parameters / 4e12
+    assert math.isclose(cost.step_seconds(gpu), by_hand)
+
+
+@pytest.mark.parametrize("model", [SMALL.model, UNetConfig()])
+def test_activations_are_those_that_autograd_keeps(model):
+    config = dataclasses.replace(SMALL, model=model)
+    network = build_model(config)
+    kept = []
+    for images in (1, 2):
+        storages = {}
+        own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+        def keep(tensor, own=own, storages=storages):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        x, t = torch.zeros(images, 3, 16, 16), torch.zeros(images)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            answer = network(x, t, labels=torch.zeros(images, dtype=torch.int64))
+        assert answer.requires_grad
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+    assert estimate(config).activation_bytes == pytest.approx(
+        kept[1] - kept[0], rel=0.02
+    )  # and the answer
+
+
+def test_autocast_halves_what_products_read_and_copies_the_weights():
+    cost = estimate(SMALL)
+    assert 0.5 < cost.autocast_activation_bytes / cost.activation_bytes < 0.8
+    assert 0.85 < cost.autocast_weight_bytes / (2 * cost.parameters) <= 1.0
+
+
+def test_a_mask_costs_a_second_shorter_pass():
+    cost = estimate(dataclasses.replace(SMALL, model=MDTConfig(dim=64, depth=12, num_heads=4)))
+    assert 3 * cost.forward_flops < cost.training_flops < 6 * cost.forward_flops
+
+
+def test_recomputing_keeps_less():
+    kept = []
+    for dial in (0.0, 0.5, 1.0):
+        model = dataclasses.replace(SMALL.model, checkpointing=dial)
+        kept.append(estimate(dataclasses.replace(SMALL, model=model)).activation_bytes)
+    assert kept[2] < 0.3 * kept[0] and 0.3 * kept[0] < kept[1] < 0.8 * kept[0]
+
+
+def test_every_gpu_can_be_named_on_the_command_line():
+    choices = typing.get_args(typing.get_type_hints(TrainCommand)["gpu"])
+    assert set(choices) == set(GPUS)
+
+
+def test_what_cannot_be_built_is_refused_as_in_training(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "digits", "--dry-run", "--model.patch-size", "3"])
+    assert stopped.value.code == 2
+    assert "patch_size=3 does not divide" in capsys.readouterr().err

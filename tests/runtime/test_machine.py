@@ -1,0 +1,148 @@
+"""Choices follow what is asked for, what was measured and what there is; and say why."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.runtime import machine
+from speed_engine.runtime.machine import (
+    choose_attention,
+    choose_checksums,
+    choose_compile,
+    choose_jpeg_decoder,
+    choose_noise,
+    choose_resident,
+    machine_name,
+)
+
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with 100 GB of free GPU memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 10**9, 140 * 10**9))
+
+
+def write_measurement(results: Path, elements: dict[str, tuple[int, float, float]]) -> None:
+    folder = results / "nvidia-h200"
+    folder.mkdir(parents=True)
+    cases = [
+        {
+            "case": name,
+            "elements_per_image": size,
+            "providers": {
+                provider: {"device_milliseconds": {"median": time, "p20": time, "p80": time}}
+                for provider, time in (("stored", stored), ("drawn again", drawn))
+            },
+        }
+        for name, (size, stored, drawn) in elements.items()
+    ]
+    (folder / machine.STORED_NOISE).write_text(json.dumps({"cases": cases}))
+
+
+def test_noise_is_drawn_again_where_nothing_was_measured(gpu, tmp_path):
+    choice = choose_noise("cuda", (3, 256, 256), tmp_path)
+    assert choice.value == "drawn again" and "not measured" in choice.reason
+
+
+def test_a_cpu_stores_noise_unless_measured_otherwise(tmp_path):
+    assert choose_noise("cpu", (3, 256, 256), tmp_path).value == "stored"
+
+
+def test_the_measurement_nearest_in_size_decides_on_noise(gpu, tmp_path):
+    measured = {"latents": (4096, 0.2, 0.1), "pixels": (196608, 1.0, 2.0)}
+    write_measurement(tmp_path, measured)
+    few = choose_noise("cuda", (4, 32, 32), tmp_path)
+    many = choose_noise("cuda", (3, 256, 128), tmp_path)
+    assert (few.value, many.value) == ("drawn again", "stored")
+    assert few.reason == "latents: stored 0.200 ms, drawn again 0.100 ms"
+
+
+def test_machines_are_told_apart_by_gpu_or_by_cores(gpu):
+    assert machine_name("cuda") == "nvidia-h200"
+    assert machine_name("cpu").endswith("-cores")
+
+
+@pytest.mark.parametrize("size, value", [(49 * 10**9, "on"), (51 * 10**9, "off"), (None, "on")])
+def test_data_are_resident_where_they_take_half_of_the_free_memory_at_most(gpu, size, value):
+    choice = choose_resident("auto", "cuda", size)
+    assert choice.value == value and "50% of 100.0 GB" in choice.reason
+
+
+@pytest.mark.parametrize(
+    "size, workers, value",
+    [(2**26, 0, "on"), (2**26 + 1, 0, "off"), (1, 1, "off"), (None, 0, "on")],
+)
+def test_a_cpu_keeps_small_data_sets_that_no_worker_shall_read(size, workers, value):
+    choice = choose_resident("auto", "cpu", size, workers=workers)
+    assert choice.value == value and "67 MB" in choice.reason
+
+
+def test_data_are_resident_where_it_is_asked_for(gpu):
+    for wanted in ("on", "off"):
+        assert choose_resident(wanted, "cuda", 10**15) == (wanted, "asked for")
+
+
+def test_streaming_and_resident_data_exclude_each_other(gpu):
+    assert choose_resident("auto", "cuda", 1, "stream").value == "off"
+    with pytest.raises(ValueError, match="data.resident=on keeps the exact order"):
+        DataConfig(resident="on", mode="stream")
+
+
+def test_every_choice_of_a_run_is_among_those_that_doctor_shows():
+    config = TrainConfig(device="cpu", data=DataConfig(resident="on"))
+    shown = machine.choices(config)
+    assert shown["resident data"].value == "on" and shown["noise"].value == "stored"
+
+
+def test_attention_is_pytorchs_and_says_what_xformers_lacks(monkeypatch):
+    value, reason = choose_attention("auto", "cpu")
+    assert value == "sdpa" and "has operators for CUDA only" in reason
+    assert choose_attention("sdpa", "cpu").reason.endswith("asked for")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "xFormers is not installed" in choose_attention("auto", "cpu").reason
+
+
+def test_xformers_where_it_cannot_run_is_refused_in_its_own_words():
+    with pytest.raises(ValueError, match=r"attention=xformers, but xFormers \S+ has operators"):
+        choose_attention("xformers", "cpu")
+    # Not a device of xFormers either, and here it is asked: forward, with its operators loaded.
+    with pytest.raises(ValueError, match="does not run here: No operator found.*use sdpa or auto"):
+        choose_attention("xformers", "meta")
+
+
+def test_xformers_is_used_where_it_runs_and_was_asked_for(monkeypatch):
+    from xformers.ops import fmha
+
+    monkeypatch.setattr(fmha, "memory_efficient_attention", lambda q, k, v: q + k + v)
+    assert choose_attention("xformers", "meta").value == "xformers"
+    assert choose_attention("auto", "meta") == ("sdpa", "PyTorch's; xFormers would run, too")
+
+
+@pytest.mark.parametrize("wanted", ["on", "blocks", "off"])
+def test_compilation_that_was_asked_for_is_done(wanted):
+    assert choose_compile(wanted, "cpu", 1) == (wanted, "asked for")
+
+
+@pytest.mark.parametrize(
+    "choose, module, first, second",
+    [
+        (choose_jpeg_decoder, "simplejpeg", "simplejpeg", "Pillow"),
+        (choose_checksums, "zlib_ng.zlib_ng", "zlib-ng", "zlib"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_named_and_does_without(
+    monkeypatch, choose, module, first, second
+):
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    assert choose().value == first
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    assert choose().value == second and module in choose().reason

@@ -1,0 +1,197 @@
+"""Checkpoints are complete or invisible, and damage never loads."""
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from speed_engine.training import checkpoint
+from speed_engine.training.checkpoint import Checkpoints
+
+TENSORS = {
+    "model/w": torch.arange(12.0).view(3, 4),
+    "model/steps": torch.tensor(7.0),
+    "ema/w": torch.zeros(2),
+}
+
+
+def write(folder, step, **keep):
+    checkpoints = Checkpoints(folder, **keep)
+    checkpoints.save(step, TENSORS, {"step": step})
+    checkpoints.wait()
+    assert not checkpoints.failures
+    return folder / f"step-{step:08d}"
+
+
+def read(path):
+    checkpoint.verify(path)
+    tensors = {name: torch.full_like(value, -1) for name, value in TENSORS.items()}
+    return checkpoint.load(path, tensors), tensors
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    state, tensors = read(write(tmp_path, 7))
+    assert state == {"step": 7}
+    assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
+    assert torch.equal(
+        checkpoint.load_group(tmp_path / "step-00000007", "ema")["w"], torch.zeros(2)
+    )
+
+
+def test_tensors_may_change_once_saving_has_begun(tmp_path):
+    tensors = {"model/w": torch.zeros(1_000_000)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, tensors, {})
+    tensors["model/w"] += 1
+    checkpoints.wait()
+    assert not checkpoint.load_group(tmp_path / "step-00000001", "model")["w"].any()
+
+
+def test_the_newest_wins_and_old_ones_are_pruned(tmp_path):
+    for step in (5, 10, 15, 100):
+        write(tmp_path, step, keep=2, keep_every=5 if step == 10 else 10)
+    assert checkpoint.newest(tmp_path).name == "step-00000100"
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["step-00000010", "step-00000015", "step-00000100"]
+
+
+def test_every_flipped_bit_is_found(tmp_path):
+    path = write(tmp_path, 1)
+    rng = random.Random(0)
+    files = sorted(path.iterdir())
+    for _ in range(120):
+        file = rng.choice(files)
+        original = file.read_bytes()
+        damaged = bytearray(original)
+        damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            state, tensors = read(path)
+        except checkpoint.InvalidCheckpoint as error:
+            assert path.name in str(error)
+        else:  # a flip in the manifest's white space or step number changes nothing that is loaded
+            assert file.name == "manifest.json" and state == {"step": 1}
+            assert torch.equal(tensors["model/w"], TENSORS["model/w"])
+        file.write_bytes(original)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest"])
+def test_a_damaged_newest_is_named_and_the_one_before_it_used(tmp_path, damage, caplog):
+    write(tmp_path, 1)
+    newest = write(tmp_path, 2)
+    victim = newest / (
+        "manifest.json"
+        if damage == "no manifest"
+        else "shard-00001-model-00001-of-00001.safetensors"
+    )
+    if damage == "truncate":
+        os.truncate(victim, 20)
+    else:
+        victim.unlink()
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+    assert str(victim) in caplog.text
+
+
+def test_none_left_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_manifest_cannot_reach_outside_its_folder(tmp_path):
+    path = write(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../secret"] = {"bytes": 0, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.InvalidCheckpoint, match="outside"):
+        checkpoint.verify(path)
+
+
+class Bomb:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return (open, (str(self.trace), "w"))
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "model.pt"])
+def test_a_pickle_in_a_checkpoint_is_refused_and_never_opened(tmp_path, name):
+    path, trace = write(tmp_path / "run", 1), tmp_path / "trace"
+    (path / name).write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(checkpoint.InvalidCheckpoint, match=name):
+        checkpoint.verify(path)
+    # Even one whose manifest vouches for it is not unpickled.
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = checkpoint._describe(path / name)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    checkpoint.verify(path)
+    with contextlib.suppress(UnicodeDecodeError):  # a state that is not JSON
+        read(path)
+    assert not trace.exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_one_checkpoint_and_leaves_no_litter(small_disk, caplog):
+    run = small_disk / "run"
+    write(run, 1)
+    checkpoints = Checkpoints(run)
+    checkpoints.save(2, {"model/w": torch.zeros(1_000_000)}, {})
+    checkpoints.wait()
+    assert len(checkpoints.failures) == 1 and checkpoints.failures[0].startswith("2: ")
+    assert "no checkpoint of step 2" in caplog.text and "earlier ones are intact" in caplog.text
+    assert [path.name for path in run.iterdir()] == ["step-00000001"]
+    read(checkpoint.newest(run))
+    checkpoints.save(3, TENSORS, {})  # there is room again
+    checkpoints.wait()
+    assert checkpoint.newest(run).name == "step-00000003"
+
+
+def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
+    code = (
+        "import sys, torch\nfrom pathlib import Path\n"
+        "from speed_engine.training.checkpoint import Checkpoints\n"
+        "checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)\n"
+        "for step in range(1, 10_000):\n"
+        "    checkpoints.save(step, {'model/w': torch.zeros(500_000)}, {'step': step})\n"
+        "    checkpoints.wait()\n"
+        "    print(step, flush=True)\n"
+    )
+    rng = random.Random(1)
+    folder = tmp_path / "run"
+    for _ in range(5):
+        shutil.rmtree(folder, ignore_errors=True)
+        writer = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(rng.randint(1, 5)):
+            writer.stdout.readline()
+        time.sleep(rng.random() * 0.05)
+        writer.send_signal(signal.SIGKILL)
+        finished = [int(line) for line in writer.stdout.read().split()]
+        writer.wait()
+        newest = checkpoint.newest(folder)
+        assert checkpoint.read_state(newest)["step"] >= max(finished, default=1)

@@ -277,7 +277,7 @@ def _methods(arguments: list[str], console: Console) -> None:
 
 def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) -> None:
     """One row per method, one column per process; reasons for the gaps below."""
-    from speed_engine.diffusion.recipes import METHODS
+    from speed_engine.diffusion.methods import METHODS
 
     reasons: list[str] = []
     table = Table(box=None, padding=(0, 1, 0, 0))

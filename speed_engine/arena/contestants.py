@@ -17,7 +17,7 @@ from typing import Any
 
 from speed_engine.build import build_process
 from speed_engine.config import MethodOptions, OptimizerConfig, TrainConfig
-from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.methods import METHODS
 
 GRAMMAR = re.compile(
     r"(?P<method>\w+)(@(?P<schedule>\w+))?(:(?P<prediction>\w+))?(?P<options>(\+[\w.]+=[^+]+)*)"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from speed_engine.diffusion import weighting
 from speed_engine.diffusion.distributions import Law
-from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import TimestepSampler, independent

@@ -16,8 +16,8 @@ import torch
 
 from speed_engine.diffusion.increments import Increments, increments
 from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
-from speed_engine.diffusion.recipes import METHODS
 from speed_engine.diffusion.schedule import NoiseSchedule
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up

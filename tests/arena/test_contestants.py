@@ -4,7 +4,7 @@ import pytest
 
 from speed_engine.arena.contestants import ABLATION, expand, options, resolve
 from speed_engine.config import TrainConfig
-from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.methods import METHODS
 
 BASE = TrainConfig(steps=400)
 

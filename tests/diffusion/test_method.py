@@ -19,9 +19,9 @@ from speed_engine.diffusion.discrete import (
     linear,
 )
 from speed_engine.diffusion.method import build_method
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
-from speed_engine.diffusion.recipes import METHODS
 from speed_engine.diffusion.timesteps import MirroredSampler
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())

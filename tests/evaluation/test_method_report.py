@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from speed_engine import cli
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
-from speed_engine.diffusion.recipes import METHODS
 from speed_engine.evaluation import method_report
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())

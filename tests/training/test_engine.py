@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.loading.loader import Batch
-from speed_engine.diffusion.recipes import METHODS
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.models.config import DiTConfig
 from speed_engine.training.ema import Ema
 from speed_engine.training.engine import Engine

@@ -37,6 +37,7 @@ from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layouts.files import require_shapes
 from speed_engine.models.mdt import MDT
 from speed_engine.models.super_resolution import SuperResolution
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 
 CONFIG_FILE = "config.json"
@@ -47,7 +48,7 @@ def build_process(config: TrainConfig) -> Method:
     """The configured method on its process.
 
     Raises:
-        ValueError: an unknown schedule, method or prediction, or an option out of range.
+        UserError: an unknown schedule, method or prediction, or an option out of range.
     """
     options = config.method_options.given()
     if "ramp_steps" in method_options(config.method):
@@ -76,7 +77,7 @@ def build_objective(
         store_noise: as in ``Objective``.
 
     Raises:
-        ValueError: a learned variance is asked for where there is none.
+        UserError: a learned variance is asked for where there is none.
     """
     changes: list[ConditionChange] = [
         ConditionDropout(null_conditions(config), config.condition_dropout),
@@ -151,7 +152,7 @@ def open_data(
     """The configured shards, with the configured or other members; of one part, or None for both.
 
     Raises:
-        ValueError: they are damaged, or lack a member that the model is to be told.
+        UserError: they are damaged, or lack a member that the model is to be told.
     """
     return ShardReader(
         data_source(config),
@@ -187,12 +188,12 @@ def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.devic
     """How stored images become clean ones, on the device.
 
     Raises:
-        ValueError: latents as a VAE gives them, and nothing says how to scale them.
+        UserError: latents as a VAE gives them, and nothing says how to scale them.
     """
     metadata = reader.dataset.metadata if config.data.latents else {}
     posterior = stores_posterior(config, reader)
     if posterior and "latent_scale" not in metadata:
-        raise ValueError(
+        raise UserError(
             f"{config.data.source} holds mean and standard deviation of latents, and its record "
             "does not say by which latent_scale to multiply them; encode it again."
         )
@@ -209,11 +210,11 @@ def read_config(run: Path) -> TrainConfig:
     """The resolved configuration of a run.
 
     Raises:
-        ValueError: the folder is not a run.
+        UserError: the folder is not a run.
     """
     path = run / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
     return from_json(path.read_text())
 
 
@@ -221,7 +222,7 @@ def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[
     """(averaged model, its step) from a run's newest complete checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint, or it belongs to another model.
+        UserError: there is no checkpoint, or it belongs to another model.
     """
     return load_average_of(newest_checkpoint(run), config, device)
 
@@ -230,7 +231,7 @@ def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tu
     """The same from one checkpoint, which must be complete.
 
     Raises:
-        ValueError: it belongs to another model.
+        UserError: it belongs to another model.
     """
     model = build_model(config)
     load_parameters(model, checkpoint.load_group(path, "ema"), path)
@@ -242,19 +243,19 @@ def newest_checkpoint(run: Path) -> Path:
     """Of a run.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     try:
         return checkpoint.newest(run / CHECKPOINTS)
     except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Strict load.
 
     Raises:
-        ValueError: names or shapes differ; lists them.
+        UserError: names or shapes differ; lists them.
     """
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)

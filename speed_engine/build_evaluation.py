@@ -28,6 +28,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE, World
 
 
@@ -35,7 +36,7 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     """Evaluation against the training and the held-out images, with the configured features.
 
     Raises:
-        ValueError: there are too few images for a metric, or what it needs is missing.
+        UserError: there are too few images for a metric, or what it needs is missing.
     """
     settings = config.evaluation
     reference, held_out, clip, texts = None, None, None, ()
@@ -72,13 +73,13 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
     """Drawn latents to pictures, by the configured VAE; None where there is none.
 
     Raises:
-        ValueError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+        UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
     """
     if config.data.vae is None:
         return None
     metadata = open_data(config).dataset.metadata
     if "latent_scale" not in metadata:
-        raise ValueError(
+        raise UserError(
             f"{config.data.source} does not record its latent_scale, which decoding needs; "
             "`speed-engine shards index --metadata` records it."
         )
@@ -107,7 +108,7 @@ def drawn_texts(config: TrainConfig) -> tuple[str, ...]:
     """(num_images,) the texts whose tokens ``drawn_conditions`` are.
 
     Raises:
-        ValueError: the data have tokens only.
+        UserError: the data have tokens only.
     """
     reader = open_data(config, ["txt"], part="held_out")
     numbers = [i % len(reader) for i in range(config.evaluation.num_images)]
@@ -121,22 +122,22 @@ def prompted(
     """(num_images, ...) of prompts in turn, and what hides them.
 
     Raises:
-        ValueError: the model is not told texts alone, or not those of this encoder.
+        UserError: the model is not told texts alone, or not those of this encoder.
     """
     if told_names(config) != ("tokens",):
-        raise ValueError(
+        raise UserError(
             f"this model is told {', '.join(told_names(config)) or 'nothing'}; a prompt needs one "
             "that is told texts alone (data.members with tokens.npy)."
         )
     if text_encoder is None:
-        raise ValueError(
+        raise UserError(
             "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
             "the data were encoded with."
         )
     encoder = TextEncoder(text_encoder, torch.device("cpu"))
     tokens = torch.from_numpy(encoder(["", *prompts])).float()
     if tuple(tokens.shape[1:]) != tuple(config.data.token_shape):
-        raise ValueError(
+        raise UserError(
             f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
             f"trained on {config.data.token_shape}, of another encoder."
         )
@@ -171,7 +172,7 @@ def _extractor(config: TrainConfig, reader: ShardReader, read: Callable[[], Any]
     if config.evaluation.features == "inception":
         return inception_features(config.evaluation.inception_weights)
     if "cls" not in reader.keys:
-        raise ValueError(
+        raise UserError(
             "evaluation.features=classifier needs the labels of the images (member cls); use "
             "inception, or none to draw images only."
         )

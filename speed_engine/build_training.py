@@ -36,7 +36,7 @@ class TrainingData:
     """The shards of a run, and batches of clean images of them on the device.
 
     Raises:
-        ValueError: the data set is damaged, or does not fit the configuration.
+        UserError: the data set is damaged, or does not fit the configuration.
     """
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
@@ -115,7 +115,7 @@ def build_engine(
         init_from: weights to start from; None initialises from the seed.
 
     Raises:
-        ValueError: an option does not fit another, or the weights are another model's.
+        UserError: an option does not fit another, or the weights are another model's.
     """
     model, ema, forward, shadows = _build_model(config, choices, world, device, init_from)
     settings = config.optimizer

@@ -18,6 +18,7 @@ from rich.table import Table
 from speed_engine.config import TrainConfig, cache_folder
 from speed_engine.models.config import DiTConfig
 from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import UserError
 
 USAGE = """\
 usage: speed-engine COMMAND ...
@@ -152,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # whoever reads the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from speed_engine.models.config import MODEL_CONFIGS, DiTConfig, ModelConfig, check
+from speed_engine.models.config import MODEL_CONFIGS, DiTConfig, ModelConfig
+from speed_engine.runtime.checks import UserError, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class DataConfig:
         check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
         check("data.held_out", self.held_out, 0 <= self.held_out <= 0.9, "is a share in [0, 0.9]")
         if self.resident == "on" and self.mode == "stream":
-            raise ValueError(
+            raise UserError(
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
                 "leave one of them at its default."
             )
@@ -357,7 +358,7 @@ def from_json(text: str) -> TrainConfig:
     """Inverse of ``to_json``.
 
     Raises:
-        ValueError: not JSON, an unknown or missing field, or a value out of range.
+        UserError: not JSON, an unknown or missing field, or a value out of range.
     """
     return _build(TrainConfig, json.loads(text), "config")
 
@@ -368,9 +369,7 @@ T = TypeVar("T")
 def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     if unknown := sorted(set(values) - set(hints)):
-        raise ValueError(
-            f"{where} has unknown fields {unknown}; was it written by another version?"
-        )
+        raise UserError(f"{where} has unknown fields {unknown}; was it written by another version?")
     return cls(
         **{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
     )
@@ -385,7 +384,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         family = value.get("family", DiTConfig.family)
         if family not in MODEL_CONFIGS:
             known = ", ".join(MODEL_CONFIGS)
-            raise ValueError(f"{where}.family={family!r} is unknown; choose from {known}.")
+            raise UserError(f"{where}.family={family!r} is unknown; choose from {known}.")
         return _build(MODEL_CONFIGS[family], value, where)
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)

@@ -32,6 +32,7 @@ from speed_engine.arena.runs import Run, execute, failure, is_complete
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
@@ -81,7 +82,7 @@ class Comparison:
         console: for one line per run.
 
     Raises:
-        ValueError: a contestant is not known, or the folder holds another comparison.
+        UserError: a contestant is not known, or the folder holds another comparison.
     """
 
     def __init__(self, plan: Plan, out: Path, slots: int, threads: int, console: Console) -> None:
@@ -246,7 +247,7 @@ class Comparison:
             self.out.mkdir(parents=True, exist_ok=True)
             write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
         elif differing := _differences(json.loads(path.read_text()), now):
-            raise ValueError(
+            raise UserError(
                 f"{self.out} holds a comparison under other conditions: {'; '.join(differing)}. "
                 "Only contestants and seeds can be added to it; name another folder with --out."
             )

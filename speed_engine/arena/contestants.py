@@ -18,6 +18,7 @@ from typing import Any
 from speed_engine.build import build_process
 from speed_engine.config import MethodOptions, OptimizerConfig, TrainConfig
 from speed_engine.diffusion.methods import METHODS
+from speed_engine.runtime.checks import UserError
 
 GRAMMAR = re.compile(
     r"(?P<method>\w+)(@(?P<schedule>\w+))?(:(?P<prediction>\w+))?(?P<options>(\+[\w.]+=[^+]+)*)"
@@ -44,11 +45,11 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
     """The configuration of a contestant in a comparison.
 
     Raises:
-        ValueError: the name does not parse, or a part of it is unknown or does not fit.
+        UserError: the name does not parse, or a part of it is unknown or does not fit.
     """
     match = GRAMMAR.fullmatch(name)
     if match is None:
-        raise ValueError(
+        raise UserError(
             f"contestant {name!r}: write METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...], such as "
             "speed_paper@linear:v+k=3."
         )
@@ -66,14 +67,14 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
             seed=base.seed + _whole(given.pop("seed_offset", "0")),
         )
         if given:
-            raise ValueError(
+            raise UserError(
                 f"there is no option {', '.join(given)}; there are those of the method, "
                 "optimizer.NAME and seed_offset. What else differs would not be the same "
                 "comparison."
             )
         return replace(config, prediction=build_process(config).prediction)
     except ValueError as error:
-        raise ValueError(f"contestant {name!r}: {error}") from error
+        raise UserError(f"contestant {name!r}: {error}") from error
 
 
 def options(name: str) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _of(given: dict[str, str], kind: type, prefix: str) -> dict[str, Any]:
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
-        raise ValueError(f"seed_offset={text} must be a whole number, 0 or more.")
+        raise UserError(f"seed_offset={text} must be a whole number, 0 or more.")
     return int(text)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from speed_engine.arena.final import FINAL_FILE
 from speed_engine.arena.results import Curve, Point
+from speed_engine.runtime.checks import UserError
 
 KEPT = ("fid", "kid", "isc", "precision", "recall", "copied_share")  # with or without held_out_
 
@@ -56,11 +57,11 @@ def extractor_of(runs: Sequence[Path]) -> str:
     """Name of the features that all runs were measured in; empty if none was measured.
 
     Raises:
-        ValueError: there are several, whose figures cannot be compared.
+        UserError: there are several, whose figures cannot be compared.
     """
     names = {record["extractor"] for run in runs for record in evaluations(run)}
     if len(names) > 1:
-        raise ValueError(
+        raise UserError(
             "the runs were measured in different features, whose figures cannot be compared: "
             f"{', '.join(sorted(names))}."
         )

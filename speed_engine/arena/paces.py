@@ -11,6 +11,7 @@ from pathlib import Path
 
 from speed_engine.arena.runs import Run, failure, is_complete
 from speed_engine.config import TrainConfig
+from speed_engine.runtime.checks import UserError
 
 STEPS, INTERVAL = 60, 20  # the first interval warms up and is left out
 
@@ -30,7 +31,7 @@ def in_time(
         run_all: completes runs, as many at a time as will be in the comparison.
 
     Raises:
-        ValueError: a run failed, or the time is too short for one evaluation.
+        UserError: a run failed, or the time is too short for one evaluation.
     """
     runs = {
         name: Run(config=_short(config), folder=folders[name]) for name, config in configs.items()
@@ -38,7 +39,7 @@ def in_time(
     run_all(list(runs.values()))
     for name, run in runs.items():
         if not is_complete(run):
-            raise ValueError(f"the pace of {name} could not be measured: {failure(run)}.")
+            raise UserError(f"the pace of {name} could not be measured: {failure(run)}.")
     return {
         name: _lasting(name, config, seconds, seconds_per_step(runs[name].folder))
         for name, config in configs.items()
@@ -68,7 +69,7 @@ def _lasting(name: str, config: TrainConfig, seconds: float, pace: float) -> Tra
     every = config.evaluation.every
     steps = math.floor(seconds / pace / every) * every
     if steps == 0:
-        raise ValueError(
+        raise UserError(
             f"{name} makes {seconds / pace:.0f} steps in {seconds:g} seconds, and is evaluated "
             f"every {every} steps only; raise --budget-seconds or --evaluations."
         )

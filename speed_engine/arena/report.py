@@ -14,17 +14,18 @@ from typing import Any
 from speed_engine.arena import figures, summary
 from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
+from speed_engine.runtime.checks import UserError
 
 
 def write_report(folder: Path) -> Path:
     """Write report and pictures beside ``folder/results.json``; returns the path of the HTML.
 
     Raises:
-        ValueError: results.json is absent, or is no file of results, or names an unknown baseline.
+        UserError: results.json is absent, or is no file of results, or names an unknown baseline.
     """
     path = folder / "results.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no results.json; `speed-engine compare` writes it.")
+        raise UserError(f"{folder} has no results.json; `speed-engine compare` writes it.")
     results = read_results(path)
     _check(results)
     pictures = folder / "figures"
@@ -40,7 +41,7 @@ def _check(results: Results) -> None:
     names = [contestant.name for contestant in results.contestants]
     for baseline in results.baselines:
         if baseline not in names:
-            raise ValueError(f"The baseline {baseline} is not among the contestants: {names}.")
+            raise UserError(f"The baseline {baseline} is not among the contestants: {names}.")
 
 
 def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:

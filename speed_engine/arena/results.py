@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 
@@ -81,7 +82,7 @@ def read_results(path: Path) -> Results:
     """Inverse of ``write_results``.
 
     Raises:
-        ValueError: not such a file.
+        UserError: not such a file.
     """
     try:
         fields = json.loads(path.read_text())
@@ -94,4 +95,4 @@ def read_results(path: Path) -> Results:
         lists |= {name: fields[name] for name in ("seeds", "baselines")}
         return Results(**{**fields, **{name: tuple(value) for name, value in lists.items()}})
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} holds no results of a comparison: {error!r}.") from error
+        raise UserError(f"{path} holds no results of a comparison: {error!r}.") from error

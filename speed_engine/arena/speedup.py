@@ -25,6 +25,7 @@ import numpy as np
 
 from speed_engine.arena.bootstrap import Array, Bootstrap
 from speed_engine.arena.results import Curve, Results
+from speed_engine.runtime.checks import UserError
 
 Unit = Literal["images", "seconds"]
 
@@ -95,12 +96,12 @@ def stacked(
     """Images (E,), log seconds (N, E) and log metric (N, E) of a contestant.
 
     Raises:
-        ValueError: the seeds were evaluated at different numbers of images.
+        UserError: the seeds were evaluated at different numbers of images.
     """
     points = [[point for point in runs[seed].points if point.images > 0] for seed in seeds]
     images = [[point.images for point in run] for run in points]
     if any(other != images[0] for other in images):
-        raise ValueError(
+        raise UserError(
             f"The seeds of {runs[seeds[0]].contestant} were evaluated at different numbers of "
             f"images; evaluate every run of a comparison at the same ones."
         )
@@ -119,18 +120,18 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     running best rewards noise a little: with it, 3 came out as 2.92, and 1 as 0.99.
 
     Raises:
-        ValueError: no seed is complete for both, or there are fewer than two levels of quality.
+        UserError: no seed is complete for both, or there are fewer than two levels of quality.
     """
     runs, of_baseline = complete_runs(results, method), complete_runs(results, baseline)
     seeds = tuple(sorted(runs.keys() & of_baseline.keys()))
     if not seeds:
-        raise ValueError(f"No seed is complete for both {method} and {baseline}.")
+        raise UserError(f"No seed is complete for both {method} and {baseline}.")
     bootstrap = Bootstrap(len(seeds))
     m = _mean_curve(runs, seeds, results.metric, unit, bootstrap)
     b = _mean_curve(of_baseline, seeds, results.metric, unit, bootstrap)
     records = np.flatnonzero(np.diff(b[1][0]) < 0) + 1  # later ones repeat the best so far
     if not len(records):
-        raise ValueError(f"{baseline} never improved after its first evaluation: no levels.")
+        raise UserError(f"{baseline} never improved after its first evaluation: no levels.")
     records[-1] = b[1].shape[1] - 1  # a resample may improve even later
     levels = b[1][:, records]
     low, high = _brackets(levels, m, b)

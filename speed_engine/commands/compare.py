@@ -10,6 +10,7 @@ from rich.console import Console
 
 from speed_engine.config import TrainConfig
 from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import UserError
 
 HELD_OUT = 0.3
 
@@ -88,7 +89,7 @@ def _within_budget(command: CompareCommand) -> TrainConfig:
     config, wanted = command.config, command.budget_images
     steps = config.steps if wanted is None else wanted // config.batch_size
     if steps < command.evaluations or command.seeds < 1 or command.evaluations < 1:
-        raise ValueError(
+        raise UserError(
             f"{steps} steps of {config.batch_size} images, {command.evaluations} evaluations, "
             f"{command.seeds} seeds: needed are one seed or more, one evaluation or more, and a "
             "step or more for each; raise --budget-images."
@@ -111,5 +112,5 @@ def _slots(command: CompareCommand) -> tuple[int, int]:
     gpus = torch.cuda.device_count() if command.config.device != "cpu" else 0
     slots = command.slots or gpus or cores
     if slots < 1 or (gpus and slots > gpus):
-        raise ValueError(f"slots={slots}: needed is at least 1, and at most the {gpus} GPUs here.")
+        raise UserError(f"slots={slots}: needed is at least 1, and at most the {gpus} GPUs here.")
     return slots, max(1, cores // slots)

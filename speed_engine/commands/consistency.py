@@ -25,6 +25,7 @@ from speed_engine.evaluation.consistency import (
 )
 from speed_engine.evaluation.generate import generate, save_images
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 
 _log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def main(arguments: list[str], console: Console) -> None:
     """Run the command.
 
     Raises:
-        ValueError: a folder is no run, the runs are not of one data set and shape, or too few
+        UserError: a folder is no run, the runs are not of one data set and shape, or too few
             images are asked for.
     """
     command = tyro.cli(ConsistencyCommand, args=arguments, prog="speed-engine consistency")
@@ -107,7 +108,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
     """Those of a run by their step, oldest first; damaged ones are reported and passed over.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     found: dict[int, Path] = {}
     for path in sorted((run / build.CHECKPOINTS).glob("step-*")):
@@ -118,7 +119,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
         else:
             found[checkpoint.read_state(path)["step"]] = path
     if not found:
-        raise ValueError(f"{run} has no complete checkpoint; train it first.")
+        raise UserError(f"{run} has no complete checkpoint; train it first.")
     return found
 
 
@@ -150,7 +151,7 @@ def _check_same_task(
     of_a, of_b = map(facts, configs, checkpoints)
     for name, value in of_a.items():
         if of_b[name] != value:
-            raise ValueError(
+            raise UserError(
                 f"{name} of {runs[0]}: {value}, of {runs[1]}: {of_b[name]}; consistency compares "
                 "models that were trained on the same data."
             )

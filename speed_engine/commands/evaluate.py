@@ -22,6 +22,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.records import RECORDS, append_record, read_records
 from speed_engine.runtime.world import World, join
@@ -45,13 +46,13 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
     """The record of the newest checkpoint under the configured settings; None on other processes.
 
     Raises:
-        ValueError: the run has no checkpoint, or nothing is to be measured.
+        UserError: the run has no checkpoint, or nothing is to be measured.
     """
     world = join(machine.torch_device(config).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
-        raise ValueError(
+        raise UserError(
             "this run's evaluation.features is none, which measures nothing; choose --features."
         )
     if known := world.from_first(lambda: _known(run, step, evaluator)):

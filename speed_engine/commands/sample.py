@@ -20,6 +20,7 @@ from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
 
@@ -54,7 +55,7 @@ def draw(
         text_encoder: of the prompts.
 
     Raises:
-        ValueError: before anything is drawn, for what does not fit the model, a file that is there
+        UserError: before anything is drawn, for what does not fit the model, a file that is there
             already, or the beginning of another drawing.
     """
     world = join(machine.torch_device(config).type)
@@ -122,12 +123,12 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
     if out.suffix == ".png":
         return
     if config.data.latents and config.data.vae is None:
-        raise ValueError(
+        raise UserError(
             f"{out} is to hold pictures, and this run draws latents; its data.vae is not set. "
             "--out FILE.png writes the latents themselves, as FILE.npy."
         )
     if out.exists() and not is_begun(folder):
-        raise ValueError(f"{out} exists already; delete it or choose another --out.")
+        raise UserError(f"{out} exists already; delete it or choose another --out.")
 
 
 def _write(drawing: Drawing, rows: Tensor, labels: Tensor | None, out: Path) -> Path:

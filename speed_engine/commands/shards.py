@@ -11,6 +11,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+from speed_engine.runtime.checks import UserError
+
 USAGE = """\
 usage: speed-engine shards COMMAND ...
 
@@ -104,7 +106,7 @@ def main(arguments: list[str], console: Console) -> None:
     """Run one command.
 
     Raises:
-        ValueError: an unknown command, a damaged shard, or an unfit argument.
+        UserError: an unknown command, a damaged shard, or an unfit argument.
         OSError: a folder cannot be read or written.
     """
     commands: dict[str, Callable[[list[str], Console], None]] = {
@@ -116,7 +118,7 @@ def main(arguments: list[str], console: Console) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         console.print(USAGE, end="", markup=False, highlight=False)
     elif arguments[0] not in commands:
-        raise ValueError(
+        raise UserError(
             f"unknown command 'shards {arguments[0]}'; choose from {', '.join(commands)}."
         )
     else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class ContinuousSchedule(NoiseSchedule):
@@ -24,7 +25,7 @@ class ContinuousSchedule(NoiseSchedule):
 
     def __init__(self, name: str, num_timesteps: int) -> None:
         if num_timesteps < 2:
-            raise ValueError(f"schedule {name!r}: {num_timesteps} cells; at least 2 are needed.")
+            raise UserError(f"schedule {name!r}: {num_timesteps} cells; at least 2 are needed.")
         self.name, self.num_timesteps = name, num_timesteps
 
     @property
@@ -45,7 +46,7 @@ class ContinuousSchedule(NoiseSchedule):
     def solver_times(self, num_steps: int) -> list[float]:
         """Evenly spaced, from the centre of the noisiest cell to one step before 0."""
         if num_steps < 1:
-            raise ValueError(f"{num_steps} solver steps: must be at least 1.")
+            raise UserError(f"{num_steps} solver steps: must be at least 1.")
         noisiest = 1 - 0.5 / self.num_timesteps
         return [noisiest * (1 - i / num_steps) for i in range(num_steps)]
 
@@ -142,7 +143,7 @@ class Edm(ContinuousSchedule):
     def solver_times(self, num_steps: int) -> list[float]:
         """Evenly spaced in sigma**(1/7), from sigma_max down to sigma_min."""
         if num_steps < 1:
-            raise ValueError(f"{num_steps} solver steps: must be at least 1.")
+            raise UserError(f"{num_steps} solver steps: must be at least 1.")
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         sigma = torch.linspace(high, low, num_steps, dtype=torch.float64) ** self.rho
         u = torch.special.ndtr((sigma.log() - self.log_mean) / self.log_std)
@@ -180,7 +181,7 @@ class RectifiedFlow(ContinuousSchedule):
         name: what errors and reports call it.
 
     Raises:
-        ValueError: shift is not positive.
+        UserError: shift is not positive.
     """
 
     prediction = "velocity"
@@ -188,7 +189,7 @@ class RectifiedFlow(ContinuousSchedule):
     def __init__(self, num_timesteps: int = 1000, shift: float = 1.0, name: str = "flow") -> None:
         super().__init__(name, num_timesteps)
         if not (shift > 0 and math.isfinite(shift)):
-            raise ValueError(f"shift={shift}: must be positive; 1 is none, SD3 uses 3 at 1024**2.")
+            raise UserError(f"shift={shift}: must be positive; 1 is none, SD3 uses 3 at 1024**2.")
         self.shift = shift
 
     def alpha(self, t: Tensor) -> Tensor:

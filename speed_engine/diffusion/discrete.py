@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class DiscreteSchedule(NoiseSchedule):
@@ -25,7 +26,7 @@ class DiscreteSchedule(NoiseSchedule):
         times: (T,) what the network is told; by default the index.
 
     Raises:
-        ValueError: fewer than 2 timesteps, or noise that does not grow with t.
+        UserError: fewer than 2 timesteps, or noise that does not grow with t.
     """
 
     discrete = True
@@ -42,7 +43,7 @@ class DiscreteSchedule(NoiseSchedule):
         times: Tensor | None = None,
     ) -> None:
         if alpha.ndim != 1 or len(alpha) < 2 or alpha.shape != sigma.shape:
-            raise ValueError(
+            raise UserError(
                 f"schedule {name!r} has shapes {tuple(alpha.shape)} and {tuple(sigma.shape)}; "
                 "two sequences of one length, at least 2 timesteps, are needed."
             )
@@ -50,13 +51,13 @@ class DiscreteSchedule(NoiseSchedule):
         self.prediction, self.sigma_data, self.linear_betas = prediction, sigma_data, linear_betas
         self._alpha, self._sigma, self._times = alpha.double(), sigma.double(), times
         if not bool(((self._alpha > 0) & (self._sigma > 0)).all()):
-            raise ValueError(
+            raise UserError(
                 f"schedule {name!r}: alpha and sigma must be finite and above 0 at every timestep."
             )
         growth = (self._sigma / self._alpha).diff()
         if not bool((growth > 0).all()):
             where = int((~(growth > 0)).nonzero()[0])
-            raise ValueError(
+            raise UserError(
                 f"schedule {name!r} is not monotone: the signal-to-noise ratio does not fall from "
                 f"timestep {where} to {where + 1}; noise must grow with t."
             )
@@ -99,7 +100,7 @@ class DiscreteSchedule(NoiseSchedule):
         """``num_steps`` indices from T - 1 down to 0, evenly spaced."""
         last = self.num_timesteps - 1
         if not 1 <= num_steps <= self.num_timesteps:
-            raise ValueError(f"{num_steps} solver steps: must lie in [1, {self.num_timesteps}].")
+            raise UserError(f"{num_steps} solver steps: must lie in [1, {self.num_timesteps}].")
         spaced = torch.linspace(last, 0, num_steps, dtype=torch.float64)
         return [int(t) for t in spaced.round()]
 
@@ -115,11 +116,11 @@ def from_alphas_cumprod(
     """The variance-preserving process with signal power alpha**2 (T,), falling inside (0, 1).
 
     Raises:
-        ValueError: a value outside (0, 1), or one that does not fall.
+        UserError: a value outside (0, 1), or one that does not fall.
     """
     abar = alphas_cumprod.double()
     if abar.numel() and not bool(((abar > 0) & (abar < 1)).all()):
-        raise ValueError(
+        raise UserError(
             f"schedule {name!r} has alphas_cumprod in [{float(abar.min()):.3g}, "
             f"{float(abar.max()):.3g}]; they must lie strictly between 0 and 1."
         )
@@ -135,13 +136,13 @@ def from_betas(
     """The process with per-step noise variances ``betas`` (T,), each in (0, 1).
 
     Raises:
-        ValueError: a beta lies outside (0, 1).
+        UserError: a beta lies outside (0, 1).
     """
     betas = betas.double()
     outside = (~((betas > 0) & (betas < 1))).nonzero()
     if len(outside):
         where = int(outside[0])
-        raise ValueError(
+        raise UserError(
             f"schedule {name!r}: betas[{where}] = {float(betas[where]):.6g}; "
             "every beta must lie strictly between 0 and 1."
         )
@@ -168,7 +169,7 @@ def from_sigmas(
             flows, else 250 log(sigma).
 
     Raises:
-        ValueError: a sigma is negative or too large, or the order is not monotone.
+        UserError: a sigma is negative or too large, or the order is not monotone.
     """
     sigmas = sigmas.double()
     if times is None:
@@ -178,7 +179,7 @@ def from_sigmas(
     if len(sigmas) and sigmas[0] == 0:
         sigmas, times = sigmas[1:], times[1:]
     if flow and len(sigmas) and sigmas.max() > 1:
-        raise ValueError(f"schedule {name!r}: sigma {float(sigmas.max()):.3g} of a flow exceeds 1.")
+        raise UserError(f"schedule {name!r}: sigma {float(sigmas.max()):.3g} of a flow exceeds 1.")
     sigma_data = sigma_data or (1.0 if flow else 0.5)
     if not flow:
         return _SigmaSpace(
@@ -209,7 +210,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         noise_scheduler: with ``alphas_cumprod``, or with ``sigmas`` and ``timesteps``.
 
     Raises:
-        ValueError: the scheduler has neither, or holds another number of timesteps than it says.
+        UserError: the scheduler has neither, or holds another number of timesteps than it says.
     """
     name = type(noise_scheduler).__name__
     config = getattr(noise_scheduler, "config", None)
@@ -217,7 +218,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
     if abar is not None:
         kind = getattr(config, "prediction_type", "epsilon")
         if kind not in _DIFFUSERS_TARGETS:
-            raise ValueError(
+            raise UserError(
                 f"{name} has prediction_type {kind!r}; known are {', '.join(_DIFFUSERS_TARGETS)}."
             )
         abar = abar.double().cpu().clone()
@@ -230,12 +231,12 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         )
     sigmas = getattr(noise_scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) == 0 or config is None:
-        raise ValueError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
+        raise UserError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
     sigmas = sigmas.cpu()
     if sigmas[-1] == 0:
         sigmas = sigmas[:-1]
     if len(sigmas) - config.num_train_timesteps not in (0, 1):  # EDMEuler holds one more
-        raise ValueError(
+        raise UserError(
             f"{name} holds {len(sigmas)} sigmas for {config.num_train_timesteps} timesteps; "
             "pass a scheduler on which set_timesteps was not called."
         )

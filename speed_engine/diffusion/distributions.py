@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.probabilities import gaussian, uniform
+from speed_engine.runtime.checks import UserError
 
 _WORD = 2**32
 
@@ -24,14 +25,14 @@ class Law(nn.Module):
         probabilities: (T,) non-negative; normalised here.
 
     Raises:
-        ValueError: a probability is negative or not finite, or all are zero.
+        UserError: a probability is negative or not finite, or all are zero.
     """
 
     def __init__(self, probabilities: Tensor) -> None:
         super().__init__()
         p = probabilities.double()
         if not bool(torch.isfinite(p).all()) or float(p.min()) < 0 or float(p.sum()) == 0:
-            raise ValueError(
+            raise UserError(
                 f"timestep probabilities lie in [{float(p.min()):.3g}, {float(p.max()):.3g}]; "
                 "they must be finite, non-negative and not all zero."
             )
@@ -73,7 +74,7 @@ class ClimbingLaw(Law):
         std: its standard deviation, in units of T.
 
     Raises:
-        ValueError: ramp_steps or std is not positive.
+        UserError: ramp_steps or std is not positive.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ClimbingLaw(Law):
     ) -> None:
         super().__init__(uniform(num_cells))
         if ramp_steps < 1:
-            raise ValueError(f"ramp_steps={ramp_steps}: must be at least 1.")
+            raise UserError(f"ramp_steps={ramp_steps}: must be at least 1.")
         self._ramp = ramp_steps
         self._last = gaussian(num_cells, mean, std)
         travel = thresholds(self._last) - self._thresholds
@@ -113,15 +114,15 @@ class TaskCurriculum(Law):
         patience: steps.
 
     Raises:
-        ValueError: N is outside [1, T], or patience below 1.
+        UserError: N is outside [1, T], or patience below 1.
     """
 
     def __init__(self, num_cells: int, clusters: int = 20, patience: int = 200) -> None:
         super().__init__(uniform(num_cells))
         if not 1 <= clusters <= num_cells:
-            raise ValueError(f"clusters={clusters}: must lie in [1, {num_cells}].")
+            raise UserError(f"clusters={clusters}: must lie in [1, {num_cells}].")
         if patience < 1:
-            raise ValueError(f"patience={patience}: must be at least 1 step.")
+            raise UserError(f"patience={patience}: must be at least 1 step.")
         self._patience = patience
         cells = torch.arange(num_cells)
         first = [num_cells - stage * num_cells // clusters for stage in range(1, clusters + 1)]
@@ -170,7 +171,7 @@ class AdaptiveLaw(Law):
         floor: share of the draws that stays uniform, in (0, 1].
 
     Raises:
-        ValueError: an argument is out of range.
+        UserError: an argument is out of range.
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class AdaptiveLaw(Law):
     ) -> None:
         super().__init__(uniform(num_cells))
         if not (bins >= 1 and interval >= 1 and 0 <= keep < 1 and 0 < floor <= 1):
-            raise ValueError(
+            raise UserError(
                 f"bins={bins}, interval={interval}, keep={keep}, floor={floor}: need bins and "
                 "interval at least 1, keep in [0, 1), floor in (0, 1]."
             )

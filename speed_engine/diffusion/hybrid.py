@@ -19,6 +19,7 @@ from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import operators_for
+from speed_engine.runtime.checks import UserError
 
 
 class HybridObjective(Objective):
@@ -32,7 +33,7 @@ class HybridObjective(Objective):
         store_noise: as in ``Objective``.
 
     Raises:
-        ValueError: another process or prediction.
+        UserError: another process or prediction.
     """
 
     bound_rows: Tensor
@@ -47,7 +48,7 @@ class HybridObjective(Objective):
     ) -> None:
         super().__init__(method, seed, changes, store_noise)
         if method.prediction != "epsilon":
-            raise ValueError(
+            raise UserError(
                 f"a learned variance needs prediction epsilon, not {method.prediction}."
             )
         rows = bound_rows(method.schedule).float()
@@ -75,10 +76,10 @@ def bound_rows(schedule: NoiseSchedule) -> Tensor:
     The posterior variance is zero at t = 0; there, as published, that of t = 1 stands in.
 
     Raises:
-        ValueError: the process is not discrete and variance-preserving.
+        UserError: the process is not discrete and variance-preserving.
     """
     if not isinstance(schedule, DiscreteSchedule) or not schedule.variance_preserving:
-        raise ValueError(
+        raise UserError(
             f"a learned variance needs a discrete variance-preserving process, such as linear or "
             f"cosine; schedule {schedule.name!r} is none."
         )

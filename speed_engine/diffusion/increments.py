@@ -29,6 +29,7 @@ from torch import Tensor
 
 from speed_engine.diffusion.discrete import DiscreteSchedule
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,10 @@ class Increments:
         paper's t. Infinite if the process never gets there.
 
         Raises:
-            ValueError: r is not above 1.
+            UserError: r is not above 1.
         """
         if not (r > 1 and math.isfinite(r)):
-            raise ValueError(f"r={r}: the suppression factor must be above 1, such as 138.6.")
+            raise UserError(f"r={r}: the suppression factor must be above 1, such as 138.6.")
         reached = self.suppression >= math.log(r)
         if not bool(reached.any()):
             return math.inf

@@ -23,6 +23,7 @@ from speed_engine.diffusion.timesteps import TimestepSampler, independent
 from speed_engine.diffusion.timesteps import stratified as stratified_words
 from speed_engine.diffusion.uncertainty import MeanLoss
 from speed_engine.diffusion.weighting import LossWeighting
+from speed_engine.runtime.checks import UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +99,10 @@ def method_options(name: str) -> list[str]:
     """What may be tuned of a method.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     if name not in METHODS:
-        raise ValueError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
+        raise UserError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
     return list(inspect.signature(METHODS[name]).parameters)[1:]
 
 
@@ -133,12 +134,12 @@ def build_method(
         tuned: overrides the method's own arguments.
 
     Raises:
-        ValueError: an unknown name, an argument that the method does not have, or one out of range.
+        UserError: an unknown name, an argument that the method does not have, or one out of range.
     """
     known = method_options(name)
     for argument in tuned:
         if argument not in known:
-            raise ValueError(
+            raise UserError(
                 f"method {name!r} has no {argument}; it takes {', '.join(known) or 'no arguments'}."
             )
     recipe = METHODS[name](schedule, **tuned)

@@ -23,6 +23,7 @@ from speed_engine.diffusion.timesteps import (
 )
 from speed_engine.diffusion.uncertainty import ClusterUncertainty, FourierUncertainty, MeanLoss
 from speed_engine.diffusion.weighting import LossWeighting
+from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def speed_official(
         lam: the largest weight up to tau.
 
     Raises:
-        ValueError: the process has fewer timesteps than tau, or no point to mirror at.
+        UserError: the process has fewer timesteps than tau, or no point to mirror at.
     """
     law = Law(probabilities.asymmetric(schedule.num_timesteps, tau, k))
     return Recipe(
@@ -272,7 +273,7 @@ def _released_pivot(schedule: NoiseSchedule) -> int:
     slow = growth < 1e-4
     pivot = int(slow.int().argmax()) + 1
     if not bool(slow.any()) or pivot == 1 or pivot == schedule.num_timesteps:
-        raise ValueError(
+        raise UserError(
             f"speed_official has no point to mirror at on schedule {schedule.name!r} with "
             f"{schedule.num_timesteps} timesteps: its noise grows by less than 1e-4 per timestep "
             "at the first one or at none. Use speed_paper."

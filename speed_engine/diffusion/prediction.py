@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class Rows(NamedTuple):
@@ -71,10 +72,10 @@ def linear_form(schedule: NoiseSchedule, prediction: str, t: Tensor) -> Rows:
     """Rows of a process and a target at timesteps t (N,).
 
     Raises:
-        ValueError: an unknown prediction.
+        UserError: an unknown prediction.
     """
     if prediction not in PREDICTIONS:
-        raise ValueError(
+        raise UserError(
             f"prediction {prediction!r} is unknown; choose from {', '.join(PREDICTIONS)}."
         )
     alpha, sigma, scale = schedule.alpha(t), schedule.sigma(t), schedule.input_scale(t)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 def uniform(num_cells: int) -> Tensor:
@@ -26,12 +27,12 @@ def asymmetric(num_cells: int, tau: float, k: float = 5.0) -> Tensor:
         k: ratio of the two probabilities, at least 1.
 
     Raises:
-        ValueError: k is below 1 or tau outside [1, T].
+        UserError: k is below 1 or tau outside [1, T].
     """
     if not (k >= 1 and math.isfinite(k)):
-        raise ValueError(f"k={k}: the sampling ratio must be a finite number of at least 1.")
+        raise UserError(f"k={k}: the sampling ratio must be a finite number of at least 1.")
     if not 1 <= tau <= num_cells:
-        raise ValueError(f"tau={tau} is outside [1, {num_cells}], the process's timesteps.")
+        raise UserError(f"tau={tau} is outside [1, {num_cells}], the process's timesteps.")
     t = torch.arange(1, num_cells + 1)
     return _normalised(torch.where(t <= tau, k, 1.0).double())
 
@@ -43,7 +44,7 @@ def log_normal(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) ->
     their law; EDM2 uses -0.4 and 1.0 (Karras et al. 2024).
 
     Raises:
-        ValueError: std is not positive.
+        UserError: std is not positive.
     """
     _positive(std)
     log_sigma = schedule.edges + math.log(0.5 / schedule.sigma_data)
@@ -54,7 +55,7 @@ def logit_normal(num_cells: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """u = sigmoid(N(mean, std**2)) (Esser et al. 2024, SD3).
 
     Raises:
-        ValueError: std is not positive.
+        UserError: std is not positive.
     """
     _positive(std)
     return _normalised(torch.special.ndtr((torch.logit(_edges(num_cells)) - mean) / std).diff())
@@ -64,11 +65,11 @@ def mode(num_cells: int, scale: float = 1.29) -> Tensor:
     """u = 1 - x - scale (cos(pi x / 2)**2 - 1 + x), x uniform: more of the middle (SD3).
 
     Raises:
-        ValueError: scale is outside [-1, 2 / (pi - 2)], where u is not monotone in x.
+        UserError: scale is outside [-1, 2 / (pi - 2)], where u is not monotone in x.
     """
     largest = 2 / (math.pi - 2)
     if not -1 <= scale <= largest:
-        raise ValueError(f"scale={scale}: mode sampling needs one in [-1, {largest:.3f}].")
+        raise UserError(f"scale={scale}: mode sampling needs one in [-1, {largest:.3f}].")
     edges = _edges(num_cells)
     low, high = torch.zeros_like(edges), torch.ones_like(edges)
     for _ in range(60):  # bisection: u falls from 1 to 0 as x rises
@@ -82,10 +83,10 @@ def shifted(num_cells: int, shift: float = 3.0) -> Tensor:
     """u = shift x / (1 + (shift - 1) x), x uniform (Esser et al. 2024, Eq. 23).
 
     Raises:
-        ValueError: shift is not positive.
+        UserError: shift is not positive.
     """
     if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift={shift}: must be a positive number.")
+        raise UserError(f"shift={shift}: must be a positive number.")
     edges = _edges(num_cells)
     return _normalised((edges / (shift - (shift - 1) * edges)).diff())
 
@@ -94,7 +95,7 @@ def gaussian(num_cells: int, mean: float, std: float) -> Tensor:
     """Normal in u, cut off at 0 and 1.
 
     Raises:
-        ValueError: std is not positive.
+        UserError: std is not positive.
     """
     _positive(std)
     return _normalised(torch.special.ndtr((_edges(num_cells) - mean) / std).diff())
@@ -106,10 +107,10 @@ def _edges(num_cells: int) -> Tensor:
 
 def _positive(std: float) -> None:
     if not (std > 0 and math.isfinite(std)):
-        raise ValueError(f"std={std}: a standard deviation must be a positive number.")
+        raise UserError(f"std={std}: a standard deviation must be a positive number.")
 
 
 def _normalised(masses: Tensor) -> Tensor:
     if not float(masses.sum()) > 0:
-        raise ValueError("the density has no mass on the timesteps of this process; widen it.")
+        raise UserError("the density has no mass on the timesteps of this process; widen it.")
     return masses / masses.sum()

@@ -11,6 +11,7 @@ from speed_engine.diffusion.continuous import (
 )
 from speed_engine.diffusion.discrete import cosine, linear, quadratic, scaled_linear
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": linear,
@@ -30,8 +31,8 @@ def build_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
     """The named process with ``num_timesteps`` timesteps or cells.
 
     Raises:
-        ValueError: an unknown name, or a number of timesteps that the process does not allow.
+        UserError: an unknown name, or a number of timesteps that the process does not allow.
     """
     if name not in SCHEDULES:
-        raise ValueError(f"schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}.")
+        raise UserError(f"schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}.")
     return SCHEDULES[name](num_timesteps)

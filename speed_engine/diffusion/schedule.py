@@ -64,7 +64,7 @@ class NoiseSchedule(ABC):
         """Values of t at which a solver asks the model, from the noisiest down.
 
         Raises:
-            ValueError: more steps than the process has timesteps.
+            UserError: more steps than the process has timesteps.
         """
 
     def input_scale(self, t: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from speed_engine.diffusion.prediction import Rows, solve
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.runtime.checks import UserError
 
 
 class Estimate(NamedTuple):
@@ -72,7 +73,7 @@ class Denoising:
         """At which a solver asks.
 
         Raises:
-            ValueError: more steps than the process has timesteps.
+            UserError: more steps than the process has timesteps.
         """
         return self.table.schedule.solver_times(num_steps)
 
@@ -166,10 +167,10 @@ def solver_named(name: str) -> Solver:
     """A solver.
 
     Raises:
-        ValueError: an unknown name.
+        UserError: an unknown name.
     """
     if name not in SOLVERS:
-        raise ValueError(f"solver {name!r} is unknown; choose from {', '.join(SOLVERS)}.")
+        raise UserError(f"solver {name!r} is unknown; choose from {', '.join(SOLVERS)}.")
     return SOLVERS[name]
 
 

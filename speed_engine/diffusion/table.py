@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.diffusion.prediction import Rows, linear_form
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class TimestepTable(nn.Module):
@@ -21,7 +22,7 @@ class TimestepTable(nn.Module):
         weight: (T,) weight of this target's MSE; constant inside a cell.
 
     Raises:
-        ValueError: an unknown prediction, or a weight that is negative or not finite.
+        UserError: an unknown prediction, or a weight that is negative or not finite.
     """
 
     coefficients: Tensor
@@ -30,7 +31,7 @@ class TimestepTable(nn.Module):
         super().__init__()
         rows = linear_form(schedule, prediction, schedule.timesteps)
         if not bool(torch.isfinite(weight).all()) or float(weight.min()) < 0:
-            raise ValueError(
+            raise UserError(
                 f"loss weights lie in [{float(weight.min()):.3g}, {float(weight.max()):.3g}]; "
                 "a negative weight would maximise the error there."
             )

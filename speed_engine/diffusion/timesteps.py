@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from speed_engine.diffusion.distributions import Law
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import Stream, random_bits
+from speed_engine.runtime.checks import UserError
 
 Words = Callable[[Tensor, Tensor, int], Tensor]
 """() int64 seed, (B,) int64 image counters, step -> (B,) int64 in [0, 2**32), each uniform."""
@@ -35,13 +36,13 @@ class TimestepSampler(nn.Module):
         words: independent, stratified or by interval.
 
     Raises:
-        ValueError: the law is over another number of cells.
+        UserError: the law is over another number of cells.
     """
 
     def __init__(self, schedule: NoiseSchedule, law: Law, words: Words | None = None) -> None:
         super().__init__()
         if len(law.probabilities(0)) != schedule.num_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"the law has {len(law.probabilities(0))} cells, schedule {schedule.name!r} "
                 f"{schedule.num_timesteps}; they must agree."
             )
@@ -97,7 +98,7 @@ class MirroredSampler(TimestepSampler):
     ) -> None:
         super().__init__(schedule, law, words)
         if not 1 <= pivot <= schedule.num_timesteps - 1:
-            raise ValueError(f"pivot={pivot}: must lie in [1, {schedule.num_timesteps - 1}].")
+            raise UserError(f"pivot={pivot}: must lie in [1, {schedule.num_timesteps - 1}].")
         self.pivot = pivot
 
     def probabilities(self, step: int = 0) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class MeanLoss(nn.Module):
@@ -33,7 +34,7 @@ class ClusterUncertainty(MeanLoss):
         clusters: K intervals of equal size.
 
     Raises:
-        ValueError: K is outside [1, T].
+        UserError: K is outside [1, T].
     """
 
     learning_rate = 0.025
@@ -41,7 +42,7 @@ class ClusterUncertainty(MeanLoss):
     def __init__(self, num_cells: int, clusters: int = 5) -> None:
         super().__init__()
         if not 1 <= clusters <= num_cells:
-            raise ValueError(f"clusters={clusters}: must lie in [1, {num_cells}].")
+            raise UserError(f"clusters={clusters}: must lie in [1, {num_cells}].")
         self.num_cells = num_cells
         self.log_variance = nn.Parameter(torch.zeros(clusters))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from speed_engine.diffusion.increments import increments, measured_rate
 from speed_engine.diffusion.prediction import linear_form, weight_conversion
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import UserError
 
 
 class LossWeighting(NamedTuple):
@@ -39,7 +40,7 @@ def change_aware(schedule: NoiseSchedule, lam: float = 0.6) -> LossWeighting:
         lam: the paper's lambda in [0.5, 1]; 0.5 is a constant weight of one half.
 
     Raises:
-        ValueError: lam lies outside [0.5, 1].
+        UserError: lam lies outside [0.5, 1].
     """
     return LossWeighting(_stretched(increments(schedule).rate, lam), "epsilon")
 
@@ -60,10 +61,10 @@ def p2(schedule: NoiseSchedule, gamma: float = 1.0, k: float = 1.0) -> LossWeigh
     """1 / (k + SNR)**gamma (Choi et al. 2022, jychoi118/P2-weighting).
 
     Raises:
-        ValueError: gamma or k is negative.
+        UserError: gamma or k is negative.
     """
     if not (gamma >= 0 and k >= 0):
-        raise ValueError(f"gamma={gamma}, k={k}: P2 needs both to be at least 0.")
+        raise UserError(f"gamma={gamma}, k={k}: P2 needs both to be at least 0.")
     return LossWeighting((k + _snr(schedule)) ** -gamma, "epsilon")
 
 
@@ -74,10 +75,10 @@ def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> LossWeighting:
     min(SNR, gamma) / (SNR + 1) on v.
 
     Raises:
-        ValueError: gamma is not positive.
+        UserError: gamma is not positive.
     """
     if not gamma > 0:
-        raise ValueError(f"gamma={gamma}: Min-SNR needs a positive one; the paper uses 5.")
+        raise UserError(f"gamma={gamma}: Min-SNR needs a positive one; the paper uses 5.")
     return LossWeighting(_snr(schedule).clamp(max=gamma), "x0")
 
 
@@ -93,7 +94,7 @@ def converted(weighting: LossWeighting, schedule: NoiseSchedule, target: str) ->
     """(T,) weight of the target's MSE that makes the same loss.
 
     Raises:
-        ValueError: an unknown target.
+        UserError: an unknown target.
     """
     t = schedule.timesteps
     there = linear_form(schedule, target, t)
@@ -105,7 +106,7 @@ def converted(weighting: LossWeighting, schedule: NoiseSchedule, target: str) ->
 def _stretched(rate: Tensor, lam: float) -> Tensor:
     """``rate`` mapped linearly onto [1 - lam, lam]."""
     if not 0.5 <= lam <= 1:
-        raise ValueError(f"lambda={lam} is outside [0.5, 1]; the paper uses 0.6.")
+        raise UserError(f"lambda={lam} is outside [0.5, 1]; the paper uses 0.6.")
     span = (rate.max() - rate.min()).clamp(min=1e-300)  # a constant rate gets the smallest weight
     share = (rate - rate.min()) / span
     return (1 - lam) + (2 * lam - 1) * share

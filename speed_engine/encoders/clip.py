@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.encoders.hub import load_model, load_pretrained, weights_hash
+from speed_engine.runtime.checks import UserError
 
 BATCH_SIZE = 64  # pictures at a time
 
@@ -26,7 +27,7 @@ class ClipScore:
         weights_sha256: of the model.
 
     Raises:
-        ValueError: transformers is missing, or cannot load them.
+        UserError: transformers is missing, or cannot load them.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -40,15 +41,15 @@ class ClipScore:
         """(N, C, H, W) uint8, grey or RGB, and N texts -> in [0, 100].
 
         Raises:
-            ValueError: the images are no pictures, or not as many as the texts.
+            UserError: the images are no pictures, or not as many as the texts.
         """
         if images.dtype != torch.uint8 or images.shape[1] not in (1, 3):
-            raise ValueError(
+            raise UserError(
                 f"images are {tuple(images.shape)} {images.dtype}; a CLIP score needs pictures, "
                 "grey or RGB, uint8. Latents need data.vae to decode them."
             )
         if len(texts) != len(images):
-            raise ValueError(f"{len(images)} images and {len(texts)} texts; needed: one for each.")
+            raise UserError(f"{len(images)} images and {len(texts)} texts; needed: one for each.")
         scores = [
             self._cosines(images[i : i + BATCH_SIZE], list(texts[i : i + BATCH_SIZE]))
             for i in range(0, len(images), BATCH_SIZE)

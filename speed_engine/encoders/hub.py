@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from speed_engine.runtime.checks import UserError
+
 
 def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
     """An object of a library's class ``kind``.
@@ -18,18 +20,18 @@ def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
         options: further ones of ``from_pretrained``.
 
     Raises:
-        ValueError: the library is missing, or cannot load it.
+        UserError: the library is missing, or cannot load it.
     """
     try:
         loader = getattr(importlib.import_module(library), kind)
     except Exception as error:  # RuntimeError, too: a torchvision of another torch breaks imports
-        raise ValueError(
+        raise UserError(
             f"this needs the library {library} ({error}): pip install 'speed-engine[prepare]'."
         ) from error
     try:
         return loader.from_pretrained(name, **options)
     except Exception as error:  # of many kinds, by library, network and content
-        raise ValueError(f"{kind} {name!r} cannot be loaded: {error}") from error
+        raise UserError(f"{kind} {name!r} cannot be loaded: {error}") from error
 
 
 def load_model(library: str, kind: str, name: str, device: torch.device, **options: Any) -> Any:

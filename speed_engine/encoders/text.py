@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from speed_engine.encoders.hub import load_model, load_pretrained, weights_hash
+from speed_engine.runtime.checks import UserError
 
 
 class TextEncoder:
@@ -24,7 +25,7 @@ class TextEncoder:
         identity: SHA-256 of the weights.
 
     Raises:
-        ValueError: transformers is missing, cannot load them, or they are not of each other.
+        UserError: transformers is missing, cannot load them, or they are not of each other.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class TextEncoder:
         self._model = load_model("transformers", "CLIPTextModel", name, device)
         words, embedded = len(self._tokenizer), self._model.config.vocab_size
         if words != embedded:  # without its files, a tokenizer of no words is made
-            raise ValueError(
+            raise UserError(
                 f"text encoder {name!r} has {embedded} embeddings, its tokenizer {words} words; "
                 f"the folder needs the tokenizer's files, too (vocab.json, merges.txt)."
             )

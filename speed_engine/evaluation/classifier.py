@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
+from speed_engine.runtime.checks import UserError
 
 FEATURES_VERSION = 1  # raise it with any change to the network or its training
 FEATURE_DIM = 64
@@ -109,7 +110,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> tuple[Cla
         The trained network in eval mode, and its accuracy on the held-out images, in [0, 1].
 
     Raises:
-        ValueError: for inputs of another dtype or shape, or too few images or classes.
+        UserError: for inputs of another dtype or shape, or too few images or classes.
     """
     _check_labelled_images(images, labels)
     images, labels = images.cpu(), labels.cpu().long()
@@ -139,10 +140,10 @@ def classifier_for(
         fingerprint: names the data set; letters, digits, ``.``, ``_`` and ``-``.
 
     Raises:
-        ValueError: for bad inputs (see ``train_classifier``) or a damaged or foreign cache file.
+        UserError: for bad inputs (see ``train_classifier``) or a damaged or foreign cache file.
     """
     if not re.fullmatch(r"[\w.-]+", fingerprint, re.ASCII):
-        raise ValueError(
+        raise UserError(
             f"fingerprint={fingerprint!r} becomes part of a file name; "
             "use letters, digits, '.', '_' and '-' only."
         )
@@ -161,17 +162,17 @@ def classifier_for(
 
 def _check_labelled_images(images: Tensor, labels: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(
+        raise UserError(
             f"images are {tuple(images.shape)} {images.dtype}; "
             "need (N, C, H, W) torch.uint8, 0..255."
         )
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(
+        raise UserError(
             f"labels are {tuple(labels.shape)} {labels.dtype}; "
             f"need one integer class for each of the {len(images)} images."
         )
     if len(images) < HOLD_OUT_EVERY or labels.min() < 0 or labels.unique().numel() < 2:
-        raise ValueError(
+        raise UserError(
             f"{len(images)} images, first classes {labels.unique().tolist()[:10]}; a classifier "
             f"needs {HOLD_OUT_EVERY} images or more, and two classes or more, numbered from 0."
         )
@@ -267,9 +268,9 @@ def _load(path: Path, channels: int, num_classes: int) -> ClassifierFeatures:
         network.load_state_dict(weights)
         features = _as_features(network, accuracy=float(facts["accuracy"]))
         if features.weights_sha256 != facts["weights_sha256"]:
-            raise ValueError("the weights are not those it was written with")
+            raise UserError("the weights are not those it was written with")
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not the classifier of this data set ({channels} channels, {num_classes} "
             f"classes) or is damaged: {error}. Delete the file; the classifier is trained again."
         ) from error

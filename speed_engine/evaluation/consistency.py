@@ -20,6 +20,7 @@ from torch import Tensor
 
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS
+from speed_engine.runtime.checks import UserError
 
 _BATCH = 256  # images through the extractor at once
 
@@ -76,7 +77,7 @@ def partners_of(labels: Tensor | None, count: int) -> Tensor:
         count: N.
 
     Raises:
-        ValueError: an image is alone in its class, or alone.
+        UserError: an image is alone in its class, or alone.
     """
     labels = torch.zeros(count, dtype=torch.int64) if labels is None else labels
     partners = torch.empty(count, dtype=torch.int64)
@@ -84,7 +85,7 @@ def partners_of(labels: Tensor | None, count: int) -> Tensor:
     for label in classes:
         (members,) = torch.nonzero(labels == label, as_tuple=True)
         if len(members) < 2:
-            raise ValueError(
+            raise UserError(
                 f"{count} images of {len(classes)} classes: class {label} has one only, which is "
                 f"compared with nothing; needed are 2 of each, --count {2 * len(classes)} or more."
             )

@@ -73,7 +73,7 @@ class Evaluator:
         decode: latents to pictures; None leaves what is drawn as it is.
 
     Raises:
-        ValueError: too few images for a metric with this extractor, images of other channels than
+        UserError: too few images for a metric with this extractor, images of other channels than
             it takes, or guidance on a model that is told nothing that can be hidden.
     """
 

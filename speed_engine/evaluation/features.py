@@ -15,6 +15,8 @@ from types import ModuleType
 
 import torch
 
+from speed_engine.runtime.checks import UserError
+
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
@@ -47,13 +49,13 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
         weights_path: the weights file; default: where torch.hub would keep it.
 
     Raises:
-        ValueError: if the file is missing, or is not bit for bit the published one. torch-fidelity
+        UserError: if the file is missing, or is not bit for bit the published one. torch-fidelity
             unpickles it, which would run whatever code another file holds.
     """
     kept_at = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
     path = Path(weights_path or kept_at)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"the Inception weights are not at {path}; fetch {INCEPTION_URL} "
             f"and put it at {kept_at}, or name it: --inception-weights PATH, in training "
             "--evaluation.inception-weights PATH."
@@ -61,7 +63,7 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != INCEPTION_SHA256:
-        raise ValueError(
+        raise UserError(
             f"{path} has SHA-256 {digest}, the published Inception weights have "
             f"{INCEPTION_SHA256}; it was not opened. Delete it and fetch {INCEPTION_URL}."
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity, inception_features
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.runtime.checks import UserError
 
 KID_SUBSET_SIZE = 1000  # images, where there are as many
 
@@ -65,13 +66,13 @@ def measure(
         metrics: any of ``METRICS``.
 
     Raises:
-        ValueError: before anything is computed, for images that do not fit each other or the
+        UserError: before anything is computed, for images that do not fit each other or the
             extractor, too few images for a metric, an unknown metric, or missing weights.
         ImportError: if torch-fidelity or torchvision cannot be imported.
     """
     if isinstance(extractor, str):
         if extractor != "inception":
-            raise ValueError(
+            raise UserError(
                 f'extractor={extractor!r}; the only one known by name is "inception", '
                 "others are made by classifier_for."
             )
@@ -124,20 +125,20 @@ def compare(generated: ImageSet, reference: ImageSet, metrics: Iterable[str]) ->
 
 def _check_metrics(metrics: tuple[str, ...]) -> None:
     if not metrics or not set(metrics) <= METRICS.keys():
-        raise ValueError(f"metrics={metrics}; name one or more of {', '.join(METRICS)}.")
+        raise UserError(f"metrics={metrics}; name one or more of {', '.join(METRICS)}.")
 
 
 def _check_images(generated: Tensor, reference: Tensor, extractor: Extractor) -> None:
     for name, images in {"generated": generated, "reference": reference}.items():
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(
+            raise UserError(
                 f"{name} images are {tuple(images.shape)} {images.dtype}; need (N, C, H, W) "
                 "torch.uint8, 0..255: scale, round and clamp before the conversion."
             )
         if len(images) == 0:
-            raise ValueError(f"there are no {name} images, shape {tuple(images.shape)}.")
+            raise UserError(f"there are no {name} images, shape {tuple(images.shape)}.")
     if generated.shape[1:] != reference.shape[1:]:
-        raise ValueError(
+        raise UserError(
             f"generated images are {tuple(generated.shape[1:])}, reference images "
             f"{tuple(reference.shape[1:])} (C, H, W); they must agree: convert the reference the "
             "way the training data were converted, do not resize the generated ones."
@@ -149,10 +150,10 @@ def check_channels(channels: int, extractor: Extractor) -> None:
     """Whether the extractor takes such images.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     if channels != extractor.channels and (channels, extractor.channels) != (1, 3):
-        raise ValueError(
+        raise UserError(
             f"images have {channels} channels, {extractor.name} takes {extractor.channels}; "
             "use an extractor trained on images like these."
         )
@@ -164,7 +165,7 @@ def check_counts(
     """Whether so many images suffice, to be known before they are drawn.
 
     Raises:
-        ValueError: they do not, for one of the metrics.
+        UserError: they do not, for one of the metrics.
     """
     needed = {
         "fid": (extractor.feature_dim + 1, "or the covariance of the features is singular"),
@@ -175,7 +176,7 @@ def check_counts(
     for metric in metrics:
         least, reason = needed[metric]
         if min(num_generated, num_reference) < least:
-            raise ValueError(
+            raise UserError(
                 f"{metric} with {extractor.name} ({extractor.feature_dim} features) needs {least} "
                 f"images or more on both sides, {reason}; got {num_generated} generated, "
                 f"{num_reference} reference. Use more images or another extractor or metric."

@@ -20,6 +20,7 @@ from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.solvers import Denoising, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
+from speed_engine.runtime.checks import UserError
 
 GRID_COLUMNS, GRID_ROWS = 10, 10
 GRID_IMAGE_PIXELS = 48  # smallest side of one image in a grid, by enlarging whole pixels
@@ -67,7 +68,7 @@ def generate(
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
 
     Raises:
-        ValueError: an unknown solver, too many steps, or guidance on what cannot be hidden.
+        UserError: an unknown solver, too many steps, or guidance on what cannot be hidden.
     """
     device = next(model.parameters()).device
     root = torch.tensor(seed, device=device)
@@ -103,11 +104,11 @@ def check_guidance(guidance: float, conditions: Conditions, null: Mapping[str, T
     """Whether guidance has something to hide, to be known before anything is drawn.
 
     Raises:
-        ValueError: it has not.
+        UserError: it has not.
     """
     if guidance != 1 and not conditions.keys() & null.keys():
         told = ", ".join(conditions) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"guidance={guidance:g} compares a model that is told a class or a text with itself "
             f"when it is not; this one is told {told}: set the guidance to 1."
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 BATCH_SIZE = 256  # images through the extractor at once
@@ -161,7 +162,7 @@ def _load_statistics(path: Path, dim: int) -> Statistics | None:
         with np.load(path, allow_pickle=False) as file:  # the zip's checksums are compared
             found = {name: file[name] for name in ("mu", "sigma")}
         if found["mu"].shape != (dim,) or found["sigma"].shape != (dim, dim):
-            raise ValueError(f"it holds {[array.shape for array in found.values()]}")
+            raise UserError(f"it holds {[array.shape for array in found.values()]}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.world import ALONE, World
 
@@ -63,7 +64,7 @@ class Drawing:
         """(B, C, H, W) in the order of the images, one part in memory at a time.
 
         Raises:
-            ValueError: a part is missing or damaged.
+            UserError: a part is missing or damaged.
         """
         for start in self.starts:
             path = self.path(start)
@@ -107,7 +108,7 @@ def draw_in_parts(
         advance: told the images of each part that this process has drawn.
 
     Raises:
-        ValueError: the folder holds images of other settings.
+        UserError: the folder holds images of other settings.
     """
     drawing = Drawing(folder, num_images, batch_size)
     settings = {"num_images": num_images, "batch_size": batch_size, **settings}
@@ -155,7 +156,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         changes = ", ".join(
             f"{name} {there.get(name)} (now {settings.get(name)})" for name in differing
         )
-        raise ValueError(
+        raise UserError(
             f"{folder} holds the beginning of a drawing with {changes}; finish that one with its "
             "own settings, delete the folder, or write elsewhere."
         )
@@ -174,5 +175,5 @@ def _empty(folder: Path) -> None:
             part.unlink()
 
 
-def _unreadable(path: Path, cause: str) -> ValueError:
-    return ValueError(f"{path} cannot be used: {cause}. Delete it and run again; it is redrawn.")
+def _unreadable(path: Path, cause: str) -> UserError:
+    return UserError(f"{path} cannot be used: {cause}. Delete it and run again; it is redrawn.")

@@ -10,15 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-
-def check(name: str, value: object, valid: bool, need: str) -> None:
-    """One way to refuse an option.
-
-    Raises:
-        ValueError: it is not valid; names it, its value and what is needed.
-    """
-    if not valid:
-        raise ValueError(f"{name}={value}: {need}.")
+from speed_engine.runtime.checks import UserError, check
 
 
 def _check_positive(config: object, names: tuple[str, ...]) -> None:
@@ -36,7 +28,7 @@ def _check_model(config: Any) -> None:
     for field_ in dataclasses.fields(config):
         value = getattr(config, field_.name)
         if field_.name in config.SIZED and value != field_.default:
-            raise ValueError(
+            raise UserError(
                 f"model.{field_.name}={value}: model.size={config.size} sets it; use --model.size "
                 f"None to set {', '.join(config.SIZED)} one by one."
             )

@@ -25,6 +25,7 @@ from speed_engine.models.layers.embeddings import (
 )
 from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.ops import block_operators_for
+from speed_engine.runtime.checks import UserError
 
 
 class Size(NamedTuple):
@@ -171,7 +172,7 @@ class DiT(nn.Module):
             bfloat16 halves the stream's memory traffic and rounds after every sum.
 
     Raises:
-        ValueError: sizes that do not divide as said, an unknown name, a dial outside [0, 1].
+        UserError: sizes that do not divide as said, an unknown name, a dial outside [0, 1].
     """
 
     block_class: ClassVar[type[nn.Module]] = Block
@@ -201,13 +202,13 @@ class DiT(nn.Module):
         super().__init__()
         height, width = input_size
         if height % patch_size or width % patch_size:
-            raise ValueError(
+            raise UserError(
                 f"patch_size={patch_size} does not divide the input size {height} x {width}."
             )
         if dim % 4:
-            raise ValueError(f"dim={dim} is not a multiple of 4, as the position code needs.")
+            raise UserError(f"dim={dim} is not a multiple of 4, as the position code needs.")
         if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r} is unknown; choose from {', '.join(VARIANTS)}.")
+            raise UserError(f"variant={variant!r} is unknown; choose from {', '.join(VARIANTS)}.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes, self.num_heads, self.mlp_ratio = num_classes, num_heads, mlp_ratio
@@ -250,7 +251,7 @@ class DiT(nn.Module):
 
     def _register_rotation(self, head_dim: int) -> None:
         if head_dim % 4:
-            raise ValueError(
+            raise UserError(
                 f"a head of width {head_dim} cannot be rotated on two axes; choose num_heads such "
                 "that dim / num_heads is a multiple of 4."
             )
@@ -283,11 +284,11 @@ def dit_size(name: str) -> dict[str, Any]:
     """Arguments of ``DiT`` by a name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
 
     Raises:
-        ValueError: another name.
+        UserError: another name.
     """
     match = re.fullmatch(r"DiT-(\w+)/([1-9]\d*)(-modern)?", name)
     if match is None or match[1] not in DIT_SIZES:
-        raise ValueError(
+        raise UserError(
             f"{name!r} names no DiT; it is DiT-SIZE/PATCH or DiT-SIZE/PATCH-modern, "
             f"with a size from {', '.join(DIT_SIZES)}, such as DiT-XL/2."
         )
@@ -316,7 +317,7 @@ def build_dit(
         options: further arguments of ``DiT``.
 
     Raises:
-        ValueError: another name.
+        UserError: another name.
     """
     return DiT(
         input_size=input_size,

@@ -60,7 +60,7 @@ class EdmUNet(nn.Module):
         checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
-        ValueError: sizes that do not divide as said.
+        UserError: sizes that do not divide as said.
     """
 
     style: Style
@@ -136,7 +136,7 @@ class EdmUNet(nn.Module):
             labels: (B,) int64, exactly if there are classes.
 
         Raises:
-            ValueError: a condition is missing, or the model has no use for it.
+            UserError: a condition is missing, or the model has no use for it.
         """
         check_given("labels", labels, self.num_classes is not None)
         embedding = self._embed(t.float() * self.time_scale, labels)

@@ -13,6 +13,7 @@ from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.models.super_resolution import SuperResolution, conditioned_channels
 from speed_engine.models.text_dit import TextDiT
 from speed_engine.models.unet import UNET_SIZES, UNet
+from speed_engine.runtime.checks import UserError
 
 RESIDUAL_DTYPES = {"auto": None, "bfloat16": torch.bfloat16}
 # DiT's sizes; how many of the blocks decode is 2 in MDT, and in MDTv2 as its authors train it.
@@ -55,10 +56,10 @@ def build_network(settings: ModelConfig, shape: Shape) -> nn.Module:
     """The network of a family's configuration, on the current default device.
 
     Raises:
-        ValueError: sizes that do not fit each other, or a condition that the family does not take.
+        UserError: sizes that do not fit each other, or a condition that the family does not take.
     """
     if shape.attention != "sdpa" and not isinstance(settings, DiTConfig):
-        raise ValueError(
+        raise UserError(
             f"attention={shape.attention} is for a dit; model family {settings.family} computes "
             "its own: use auto or sdpa."
         )
@@ -79,7 +80,7 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
     if shape.token_dim is None:
         return DiT(num_classes=shape.num_classes, **arguments)
     if shape.num_classes is not None:
-        raise ValueError("a DiT is told a text or a class; leave tokens.npy or cls out of members.")
+        raise UserError("a DiT is told a text or a class; leave tokens.npy or cls out of members.")
     return TextDiT(token_dim=shape.token_dim, **arguments)
 
 
@@ -133,13 +134,13 @@ def _sized(settings: ModelConfig, sizes: dict[str, dict]) -> dict[str, Any]:
         return _some(settings, settings.SIZED)
     if settings.size not in sizes:
         known = ", ".join(sizes)
-        raise ValueError(f"model.size={settings.size!r} is unknown; choose from {known}.")
+        raise UserError(f"model.size={settings.size!r} is unknown; choose from {known}.")
     return dict(sizes[settings.size])
 
 
 def _refuse_text(settings: ModelConfig, shape: Shape) -> None:
     if shape.token_dim is not None:
-        raise ValueError(
+        raise UserError(
             f"model family {settings.family} takes no text; use a dit or a unet, or leave "
             "tokens.npy out of members."
         )

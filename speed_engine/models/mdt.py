@@ -22,6 +22,7 @@ from speed_engine.models.layers.embeddings import (
     unpatchify,
 )
 from speed_engine.models.layers.mdt_block import MdtBlock, Shown
+from speed_engine.runtime.checks import UserError
 
 RATIO_SPREAD = 0.2  # MDTv2 hides mask_ratio to mask_ratio + 0.2 of an image
 
@@ -54,7 +55,7 @@ class MDT(nn.Module):
         checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
-        ValueError: sizes that do not divide as said, or a number out of its range.
+        UserError: sizes that do not divide as said, or a number out of its range.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class MDT(nn.Module):
         super().__init__()
         height, width = input_size
         if height % patch_size or width % patch_size:
-            raise ValueError(
+            raise UserError(
                 f"patch_size={patch_size} does not divide the input size {height} x {width}."
             )
         if dim % 4:
-            raise ValueError(f"dim={dim} is not a multiple of 4, as the position code needs.")
+            raise UserError(f"dim={dim} is not a multiple of 4, as the position code needs.")
         self.patch_size, self.out_channels = patch_size, 2 * channels if learn_sigma else channels
         self.grid = height // patch_size, width // patch_size
         self.num_classes, self.mask_ratio = num_classes, mask_ratio
@@ -165,7 +166,7 @@ class MDT(nn.Module):
     def _check_ratio(self, largest: float) -> None:
         """Refuse ratios that hide nothing or everything; ``largest`` is the most ever hidden."""
         if not 0 < self.mask_ratio or int(self.num_tokens * (1 - largest)) < 1:
-            raise ValueError(
+            raise UserError(
                 f"mask_ratio={self.mask_ratio} hides up to {largest:g} of {self.num_tokens} tokens;"
                 " needed: more than 0, and at least one token left to see."
             )
@@ -173,7 +174,7 @@ class MDT(nn.Module):
     def _add_blocks(self, blocks: BlockMaker, depth: int, decode_layers: int) -> None:
         self._check_ratio(self.mask_ratio)
         if not 1 <= decode_layers <= depth:
-            raise ValueError(f"decode_layers={decode_layers} must lie in [1, depth={depth}].")
+            raise UserError(f"decode_layers={decode_layers} must lie in [1, depth={depth}].")
         self.blocks, self.num_encoders = blocks(depth), depth - decode_layers
 
     def _encode(self, x: Tensor, condition: Tensor, shown: Shown | None) -> Tensor:
@@ -218,7 +219,7 @@ class MDTv2(MDT):
         self._check_ratio(self.mask_ratio + RATIO_SPREAD)
         if not 1 <= decode_layers <= depth or (depth - decode_layers) % 2:
             allowed = list(range(2 - depth % 2, depth + 1, 2))
-            raise ValueError(
+            raise UserError(
                 f"decode_layers={decode_layers} must leave an even number of the depth={depth} "
                 f"blocks to the encoder; choose from {allowed}."
             )

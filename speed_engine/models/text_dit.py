@@ -76,7 +76,7 @@ class TextDiT(DiT):
         arguments: the others of ``DiT``, which has no classes here.
 
     Raises:
-        ValueError: as ``DiT``.
+        UserError: as ``DiT``.
     """
 
     block_class = TextBlock

@@ -29,6 +29,7 @@ from speed_engine.models.layers.unet_layers import (
     check_halvings,
     zeroed,
 )
+from speed_engine.runtime.checks import UserError
 
 # Table 7 of SpeeD as its released code has it, LDM's own, and ADM's (with their parameters,
 # in millions, at the channels and conditions that they were published with).
@@ -82,7 +83,7 @@ class UNet(nn.Module):
         checkpointing: activations to recompute, from 0, none, to 1, see ``blocks.set_recompute``.
 
     Raises:
-        ValueError: sizes that do not divide as said, or a rate that no level has.
+        UserError: sizes that do not divide as said, or a rate that no level has.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class UNet(nn.Module):
             tokens: (B, L, D), exactly if there is a width of tokens.
 
         Raises:
-            ValueError: a condition is missing, or the model has no use for it.
+            UserError: a condition is missing, or the model has no use for it.
         """
         check_given("labels", labels, self.num_classes is not None)
         check_given("tokens", tokens, self.token_dim is not None)
@@ -209,7 +210,7 @@ class UNet(nn.Module):
 def _check_rates(rates: Sequence[int], levels: int) -> None:
     possible = [2**level for level in range(levels)]
     if not set(rates) <= set(possible):
-        raise ValueError(
+        raise UserError(
             f"attention_resolutions={tuple(rates)} are downsampling rates; {levels} levels have "
             f"{possible}."
         )
@@ -218,7 +219,7 @@ def _check_rates(rates: Sequence[int], levels: int) -> None:
 def _width(model_channels: int, mult: float) -> int:
     width = int(model_channels * mult)
     if width <= 0 or width % NORM_GROUPS:
-        raise ValueError(
+        raise UserError(
             f"model_channels={model_channels} at multiplier {mult:g} makes {width} channels; "
             f"needed: a positive multiple of {NORM_GROUPS}."
         )
@@ -230,7 +231,7 @@ def _heads(channels: int, num_heads: int, num_head_channels: int | None) -> int:
     if divisor < 1 or channels % divisor:
         name = "num_heads" if num_head_channels is None else "num_head_channels"
         divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-        raise ValueError(
+        raise UserError(
             f"{name}={divisor} does not divide an attention's {channels} channels; choose from "
             f"{divisors}."
         )

@@ -24,6 +24,7 @@ import torch
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.planning.cost import GPUS, UPDATE_BYTES, Estimate, Gpu, estimate
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_parallel
 from speed_engine.runtime.sharding import LAYOUTS, blocks
 from speed_engine.runtime.world import World
@@ -98,7 +99,7 @@ def plan(config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: fl
         efficiency: share of the peak rate that the arithmetic reaches, in (0, 1].
 
     Raises:
-        ValueError: sizes that do not divide as they must.
+        UserError: sizes that do not divide as they must.
     """
     _check(config, gpus, per_node, efficiency)
     cost = estimate(config)
@@ -182,17 +183,17 @@ class _Span(NamedTuple):
 
 def _check(config: TrainConfig, gpus: int, per_node: int, efficiency: float) -> None:
     if gpus < 1 or per_node < 1 or (gpus > per_node and gpus % per_node):
-        raise ValueError(
+        raise UserError(
             f"{gpus} GPUs in nodes of {per_node}: take up to {per_node}, or a multiple of it."
         )
     if config.batch_size % gpus:
-        raise ValueError(
+        raise UserError(
             f"batch_size={config.batch_size} does not spread over {gpus} GPUs; it must be a "
             f"multiple, such as --batch-size {-(-config.batch_size // gpus) * gpus}, and the "
             "learning rate may have to follow it."
         )
     if not 0 < efficiency <= 1:
-        raise ValueError(f"efficiency={efficiency} is a share of the peak rate, in (0, 1].")
+        raise UserError(f"efficiency={efficiency} is a share of the peak rate, in (0, 1].")
 
 
 def _unit_parameters(config: TrainConfig) -> list[int]:

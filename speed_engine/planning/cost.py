@@ -101,7 +101,7 @@ def estimate(config: TrainConfig) -> Estimate:
     """Of the configured model and batch size, on one device.
 
     Raises:
-        ValueError: the model cannot be built, as in training.
+        UserError: the model cannot be built, as in training.
     """
     with torch.device("meta"):
         model = build_model(config)

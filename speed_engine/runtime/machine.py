@@ -27,6 +27,7 @@ from speed_engine.ops import (
     norm_kernels_run_on,
     operators_for,
 )
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.memory import can_keep_freed_memory
 from speed_engine.runtime.world import ALONE, World
 
@@ -57,14 +58,14 @@ def choose_device(wanted: str) -> Choice:
     """``cuda`` or ``cpu``.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        UserError: CUDA was asked for and is not there.
     """
     if torch.cuda.is_available():
         if wanted == "cpu":
             return Choice("cpu", "asked for, although a GPU is present")
         return Choice("cuda", torch.cuda.get_device_name())
     if wanted == "cuda":
-        raise ValueError("device=cuda, but PyTorch finds no GPU here; use cpu or auto.")
+        raise UserError("device=cuda, but PyTorch finds no GPU here; use cpu or auto.")
     return Choice("cpu", f"PyTorch finds no GPU; {torch.get_num_threads()} threads")
 
 
@@ -89,12 +90,12 @@ def choose_attention(wanted: str, device: str) -> Choice:
     """``sdpa``, PyTorch's, or ``xformers``.
 
     Raises:
-        ValueError: xFormers was asked for and cannot run here.
+        UserError: xFormers was asked for and cannot run here.
     """
     obstacle = _xformers_obstacle(device)
     if wanted == "xformers":
         if obstacle:
-            raise ValueError(f"attention=xformers, but {obstacle}; use sdpa or auto.")
+            raise UserError(f"attention=xformers, but {obstacle}; use sdpa or auto.")
         return Choice("xformers", "asked for")
     if wanted == "sdpa":
         return Choice("sdpa", "PyTorch's; asked for")
@@ -197,7 +198,7 @@ def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
     """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
 
     Raises:
-        ValueError: bfloat16 copies of the weights are asked for where nothing computes with them,
+        UserError: bfloat16 copies of the weights are asked for where nothing computes with them,
             or on several processes, where FSDP2 makes them.
     """
     if wanted == "auto":
@@ -209,12 +210,12 @@ def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
     if wanted == "separate":
         return Choice(wanted, "asked for")
     if wanted == "one_sweep_bf16" and device != "cuda":
-        raise ValueError(
+        raise UserError(
             f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
             f"{device} they are float32: use one_sweep or separate."
         )
     if wanted == "one_sweep_bf16" and world.size > 1:
-        raise ValueError(
+        raise UserError(
             "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
             f"gathers them, here on {world.size} processes: use one_sweep or separate."
         )
@@ -249,11 +250,11 @@ def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     """A key of ``distributed.LAYOUTS``.
 
     Raises:
-        ValueError: hsdp on one node.
+        UserError: hsdp on one node.
     """
     nodes = world.size // world.local_size
     if wanted == "hsdp" and nodes == 1:
-        raise ValueError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
+        raise UserError("parallel=hsdp shards within nodes, and there is one; use fsdp.")
     if world.size == 1:
         return Choice("none", "one process; torchrun starts several")
     if wanted != "auto":

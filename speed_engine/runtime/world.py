@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from speed_engine.runtime.checks import UserError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.distributed_c10d import Store
@@ -74,7 +76,7 @@ class World:
         """What ``compute`` returns on rank 0, on every process; small and JSON-like.
 
         Raises:
-            ValueError: compute raised it on rank 0; every process raises the same.
+            UserError: compute raised it on rank 0; every process raises the same.
         """
         if self.size == 1:
             return compute()
@@ -82,11 +84,11 @@ class World:
         if self.is_first:
             try:
                 answer[0] = compute()
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 answer[1] = str(error)
         torch.distributed.broadcast_object_list(answer, src=0, group=self.background)
         if answer[1] is not None:
-            raise ValueError(answer[1])
+            raise UserError(answer[1])
         return answer[0]
 
     def barrier(self) -> None:
@@ -105,7 +107,7 @@ def join(device_type: str) -> World:
         device_type: of the run; on cuda this process takes the device of its local rank.
 
     Raises:
-        ValueError: more processes on this node than devices.
+        UserError: more processes on this node than devices.
     """
     if "WORLD_SIZE" not in os.environ:
         return ALONE
@@ -116,7 +118,7 @@ def join(device_type: str) -> World:
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"{local_size} processes on this node, but {torch.cuda.device_count()} GPUs; start "
                 "torchrun with --nproc-per-node of at most that."
             )

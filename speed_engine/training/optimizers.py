@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.ops import adamw_ema
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.sharding import local, whole
 
 EPS = 1e-8  # of AdamW
@@ -96,7 +97,7 @@ class OneSweep(torch.optim.Optimizer):
             after each sweep.
 
     Raises:
-        ValueError: a parameter is not float32, or a distributed one has a shadow.
+        UserError: a parameter is not float32, or a distributed one has a shadow.
     """
 
     def __init__(self, groups: list[dict], options: dict, shadows: Mapping[Tensor, Tensor]) -> None:
@@ -120,12 +121,12 @@ class OneSweep(torch.optim.Optimizer):
             steps = torch.zeros(len(members), device=chosen[0].device)
             for parameter, step in zip(chosen, steps, strict=True):
                 if parameter.dtype != torch.float32:
-                    raise ValueError(
+                    raise UserError(
                         f"OneSweep: parameters must be float32; one of shape "
                         f"{tuple(parameter.shape)} is {parameter.dtype}."
                     )
                 if shadowed and local(parameter) is not parameter:
-                    raise ValueError(
+                    raise UserError(
                         "OneSweep: a distributed parameter has a shadow; use FSDP2's "
                         "MixedPrecisionPolicy(param_dtype=torch.bfloat16) instead."
                     )
@@ -159,7 +160,7 @@ class OneSweep(torch.optim.Optimizer):
             () norm of the first group's gradients, before clipping; () whether all are finite.
 
         Raises:
-            ValueError: a parameter has no gradient.
+            UserError: a parameter has no gradient.
         """
         gradients = [self._gradients(part.parameters) for part in self._parts]
         norms = [
@@ -212,7 +213,7 @@ class OneSweep(torch.optim.Optimizer):
         for parameter in parameters:
             gradient = self._shadows.get(parameter, parameter).grad
             if gradient is None:
-                raise ValueError(
+                raise UserError(
                     f"OneSweep: a parameter of shape {tuple(parameter.shape)} has no gradient; one "
                     "sweep updates all of them. Freeze it, or use optimizer.update=separate."
                 )

@@ -42,6 +42,7 @@ from speed_engine.evaluation.evaluator import Evaluation
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.models.layouts.files import require_shapes
 from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.runtime.progress import TrainingProgress
@@ -64,7 +65,7 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
     """Train a new run; torchrun restarting its processes continues the one that it started.
 
     Raises:
-        ValueError: the run folder exists, or the configuration does not fit the data.
+        UserError: the run folder exists, or the configuration does not fit the data.
     """
     world = join(machine.torch_device(config).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
@@ -76,7 +77,7 @@ def start(config: TrainConfig, run: Path, console: Console) -> None:
         if restarted and world.from_first(lambda: (run / CONFIG_FILE).exists()):
             _continue(read_config(run), run, console, world)
             return
-        raise ValueError(
+        raise UserError(
             f"{run} exists already; continue it with `speed-engine train --resume {run}`, "
             "or name another folder with --run."
         )
@@ -97,7 +98,7 @@ def resume(run: Path, console: Console, steps: int | None = None) -> None:
     """Continue a run from its newest complete checkpoint, to ``steps`` if given.
 
     Raises:
-        ValueError: not a run, no checkpoint, one of another model or other data, or nothing to do.
+        UserError: not a run, no checkpoint, one of another model or other data, or nothing to do.
     """
     config = read_config(run)
     if steps is not None:
@@ -155,13 +156,13 @@ class Trainer:
         state = checkpoint.read_state(path)
         fingerprint = self.data.reader.fingerprint
         if state["data"] != fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{self.config.data.source} holds other data than when {path} was written "
                 f"(SHA-256 {fingerprint[:12]}, then {state['data'][:12]}); put the shards back as "
                 "they were, or start a new run."
             )
         if state["step"] >= self.config.steps:
-            raise ValueError(
+            raise UserError(
                 f"{self.run} is complete at step {state['step']} of {self.config.steps}; "
                 "--steps N trains it longer."
             )

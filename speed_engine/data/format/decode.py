@@ -24,6 +24,8 @@ import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from PIL import Image, UnidentifiedImageError
 
+from speed_engine.runtime.checks import UserError
+
 log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
@@ -39,7 +41,7 @@ _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 
 
-class UnfitSample(ValueError):
+class UnfitSample(UserError):
     """A sample is intact, but not what the run, or the rest of its data set, is like."""
 
 
@@ -62,10 +64,10 @@ def decode_image(
     if kind == "npy":
         array = decode_npy(data)
         if (array.dtype == np.uint16) != f".{extension}".endswith(".bf16.npy"):
-            raise ValueError(f"{array.dtype} in a member {extension!r}; bf16.npy holds uint16.")
+            raise UserError(f"{array.dtype} in a member {extension!r}; bf16.npy holds uint16.")
         return array
     if kind not in _PILLOW_FORMATS:
-        raise ValueError(f"no decoder for {extension!r}; known: npy, {', '.join(_PILLOW_FORMATS)}.")
+        raise UserError(f"no decoder for {extension!r}; known: npy, {', '.join(_PILLOW_FORMATS)}.")
     pillow_format = _PILLOW_FORMATS[kind]
     header = _jpeg_header(data, channels, size) if pillow_format == "JPEG" else None
     pixels = np.empty(header or 0, dtype=np.uint8)
@@ -112,7 +114,7 @@ def decode_npy(data: Buffer) -> np.ndarray:
     dtype, shape = _parse_npy_header(bytes(data[:start]))
     size = math.prod(shape) * dtype.itemsize
     if min(shape, default=1) < 1 or size != len(data) - start or size > MAX_BYTES:
-        raise ValueError(
+        raise UserError(
             f"npy of shape {shape} and {dtype} needs {size} bytes (at most {MAX_BYTES}), got "
             f"{len(data) - start}."
         )
@@ -139,7 +141,7 @@ def decode_label(data: Buffer) -> int:
     """Decimal digits, with or without white space around them."""
     text = bytes(data[:32]).strip() if len(data) <= 32 else b""
     if not text.isdigit() or len(text) > 18:
-        raise ValueError(f"label {bytes(data[:32])!r} is not a non-negative integer.")
+        raise UserError(f"label {bytes(data[:32])!r} is not a non-negative integer.")
     return int(text)
 
 
@@ -193,7 +195,7 @@ def _npy_header_bytes(data: Buffer) -> int:
     magic = bytes(data[:8])
     width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(magic)
     if width is None:
-        raise ValueError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
+        raise UserError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
     return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
 
 
@@ -205,9 +207,9 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     try:
         shape, fortran_order, dtype = read[version](file)
     except Exception as error:  # whatever the bytes provoke in the parser
-        raise ValueError(f"unreadable npy header: {error}") from error
+        raise UserError(f"unreadable npy header: {error}") from error
     if dtype not in _DTYPES or fortran_order:
-        raise ValueError(
+        raise UserError(
             f"npy of {dtype} in {'Fortran' if fortran_order else 'C'} order; needed: "
             f"{', '.join(sorted(map(str, _DTYPES)))} in C order."
         )
@@ -314,7 +316,7 @@ def _check_size(height: int, width: int, size: tuple[int, ...] | None) -> None:
             f"image_shape or the data."
         )
     if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError(f"{height} x {width} pixels; at least 1 and at most {MAX_PIXELS}.")
+        raise UserError(f"{height} x {width} pixels; at least 1 and at most {MAX_PIXELS}.")
 
 
 def _decode_picture(
@@ -325,15 +327,15 @@ def _decode_picture(
         with Image.open(io.BytesIO(data), formats=[pillow_format]) as image:
             _check_size(image.height, image.width, size)
             if image.mode not in _GREY_MODES | _COLOUR_MODES:
-                raise ValueError(f"mode {image.mode} is not 8-bit grey or colour.")
+                raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
             keep_grey = image.mode in _GREY_MODES and channels == 1
             pixels = np.array(image.convert("L" if keep_grey else "RGB"))
     except UnfitSample:
         raise
     except UnidentifiedImageError as error:  # its text names an object in memory
-        raise ValueError(
+        raise UserError(
             f"unusable {pillow_format} picture: it has no {pillow_format} header that can be read."
         ) from error
     except Exception as error:  # whatever the bytes provoke in Pillow
-        raise ValueError(f"unusable {pillow_format} picture: {error}") from error
+        raise UserError(f"unusable {pillow_format} picture: {error}") from error
     return pixels.reshape(*pixels.shape[:2], -1)

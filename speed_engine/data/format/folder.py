@@ -23,6 +23,7 @@ from speed_engine.data.format.record import (
 from speed_engine.data.format.remote import RECORD_LIMIT, Cache, fetch, is_url
 from speed_engine.data.format.tar import ShardError
 from speed_engine.data.format.writer import scan_index
+from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +65,12 @@ def open_folder(source: str | Path, cache: Cache | None) -> Folder:
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a URL that cannot be read here.
+        UserError: a URL that cannot be read here.
     """
     if isinstance(source, Path) or not is_url(source):
         return LocalFolder(Path(source))
     if cache is None:
-        raise ValueError(f"{source} needs a cache to fetch its shards into.")
+        raise UserError(f"{source} needs a cache to fetch its shards into.")
     return RemoteFolder(source, cache)
 
 

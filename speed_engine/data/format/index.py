@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from speed_engine.data.format.tar import Samples, ShardError
+from speed_engine.runtime.checks import UserError
 
 VERSION = 2
 
@@ -163,9 +164,9 @@ def _check_shapes(columns: Mapping[str, np.ndarray], num_extensions: int) -> Non
     num_samples = len(columns["key_ends"])
     for name, array in columns.items():
         if array.ndim != _COLUMNS[name] or array.dtype != _DTYPES.get(name, np.int64):
-            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}")
+            raise UserError(f"{name} is {array.dtype} of shape {array.shape}")
         if array.ndim == 2 and array.shape != (num_samples, num_extensions):
-            raise ValueError(f"{name} has shape {array.shape}")
+            raise UserError(f"{name} has shape {array.shape}")
 
 
 def _remedy(path: Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.data.format.tar import ShardError
+from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +34,13 @@ def is_url(source: str) -> bool:
     """Whether a data source is a URL rather than a path.
 
     Raises:
-        ValueError: a URL of another scheme, such as ``pipe:`` or ``file:``.
+        UserError: a URL of another scheme, such as ``pipe:`` or ``file:``.
     """
     match = _URL.fullmatch(source)
     if match is None or (Path(source).exists() and not match[2]):
         return False
     if match[1].lower() not in SCHEMES or not match[2]:
-        raise ValueError(
+        raise UserError(
             f"{source!r} is neither a folder nor a URL of {', '.join(SCHEMES[:-1])}; commands and "
             f"other schemes are never opened."
         )
@@ -211,7 +212,7 @@ def _filesystem(url: str) -> Any:
             options["client_kwargs"] = {"timeout": timeout}
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{url} needs packages that are not installed ({error}); pip install "
             f"'speed-engine[remote]'."
         ) from error

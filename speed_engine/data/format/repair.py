@@ -12,6 +12,7 @@ from pathlib import Path
 from speed_engine.data.format.index import VERSION
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.format.tar import ShardError
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 
@@ -51,7 +52,7 @@ def load_repair_list(path: Path) -> RepairList:
         version, shards, samples = record["version"], record["shards"], record["samples"]
         sound = version == VERSION and all(isinstance(keys, dict) for keys in samples.values())
         if not sound or not isinstance(shards, dict):
-            raise ValueError(f"version {version!r}")
+            raise UserError(f"version {version!r}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardError(
             f"{path} is not a repair list ({error!r}); `speed-engine shards check` writes one."

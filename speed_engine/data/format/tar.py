@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from speed_engine.data.format.checksums import crc32
+from speed_engine.runtime.checks import UserError
 
 BLOCK = 512
 MAX_MEMBERS = 2**22  # of one tar
@@ -27,7 +28,7 @@ _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _REGULAR, _LINKS_AND_FOLDERS = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard or its index is damaged or unusable; the message names the file and the reason."""
 
 

@@ -30,6 +30,7 @@ from speed_engine.data.format.record import (
     refuse_incomplete,
 )
 from speed_engine.data.format.tar import BLOCK, Member, Samples, ShardError, scan_tar
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class ShardWriter:
         files: Iterable[str] = (),
     ) -> None:
         if samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1.")
+            raise UserError(f"samples_per_shard={samples_per_shard} must be at least 1.")
         self._folder, self._prefix, self._limit = Path(folder), prefix, samples_per_shard
         self._metadata, self._files = metadata, tuple(files)
         if used := sorted(self._folder.glob(f"{prefix}-*.tar")):
@@ -74,7 +75,7 @@ class ShardWriter:
         """Append one sample.
 
         Raises:
-            ValueError: the key is there already, or could not be read back as it is.
+            UserError: the key is there already, or could not be read back as it is.
             OSError: the disk is full or read-only; the data set stays incomplete.
         """
         self._tar.add(key, members)
@@ -192,7 +193,7 @@ class _Tar:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         readable = _KEY.fullmatch(key) and all(map(_EXTENSION.fullmatch, members))
         if not readable or not members or key in self.samples:
-            raise ValueError(
+            raise UserError(
                 f"key {key!r} with members {sorted(members)}: a key must be new, begin with a "
                 f"letter or digit and have no dot; extensions, at least one, are lower case; "
                 f"for example '000123' with ['cls', 'npy']."

@@ -13,6 +13,7 @@ import numpy as np
 
 from speed_engine.data.format.decode import Buffer, decode_image, decode_label, decode_npy
 from speed_engine.data.format.tar import ShardError
+from speed_engine.runtime.checks import UserError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}
 NULL_TOKENS = "null_tokens.npy"
@@ -22,11 +23,11 @@ def condition_name(member: str) -> str:
     """The model's argument that a member is.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     name = NAMES.get(member.partition(".")[0])
     if name is None:
-        raise ValueError(
+        raise UserError(
             f"member {member!r} is no condition; the known are cls, tokens.npy and low.npy, "
             "low.png, low.jpg, low.webp."
         )
@@ -37,7 +38,7 @@ def decode_condition(data: Buffer, member: str, channels: int) -> np.ndarray:
     """A member's bytes to its row of the batch; ``channels`` as in ``decode_image``.
 
     Raises:
-        ValueError: they are not what the member should be.
+        UserError: they are not what the member should be.
     """
     name = condition_name(member)
     if name == "labels":
@@ -51,7 +52,7 @@ def load_null_tokens(folder: Path) -> np.ndarray:
     """(L, D) of the empty prompt.
 
     Raises:
-        ValueError: the file is missing or holds something else.
+        UserError: the file is missing or holds something else.
     """
     path = folder / NULL_TOKENS
     if not path.is_file():
@@ -66,7 +67,7 @@ def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
     """(L, D) of the empty prompt, from its file.
 
     Raises:
-        ValueError: it holds something else; ``where`` names it.
+        UserError: it holds something else; ``where`` names it.
     """
     try:
         return _checked_tokens(decode_npy(data)).copy()  # of its own memory
@@ -76,7 +77,7 @@ def decode_null_tokens(data: bytes, where: str) -> np.ndarray:
 
 def _checked_tokens(tokens: np.ndarray) -> np.ndarray:
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.floating):
-        raise ValueError(
+        raise UserError(
             f"text tokens are (length, width) floats, not {tokens.dtype} of shape {tokens.shape}."
         )
     return tokens

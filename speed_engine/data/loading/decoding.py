@@ -88,7 +88,7 @@ class BatchReader:
             allocate: bytes -> memory of that size, for the images; called once at most.
 
         Raises:
-            ValueError: a sample is damaged and the policy is to stop, or it is unfit; names it.
+            UserError: a sample is damaged and the policy is to stop, or it is unfit; names it.
             OSError: a shard cannot be read.
         """
         numbers = np.asarray(samples, dtype=np.int64)

@@ -29,6 +29,7 @@ from speed_engine.data.loading.decoding import Arrays, BatchReader, OnBadSample,
 from speed_engine.data.loading.order import DataOrder, elsewhere
 from speed_engine.data.loading.shared_memory import Piece, SharedMemory
 from speed_engine.data.loading.stream import StreamSource
+from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Loader:
         mode: exact as above, or stream, see stream.py.
 
     Raises:
-        ValueError: an argument or a sample is unfit; names shard and key of the sample.
+        UserError: an argument or a sample is unfit; names shard and key of the sample.
         OSError: a shard cannot be read.
         ChildProcessError: a worker died.
         RuntimeError: the loader is closed.
@@ -234,7 +235,7 @@ def read_all(
 
     images, conditions, replaced = batches.read(range(len(reader)), substitute)
     if images.dtype != np.uint8:
-        raise ValueError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
+        raise UserError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
     if replaced:
         log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
     return np.ascontiguousarray(images), conditions
@@ -326,7 +327,7 @@ def _check_conditions(
     for name, shape in shapes.items():
         found = tuple(batch.conditions[name].shape[1:])
         if found != tuple(shape):
-            raise ValueError(
+            raise UserError(
                 f"{reader.describe(0)} has {name} of shape {found}; expected {tuple(shape)}. "
                 "Correct the data options (token_shape, low_shape) or the data."
             )
@@ -335,17 +336,17 @@ def _check_conditions(
 def check_arguments(
     reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
 ) -> None:
-    """Raises ValueError where batches cannot be shared out so."""
+    """Raises UserError where batches cannot be shared out so."""
     for key in reader.keys[1:]:
         condition_name(key)
     if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size}, start={start}, workers={workers}, rank={rank}, "
             f"world_size={world_size}: sizes are positive, counts not negative, rank < world_size."
         )
     if batch_size % world_size:
         below = batch_size - batch_size % world_size
-        raise ValueError(
+        raise UserError(
             f"batch_size={batch_size} is not a multiple of world_size={world_size}; nearest valid "
             f"values: {below or below + world_size} and {below + world_size}."
         )

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from speed_engine.ops import Stream, random_bits
+from speed_engine.runtime.checks import UserError
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:
@@ -75,7 +76,7 @@ class DataOrder:
 
     def __init__(self, counts: Sequence[int], seed: int, window: int) -> None:
         if window < 1 or not sum(counts):
-            raise ValueError(f"window={window} and sum(counts)={sum(counts)} must be at least 1.")
+            raise UserError(f"window={window} and sum(counts)={sum(counts)} must be at least 1.")
         self._counts, self._seed, self._window = tuple(counts), seed, window
         self._num_samples = sum(counts)
         self._epochs: dict[int, np.ndarray] = {}
@@ -83,7 +84,7 @@ class DataOrder:
     def sample_indices(self, start: int, count: int) -> np.ndarray:
         """(count,) int64, the samples of images ``start``, ``start + 1``, ... of the stream."""
         if start < 0 or count < 0:
-            raise ValueError(f"start={start} and count={count} must not be negative.")
+            raise UserError(f"start={start} and count={count} must not be negative.")
         pieces = [np.empty(0, dtype=np.int64)]
         while count > 0:
             epoch, place = divmod(start, self._num_samples)

@@ -20,6 +20,7 @@ from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import ATTEMPTS, BatchReader, OnBadSample, Shape
 from speed_engine.data.loading.loader import Batch, as_batch, check_arguments
 from speed_engine.data.loading.order import DataOrder, elsewhere
+from speed_engine.runtime.checks import UserError
 
 CHUNK = 1024  # samples read at once
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Resident:
         on_bad_sample: what happens to a damaged sample.
 
     Raises:
-        ValueError: an argument or a sample is unfit; names shard and key of the sample.
+        UserError: an argument or a sample is unfit; names shard and key of the sample.
         OSError: a shard cannot be read.
     """
 
@@ -120,7 +121,7 @@ class Resident:
                     )
                 stored = self._stored[name]
                 if (values.dtype, values.shape[1:]) != (stored.dtype, stored.shape[1:]):
-                    raise ValueError(
+                    raise UserError(
                         f"{reader.describe(first)} and those after it have {name or 'image'} of "
                         f"{values.dtype} and shape {tuple(values.shape[1:])}, others "
                         f"{stored.dtype} and {tuple(stored.shape[1:])}; a data set needs one "

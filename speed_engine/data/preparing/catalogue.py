@@ -29,6 +29,7 @@ from speed_engine.data.preparing.sources.cifar import Cifar10
 from speed_engine.data.preparing.sources.emoji import Emoji
 from speed_engine.data.preparing.sources.files import CocoCaptions, ImageFolder, ZipArchive
 from speed_engine.data.preparing.sources.huggingface import HuggingFace
+from speed_engine.runtime.checks import UserError
 
 _DIGITS = Path(__file__).with_name("digits.npz")  # images (1797, 8, 8) uint8 in 0..16, labels
 
@@ -69,7 +70,7 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
         split: of CIFAR-10 and Hugging Face data sets.
 
     Raises:
-        ValueError: unknown, unreadable or unusable; says why.
+        UserError: unknown, unreadable or unusable; says why.
     """
     path = Path(name).expanduser()
     if name == "digits":
@@ -79,7 +80,7 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
     if name.startswith("hf:"):
         return HuggingFace(name.removeprefix("hf:"), split)
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"source {name!r} does not exist; needed: digits, emoji, a folder of "
             f"pictures, cifar-10-binary.tar.gz, a .zip, captions_*.json or hf:NAME."
         )
@@ -91,9 +92,9 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
         return ZipArchive(path)
     if path.suffix == ".json":
         if images is None or not images.is_dir():
-            raise ValueError(f"captions need the folder of their pictures: --images {images}.")
+            raise UserError(f"captions need the folder of their pictures: --images {images}.")
         return CocoCaptions(path, images)
-    raise ValueError(f"source {name!r}: files of kind {path.suffix!r} are not known.")
+    raise UserError(f"source {name!r}: files of kind {path.suffix!r} are not known.")
 
 
 def write_digits(folder: str | Path) -> None:

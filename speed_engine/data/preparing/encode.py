@@ -33,6 +33,7 @@ from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.preparing.prepare import Preparation
 from speed_engine.encoders.hub import load_model, weights_hash
 from speed_engine.encoders.text import TextEncoder
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 PICTURES = ("png", "jpg", "jpeg", "webp", "npy")
@@ -49,7 +50,7 @@ class LatentEncoder:
         device: where it runs.
 
     Raises:
-        ValueError: diffusers is missing, or cannot load it.
+        UserError: diffusers is missing, or cannot load it.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -70,7 +71,7 @@ def load_vae(name: str, device: torch.device) -> Any:
     """A diffusers ``AutoencoderKL`` for inference, from a folder or the hub.
 
     Raises:
-        ValueError: diffusers is missing, or cannot load it.
+        UserError: diffusers is missing, or cannot load it.
     """
     # The default needs the library accelerate and says so at every call.
     return load_model("diffusers", "AutoencoderKL", name, device, low_cpu_mem_usage=False)
@@ -123,14 +124,14 @@ def encode(
         advance: called with the number of samples whenever a shard is there.
 
     Raises:
-        ValueError: nothing to do, a data set without what is needed, or an unusable sample.
+        UserError: nothing to do, a data set without what is needed, or an unusable sample.
         OSError: the disk is full, for example; the folder can be continued.
     """
     encoders = [encoder for encoder in (latents, text) if encoder is not None]
     if not encoders:
-        raise ValueError("nothing to encode: give a VAE, a text encoder or both.")
+        raise UserError("nothing to encode: give a VAE, a text encoder or both.")
     if batch_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"batch_size={batch_size} is below 1, or rank={rank} of {world_size}.")
+        raise UserError(f"batch_size={batch_size} is below 1, or rank={rank} of {world_size}.")
     dataset, indices = LocalFolder(shards).load(())
     picture = _picture_member(shards, dataset, latents is not None, text is not None)
     reader = ShardReader(shards, sorted(dataset.contents))
@@ -170,9 +171,9 @@ def _picture_member(shards: Path, dataset: Dataset, need_picture: bool, need_tex
         if dataset.contents.get(extension, {}).get("dtype") == "uint8"
     ]
     if need_picture and not pictures:
-        raise ValueError(f"{shards} has no pictures ({', '.join(PICTURES)} of uint8), only {have}.")
+        raise UserError(f"{shards} has no pictures ({', '.join(PICTURES)} of uint8), only {have}.")
     if need_text and "txt" not in have:
-        raise ValueError(f"{shards} has no captions (txt), only {have}.")
+        raise UserError(f"{shards} has no captions (txt), only {have}.")
     return pictures[0] if pictures else ""
 
 
@@ -207,9 +208,9 @@ def _decode(sample: Sample, picture: str) -> np.ndarray:
     try:
         image = decode_image(members[picture], picture, 3)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"the picture is {image.dtype} of shape {image.shape}.")
+            raise UserError(f"the picture is {image.dtype} of shape {image.shape}.")
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {error}") from error
     return np.broadcast_to(image, (3, *image.shape[1:]))
 
 
@@ -225,7 +226,7 @@ def _encode_batch(
         encoded = latents(_stack([image.result() for image in images]))
         for (_, name, _), new, latent in zip(batch, added, encoded, strict=True):
             if not np.isfinite(latent).all():
-                raise ValueError(f"{name}: the VAE makes of it what float16 cannot hold.")
+                raise UserError(f"{name}: the VAE makes of it what float16 cannot hold.")
             new["npy"] = npy_bytes(latent)
     if text is not None:
         captions = [members["txt"].decode().partition("\n")[0] for _, _, members in batch]
@@ -238,5 +239,5 @@ def _encode_batch(
 
 def _stack(images: list[np.ndarray]) -> np.ndarray:
     if len(shapes := {image.shape for image in images}) > 1:
-        raise ValueError(f"pictures of several shapes, {sorted(shapes)}; make shards of one size.")
+        raise UserError(f"pictures of several shapes, {sorted(shapes)}; make shards of one size.")
     return np.stack(images)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from speed_engine.data.format.decode import MAX_PIXELS
+from speed_engine.runtime.checks import UserError
 
 FORMATS = ("png", "jpg", "webp", "npy")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # of files that are taken for pictures
@@ -20,17 +21,17 @@ def open_picture(data: bytes, channels: int) -> Image.Image:
     """An 8-bit picture, grey for one channel, RGB for three; transparency is dropped, as ADM does.
 
     Raises:
-        ValueError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
+        UserError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
+                raise UserError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
             if image.mode not in _MODES:
-                raise ValueError(f"mode {image.mode} is not 8-bit grey or colour.")
+                raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
             return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # whatever the bytes provoke in Pillow
-        raise ValueError(f"unusable picture: {error}") from error
+        raise UserError(f"unusable picture: {error}") from error
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -30,6 +30,7 @@ from speed_engine.data.format.record import RECORD, begin, commit
 from speed_engine.data.format.writer import is_complete, shard_name, write_shard
 from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.preparing.source import Source
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 PLAN = "preparation.json"
@@ -47,7 +48,7 @@ class Preparation:
         names: (S,) file names of the shards.
 
     Raises:
-        ValueError: the folder is in use for something else; says for what.
+        UserError: the folder is in use for something else; says for what.
     """
 
     def __init__(self, out: Path, plan: dict[str, Any], names: Sequence[str]) -> None:
@@ -57,7 +58,7 @@ class Preparation:
         if (out / PLAN).exists():
             _check_same_plan(out / PLAN, json.loads(text))
         elif any(out.iterdir()):
-            raise ValueError(f"{out} is not empty; choose another folder or delete it.")
+            raise UserError(f"{out} is not empty; choose another folder or delete it.")
         else:
             write_durably(out / PLAN, text.encode())
         if not (out / RECORD).exists():
@@ -90,11 +91,11 @@ def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete its folder.") from error
+        raise UserError(f"{path} is damaged ({error}); delete its folder.") from error
     if there != plan:
         other = {k: there.get(k) for k in sorted({*there, *plan}) if there.get(k) != plan.get(k)}
         asked = {k: plan.get(k) for k in other}
-        raise ValueError(
+        raise UserError(
             f"{path.parent} holds a preparation with {other}, asked for is {asked}; choose another "
             f"folder, or delete it."
         )
@@ -113,7 +114,7 @@ class PictureOptions:
         samples_per_shard: the last shard may hold fewer.
 
     Raises:
-        ValueError: a value out of range.
+        UserError: a value out of range.
     """
 
     size: int | None = None
@@ -138,7 +139,7 @@ class PictureOptions:
 
 def _check(name: str, value: object, valid: bool, need: str) -> None:
     if not valid:
-        raise ValueError(f"{name}={value}: needed is {need}.")
+        raise UserError(f"{name}={value}: needed is {need}.")
 
 
 def make(
@@ -161,7 +162,7 @@ def make(
         advance: called with the number of samples whenever a shard is there.
 
     Raises:
-        ValueError: the first picture, or with ``skip_bad`` false any, is unusable; or the folder
+        UserError: the first picture, or with ``skip_bad`` false any, is unusable; or the folder
             is.
         OSError: the disk is full, for example; the folder can be continued.
         ChildProcessError: a worker was killed; likewise.
@@ -198,11 +199,11 @@ def mixed_order(count: int) -> np.ndarray:
 def _checked_first(source: Source, options: PictureOptions) -> tuple[int, int]:
     """(width, height) of all; an unfit source fails here, before any work."""
     if not len(source):
-        raise ValueError("the source holds no samples.")
+        raise UserError("the source holds no samples.")
     try:
         picture = source.read(0, options.channels).picture
     except (ValueError, OSError) as error:
-        raise ValueError(f"{source.name(0)}: {error}") from error
+        raise UserError(f"{source.name(0)}: {error}") from error
     return (options.size, options.size) if options.size else picture.size
 
 
@@ -262,7 +263,7 @@ def _make_shard(path: Path, numbers: np.ndarray) -> tuple[Path, list[str]]:
             except (ValueError, OSError) as error:
                 message = f"{source.name(number)}: {error}"
                 if not skip_bad:
-                    raise ValueError(message) from error
+                    raise UserError(message) from error
                 bad.append(message)
 
     write_shard(path, samples())
@@ -276,7 +277,7 @@ def _members(
     if options.size is not None:
         picture = centre_crop(picture, options.size)
     elif picture.size != size:
-        raise ValueError(f"it has {picture.size} pixels, the first has {size}; choose a size.")
+        raise UserError(f"it has {picture.size} pixels, the first has {size}; choose a size.")
     members = {options.format: encode_picture(picture, options.format, options.quality)}
     if options.low_size is not None:
         kind = "npy" if options.format == "npy" else "png"

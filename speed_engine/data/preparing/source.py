@@ -41,7 +41,7 @@ class Source(Protocol):
         """Sample ``i``.
 
         Raises:
-            ValueError: its picture is unusable.
+            UserError: its picture is unusable.
         """
         ...
 

@@ -16,6 +16,7 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.format.tar import ShardError
 from speed_engine.data.preparing.pictures import FORMATS
+from speed_engine.runtime.checks import UserError
 
 CONTACT_SHEET = "contact-sheet.png"
 _ROWS, _COLUMNS, _CELL, _GAP, _NAME = 12, 12, 96, 4, 140  # of the sheet; the last three in pixels
@@ -59,11 +60,11 @@ class Summary:
         Classes are taken evenly; without labels, samples are.
 
         Raises:
-            ValueError: the data set has no pictures.
+            UserError: the data set has no pictures.
         """
         picture = next((kind for kind in FORMATS if kind in self.dataset.contents), None)
         if picture is None:
-            raise ValueError(f"{self.folder} has no pictures, only {[*self.dataset.contents]}.")
+            raise UserError(f"{self.folder} has no pictures, only {[*self.dataset.contents]}.")
         reader, rows = ShardReader(self.folder, [picture]), self._rows()
         margin, step = (_NAME if len(self.labels) else _GAP), _CELL + _GAP
         sheet = Image.new("RGB", (margin + _COLUMNS * step, _GAP + len(rows) * step), "white")

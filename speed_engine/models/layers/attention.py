@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed_engine.ops import block_operators_for, qk_norm_rope
+from speed_engine.runtime.checks import UserError
 
 # (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
 Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
@@ -73,20 +74,18 @@ class SelfAttention(nn.Module):
         backend: a name of ``BACKENDS``.
 
     Raises:
-        ValueError: num_heads does not divide dim, or there is no such backend.
+        UserError: num_heads does not divide dim, or there is no such backend.
     """
 
     def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
         super().__init__()
         if dim % num_heads:
             divisors = [h for h in range(1, dim + 1) if dim % h == 0]
-            raise ValueError(
+            raise UserError(
                 f"num_heads={num_heads} does not divide the width {dim}; choose from {divisors}."
             )
         if backend not in BACKENDS:
-            raise ValueError(
-                f"attention={backend!r} is unknown; choose from {', '.join(BACKENDS)}."
-            )
+            raise UserError(f"attention={backend!r} is unknown; choose from {', '.join(BACKENDS)}.")
         self.num_heads, self.attend = num_heads, BACKENDS[backend]
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -134,7 +133,7 @@ class RotaryAttention(SelfAttention):
 
 def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:
     if len(q) != 1 or sum(lengths) != q.shape[2]:
-        raise ValueError(
+        raise UserError(
             f"{len(lengths)} packed sequences with {sum(lengths)} tokens together do not fit a "
             f"tensor of shape {tuple(q.shape)}; it must be (1, heads, tokens, width)."
         )

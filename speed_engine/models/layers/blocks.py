@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from speed_engine.runtime.checks import UserError
+
 aten = torch.ops.aten
 # What is dear to compute for the bytes it takes to keep: matrix products and attention.
 DEAR = [
@@ -63,10 +65,10 @@ def set_recompute(blocks: Iterable[nn.Module], dial: float) -> None:
     blocks that give up more are spread evenly over the depth.
 
     Raises:
-        ValueError: dial is outside [0, 1].
+        UserError: dial is outside [0, 1].
     """
     if not 0 <= dial <= 1:
-        raise ValueError(f"checkpointing={dial} is a share; choose from [0, 1].")
+        raise UserError(f"checkpointing={dial} is a share; choose from [0, 1].")
     less, more, share = ("nothing", "cheap", 2 * dial)
     if dial > 0.5:
         less, more, share = "cheap", "everything", 2 * dial - 1
@@ -92,11 +94,11 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
     ``open_sum``), so that its time does not grow with the depth.
 
     Raises:
-        ValueError: the model has no blocks.
+        UserError: the model has no blocks.
     """
     blocks = getattr(model, "blocks", None)
     if blocks is None:
-        raise ValueError(
+        raise UserError(
             f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
             "choose on or off."
         )

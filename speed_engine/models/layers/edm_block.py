@@ -12,6 +12,7 @@ from speed_engine.models.layers.blocks import recomputable
 from speed_engine.models.layers.group_norm import GroupNormSiLU
 from speed_engine.models.layers.spatial_transformer import split_heads
 from speed_engine.models.layers.unet_layers import zeroed
+from speed_engine.runtime.checks import UserError
 
 
 class Style(NamedTuple):
@@ -95,7 +96,7 @@ def _heads(channels: int, head_channels: int | None) -> int:
     if head_channels is None:
         return 1
     if channels % head_channels:
-        raise ValueError(
+        raise UserError(
             f"an attention has {channels} channels; needed: a multiple of {head_channels}, the "
             f"channels of a head. Change model_channels or channel_mult."
         )

@@ -16,6 +16,7 @@ from speed_engine.models.layers.spatial_transformer import (
     SpatialTransformer,
     split_heads,
 )
+from speed_engine.runtime.checks import UserError
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
@@ -161,7 +162,7 @@ def check_halvings(input_size: tuple[int, int], levels: int) -> None:
     factor = 2 ** (levels - 1)
     if any(size % factor for size in input_size):
         height, width = input_size
-        raise ValueError(
+        raise UserError(
             f"{levels} levels halve the input {levels - 1} times: its size {height} x {width} must "
             f"be a multiple of {factor} both ways."
         )
@@ -171,4 +172,4 @@ def check_given(name: str, value: Tensor | None, needed: bool) -> None:
     """Refuse a condition that the model was not built for, and the lack of one that it was."""
     if (value is not None) != needed:
         verb = "needs" if needed else "was built without, and has no use for,"
-        raise ValueError(f"this U-Net {verb} {name}.")
+        raise UserError(f"this U-Net {verb} {name}.")

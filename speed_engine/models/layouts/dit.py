@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.models.dit import DiT
+from speed_engine.runtime.checks import UserError
 
 DIFFUSERS_SHIFT = 1.0
 # Our module: diffusers'. ``{}`` stands for the number of a block.
@@ -40,7 +41,7 @@ def to_diffusers(model: DiT) -> dict[str, Tensor]:
     """The weights as ``DiTTransformer2DModel`` loads them, built as ``diffusers_config`` says.
 
     Raises:
-        ValueError: it cannot hold this model.
+        UserError: it cannot hold this model.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -53,7 +54,7 @@ def from_diffusers(tensors: Mapping[str, Tensor], model: DiT) -> dict[str, Tenso
     """What ``model`` loads, from tensors of the names that ``to_diffusers`` gives it.
 
     Raises:
-        ValueError: embeddings differ between blocks.
+        UserError: embeddings differ between blocks.
     """
     ours = model.state_dict()
     for name in ours:
@@ -69,13 +70,13 @@ def diffusers_config(model: DiT) -> dict[str, Any]:
     """The config.json of a ``DiTTransformer2DModel`` of the model's sizes.
 
     Raises:
-        ValueError: it cannot be of these sizes.
+        UserError: it cannot be of these sizes.
     """
     rows, columns = model.grid
     embedding = model.x_embedder.proj
     dim = embedding.out_channels
     if rows != columns or model.mlp_ratio != 4 or model.num_classes is None:
-        raise ValueError(
+        raise UserError(
             "diffusers' DiTTransformer2DModel has square inputs, classes and an mlp_ratio of 4; "
             f"this model has {rows} x {columns} patches, {model.num_classes} classes and "
             f"{model.mlp_ratio:g}."
@@ -102,11 +103,11 @@ def set_frequency_shift(transformer: nn.Module, shift: float) -> None:
     Its configuration has no place for it; call this after every ``from_pretrained``.
 
     Raises:
-        ValueError: the model has no such features.
+        UserError: the model has no such features.
     """
     features = [m for name, m in transformer.named_modules() if name.endswith("emb.time_proj")]
     if not features:
-        raise ValueError(f"{type(transformer).__name__} has no time features named emb.time_proj.")
+        raise UserError(f"{type(transformer).__name__} has no time features named emb.time_proj.")
     for module in features:
         module.downscale_freq_shift = shift  # type: ignore[assignment]
 
@@ -123,7 +124,7 @@ def _names(name: str, depth: int) -> list[str]:
     blocks, _, rest = module.partition(".")
     number, _, inner = rest.partition(".")
     if blocks != "blocks" or inner not in _IN_BLOCK:
-        raise ValueError(f"diffusers' DiTTransformer2DModel has nothing that is our {name}.")
+        raise UserError(f"diffusers' DiTTransformer2DModel has nothing that is our {name}.")
     return [f"transformer_blocks.{number}.{theirs}.{kind}" for theirs in _IN_BLOCK[inner]]
 
 
@@ -137,7 +138,7 @@ def _parts(name: str, value: Tensor, count: int) -> list[Tensor]:
 
 def _shared(name: str, copies: list[Tensor]) -> Tensor:
     if any(not torch.equal(copies[0], other) for other in copies[1:]):
-        raise ValueError(
+        raise UserError(
             f"the blocks' copies of {name} differ, as they do after training in diffusers; a DiT "
             "has one for all blocks and cannot hold them."
         )

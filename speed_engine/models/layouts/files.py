@@ -22,6 +22,7 @@ from speed_engine.models.dit import DiT
 from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
 from speed_engine.models.unet import UNet
+from speed_engine.runtime.checks import UserError
 
 LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -38,7 +39,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
             PyTorch's restricted reader, which runs no code.
 
     Raises:
-        ValueError: no such file, not such a file, or tensors that are missing, left over or of
+        UserError: no such file, not such a file, or tensors that are missing, left over or of
             other shapes (lists them); time features of another frequency shift; diffusers' layout
             for a model that it cannot hold, or with embeddings that differ between blocks.
     """
@@ -47,7 +48,7 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
     try:
         ours = _as_ours(model, tensors, metadata)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     require_shapes(shapes(model.state_dict()), shapes(ours), path)
     model.load_state_dict(ours)
 
@@ -59,21 +60,21 @@ def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
         The files written.
 
     Raises:
-        ValueError: an unknown layout, a path that is taken, or a model that diffusers cannot hold.
+        UserError: an unknown layout, a path that is taken, or a model that diffusers cannot hold.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; choose from {', '.join(LAYOUTS)}.")
+        raise UserError(f"layout={layout!r} is unknown; choose from {', '.join(LAYOUTS)}.")
     if path.exists():
-        raise ValueError(f"{path} exists already; name another path.")
+        raise UserError(f"{path} exists already; name another path.")
     metadata = {"format": "pt", SHIFT: str(_shift_of(model))}
     if layout == "original":
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} must end in .safetensors in layout original.")
+            raise UserError(f"{path} must end in .safetensors in layout original.")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_owned(model.state_dict()), path, metadata)
         return [path]
     if not isinstance(model, DiT):
-        raise ValueError(f"layout diffusers is for DiTs, and this is a {type(model).__name__}.")
+        raise UserError(f"layout diffusers is for DiTs, and this is a {type(model).__name__}.")
     tensors = _owned(dit.to_diffusers(model))
     config = dit.diffusers_config(model)
     path.mkdir(parents=True)
@@ -98,7 +99,7 @@ def require_shapes(
         source: what holds them, for the message.
 
     Raises:
-        ValueError: a tensor is missing, left over or of another shape; lists all of them.
+        UserError: a tensor is missing, left over or of another shape; lists all of them.
     """
     if found == expected:
         return
@@ -108,7 +109,7 @@ def require_shapes(
         for name in sorted(expected.keys() & found)
         if expected[name] != found[name]
     ]
-    raise ValueError(
+    raise UserError(
         f"{source} is a checkpoint of another model: "
         f"missing {missing}, unexpected {unexpected}, reshaped {reshaped}."
     )
@@ -117,28 +118,28 @@ def require_shapes(
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file."""
     if not path.is_file():
-        raise ValueError(f"{path} is no file.")
+        raise UserError(f"{path} is no file.")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error}).") from error
+            raise UserError(f"{path} is no safetensors file ({error}).") from error
     if path.suffix not in (".pt", ".pth", ".ckpt"):
-        raise ValueError(f"{path} ends in none of .safetensors, .pt, .pth and .ckpt.")
+        raise UserError(f"{path} ends in none of .safetensors, .pt, .pth and .ckpt.")
     try:
         # DiT's training script stores its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds more than tensors, or is damaged; nothing of it was run. If you trust "
             f"it, convert it to .safetensors elsewhere. ({str(error).splitlines()[0]})"
         ) from error
     for part in ("ema", "model", "state_dict"):
         stored = stored.get(part, stored) if isinstance(stored, dict) else stored
     if not isinstance(stored, dict) or not all(isinstance(v, Tensor) for v in stored.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors, nor one named ema or model.")
+        raise UserError(f"{path} holds no dictionary of tensors, nor one named ema or model.")
     return stored, {}
 
 
@@ -177,7 +178,7 @@ def _require_shift(model: DiT, of_diffusers: bool, metadata: Mapping[str, str]) 
     if theirs != ours:
         layout = LAYOUTS[of_diffusers]
         reason = "is recorded in it" if told is not None else f"is that of layout {layout}"
-        raise ValueError(
+        raise UserError(
             f"a frequency shift of {theirs:g} {reason}, and the model has {ours:g}; set "
             f"model.frequency_shift={theirs:g}."
         )

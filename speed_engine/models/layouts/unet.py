@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from speed_engine.models.layers.spatial_transformer import SpatialTransformer
 from speed_engine.models.layers.unet_layers import AttentionBlock, Downsample, ResBlock
 from speed_engine.models.unet import UNet
+from speed_engine.runtime.checks import UserError
 
 LDM_PREFIX = "model.diffusion_model."
 EDM_PREFIX = "model."
@@ -65,14 +66,14 @@ def from_edm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     are the filters of the resampling, which are always means here.
 
     Raises:
-        ValueError: a filter is another one, as in NCSN++.
+        UserError: a filter is another one, as in NCSN++.
     """
     ours = {}
     for name, value in tensors.items():
         name = name.removeprefix(EDM_PREFIX)
         if name.endswith("resample_filter"):
             if value.shape != (1, 1, 2, 2) or bool((value != 0.25).any()):
-                raise ValueError(
+                raise UserError(
                     f"{name} of shape {tuple(value.shape)} is not the mean of 2 x 2 pixels; only "
                     "DDPM++ and ADM networks can be read, not NCSN++."
                 )
@@ -103,13 +104,13 @@ def from_diffusers(tensors: Mapping[str, Tensor], model: UNet) -> dict[str, Tens
     """What ``model`` loads, from the weights of diffusers' model of the same architecture.
 
     Raises:
-        ValueError: names are missing or left over; lists them.
+        UserError: names are missing or left over; lists them.
     """
     matches = _matches(model)
     known = {name for match in matches for name in match.theirs}
     if known != set(tensors):
         missing, unexpected = sorted(known - set(tensors)), sorted(set(tensors) - known)
-        raise ValueError(
+        raise UserError(
             f"these are weights of another U-Net: missing {missing}, unexpected {unexpected}."
         )
     shapes = {name: value.shape for name, value in model.state_dict().items()}

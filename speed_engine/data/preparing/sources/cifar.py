@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from speed_engine.data.preparing.source import Record, digest
+from speed_engine.runtime.checks import UserError
 
 _FOLDER = "cifar-10-batches-bin/"
 _FILES = {
@@ -35,7 +36,7 @@ class Cifar10:
         split: train or test.
 
     Raises:
-        ValueError: not that archive, or damaged. The "python version" is refused: its files are
+        UserError: not that archive, or damaged. The "python version" is refused: its files are
             pickles, which run code when they are read.
     """
 
@@ -44,13 +45,13 @@ class Cifar10:
 
     def __init__(self, path: Path, split: str) -> None:
         if split not in _FILES:
-            raise ValueError(f"split={split!r}: CIFAR-10 has {', '.join(_FILES)}.")
+            raise UserError(f"split={split!r}: CIFAR-10 has {', '.join(_FILES)}.")
         members = _read_members(path, [_NAMES, *_FILES[split]])
         self.classes = tuple(members.pop(_NAMES).decode("ascii", "replace").split())
         records = np.frombuffer(b"".join(members.values()), np.uint8).reshape(-1, _RECORD)
         self._labels, self._images = records[:, 0], records[:, 1:].reshape(-1, *_SHAPE)
         if len(self.classes) != 10 or self._labels.max() > 9:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {len(self.classes)} class names, labels to {self._labels.max()}."
             )
         crcs = [zlib.crc32(content) for content in members.values()]
@@ -76,11 +77,11 @@ def _read_members(path: Path, names: list[str]) -> dict[str, bytes]:
         with gzip.open(path) as file:
             unpacked = file.read(_MAX_UNPACKED + 1)
         if len(unpacked) > _MAX_UNPACKED:
-            raise ValueError(f"{path} unpacks to more than CIFAR-10 has, {_MAX_UNPACKED} bytes.")
+            raise UserError(f"{path} unpacks to more than CIFAR-10 has, {_MAX_UNPACKED} bytes.")
         with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
             for info in archive:
                 if info.name.startswith("cifar-10-batches-py/"):
-                    raise ValueError(
+                    raise UserError(
                         f"{path} is the python version of CIFAR-10, whose pickles run code when "
                         f"they are read; take cifar-10-binary.tar.gz from the same page, "
                         f"https://www.cs.toronto.edu/~kriz/cifar.html."
@@ -90,11 +91,11 @@ def _read_members(path: Path, names: list[str]) -> dict[str, bytes]:
                     content = archive.extractfile(info)
                     members[name] = content.read() if content else b""
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or not a .tar.gz: {error}.") from error
+        raise UserError(f"{path} is damaged or not a .tar.gz: {error}.") from error
     for name in names:
         expected = _FILE_BYTES if name != _NAMES else len(members.get(name, b""))
         if len(members.get(name, b"")) != expected or not expected:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no {_FOLDER}{name} of {_FILE_BYTES} bytes; needed: "
                 f"cifar-10-binary.tar.gz as published."
             )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from speed_engine.data.preparing.source import Record, digest
+from speed_engine.runtime.checks import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SEQUENCES = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -45,7 +46,7 @@ class Emoji:
         sequences: Unicode's emoji-test.txt.
 
     Raises:
-        ValueError: one of the files is missing or another, or Pillow cannot shape text; says what
+        UserError: one of the files is missing or another, or Pillow cannot shape text; says what
             to install.
     """
 
@@ -54,7 +55,7 @@ class Emoji:
     def __init__(self, font: Path = FONT, sequences: Path = SEQUENCES) -> None:
         for path in (font, sequences):
             if not path.is_file():
-                raise ValueError(
+                raise UserError(
                     f"{path} does not exist; on Debian and Ubuntu: apt-get install "
                     "fonts-noto-color-emoji unicode-data"
                 )
@@ -62,7 +63,7 @@ class Emoji:
         text = sequences.read_text(encoding="utf-8")
         self._sequences = self._drawn(read_sequences(text))
         if not self._sequences:
-            raise ValueError(f"{sequences} lists no emoji that {font} has a drawing of.")
+            raise UserError(f"{sequences} lists no emoji that {font} has a drawing of.")
         self.classes = tuple(dict.fromkeys(sequence.group for sequence in self._sequences))
         self.metadata: Mapping[str, str] = {**_font_facts(font), "unicode": _unicode_version(text)}
         content = hashlib.sha256(font.read_bytes()).hexdigest()
@@ -118,11 +119,11 @@ def _open(path: Path) -> ImageFont.FreeTypeFont:
     try:
         font = ImageFont.truetype(path, _STRIKE)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no font with bitmaps of {_STRIKE} pixels ({error}); {needed}."
         ) from error
     if font.getlength(_FLAG) != font.getlength(_FLAG[0]):
-        raise ValueError(
+        raise UserError(
             f"{path}: a flag is not drawn as one picture; {needed}, Pillow from PyPI, which has "
             "raqm, and apt-get install libfribidi0"
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from speed_engine.data.preparing.pictures import EXTENSIONS, open_picture
 from speed_engine.data.preparing.source import Record, digest, numbered_classes
+from speed_engine.runtime.checks import UserError
 
 MAX_FILE_BYTES = 2**28  # of one picture's file
 MAX_RATIO = 200  # of a zip's member to its compressed form; pictures hardly shrink
@@ -20,7 +21,7 @@ class ImageFolder:
         folder: without sub-folders its pictures are of one class.
 
     Raises:
-        ValueError: unreadable, no pictures, a class without pictures, or pictures beside classes.
+        UserError: unreadable, no pictures, a class without pictures, or pictures beside classes.
     """
 
     channels = 3
@@ -32,7 +33,7 @@ class ImageFolder:
         pictures = [entry for entry in inside if _is_picture(entry.name)]
         folders = [entry for entry in inside if entry.is_dir()]
         if pictures and folders:
-            raise ValueError(
+            raise UserError(
                 f"{folder} holds pictures ({pictures[0].name}, ...) beside sub-folders "
                 f"({folders[0].name}, ...); needed: one sub-folder per class, or pictures only."
             )
@@ -42,7 +43,7 @@ class ImageFolder:
         for label, class_folder in enumerate(folders or [folder]):
             found = sorted(_pictures_below(class_folder))
             if not found:
-                raise ValueError(
+                raise UserError(
                     f"{class_folder} holds no pictures ({', '.join(EXTENSIONS)}); every sub-folder "
                     f"of the source is a class: remove it or choose another source."
                 )
@@ -69,7 +70,7 @@ class ZipArchive:
     ``{"labels": [["00000/img00000000.png", 6], ...]}``; without labels all are of one class.
 
     Raises:
-        ValueError: not a zip, no pictures, a label without a picture, a picture without a label, or
+        UserError: not a zip, no pictures, a label without a picture, a picture without a label, or
             a member that is larger than a picture can be.
     """
 
@@ -82,7 +83,7 @@ class ZipArchive:
         members = {info.filename: info for info in self._open().infolist() if not info.is_dir()}
         names = sorted(name for name in members if _is_picture(name))
         if not names:
-            raise ValueError(f"{path} holds no pictures ({', '.join(EXTENSIONS)}).")
+            raise UserError(f"{path} holds no pictures ({', '.join(EXTENSIONS)}).")
         for name in [*names, *({"dataset.json"} & members.keys())]:
             self._check(members[name])
         labels = self._labels(names) if "dataset.json" in members else dict.fromkeys(names, 0)
@@ -96,13 +97,13 @@ class ZipArchive:
             try:
                 self._zip = zipfile.ZipFile(self._path)
             except zipfile.BadZipFile as error:
-                raise ValueError(f"{self._path} is not a zip archive: {error}.") from error
+                raise UserError(f"{self._path} is not a zip archive: {error}.") from error
         return self._zip
 
     def _check(self, info: zipfile.ZipInfo) -> None:
         ratio = info.file_size / max(info.compress_size, 1)
         if info.file_size > MAX_FILE_BYTES or (ratio > MAX_RATIO and info.file_size > 2**20):
-            raise ValueError(
+            raise UserError(
                 f"{self._path}: {info.filename} would unpack to {info.file_size} bytes, "
                 f"{ratio:.0f} times its size; at most {MAX_FILE_BYTES} and {MAX_RATIO} times are "
                 f"accepted."
@@ -113,18 +114,18 @@ class ZipArchive:
             pairs = json.loads(self._open().read("dataset.json"))["labels"]
             labels = {str(name): label for name, label in pairs or [(name, 0) for name in names]}
         except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(
+            raise UserError(
                 f'{self._path}: dataset.json is not {{"labels": [[name, class], ...]}}: {error!r}.'
             ) from error
         for name, label in labels.items():
             if type(label) is not int or not 0 <= label < 2**31:
-                raise ValueError(
+                raise UserError(
                     f"{self._path}: dataset.json gives {name!r} the label {label!r}; needed: the "
                     f"number of a class."
                 )
         if odd := labels.keys() ^ set(names):
             have = "a label but no picture" if min(odd) in labels else "a picture but no label"
-            raise ValueError(f"{self._path}: {min(odd)!r} ({len(odd)} such) has {have}.")
+            raise UserError(f"{self._path}: {min(odd)!r} ({len(odd)} such) has {have}.")
         return labels
 
     def __len__(self) -> int:
@@ -140,7 +141,7 @@ class ZipArchive:
         try:
             data = self._open().read(name)
         except zipfile.BadZipFile as error:
-            raise ValueError(f"damaged: {error}") from error
+            raise UserError(f"damaged: {error}") from error
         return Record(open_picture(data, channels), label)
 
     def __getstate__(self) -> dict[str, object]:
@@ -155,7 +156,7 @@ class CocoCaptions:
         folder: of the pictures.
 
     Raises:
-        ValueError: not such a file, a caption of no picture, a picture without caption or file.
+        UserError: not such a file, a caption of no picture, a picture without caption or file.
     """
 
     channels = 3
@@ -170,20 +171,20 @@ class CocoCaptions:
             annotations = sorted(content["annotations"], key=lambda annotation: annotation["id"])
             pairs = [(int(a["image_id"]), " ".join(a["caption"].split())) for a in annotations]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a file of COCO captions: {error!r}.") from error
+            raise UserError(f"{path} is not a file of COCO captions: {error!r}.") from error
         captions: dict[int, list[str]] = {number: [] for number in names}
         for number, caption in pairs:
             if number not in captions or not caption:
                 what = "belongs to no picture" if caption else "is empty"
-                raise ValueError(f"{path}: caption {caption!r} of image {number} {what}.")
+                raise UserError(f"{path}: caption {caption!r} of image {number} {what}.")
             captions[number].append(caption)
         present = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         for number, name in names.items():
             if name not in present or not captions[number]:
                 what = f"is not in {folder}" if captions[number] else "has no caption"
-                raise ValueError(f"{path}: picture {name!r} {what}; correct one of the two.")
+                raise UserError(f"{path}: picture {name!r} {what}; correct one of the two.")
         if not names:
-            raise ValueError(f"{path} lists no pictures.")
+            raise UserError(f"{path} lists no pictures.")
         self._samples = [(names[number], tuple(captions[number])) for number in sorted(names)]
         sizes = [present[name] for name, _ in self._samples]
         self.identity = digest(("captions",), self._samples, sizes)
@@ -221,7 +222,7 @@ def _readable_name(path: Path) -> str:
     try:
         path.name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"the name of class folder {path!r} is not UTF-8; rename it.") from None
+        raise UserError(f"the name of class folder {path!r} is not UTF-8; rename it.") from None
     return path.name
 
 
@@ -229,5 +230,5 @@ def file_bytes(path: Path) -> bytes:
     """The content of a file of a size that a picture can have."""
     size = path.stat().st_size
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{size} bytes; at most {MAX_FILE_BYTES} are accepted.")
+        raise UserError(f"{size} bytes; at most {MAX_FILE_BYTES} are accepted.")
     return path.read_bytes()

@@ -10,6 +10,7 @@ from typing import Any
 from speed_engine.data.preparing.pictures import open_picture
 from speed_engine.data.preparing.source import Record, digest, numbered_classes
 from speed_engine.data.preparing.sources.files import file_bytes
+from speed_engine.runtime.checks import UserError
 
 _LABELS, _CAPTIONS = ("label", "labels"), ("text", "caption", "captions")
 
@@ -25,7 +26,7 @@ class HuggingFace:
         split: of it.
 
     Raises:
-        ValueError: ``datasets`` is missing, the data set cannot be loaded, or its columns do not
+        UserError: ``datasets`` is missing, the data set cannot be loaded, or its columns do not
             say what is what.
     """
 
@@ -38,7 +39,7 @@ class HuggingFace:
         kinds = {column: type(feature).__name__ for column, feature in dataset.features.items()}
         pictures = [column for column, kind in kinds.items() if kind == "Image"]
         if len(pictures) != 1 or not len(dataset):
-            raise ValueError(
+            raise UserError(
                 f"{self._name} has {len(dataset)} rows with the columns {kinds}; needed: one "
                 f"column of kind Image."
             )
@@ -59,7 +60,7 @@ class HuggingFace:
             return tuple(names)
         labels = set(dataset[self._label][:])
         if not all(type(label) is int and label >= 0 for label in labels):
-            raise ValueError(
+            raise UserError(
                 f"{self._name}: column {self._label!r} holds {sorted(map(repr, labels))[:3]}; "
                 f"needed: the numbers of classes."
             )
@@ -77,16 +78,16 @@ class HuggingFace:
         row = self._dataset[i]
         stored = row[self._picture] or {}
         if stored.get("bytes") is None and stored.get("path") is None:
-            raise ValueError("there is no picture.")
+            raise UserError("there is no picture.")
         data = stored["bytes"] or file_bytes(Path(stored["path"]))
         label = row[self._label] if self._label else 0 if self.classes else None
         if label is not None and not 0 <= label < len(self.classes):
-            raise ValueError(f"label {label} is none of the {len(self.classes)} classes.")
+            raise UserError(f"label {label} is none of the {len(self.classes)} classes.")
         captions = row[self._caption] if self._caption else ()
         captions = [captions] if isinstance(captions, str) else captions or ()
         lines = tuple(" ".join(caption.split()) for caption in captions)
         if self._caption and not any(lines):
-            raise ValueError("there is no caption.")
+            raise UserError("there is no caption.")
         return Record(open_picture(data, channels), label, lines)
 
 
@@ -94,7 +95,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"hf: sources need the library datasets ({error}): pip install 'speed-engine[prepare]'."
         ) from error
     return datasets
@@ -110,4 +111,4 @@ def _load(name: str, split: str) -> Any:
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset("parquet", data_dir=str(folder), split=split)
     except Exception as error:  # of many kinds, by library, network and content
-        raise ValueError(f"hf:{name}, split {split!r}, cannot be loaded: {error!r}") from error
+        raise UserError(f"hf:{name}, split {split!r}, cannot be loaded: {error!r}") from error

@@ -89,6 +89,8 @@ class ExportCommand:
     """What to write: a .safetensors file for original, a folder for diffusers."""
     layout: Literal["original", "diffusers"] = "original"
     """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
+    average: str = "ema"
+    """Which average of the run to write: ema, or one of its optimizer.averages."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ def _export(arguments: list[str], console: Console) -> None:
 
     command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
     config = build.read_config(command.run)
-    model, step = build.load_average(command.run, config, torch.device("cpu"))
+    model, step = build.load_average(command.run, config, torch.device("cpu"), command.average)
     for path in save_pretrained(model, command.out, command.layout):
         console.print(f"weights of step {step}: {path}", highlight=False, soft_wrap=True)
     shift = config.model.frequency_shift if isinstance(config.model, DiTConfig) else 1

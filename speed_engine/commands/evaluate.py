@@ -27,6 +27,7 @@ from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.records import RECORDS, append_record, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
+from speed_engine.training.ema import EMA
 
 PART = 500  # images drawn at a time, and what a kill costs at most
 
@@ -42,11 +43,16 @@ LINES = {
 }
 
 
-def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
+def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, Any] | None:
     """The record of the newest checkpoint under the configured settings; None on other processes.
 
+    Args:
+        run: folder.
+        config: of the run; its evaluation says how to generate and what to measure.
+        average: which of the run's, by name; the record of another than ``ema`` names it.
+
     Raises:
-        UserError: the run has no checkpoint, or nothing is to be measured.
+        UserError: the run has no checkpoint or no such average, or nothing is to be measured.
     """
     world = join(machine.torch_device(config).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
@@ -55,12 +61,12 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
         raise UserError(
             "this run's evaluation.features is none, which measures nothing; choose --features."
         )
-    if known := world.from_first(lambda: _known(run, step, evaluator)):
+    if known := world.from_first(lambda: _known(run, step, evaluator, average)):
         if world.is_first:
             text = f"measured before, at step {step} with these settings"
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
-    model, step = load_average(run, config, _device(config, world))
+    model, step = load_average(run, config, _device(config, world), average)
     drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
@@ -69,6 +75,7 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
     assert found is not None  # some field is measured
     drawing.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
+    record |= {} if average == EMA else {"average": average}
     append_record(run, record | {"evaluated": True})
     if found.nearest is not None and evaluator.reference is not None:
         path = run / "samples" / f"step-{step:08d}-copies.png"
@@ -107,11 +114,12 @@ def show(record: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _known(run: Path, step: int, evaluator: Evaluator) -> dict[str, Any] | None:
+def _known(run: Path, step: int, evaluator: Evaluator, average: str) -> dict[str, Any] | None:
     """The newest record of the same measurement."""
     settings = {"step": step, **evaluator.circumstances()}
     for record in reversed(read_records(run)):
         same = all(record.get(name) == value for name, value in settings.items())
+        same = same and record.get("average", EMA) == average
         if same and evaluator.fields() <= record.keys():
             return record
     return None

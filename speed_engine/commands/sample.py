@@ -23,6 +23,7 @@ from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
+from speed_engine.training.ema import EMA
 
 
 def draw(
@@ -31,13 +32,14 @@ def draw(
     out: Path,
     console: Console,
     *,
+    average: str = EMA,
     seed: int = 0,
     batch_size: int = 500,
     compile: Literal["auto", "on", "off"] = "auto",
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
-    """Draw ``evaluation.num_images`` images of the averaged model of a run.
+    """Draw ``evaluation.num_images`` images of an averaged model of a run.
 
     They are kept in ``OUT.parts`` while they are drawn, and a drawing that was interrupted
     continues from there.
@@ -48,6 +50,7 @@ def draw(
         out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
             replaces the one before; else a folder of pictures.
         console: for the first process.
+        average: which of the run's, by name.
         seed: root of the noise.
         batch_size: images at a time and process.
         compile: the model; auto does so where that was measured to pay.
@@ -74,7 +77,7 @@ def draw(
     batches = -(-settings.num_images // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.solver_steps).value
     local_device = torch.device(f"cuda:{world.local_rank}" if device == "cuda" else device)
-    model, step = build.load_average(run, config, local_device)
+    model, step = build.load_average(run, config, local_device, average)
     process, decode = build.build_process(config), build_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 

@@ -13,6 +13,7 @@ from speed_engine.commands.evaluate import evaluate as measure
 from speed_engine.commands.evaluate import show
 from speed_engine.commands.sample import draw
 from speed_engine.config import SolverName, TrainConfig
+from speed_engine.training.ema import EMA
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SampleCommand:
     """Folder of the run."""
     count: int = 100
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
+    average: str = EMA
+    """Which average of the run to generate from: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
     """How they are drawn; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
@@ -54,7 +57,9 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images drawn; default that of the run, as for all below."""
+    """Images drawn; default that of the run, as for all below but the average."""
+    average: str = EMA
+    """Which average of the run to measure: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
     """How they are drawn; euler is ddim."""
     solver_steps: int | None = None
@@ -91,6 +96,7 @@ def sample(arguments: list[str], console: Console) -> None:
         command.run,
         command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
         console,
+        average=command.average,
         seed=command.seed,
         batch_size=command.batch_size,
         compile=command.compile,
@@ -114,7 +120,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
         inception_weights=command.inception_weights,
         clip_model=command.clip_model,
     )
-    record = measure(command.run, config)
+    record = measure(command.run, config, command.average)
     if record is not None and command.json:
         console.print_json(json.dumps(record))
     elif record is not None:

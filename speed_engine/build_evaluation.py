@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.build import null_conditions, open_data, stored_shape, told_names
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.loader import read_all, read_conditions
@@ -29,6 +29,7 @@ from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import cache_folder
 from speed_engine.runtime.world import ALONE, World
 
 

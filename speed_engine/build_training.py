@@ -41,7 +41,7 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader = open_data(config)
+        self.source, self.reader = config.data.source, open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(config, self.reader, device)

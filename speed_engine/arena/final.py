@@ -13,19 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speed_engine.build import (
-    build_cleaning,
-    build_process,
-    load_average,
-    open_data,
-    read_config,
-)
+from speed_engine.build import build_cleaning, build_process, open_data
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
 from speed_engine.data.loading.loader import Batch, read_all
 from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
 from speed_engine.ops import Stream, normal
+from speed_engine.run import load_average, read_config
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.machine import torch_device
 

@@ -4,23 +4,27 @@ Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluat
 was measured before with the same settings, in training or here, is found there and not drawn again.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from speed_engine.build import build_process, load_average, newest_checkpoint
+from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
-from speed_engine.config import TrainConfig
+from speed_engine.config import SolverName, TrainConfig
 from speed_engine.evaluation.copies import Nearest
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts
+from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
@@ -40,6 +44,55 @@ LINES = {
     "inception score": ("isc", None),
     "CLIP score": ("clip_score", None),
 }
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    num_images: int | None = None
+    """Images drawn; default that of the run, as for all below."""
+    solver: SolverName | None = None
+    """How they are drawn; euler is ddim."""
+    solver_steps: int | None = None
+    """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
+    features: Literal["classifier", "inception"] | None = None
+    """A classifier trained on the run's data, or the standard Inception network."""
+    inception_weights: Path | None = None
+    """Its weights file; by default torch hub's cache is searched."""
+    metrics: tuple[str, ...] | None = None
+    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images), clip."""
+    clip_model: str | None = None
+    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    json: bool = False
+    """Print the record as JSON, in place of the table."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Measure, and show the record."""
+    command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
+    config = read_config(command.run).with_evaluation(
+        num_images=command.num_images,
+        solver=command.solver,
+        solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
+        metrics=command.metrics,
+        features=command.features,
+        inception_weights=command.inception_weights,
+        clip_model=command.clip_model,
+    )
+    record = evaluate(command.run, config)
+    if record is not None and command.json:
+        console.print_json(json.dumps(record))
+    elif record is not None:
+        show(record, console)
 
 
 def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:

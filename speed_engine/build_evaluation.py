@@ -44,7 +44,7 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     if settings.features != "none":
         reference, held_out = references(config)
     if "clip" in settings.metrics and settings.clip_model is not None:
-        clip = ClipScore(settings.clip_model, machine.torch_device(config))
+        clip = ClipScore(settings.clip_model, machine.torch_device(config.device))
         texts = drawn_texts(config)
     return Evaluator(
         schedule=process.schedule,
@@ -84,7 +84,7 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
             f"{config.data.source} does not record its latent_scale, which decoding needs; "
             "`speed-engine shards index --metadata` records it."
         )
-    vae = load_vae(config.data.vae, machine.torch_device(config))
+    vae = load_vae(config.data.vae, machine.torch_device(config.device))
     scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
     return partial(decode_latents, vae, scale=scale, shift=shift)
 

@@ -45,7 +45,7 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
     Raises:
         UserError: the folder exists, or the configuration does not fit the data.
     """
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world.from_first(folder.exists):
         if restarted and world.from_first((folder / EMA_FILE).exists):
@@ -81,7 +81,7 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
     config = read_config(folder)
     if steps is not None:
         config = replace(config, steps=steps)
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     world.from_first(lambda: str(newest_checkpoint(folder)))
     _continue(config, folder, console, world)
 
@@ -96,6 +96,25 @@ def _continue(config: TrainConfig, folder: Path, console: Console, world: World)
     if world.is_first:
         write_durably(folder / CONFIG_FILE, to_json(config).encode())
     trainer.train()
+
+
+def machine_choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> machine.Choices:
+    """What the machine decides of a run; ``num_bytes`` of its data set, if known."""
+    return machine.choose(
+        device=config.device,
+        steps=config.steps,
+        compile=config.compile,
+        attention=config.attention,
+        parallel=config.parallel,
+        update=config.optimizer.update,
+        resident=config.data.resident,
+        data_mode=config.data.mode,
+        workers=config.data.workers,
+        world=world,
+        num_bytes=num_bytes,
+    )
 
 
 def build_trainer(
@@ -121,16 +140,15 @@ def build_trainer(
         UserError: an option does not fit another, the machine, or the data.
     """
     keep_freed_memory()
-    kind = machine.torch_device(config).type
-    device = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
+    device = machine.torch_device(config.device, world)
     data = TrainingData(config, world, device)
-    choices = machine.choices(config, world, data.num_bytes)
+    choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
     evaluator = build_evaluator(config, process, world)
     engine = build_engine(config, process, choices, world, device, init_from)
-    where = choices["device"].value
+    where = choices.device.value
     if world.size > 1:
-        where = f"{world.size} x {where}, {choices['parallel'].value}"
+        where = f"{world.size} x {where}, {choices.parallel.value}"
     parameters = sum(p.numel() for p in engine.model.parameters())
     trainer = Trainer(
         Loop(
@@ -143,7 +161,7 @@ def build_trainer(
             keep_every=config.keep_every,
             on_nonfinite=config.on_nonfinite,
             hang_timeout=config.hang_timeout,
-            resident=choices["resident data"].value == "on",
+            resident=choices.resident.value == "on",
         ),
         folder,
         engine,
@@ -159,9 +177,7 @@ def build_trainer(
             "features": evaluator.extractor.describe() if evaluator.extractor else "none",
         },
     )
-    resolved = replace(
-        config, compile=choices["torch.compile"].value, attention=choices["attention"].value
-    )
+    resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
 
 

@@ -163,7 +163,7 @@ def _draw(config: TrainConfig, path: Path, conditions: Conditions, seed: int) ->
     """(N, C, H, W) of one checkpoint, the same noise for image i whichever model draws it."""
     process = build.build_process(config)
     images = generate(
-        load_average_of(path, config, machine.torch_device(config))[0],
+        load_average_of(path, config, machine.torch_device(config.device))[0],
         process.schedule,
         process.table,
         conditions,

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speed_engine.presets import PRESETS
+from speed_engine.run import machine_choices
 from speed_engine.runtime import machine
 from speed_engine.runtime.files import cache_folder
 
@@ -24,7 +25,7 @@ def run(arguments: list[str], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("python", facts["python"], packages)
     table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
-    for name, (value, reason) in machine.choices(PRESETS["digits"][1]).items():
+    for name, (value, reason) in machine_choices(PRESETS["digits"][1]).shown().items():
         table.add_row(name, f"[bold]{value}[/bold]", reason)
     table.add_row("cache", "", str(cache_folder()))
     console.print(table, highlight=False)

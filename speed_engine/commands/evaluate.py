@@ -101,7 +101,7 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
     Raises:
         UserError: the run has no checkpoint, or nothing is to be measured.
     """
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
@@ -113,7 +113,7 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
             text = f"measured before, at step {step} with these settings"
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
-    model, step = load_average(run, config, _device(config, world))
+    model, step = load_average(run, config, machine.torch_device(config.device, world))
     drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
@@ -177,11 +177,6 @@ def _draw_copies(images: Tensor, training: Tensor, found: Nearest, path: Path) -
     row = 2 * (torch.arange(len(ids)) // GRID_COLUMNS)
     both = torch.cat([images[ids], training[found.ids[ids]]])
     save_grid(both, torch.cat([row, row + 1]), path)
-
-
-def _device(config: TrainConfig, world: World) -> torch.device:
-    device = machine.torch_device(config)
-    return torch.device("cuda", world.local_rank) if device.type == "cuda" else device
 
 
 def _note(text: str) -> None:

@@ -116,7 +116,7 @@ def draw(
         UserError: before anything is drawn, for what does not fit the model, a file that is there
             already, or the beginning of another drawing.
     """
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
@@ -131,8 +131,7 @@ def draw(
     device = machine.choose_device(config.device).value
     batches = -(-settings.num_images // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.solver_steps).value
-    local_device = torch.device(f"cuda:{world.local_rank}" if device == "cuda" else device)
-    model, step = load_average(run, config, local_device)
+    model, step = load_average(run, config, machine.torch_device(config.device, world))
     process, decode = build.build_process(config), build_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 

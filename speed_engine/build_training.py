@@ -22,7 +22,7 @@ from speed_engine.diffusion.method import Method
 from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.machine import Choices
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import World
 from speed_engine.training.ema import EMA, Ema, decay_of, warming_up
@@ -48,7 +48,7 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader = open_data(config)
+        self.source, self.reader = config.data.source, open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(config, self.reader, device)
@@ -106,7 +106,7 @@ class TrainingData:
 def build_engine(
     config: TrainConfig,
     process: Method,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -125,7 +125,7 @@ def build_engine(
         UserError: an option does not fit another, or the weights are another model's.
     """
     model, averages, forward = _build_model(config, choices, world, device, init_from)
-    store_noise = choices["noise"].value == "stored"
+    store_noise = choices.noise.value == "stored"
     objective = build_objective(config, process, model, store_noise).to(device)
     settings = config.optimizer
     if settings.name not in OPTIMIZERS:
@@ -145,7 +145,7 @@ def build_engine(
     warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
     decay = settings.momentum_decay or process.momentum_decay
     momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-    update = UPDATES[choices["optimizer"].value](
+    update = UPDATES[choices.update.value](
         model,
         objective,
         optimizers,
@@ -167,7 +167,7 @@ def build_engine(
 
 def _build_model(
     config: TrainConfig,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -178,11 +178,11 @@ def _build_model(
     settings = config.optimizer
     decays = {EMA: warming_up(settings.ema_decay)}
     decays |= {name: decay_of(name) for name in settings.averages}
-    model = build_model(config, choices["attention"].value).to(device)
+    model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
         load_pretrained(model, init_from)
     averages = {name: Ema(model, decay) for name, decay in decays.items()}
-    how = choices["torch.compile"].value
+    how = choices.compile.value
     if world.size == 1:
         return model, averages, compiled(model, how)
     if how != "off":  # the gathering of parameters between blocks cannot be compiled
@@ -191,7 +191,7 @@ def _build_model(
         distribute(
             laid_out,
             world,
-            choices["parallel"].value,
+            choices.parallel.value,
             device.type,
             reshard_after_forward=config.reshard,
             offload=config.offload,

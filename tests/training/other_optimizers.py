@@ -1,4 +1,4 @@
-"""Optimizers unlike AdamW, as a user would add them: a function, and its state before the first step."""
+"""Optimizers unlike AdamW, each as a user would add it: one function that gives it its state."""
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,9 @@ def nadam(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[tor
         }
 
     groups = parameter_groups(model, loss, hyper)
+    on_gpu = next(model.parameters()).is_cuda  # else its counters would be on the host
     optimizer = torch.optim.NAdam(
-        groups, lr=hyper.learning_rate, betas=(hyper.beta1, hyper.beta2), capturable=True
+        groups, lr=hyper.learning_rate, betas=(hyper.beta1, hyper.beta2), capturable=on_gpu
     )
     return [with_state(optimizer, state)]
 

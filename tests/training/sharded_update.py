@@ -56,7 +56,7 @@ def train(way: str, sharded: bool) -> tuple[list[Tensor], int]:
     average = Ema(model, warming_up(0.9))
     if sharded:
         for module in (model, average.model):
-            shard(module, [module[0], module[2]])
+            shard(module, [layer for layer in module.children() if isinstance(layer, nn.Linear)])
         average.follow(model)
     kind, make_optimizers = WAYS[way]
     optimizers = make_optimizers(model, nothing, HYPER)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError, scan_tar
+from speed_engine.data.format.tar import scan_tar
 from speed_engine.data.format.writer import ShardWriter, write_shard
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.loading.loader import Loader, read_all

@@ -18,10 +18,9 @@ import numpy as np
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
-from speed_engine.data.format.index import ShardIndex
+from speed_engine.data.format.index import ShardError, ShardIndex
 from speed_engine.data.format.remote import Cache
 from speed_engine.data.format.repair import RepairList, load_repair_list
-from speed_engine.data.format.tar import ShardError
 
 MAX_OPEN_FILES = 64
 _WASTE = 2**16  # bytes between the members of a sample that are read along rather than left out

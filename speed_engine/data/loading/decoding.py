@@ -26,8 +26,8 @@ from speed_engine.data.format.decode import (
     decode_npy_rows,
     decode_pictures,
 )
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import RawBatch, Sample, ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.loading.conditions import condition_name, decode_condition
 
 IMAGE = "image"  # in a decoded sample, beside the names of its conditions

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import ATTEMPTS, BatchReader, OnBadSample, Shape
 from speed_engine.data.loading.loader import Batch, as_batch, check_arguments

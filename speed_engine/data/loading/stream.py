@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from speed_engine.data.format.tar import ShardError
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.loading.decoding import IMAGE, Arrays, BatchReader, Row
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.data.format.record import RECORD, begin, commit
-from speed_engine.data.format.writer import is_complete, shard_name, write_shard
+from speed_engine.data.format.record import RECORD
+from speed_engine.data.format.writer import begin, commit, is_complete, shard_name, write_shard
 from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.preparing.source import Source
 from speed_engine.runtime.checks import UserError

@@ -14,8 +14,8 @@ from PIL import Image
 
 from speed_engine.data.format.decode import decode_image, decode_label
 from speed_engine.data.format.folder import LocalFolder
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.preparing import prepare
 from speed_engine.data.preparing.catalogue import open_source
 from speed_engine.data.preparing.prepare import PictureOptions, make, mixed_order

@@ -37,7 +37,7 @@ from speed_engine.build import (
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.build_training import TrainingData, build_engine
 from speed_engine.config import TrainConfig, to_json
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.evaluation.evaluator import Evaluation
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.models.layouts.files import require_shapes

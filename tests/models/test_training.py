@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.data.preparing import catalogue
 from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.method import build_method

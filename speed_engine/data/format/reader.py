@@ -40,7 +40,7 @@ class ShardReader:
         keys: the members that every sample must have and ``read`` returns.
         cache: for what comes from a URL.
         exclude: a repair list, see check.py; what it names is left out.
-        held_out: share of the samples that is not trained on, see split.py; 0 splits nothing.
+        held_out: share of the samples that is not trained on, see held_out.py; 0 splits nothing.
         part: which of the two parts to read; None reads both.
 
     Attributes:

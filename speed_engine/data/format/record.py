@@ -42,11 +42,6 @@ class FileRecord:
     bytes: int
     sha256: str
 
-    @classmethod
-    def of(cls, data: bytes) -> "FileRecord":
-        """The record of a file's content."""
-        return cls(len(data), hashlib.sha256(data).hexdigest())
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -126,12 +121,17 @@ def refuse_incomplete(folder: Path) -> None:
         )
 
 
+def file_record(data: bytes) -> FileRecord:
+    """Of a file's content."""
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
+
+
 def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes]) -> bytes:
     """A file beside the shards; raises ShardError unless it is the recorded one."""
     if name not in dataset.files:
         raise ShardError(f"{where} is not among the recorded files {sorted(dataset.files)}.")
     data = read()
-    if dataset.files[name] != FileRecord.of(data):
+    if dataset.files[name] != file_record(data):
         raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
     return data
 

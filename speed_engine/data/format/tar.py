@@ -133,7 +133,7 @@ def _regular_members(path: Path, tar: mmap.mmap) -> Iterator[tuple[int, str, int
     try:
         with tarfile.open(fileobj=tar, mode="r:", tarinfo=_Header, encoding="utf-8") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # which nobody reads, and which would grow
+                vars(archive)["members"].clear()  # which nobody reads, and which would grow
                 if archive.pax_headers.keys() & {"path", "size"} or member.sparse is not None:
                     raise tarfile.ReadError("a path or size of all members, or a sparse file")
                 if member.isreg():

@@ -2,7 +2,7 @@
 
     digits-000000.tar                   members <key>.<extension>, all of one sample adjacent
     digits-000000.index.safetensors     where the members lie and their checksums, see index.py
-    dataset.json                        the record of the whole, see dataset.py
+    dataset.json                        the record of the whole, see record.py
     digits.incomplete                   there while a writer is at work, or after it was killed
 
 The tar is durable before its index, every index before ``dataset.json``; readers refuse a folder
@@ -32,9 +32,9 @@ from speed_engine.data.format.index import (
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
-    FileRecord,
     ShardRecord,
     dataset_from_json,
+    file_record,
     refuse_incomplete,
 )
 from speed_engine.data.format.tar import BLOCK, scan_index
@@ -54,7 +54,7 @@ class ShardWriter:
         folder: created if missing.
         prefix: shards are ``<prefix>-000000.tar`` and so on; must be unused in the folder.
         samples_per_shard: the last shard may hold fewer.
-        metadata: facts about the whole for ``dataset.json``, see dataset.py.
+        metadata: facts about the whole for ``dataset.json``, see record.py.
         files: names of files in the folder that belong to the data set; there when it ends.
 
     A shard is kept in memory until it is full. Equal samples give equal bytes: owner, mode and time
@@ -141,7 +141,7 @@ def commit(
             merge_description(contents, extension, description)
     if not shards:
         raise ShardError(f"{folder} holds no shards; nothing was written into it.")
-    records = {file: FileRecord.of((folder / file).read_bytes()) for file in files}
+    records = {file: file_record((folder / file).read_bytes()) for file in files}
     dataset = Dataset(tuple(shards), contents, dict(metadata or {}), records)
     write_durably(folder / RECORD, dataset.to_json().encode())
     if name is not None:

@@ -1,4 +1,4 @@
-"""Members of a sample that tell the model about its image, by the first part of their extension.
+"""Members of a sample that its image is conditioned on, by the first part of their extension.
 
     cls                       labels           the class, as decimal text
     tokens.npy                tokens           (L, D) floats of a text encoder

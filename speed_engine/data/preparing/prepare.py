@@ -2,7 +2,7 @@
 
     OUT/preparation.json        the plan: what is being made of what, and how
     OUT/shard-000000.tar, ...   each a function of the plan and its number alone
-    OUT/dataset.json            there when all shards are, see dataset.py
+    OUT/dataset.json            there when all shards are, see record.py
 
 So whatever was killed is continued by running it again: shards that are complete stay, others are
 written, and the result is the same to the byte. Any number of processes may work on one plan, each

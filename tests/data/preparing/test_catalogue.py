@@ -7,7 +7,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.loader import read_all
+from speed_engine.data.loading.decoding import read_all
 from speed_engine.data.preparing import catalogue
 from speed_engine.data.preparing.catalogue import digits_folder, write_digits
 

@@ -36,7 +36,7 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.method import build_method
 

@@ -16,15 +16,14 @@ from speed_engine.runtime.checks import UserError
 USAGE = """\
 usage: speed-engine shards COMMAND ...
 
-  make SOURCE OUT          write pictures as shards: digits, emoji, a folder with a sub-folder per
-                           class, cifar-10-binary.tar.gz, a .zip of EDM, captions_*.json,
-                           hf:NAME
+  make SOURCE OUT          write a collection of pictures as shards
   encode SHARDS OUT        pictures to latents of a VAE, captions to text tokens; under torchrun
                            the ranks share the work
   index FOLDER             make a data set of the tars in a folder, whoever wrote them
   check FOLDER             read everything once; list what is damaged, unlike the rest, or twice
 
-Each command explains its options with --help.
+Each command explains its options with --help. SOURCE is one of:
+
 """
 
 
@@ -33,9 +32,8 @@ class MakeCommand:
     """Write a collection of pictures as shards; killed and run again, it continues."""
 
     source: tyro.conf.Positional[str]
-    """digits, emoji (of an installed font), a folder with a sub-folder per class,
-    cifar-10-binary.tar.gz, a .zip as EDM makes it, COCO's captions_*.json, or hf:NAME
-    of a Hugging Face data set, on the hub or in a folder."""
+    """A collection of pictures: digits, a folder, ...; `speed-engine shards --help` lists the
+    kinds."""
     out: tyro.conf.Positional[Path]
     """Folder to write; new, empty, or left by the same command."""
     images: Path | None = None
@@ -116,7 +114,10 @@ def main(arguments: list[str], console: Console) -> None:
         "check": _check,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, end="", markup=False, highlight=False)
+        from speed_engine.data.preparing.catalogue import SOURCES
+
+        kinds = "".join(f"  {kind.shown:25}{kind.text}\n" for kind in SOURCES.values())
+        console.print(USAGE + kinds, end="", markup=False, highlight=False, soft_wrap=True)
     elif arguments[0] not in commands:
         raise UserError(
             f"unknown command 'shards {arguments[0]}'; choose from {', '.join(commands)}."
@@ -130,6 +131,7 @@ def main(arguments: list[str], console: Console) -> None:
 
 def _make(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.catalogue import open_source
+    from speed_engine.data.preparing.pictures import EXTENSIONS
     from speed_engine.data.preparing.prepare import PictureOptions, make
     from speed_engine.data.preparing.summary import summarise
     from speed_engine.runtime.progress import SampleProgress
@@ -157,6 +159,9 @@ def _make(arguments: list[str], console: Console) -> None:
         )
     summary = summarise(command.out)
     _say(console, *summary.lines())
+    if source.left_out:
+        others = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
+        _say(console, f"files that are no {', '.join(EXTENSIONS)} were left out: {others}")
     if left_out := len(source) - summary.num_samples:
         _say(console, f"{left_out:,} unusable pictures were left out")
     _say(console, f"contact sheet: {summary.draw_contact_sheet()}")

@@ -16,10 +16,11 @@ import pytest
 from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.tar import scan_tar
-from speed_engine.data.format.writer import ShardWriter, write_shard
+from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard
 from speed_engine.data.loading.decoding import BatchReader, read_all
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import DataOrder, Feed
+from speed_engine.data.preparing.check import check_folder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -163,16 +164,35 @@ def test_a_truncated_shard_is_refused_at_once(folder):
         ShardReader(folder)
 
 
-def test_an_empty_shard_is_refused(folder):
+def test_a_file_of_no_bytes_is_no_shard(folder):
     (folder / "x-000002.tar").write_bytes(b"")
     with pytest.raises(ShardError, match=r"x-000002\.tar has 0 bytes"):
         ShardReader(folder)
-    with tarfile.open(folder / "x-000002.tar", "w"):
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_of_no_samples_is_sound(folder, indexed):
+    (folder / "dataset.json").unlink()
+    with tarfile.open(folder / "x-000001b.tar", "w"):  # between others
         pass
-    for path in (index_path(folder / "x-000002.tar"), folder / "dataset.json"):
-        path.unlink()
-    with pytest.raises(ShardError, match=r"x-000002\.tar holds no samples"):
-        ShardReader(folder)
+    if indexed:
+        index_folder(folder)
+    reader = ShardReader(folder)
+    assert reader.counts == (8, 8, 0, 8, 8, 8) and len(reader) == N
+    assert read_all(reader, SHAPE)[0][:, 0, 0, 0].tolist() == list(range(N))
+    for workers in (0, 2):
+        with Loader(reader, SHAPE, Feed(8, 5), workers=workers) as loader:
+            assert sorted(sum((pixels(next(loader)) for _ in range(5)), [])) == list(range(N))
+    with Loader(reader, SHAPE, Feed(8, 5), mode="stream") as loader:
+        assert all(len(pixels(next(loader))) == 8 for _ in range(5))
+    assert not check_folder(folder).repair
+
+
+def test_a_data_set_of_nothing_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w"):
+        pass
+    with pytest.raises(ShardError, match="holds no samples"):
+        ShardReader(tmp_path)
 
 
 def test_a_missing_index_is_made_in_memory_and_said(folder, caplog):

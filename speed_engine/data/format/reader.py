@@ -249,6 +249,8 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def _nothing(self, source: str | Path, exclude: Path | None) -> str:
+        if not any(map(len, self._indices)):
+            return f"{source} holds no samples (members named <key>.<extension>)."
         if self._part is None:
             return f"{exclude} leaves nothing of {source}."
         return (
@@ -320,9 +322,7 @@ def _columns(
     name: str, index: ShardIndex, rows: np.ndarray, keys: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offset, size and CRC of the required members of some samples, each (samples, K)."""
-    if not len(index):
-        raise ShardError(f"{name} holds no samples (members named <key>.<extension>).")
-    if not len(rows):  # all are excluded
+    if not len(rows):  # the shard is empty, or all are excluded
         none = np.empty((0, len(keys)), dtype=np.int64)
         return none, none, none.astype(np.uint32)
     for key in keys:

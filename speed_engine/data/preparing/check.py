@@ -118,8 +118,6 @@ def check_shard(path: Path) -> ShardFacts:
         else:
             shard.note = f"{error} Its samples are read by its index."
             _read_by_index(shard, index, path)
-    if not shard.samples and not shard.fatal:
-        shard.fatal = "no samples"
     return shard
 
 

@@ -43,7 +43,7 @@ class Summary:
         contents = [f"{name} {_content(facts)}" for name, facts in self.dataset.contents.items()]
         lines = [
             f"{self.num_samples:,} samples in {len(self.dataset.shards):,} shards, "
-            f"{size / 1e6:,.1f} MB, {size / self.num_samples:,.0f} bytes a sample",
+            f"{size / 1e6:,.1f} MB, {size / max(self.num_samples, 1):,.0f} bytes a sample",
             f"members: {', '.join(map(str.strip, contents))}",
         ]
         if len(self.labels):

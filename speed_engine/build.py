@@ -22,7 +22,7 @@ from speed_engine.data.loading.conditions import (
     decode_null_tokens,
     load_null_tokens,
 )
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,

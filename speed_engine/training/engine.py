@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.runtime.sharding import whole

@@ -13,11 +13,12 @@ import fsspec
 import pytest
 
 from speed_engine.data.format import remote
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 
 SHAPE = (1, 2, 3)
 # The server is a thread of this process, of which forked workers take no notice.
@@ -80,8 +81,10 @@ def test_what_is_read_over_http_is_what_lies_there(server, cache):
 def test_a_loader_over_http_gives_the_same_batches(server, cache, workers):
     url, folder, _ = server
     with (
-        Loader(ShardReader(folder), SHAPE, 8, 5, window=2) as here,
-        Loader(ShardReader(url, cache=cache), SHAPE, 8, 5, window=2, workers=workers) as there,
+        Loader(ShardReader(folder), SHAPE, Feed(8, 5, window=2)) as here,
+        Loader(
+            ShardReader(url, cache=cache), SHAPE, Feed(8, 5, window=2), workers=workers
+        ) as there,
     ):
         for _ in range(12):
             a, b = next(here), next(there)

@@ -58,8 +58,9 @@ class TrainingData:
             yield from self._resident(start)
         else:
             with self._loader(start) as loader:
-                for images, conditions, ids, replaced in on_device(loader, self.device):
-                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+                for stored in on_device(loader, self.device):
+                    clean = self.cleaning.batch(stored.images, stored.conditions, stored.ids)
+                    yield clean._replace(replaced=stored.replaced, targets=stored.targets)
 
     def _resident(self, start: int) -> Resident:
         config = self.config

@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
     ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
     replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
+    targets: dict[str, Tensor] = {}  # (B, ...) each, what the terms of the loss compare with
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``: pixels as float32 in [-1, 1], other floats as float32.
@@ -51,7 +52,8 @@ class Batch(NamedTuple):
         """
         move = partial(_move, device=device)
         conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(move(self.images), conditions, move(self.ids), self.replaced)
+        targets = {name: move(value) for name, value in self.targets.items()}
+        return Batch(move(self.images), conditions, move(self.ids), self.replaced, targets)
 
     def split(self, size: int) -> list["Batch"]:
         """Parts of ``size`` images; the last may be smaller."""
@@ -60,6 +62,7 @@ class Batch(NamedTuple):
                 self.images[start : start + size],
                 {name: rows[start : start + size] for name, rows in self.conditions.items()},
                 self.ids[start : start + size],
+                targets={name: rows[start : start + size] for name, rows in self.targets.items()},
             )
             for start in range(0, len(self.ids), size)
         ]

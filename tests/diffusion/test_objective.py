@@ -1,7 +1,7 @@
 """What a network declares and a method adds: passes, random words, features, terms, targets."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -133,13 +133,13 @@ def test_learned_weights_leave_other_terms_as_they_are():
     options: dict[str, Any] = {"network": SimpleNamespace(features=("x",))}
     targets = {"x": torch.full((3, 1, 4, 4), 0.25)}
 
+    model = Recorder()
+
     def loss(weight: float) -> float:
         learned = objective(method="learned_uncertainty", terms=[Distance("x", weight)], **options)
-        nn.init.constant_(learned.batch_loss.weight, 0.5)
-        return float(learned(Recorder(), *data(), targets).loss.detach())
+        nn.init.constant_(cast(torch.Tensor, learned.batch_loss.weight), 0.05)
+        return float(learned(model, *data(), targets).loss.detach())
 
-    model = Recorder()
-    objective()(model, *data())
     assert loss(0.5) - loss(0) == pytest.approx(
         0.5 * float((model.calls[0]["x_in"] - 0.25).square().mean()), rel=1e-5
     )
@@ -149,8 +149,9 @@ def test_a_term_keeps_its_expectation_where_timesteps_are_drawn_by_importance():
     learned = objective(
         method="adaptive", network=SimpleNamespace(features=("x",)), terms=[Distance("x", 1)]
     )
-    distribution = learned.timesteps.distribution
-    distribution.cell_probabilities.copy_(torch.linspace(0.5, 1.5, 1000).double() / 1000)
+    learned.timesteps.distribution.get_buffer("cell_probabilities").copy_(
+        torch.linspace(0.5, 1.5, 1000).double() / 1000
+    )
     model, targets = Recorder(), {"x": torch.full((3, 1, 4, 4), 0.25)}
     output = learned(model, *data(), targets)
     plain = learned.batch_loss(None, output.weighted_error * learned.timesteps.importance(output.t))

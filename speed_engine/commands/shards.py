@@ -114,9 +114,9 @@ def main(arguments: list[str], console: Console) -> None:
         "check": _check,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
-        from speed_engine.data.preparing.catalogue import SOURCES
+        from speed_engine.data.preparing.catalogue import SOURCES, shown
 
-        kinds = "".join(f"  {kind.shown:25}{kind.text}\n" for kind in SOURCES.values())
+        kinds = "".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items())
         console.print(USAGE + kinds, end="", markup=False, highlight=False, soft_wrap=True)
     elif arguments[0] not in commands:
         raise UserError(

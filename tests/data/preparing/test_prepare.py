@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,7 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         assert not Path(f"/proc/{worker}").exists()
 
 
-def make_from(tmp_path, contents: dict[str, bytes | None], size: int | None = 2):
+def make_from(tmp_path, contents: Mapping[str, bytes | None], size: int | None = 2):
     """Shards of two samples from files; of None, links to nothing."""
     folder = tmp_path / "in"
     folder.mkdir()

@@ -44,7 +44,9 @@ LIMITS = {  # registers per thread; global accesses of 16 bytes; narrower ones, 
     "pack_heads": (64, 6, 3),
     "qk_norm_rope": (80, 32, 0),
     "qk_norm_rope 72": (64, 12, 8),  # half a head is 4.5 times 16 bytes: 8 bytes at a time
+    "qk_norm_rope of each image": (80, 32, 0),
     "qk_norm_rope_backward": (104, 36, 2),
+    "qk_norm_rope_backward of each image": (104, 36, 2),
     "qk_norm_rope_backward 72": (64, 12, 14),
     "qk_norm_rope_backward widest": (128, 24, 14),
     # The narrow ones are statistics of each channel's group, and sums, which are few.
@@ -77,14 +79,14 @@ normal, error, rope = CASES["normal"], CASES["squared_error"], CASES["qk_norm_ro
 out, seed, ids, _, *rest = normal.arguments
 norm = CASES["group_norm_silu moments"]
 x, partial, _, *others = norm.arguments
-*sizes, unit, dim, heads, tokens, block = rope.arguments
+*sizes, unit, dim, heads, tokens, block, per_image = rope.arguments
 print(json.dumps({
     "unaligned rows": report(compile_case(normal._replace(
         arguments=(out, seed, ids, "i32", *rest)), 90))._asdict(),
     "channels of any number": report(compile_case(norm._replace(
         arguments=(x, partial, "i32", *others)), 90))._asdict(),
     "strides of no known unit": report(compile_case(rope._replace(
-        arguments=(*sizes, 1, dim, heads, tokens, block)), 90))._asdict(),
+        arguments=(*sizes, 1, dim, heads, tokens, block, per_image)), 90))._asdict(),
     "few registers": report(compile_case(error, 90, maxnreg=24))._asdict(),
     "same code without fusion": machine_code(compile_case(error, 90))
         == machine_code(compile_case(error, 90, enable_fp_fusion=False)),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule

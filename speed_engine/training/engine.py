@@ -6,51 +6,17 @@ number of steps done.
 Letters: B images of one process.
 """
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from speed_engine.data.loading.loader import Batch
-from speed_engine.diffusion.conditions import Conditions
-from speed_engine.diffusion.objective import Denoiser, ObjectiveOutput
+from speed_engine.data.batch import Batch
+from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.ops import Stream, random_bits
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.update import Update
-
-
-class Objective(Protocol):
-    """What is minimised; a module."""
-
-    @property
-    def learns_timesteps(self) -> bool:
-        """Whether the distribution of timesteps depends on what ``observe`` is shown."""
-        ...
-
-    @property
-    def sampler(self) -> nn.Module:
-        """Of the timesteps; its buffers are what it has learned."""
-        ...
-
-    def __call__(
-        self, model: Denoiser, images: Tensor, conditions: Conditions, ids: Tensor, step: int
-    ) -> ObjectiveOutput:
-        """Mean loss of (B, C, H, W) images with their conditions; step counts updates so far."""
-        ...
-
-    def observe(self, step: int, output: ObjectiveOutput) -> None:
-        """Show the sampler what all images of a step cost."""
-        ...
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The loss's own, trained beside the model's."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints must keep."""
-        ...
 
 
 class StepReport(NamedTuple):
@@ -122,7 +88,12 @@ class Engine:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
             with self._autocast():
                 output = self.objective(
-                    self.forward, part.images, part.conditions, part.ids, before
+                    self.forward,
+                    part.images,
+                    part.conditions,
+                    part.ids,
+                    before,
+                    part.targets,
                 )
             loss = output.loss / (len(batch.ids) / len(part.ids))  # its share of the batch's mean
             # An infinite loss may have finite gradients. Made NaN, they are so on every process.
@@ -138,7 +109,7 @@ class Engine:
         if not self.objective.learns_timesteps:
             return
         t, errors = self.world.gather(output.t), self.world.gather(output.weighted_error)
-        state = list(self.objective.sampler.buffers())
+        state = list(self.objective.timesteps.buffers())
         previous = [buffer.clone() for buffer in state]
         self.objective.observe(before, output._replace(t=t, weighted_error=errors))
         for now, was in zip(state, previous, strict=True):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.models.config import DiTConfig, UNetConfig
 from speed_engine.training.ema import Ema, warming_up
@@ -103,7 +103,9 @@ def test_one_sweep_never_waits_either():
 )
 def test_no_step_waits_for_a_gpu(update, make_optimizers):
     trained = engine(update=update, make_optimizers=make_optimizers, device="cuda")
-    data = batch().to("cuda")
+    on_cpu = batch()
+    labels = {"labels": on_cpu.conditions["labels"].cuda()}
+    data = Batch(on_cpu.images.cuda(), labels, on_cpu.ids.cuda())
     for _ in range(3):  # state, tables of addresses, kernels are made
         trained.step(data)
     torch.cuda.set_sync_debug_mode("error")
@@ -209,8 +211,8 @@ def test_microbatches_of_any_size_have_the_gradient_of_the_whole_batch(
 def test_equal_microbatches_have_the_bits_of_a_mean_of_means():
     by_hand, whole = engine(), batch(12)
     for part in whole.split(4):
-        images, conditions, ids, _ = part
-        (by_hand.objective(by_hand.model, images, conditions, ids, 0).loss / 3).backward()
+        output = by_hand.objective(by_hand.model, part.images, part.conditions, part.ids, 0)
+        (output.loss / 3).backward()
     found, _ = gradients(engine(microbatch_size=4), whole)
     for name, parameter in by_hand.model.named_parameters():
         assert parameter.grad is not None and torch.equal(found[name], parameter.grad), name

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import OptimizerConfig, TrainConfig, from_json, to_json
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_update

@@ -25,7 +25,7 @@ from speed_engine.config import (
 )
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
-from speed_engine.data.preparing.catalogue import write_digits
+from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.models.config import DiTConfig

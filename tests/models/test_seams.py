@@ -123,11 +123,11 @@ def objective(net: nn.Module, **options: Any) -> Objective:
 
 
 def engine(net: nn.Module, objective: Objective, **options: Any) -> Engine:
-    optimizers = adamw(net, objective, Hyperparameters(learning_rate=2e-3))
-    averages = {"ema": Ema(net, warming_up(0.9))}
+    hyper = Hyperparameters(learning_rate=2e-3)
     update = Update(
-        net, objective, optimizers, averages, learning_rate=lambda _: 2e-3, grad_clip=1.0
-    )
+        net, objective, adamw(net, objective, hyper), {"ema": Ema(net, warming_up(0.9))},
+        learning_rate=lambda _: 2e-3, grad_clip=1.0,
+    )  # fmt: skip
     return Engine(net, objective, update, **options)
 
 

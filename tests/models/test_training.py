@@ -91,6 +91,7 @@ def told(family: str) -> str:
     return "tokens" if family == "unet-tokens" else "labels"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_falls_on_digits(family):
     trained = engine(family)
@@ -127,6 +128,7 @@ def test_recomputed_activations_change_no_step(family):
         assert torch.equal(report.grad_norm, expected.grad_norm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_are_one_graph_and_no_step_after_the_second_compiles(family):
     compile = lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")

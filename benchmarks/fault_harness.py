@@ -115,10 +115,11 @@ class Training:
     """One start of ``speed-engine train`` on ``world`` processes.
 
     Args:
-        run: folder of the run; what the processes print goes to ``RUN.out``.
+        run: folder of the run; what the processes print goes to ``RUN.out`` unless said otherwise.
         arguments: of ``speed-engine train``.
         world: processes.
         fault: planted in the processes.
+        out: file for what they print.
         environment: variables to set.
     """
 
@@ -128,9 +129,10 @@ class Training:
         arguments: Sequence[str],
         world: int = 2,
         fault: Fault | None = None,
+        out: Path | None = None,
         **environment: str,
     ) -> None:
-        self.run, self.out = run, run.with_suffix(".out")
+        self.run, self.out = run, out or run.with_suffix(".out")
         port = str(_free_port())
         self.processes: list[BaseProcess] = []
         for rank in range(world):
@@ -145,7 +147,7 @@ class Training:
             process.start()
         RUNNING.append(self)
 
-    def wait_for(self, event: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_for(self, event: Callable[[], bool], seconds: float = 600) -> bool:
         """Until the event, True, or the end of any process, False.
 
         Raises:
@@ -161,7 +163,7 @@ class Training:
         self.kill()
         raise TimeoutError(f"nothing came in {seconds} s; the processes said:\n{self.said()}")
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> bool:
+    def wait_for_step(self, step: int, seconds: float = 600) -> bool:
         """Until the step is in the records."""
         return self.wait_for(lambda: steps(self.run) >= step, seconds)
 
@@ -172,7 +174,7 @@ class Training:
             if pid is not None and self.processes[rank].exitcode is None:
                 os.kill(pid, number)
 
-    def join(self, seconds: float = 120) -> list[int | None]:
+    def join(self, seconds: float = 600) -> list[int | None]:
         """Exit statuses, once all have ended; negative ones are signals.
 
         Raises:
@@ -206,16 +208,17 @@ def train(
     options: Sequence[str] = (),
     world: int = 2,
     fault: Fault | None = None,
+    out: Path | None = None,
     **environment: str,
 ) -> Training:
     """A new tiny run."""
     arguments = [*TINY, *options, "--run", str(run)]
-    return Training(run, arguments, world, fault, **environment)
+    return Training(run, arguments, world, fault, out, **environment)
 
 
 def resume(run: Path, world: int = 2, **environment: str) -> Training:
     """The same run again."""
-    return Training(run, ["--resume", str(run)], world, None, **environment)
+    return Training(run, ["--resume", str(run)], world, None, None, **environment)
 
 
 def steps(run: Path) -> int:

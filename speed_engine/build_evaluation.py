@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.build import null_conditions, open_data, stored_shape, told_names
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
@@ -30,6 +30,7 @@ from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import cache_folder
 from speed_engine.runtime.world import ALONE, World
 
 
@@ -44,7 +45,7 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     if settings.features != "none":
         reference, held_out = references(config)
     if "clip" in settings.metrics and settings.clip_model is not None:
-        clip = ClipScore(settings.clip_model, machine.torch_device(config))
+        clip = ClipScore(settings.clip_model, machine.torch_device(config.device))
         texts = drawn_texts(config)
     return Evaluator(
         schedule=process.schedule,
@@ -84,7 +85,7 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
             f"{config.data.source} does not record its latent_scale, which decoding needs; "
             "`speed-engine shards index --metadata` records it."
         )
-    vae = load_vae(config.data.vae, machine.torch_device(config))
+    vae = load_vae(config.data.vae, machine.torch_device(config.device))
     scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
     return partial(decode_latents, vae, scale=scale, shift=shift)
 

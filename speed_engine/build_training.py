@@ -25,7 +25,7 @@ from speed_engine.data.loading.resident import Resident, resident_bytes
 from speed_engine.diffusion.method import Method
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks
 from speed_engine.models.layouts.files import load_pretrained
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.machine import Choices
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import World
 from speed_engine.training.ema import Ema
@@ -43,7 +43,7 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader = open_data(config)
+        self.source, self.reader = config.data.source, open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(config, self.reader, device)
@@ -92,7 +92,7 @@ class TrainingData:
 def build_engine(
     config: TrainConfig,
     process: Method,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -115,9 +115,9 @@ def build_engine(
     warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
     decay = settings.momentum_decay or process.momentum_decay
     momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-    store_noise = choices["noise"].value == "stored"
+    store_noise = choices.noise.value == "stored"
     objective = build_objective(config, process, model, store_noise).to(device)
-    separate = choices["optimizer"].value == "separate"
+    separate = choices.update.value == "separate"
     make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
     return Engine(
         model,
@@ -144,7 +144,7 @@ def build_engine(
 
 def _build_model(
     config: TrainConfig,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -152,13 +152,13 @@ def _build_model(
     """The model, its average, what is called in its place, and the copies that this computes
     with; laid out over the processes.
     """
-    model = build_model(config, choices["attention"].value).to(device)
+    model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
         load_pretrained(model, init_from)
     ema = Ema(model, config.optimizer.ema_decay)
-    how = choices["torch.compile"].value
+    how = choices.compile.value
     if world.size == 1:
-        if choices["optimizer"].value == "one_sweep_bf16":
+        if choices.update.value == "one_sweep_bf16":
             shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
             forward = torch.compile(shadowed) if how == "on" else shadowed
             return model, ema, forward, shadowed.shadows
@@ -169,7 +169,7 @@ def _build_model(
         distribute(
             laid_out,
             world,
-            choices["parallel"].value,
+            choices.parallel.value,
             device.type,
             reshard_after_forward=config.reshard,
             offload=config.offload,

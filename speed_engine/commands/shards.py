@@ -11,20 +11,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from speed_engine.runtime.checks import UserError
-
-USAGE = """\
-usage: speed-engine shards COMMAND ...
-
-  make SOURCE OUT          write a collection of pictures as shards
-  encode SHARDS OUT        pictures to latents of a VAE, captions to text tokens; under torchrun
-                           the ranks share the work
-  index FOLDER             make a data set of the tars in a folder, whoever wrote them
-  check FOLDER             read everything once; list what is damaged, unlike the rest, or twice
-
-Each command explains its options with --help. SOURCE is one of:
-
-"""
+from speed_engine.commands.dispatch import known, usage
 
 
 @dataclass(frozen=True)
@@ -100,33 +87,26 @@ class CheckCommand:
     """Repair list to write if something is wrong, for data.exclude; default FOLDER/repair.json."""
 
 
-def main(arguments: list[str], console: Console) -> None:
-    """Run one command.
+def run(arguments: list[str], console: Console) -> None:
+    """Run one of the commands.
 
     Raises:
-        UserError: an unknown command, a damaged shard, or an unfit argument.
+        UserError: an unknown command, a damaged shard, or an argument that does not fit.
         OSError: a folder cannot be read or written.
     """
-    commands: dict[str, Callable[[list[str], Console], None]] = {
-        "make": _make,
-        "encode": _encode,
-        "index": _index,
-        "check": _check,
-    }
     if not arguments or arguments[0] in ("-h", "--help"):
         from speed_engine.data.preparing.catalogue import SOURCES, shown
 
-        kinds = "".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items())
-        console.print(USAGE + kinds, end="", markup=False, highlight=False, soft_wrap=True)
-    elif arguments[0] not in commands:
-        raise UserError(
-            f"unknown command 'shards {arguments[0]}'; choose from {', '.join(commands)}."
-        )
-    else:
-        try:
-            commands[arguments[0]](arguments[1:], console)
-        except KeyboardInterrupt:
-            raise InterruptedError("interrupted; run the same command again to continue.") from None
+        print(usage("speed-engine shards", USES), end="")
+        print("\nEach command explains its options with --help. SOURCE is one of:\n")
+        for name, kind in SOURCES.items():
+            print(f"  {shown(name):24} {kind.text}")
+        return
+    name = known(arguments[0], USES, "command of shards")
+    try:
+        COMMANDS[name](arguments[1:], console)
+    except KeyboardInterrupt:
+        raise InterruptedError("interrupted; run the same command again to continue.") from None
 
 
 def _make(arguments: list[str], console: Console) -> None:
@@ -248,3 +228,17 @@ def _check(arguments: list[str], console: Console) -> None:
         console.print(f"repair list: {out}", highlight=False, soft_wrap=True)
     if lines:
         sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
+    "make": _make,
+    "encode": _encode,
+    "index": _index,
+    "check": _check,
+}
+USES = {
+    "make": ("SOURCE OUT", "write a collection of pictures as shards"),
+    "encode": ("SHARDS OUT", "turn pictures into latents of a VAE, captions into text tokens"),
+    "index": ("FOLDER", "make a data set of the tars in a folder, whoever wrote them"),
+    "check": ("FOLDER", "read everything once; list what is damaged, unlike the rest, or twice"),
+}

@@ -28,14 +28,11 @@ from speed_engine.diffusion.conditions import (
     ConditionDropout,
     LowResolutionNoise,
 )
-from speed_engine.diffusion.hybrid import HybridObjective
-from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.method import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.diffusion.terms import SquaredErrorAndBound
 from speed_engine.models.families import Shape, build_network
-from speed_engine.models.mdt import MDT
-from speed_engine.models.super_resolution import SuperResolution
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
 
@@ -63,7 +60,7 @@ def build_process(config: TrainConfig) -> Method:
 
 def build_objective(
     config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
-) -> Objective | MaskedObjective:
+) -> Objective:
     """The objective of the configured method for a model, on the CPU.
 
     Args:
@@ -79,18 +76,12 @@ def build_objective(
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
-    objective = Objective(process, config.seed, changes, store_noise)
+    error = None
     if config.model.learn_sigma:
-        weigh_bound = config.method_options.weigh_bound
-        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
-    masked = masked_network(model)
-    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
-
-
-def masked_network(model: nn.Module) -> MDT | None:
-    """The part of a model that is trained under a mask, too; None if there is none."""
-    network = model.model if isinstance(model, SuperResolution) else model
-    return network if isinstance(network, MDT) else None
+        error = SquaredErrorAndBound(process, config.method_options.weigh_bound)
+    return Objective(
+        process, config.seed, network=model, changes=changes, error=error, store_noise=store_noise
+    )
 
 
 def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:

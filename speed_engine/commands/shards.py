@@ -99,8 +99,7 @@ def run(arguments: list[str], console: Console) -> None:
 
         print(usage("speed-engine shards", USES), end="")
         print("\nEach command explains its options with --help. SOURCE is one of:\n")
-        for name, kind in SOURCES.items():
-            print(f"  {shown(name):24} {kind.text}")
+        print("".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items()), end="")
         return
     name = known(arguments[0], USES, "command of shards")
     try:

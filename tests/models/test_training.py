@@ -10,7 +10,6 @@ from torch import nn
 
 from speed_engine.data.batch import Batch
 from speed_engine.data.preparing.sources import digits as digits_source
-from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -71,9 +70,7 @@ def engine(family: str, **options) -> Engine:
     model = FAMILIES[family]()
     process = "edm" if isinstance(model, (SongUNet, DhariwalUNet)) else "linear"
     method = build_method("uniform", build_schedule(process, 1000))
-    objective = Objective(method, seed=0)
-    if isinstance(model, MDT):
-        objective = MaskedObjective(objective, model.mask_words)
+    objective = Objective(method, seed=0, network=model)
     return Engine(
         model,
         objective,

@@ -1,10 +1,12 @@
 """``speed-engine evaluate``: measure the averaged model of a run, once for each setting.
 
 Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluated": true``. What
-was measured before with the same settings, in training or here, is found there and not drawn again.
+was measured before with the same settings, in training or here, is found there and not generated
+again.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from speed_engine.build import build_process, load_average, newest_checkpoint
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
-from speed_engine.evaluation.copies import Nearest
+from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
-from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts
+from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, title, written
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
@@ -28,18 +32,10 @@ from speed_engine.runtime.records import RECORDS, append_record, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
 
-PART = 500  # images drawn at a time, and what a kill costs at most
+PART = 500  # images generated at a time, and what a kill costs at most
 
-# What the table names its lines: (of the training images, of the held-out images)
-LINES = {
-    "FID": ("fid", "held_out_fid"),
-    "KID": ("kid", "held_out_kid"),
-    "precision": ("precision", "held_out_precision"),
-    "recall": ("recall", "held_out_recall"),
-    "copied share": ("copied_share", None),
-    "inception score": ("isc", None),
-    "CLIP score": ("clip_score", None),
-}
+# What begins the names of figures -> the real images that they compare with, and their number
+PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
 
 def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
@@ -61,33 +57,34 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     model, step = load_average(run, config, _device(config, world))
-    drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
+    parts = _generated(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
-    images = drawing.images()
+    images = parts.images()
     found = evaluator.measure(images)
     assert found is not None  # some field is measured
-    drawing.remove()
+    parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
     append_record(run, record | {"evaluated": True})
-    if found.nearest is not None and evaluator.reference is not None:
+    if "copied_share" in found.figures:
+        assert found.generated is not None and evaluator.training is not None  # it compares them
         path = run / "samples" / f"step-{step:08d}-copies.png"
-        _draw_copies(images, evaluator.reference.images, found.nearest, path)
+        _save_copies(found.generated, evaluator.training, path)
         _note(f"the most copied images, above their nearest training images: {path}")
     return record
 
 
-def _drawn(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> Drawing:
-    """The images, on disk while they are drawn: a measurement that was killed goes on there."""
-    total, told = evaluator.num_images, evaluator.conditions
+def _generated(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> ImageParts:
+    """The images, on disk until all are there: a measurement that was killed goes on there."""
+    total = evaluator.num_images
     settings = evaluator.circumstances() | {
-        "weights": digest(model.state_dict()),
-        "conditions": digest(told),
+        "weights": sha256_of(model.state_dict()),
+        "conditions": sha256_of(evaluator.conditions),
         "seed": evaluator.seed,
     }
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        draw = partial(evaluator.draw_some, model)
-        return draw_in_parts(draw, total, PART, folder, settings, world, progress.advance)
+        generate = partial(evaluator.generate_some, model)
+        return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -98,13 +95,34 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(f"features of {record['extractor']}", highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
-    for part, count in {"training": "num_reference", "held-out": "num_held_out"}.items():
+    for part, count in PARTS.values():
         table.add_column(f"{part}\n{record[count]:,} images" if count in record else "")
-    for name, fields in LINES.items():
+    for name in FIGURES:
+        fields = [prefix + name for prefix in PARTS]
         if any(field in record for field in fields):
-            cells = [f"{record[field]:.4g}" if field in record else "" for field in fields]
-            table.add_row(name, *cells)
+            cells = [written(field, record[field]) if field in record else "" for field in fields]
+            table.add_row(title(name, record.get("extractor")), *cells)
     console.print(table, highlight=False)
+    for line in _notes(record):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _notes(record: dict[str, Any]) -> Iterator[str]:
+    """What the figures do not say by themselves: how far few images bias them."""
+    biased = [
+        (prefix + name, prefix, figure)
+        for metric in METRICS.values()
+        if metric.bias is not None
+        for name, figure in metric.figures.items()
+        for prefix in PARTS
+    ]
+    for field, prefix, figure in biased:
+        part, counted = PARTS[prefix]
+        if field in record and min(record["num_generated"], record[counted]) < ENOUGH:
+            within = record.get(f"{field}_within")
+            sets = f"two random sets of {record.get(f'{field}_within_images')} {part} images"
+            example = "" if within is None else f": {sets} have {written(field, within)}"
+            yield f"fewer than {ENOUGH:,} images bias {figure.title} upwards{example}"
 
 
 def _known(run: Path, step: int, evaluator: Evaluator) -> dict[str, Any] | None:
@@ -117,12 +135,13 @@ def _known(run: Path, step: int, evaluator: Evaluator) -> dict[str, Any] | None:
     return None
 
 
-def _draw_copies(images: Tensor, training: Tensor, found: Nearest, path: Path) -> None:
-    """The drawn images nearest to training images, above those, in pairs of rows."""
+def _save_copies(generated: ImageSet, training: ImageSet, path: Path) -> None:
+    """The generated images nearest to training images, above those, in pairs of rows."""
+    found = generated.nearest_in(training)
     pairs = GRID_COLUMNS * (GRID_ROWS // 2)
     ids = found.distances.argsort()[:pairs]
     row = 2 * (torch.arange(len(ids)) // GRID_COLUMNS)
-    both = torch.cat([images[ids], training[found.ids[ids]]])
+    both = torch.cat([generated.images[ids], training.images[found.ids[ids]]])
     save_grid(both, torch.cat([row, row + 1]), path)
 
 

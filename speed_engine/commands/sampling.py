@@ -1,9 +1,8 @@
-"""The command line of what is done with a finished run: draw from it, measure it."""
+"""The command line of what is done with a finished run: generate from it, measure it."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -13,18 +12,20 @@ from speed_engine.commands.evaluate import evaluate as measure
 from speed_engine.commands.evaluate import show
 from speed_engine.commands.sample import draw
 from speed_engine.config import SolverName, TrainConfig
+from speed_engine.evaluation.metrics import HELP as METRICS_HELP
+from speed_engine.runtime.records import as_json
 
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Draw images from the averaged model of a run."""
+    """Generate images from the averaged model of a run."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     count: int = 100
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
     solver: SolverName | None = None
-    """How they are drawn; euler is ddim; default that of the run, as for the three below."""
+    """How they are generated; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
     """Model evaluations per image."""
     guidance: float | None = None
@@ -32,11 +33,11 @@ class SampleCommand:
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts."""
     prompt: tuple[str, ...] = ()
-    """Texts to draw in turn, one row of the picture each; default those of the run's data."""
+    """Texts to generate from, in turn, one row of the picture each; default those of the data."""
     text_encoder: str | None = None
     """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
-    """Root of the noise; image i depends on seed, i and what it is told only."""
+    """Root of the noise; image i depends on seed, i and its conditions only."""
     batch_size: int = 500
     """Images at a time and process."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -54,9 +55,9 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images drawn; default that of the run, as for all below."""
+    """Images generated; default that of the run, as for all below."""
     solver: SolverName | None = None
-    """How they are drawn; euler is ddim."""
+    """How they are generated; euler is ddim."""
     solver_steps: int | None = None
     """Model evaluations per image."""
     guidance: float | None = None
@@ -67,10 +68,9 @@ class EvaluateCommand:
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
-    metrics: tuple[str, ...] | None = None
-    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images), clip."""
+    metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
     clip_model: str | None = None
-    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
     json: bool = False
     """Print the record as JSON, in place of the table."""
 
@@ -116,7 +116,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     )
     record = measure(command.run, config)
     if record is not None and command.json:
-        console.print_json(json.dumps(record))
+        console.print_json(as_json(record))
     elif record is not None:
         show(record, console)
 

@@ -8,7 +8,6 @@ Letters: B images of one process.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from speed_engine.data.loading.loader import Batch
 from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
-from speed_engine.runtime.sharding import whole
+from speed_engine.runtime.sharding import autocast, whole
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.ema import Ema
 from speed_engine.training.optimizers import OneSweep, set_rates
@@ -100,7 +99,7 @@ class Engine:
         for i, part in enumerate(parts):
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
-            with self._autocast():
+            with autocast(self._device_type):
                 output = self.objective(
                     self.forward, part.images, part.conditions, part.ids, before
                 )
@@ -143,9 +142,3 @@ class Engine:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             return nn.utils.get_total_norm(gradients)
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-
-    def _autocast(self) -> AbstractContextManager:
-        """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""
-        if self._device_type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return nullcontext()

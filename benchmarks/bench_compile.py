@@ -113,7 +113,7 @@ def first_step(how: str, depth: int) -> tuple[Callable, dict[str, float]]:
     _, config = PRESETS["digits"]
     assert isinstance(config.model, DiTConfig)
     config = replace(config, model=replace(config.model, depth=depth))
-    device = torch_device(config)
+    device = torch_device(config.device)
     batch = synthetic_batch(config, device)
     engine = make_engine(config, device, forward=partial(compiled, how=how))
     step = partial(engine.step, batch)

@@ -36,7 +36,7 @@ import startup
 from harness import Timing, interleaved, matrix_product, measured, write_result
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.planning.cost import GPUS
+from speed_engine.planning.gpus import GPUS
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.training.engine import Engine
 from train_cases import (

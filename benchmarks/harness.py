@@ -7,6 +7,9 @@ Writing one prints every figure's ratio to the committed one (``regression.py``)
 """
 
 import json
+import os
+import platform
+import re
 import statistics
 import sys
 import time
@@ -18,6 +21,8 @@ import torch
 
 import regression
 from speed_engine.runtime import machine
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class Timing(NamedTuple):
@@ -57,8 +62,8 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
 
 def result_path(benchmark: str) -> Path:
     """Where this machine's figures of a benchmark are kept."""
-    name = machine.machine_name("cuda" if torch.cuda.is_available() else "cpu")
-    return machine.RESULTS / name / f"{benchmark}.json"
+    name = machine_name("cuda" if torch.cuda.is_available() else "cpu")
+    return RESULTS / name / f"{benchmark}.json"
 
 
 def measured(benchmark: str) -> bool:
@@ -101,3 +106,11 @@ def summary(values: list[float]) -> Timing:
     ordered = sorted(values)
     p20, p80 = ordered[len(ordered) // 5], ordered[4 * len(ordered) // 5]
     return Timing(statistics.median(ordered), p20, p80)
+
+
+def machine_name(device: str) -> str:
+    """The folder of a machine's measurements."""
+    hardware = f"{platform.machine()} {os.cpu_count()} cores"
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speed_engine.config import TrainConfig, cache_folder, from_json
+from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
@@ -22,26 +22,19 @@ from speed_engine.data.loading.conditions import (
     decode_null_tokens,
     load_null_tokens,
 )
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
     LowResolutionNoise,
 )
-from speed_engine.diffusion.hybrid import HybridObjective
-from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.method import Method, build_method, method_options
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.diffusion.terms import SquaredErrorAndBound
 from speed_engine.models.families import Shape, build_network
-from speed_engine.models.layouts.files import require_shapes
-from speed_engine.models.mdt import MDT
-from speed_engine.models.super_resolution import SuperResolution
 from speed_engine.runtime.checks import UserError
-from speed_engine.training import checkpoint
-
-CONFIG_FILE = "config.json"
-CHECKPOINTS = "checkpoints"
+from speed_engine.runtime.files import cache_folder
 
 
 def build_process(config: TrainConfig) -> Method:
@@ -67,7 +60,7 @@ def build_process(config: TrainConfig) -> Method:
 
 def build_objective(
     config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
-) -> Objective | MaskedObjective:
+) -> Objective:
     """The objective of the configured method for a model, on the CPU.
 
     Args:
@@ -83,18 +76,12 @@ def build_objective(
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
-    objective = Objective(process, config.seed, changes, store_noise)
+    error = None
     if config.model.learn_sigma:
-        weigh_bound = config.method_options.weigh_bound
-        objective = HybridObjective(process, config.seed, changes, weigh_bound, store_noise)
-    masked = masked_network(model)
-    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
-
-
-def masked_network(model: nn.Module) -> MDT | None:
-    """The part of a model that is trained under a mask, too; None if there is none."""
-    network = model.model if isinstance(model, SuperResolution) else model
-    return network if isinstance(network, MDT) else None
+        error = SquaredErrorAndBound(process, config.method_options.weigh_bound)
+    return Objective(
+        process, config.seed, network=model, changes=changes, error=error, store_noise=store_noise
+    )
 
 
 def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
@@ -204,59 +191,3 @@ def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.devic
         shift=float(metadata.get("latent_shift", 0.0)),
         flip=config.data.flip,
     )
-
-
-def read_config(run: Path) -> TrainConfig:
-    """The resolved configuration of a run.
-
-    Raises:
-        UserError: the folder is not a run.
-    """
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
-    return from_json(path.read_text())
-
-
-def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
-    """(averaged model, its step) from a run's newest complete checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint, or it belongs to another model.
-    """
-    return load_average_of(newest_checkpoint(run), config, device)
-
-
-def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
-    """The same from one checkpoint, which must be complete.
-
-    Raises:
-        UserError: it belongs to another model.
-    """
-    model = build_model(config)
-    load_parameters(model, checkpoint.load_group(path, "ema"), path)
-    step = checkpoint.read_state(path)["step"]
-    return model.to(device).eval().requires_grad_(False), step
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """Of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return checkpoint.newest(run / CHECKPOINTS)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
-
-
-def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Strict load.
-
-    Raises:
-        UserError: names or shapes differ; lists them.
-    """
-    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
-    model.load_state_dict(tensors)

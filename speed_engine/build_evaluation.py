@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from speed_engine.build import null_conditions, open_data, stored_shape, told_names
-from speed_engine.config import TrainConfig, cache_folder
+from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.loader import read_all, read_conditions
-from speed_engine.data.preparing.encode import decode_latents, load_vae
+from speed_engine.data.loading.clean import Cleaning
+from speed_engine.data.loading.decoding import BatchReader, read_all
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.method import Method
 from speed_engine.encoders.clip import ClipScore
 from speed_engine.encoders.text import TextEncoder
+from speed_engine.encoders.vae import decode_latents, load_vae
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
@@ -28,6 +29,7 @@ from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import cache_folder
 from speed_engine.runtime.world import ALONE, World
 
 
@@ -42,7 +44,7 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     if settings.features != "none":
         training, held_out = real_images(config)
     if "clip" in settings.metrics and settings.clip_model is not None:
-        clip = ClipScore(settings.clip_model, machine.torch_device(config))
+        clip = ClipScore(settings.clip_model, machine.torch_device(config.device))
         texts = generation_texts(config)
     return Evaluator(
         table=process.table,
@@ -88,7 +90,7 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
             f"{config.data.source} does not record its latent_scale, which decoding needs; "
             "`speed-engine shards index --metadata` records it."
         )
-    vae = load_vae(config.data.vae, machine.torch_device(config))
+    vae = load_vae(config.data.vae, machine.torch_device(config.device))
     scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
     return partial(decode_latents, vae, scale=scale, shift=shift)
 
@@ -104,9 +106,8 @@ def generation_conditions(config: TrainConfig) -> Conditions:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
     reader = open_data(config, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
-    conditions = read_conditions(reader, stored_shape(config, reader), indices)
-    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
-    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
+    stored = BatchReader(reader, stored_shape(config, reader)).read(indices)
+    return Cleaning(torch.tensor(config.seed)).batch(stored).conditions
 
 
 def generation_texts(config: TrainConfig) -> tuple[str, ...]:

@@ -17,13 +17,15 @@ from speed_engine.build import (
     stored_shape,
 )
 from speed_engine.config import TrainConfig
+from speed_engine.data.batch import Batch
 from speed_engine.data.loading.device import on_device
-from speed_engine.data.loading.loader import Batch, Loader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import Resident, resident_bytes
 from speed_engine.diffusion.method import Method
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks
 from speed_engine.models.layouts.files import load_pretrained
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.machine import Choices
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import World
 from speed_engine.training.ema import Ema
@@ -41,7 +43,7 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
-        self.reader = open_data(config)
+        self.source, self.reader = config.data.source, open_data(config)
         self.stored_shape = stored_shape(config, self.reader)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(config, self.reader, device)
@@ -55,51 +57,42 @@ class TrainingData:
             resident: whether all images are kept on the device.
         """
         if resident:
-            yield from self._resident(start)
+            yield from Resident(
+                self.reader,
+                self.stored_shape,
+                self._feed(start),
+                self.cleaning,
+                num_classes=self.config.data.num_classes,
+                on_bad_sample=self.config.data.on_bad_sample,
+            )
         else:
             with self._loader(start) as loader:
-                for images, conditions, ids, replaced in on_device(loader, self.device):
-                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+                yield from map(self.cleaning.batch, on_device(loader, self.device))
 
-    def _resident(self, start: int) -> Resident:
-        config = self.config
-        return Resident(
-            self.reader,
-            self.stored_shape,
-            config.batch_size,
-            config.seed,
-            self.cleaning,
-            start=start,
-            window=config.data.window,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_classes=config.data.num_classes,
-            on_bad_sample=config.data.on_bad_sample,
+    def _feed(self, start: int) -> Feed:
+        config, world = self.config, self.world
+        return Feed(
+            config.batch_size, config.seed, start, world.rank, world.size, config.data.window
         )
 
     def _loader(self, start: int) -> Loader:
-        config = self.config
+        data = self.config.data
         return Loader(
             self.reader,
             self.stored_shape,
-            config.batch_size,
-            config.seed,
-            start=start,
-            workers=config.data.workers,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            window=config.data.window,
-            num_classes=config.data.num_classes,
-            condition_shapes=condition_shapes(config),
-            on_bad_sample=config.data.on_bad_sample,
-            mode=config.data.mode,
+            self._feed(start),
+            workers=data.workers,
+            num_classes=data.num_classes,
+            condition_shapes=condition_shapes(self.config),
+            on_bad_sample=data.on_bad_sample,
+            mode=data.mode,
         )
 
 
 def build_engine(
     config: TrainConfig,
     process: Method,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -122,9 +115,9 @@ def build_engine(
     warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
     decay = settings.momentum_decay or process.momentum_decay
     momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
-    store_noise = choices["noise"].value == "stored"
+    store_noise = choices.noise.value == "stored"
     objective = build_objective(config, process, model, store_noise).to(device)
-    separate = choices["optimizer"].value == "separate"
+    separate = choices.update.value == "separate"
     make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
     return Engine(
         model,
@@ -151,7 +144,7 @@ def build_engine(
 
 def _build_model(
     config: TrainConfig,
-    choices: dict[str, Choice],
+    choices: Choices,
     world: World,
     device: torch.device,
     init_from: Path | None,
@@ -159,13 +152,13 @@ def _build_model(
     """The model, its average, what is called in its place, and the copies that this computes
     with; laid out over the processes.
     """
-    model = build_model(config, choices["attention"].value).to(device)
+    model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
         load_pretrained(model, init_from)
     ema = Ema(model, config.optimizer.ema_decay)
-    how = choices["torch.compile"].value
+    how = choices.compile.value
     if world.size == 1:
-        if choices["optimizer"].value == "one_sweep_bf16":
+        if choices.update.value == "one_sweep_bf16":
             shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
             forward = torch.compile(shadowed) if how == "on" else shadowed
             return model, ema, forward, shadowed.shadows
@@ -176,7 +169,7 @@ def _build_model(
         distribute(
             laid_out,
             world,
-            choices["parallel"].value,
+            choices.parallel.value,
             device.type,
             reshard_after_forward=config.reshard,
             offload=config.offload,

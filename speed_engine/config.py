@@ -7,7 +7,6 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 import dataclasses
 import json
 import math
-import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -322,6 +321,11 @@ class TrainConfig:
             "guidance needs a model that was trained with condition_dropout above 0",
         )
 
+    def with_evaluation(self, **options: object) -> "TrainConfig":
+        """The same with other options of the evaluation, checked; those that are None stay."""
+        given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+        return dataclasses.replace(self, evaluation=dataclasses.replace(self.evaluation, **given))
+
     def _check_metrics(self) -> None:
         data, named = self.data, " ".join(self.evaluation.metrics)
         there = {
@@ -338,11 +342,6 @@ class TrainConfig:
             for need in sorted(METRICS[metric].needs, reverse=True):
                 met = there.get(need, True)
                 check("evaluation.metrics", named, met, f"{metric} needs {remedy.get(need)}")
-
-
-def cache_folder() -> Path:
-    """For what can be made again: $SPEED_ENGINE_CACHE or ~/.cache/speed_engine."""
-    return Path(os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine").expanduser()
 
 
 def to_json(config: TrainConfig) -> str:

@@ -51,7 +51,8 @@ def test_process_groups_are_left_after_success_only(capsys, monkeypatch):
 
 
 def test_unknown_words_list_the_known_ones(capsys):
-    assert "choose from train, plan, sample, evaluate" in fails(capsys, "trian")
+    message = fails(capsys, "trian")
+    assert "did you mean 'train'? choose from train, sample, evaluate" in message
     assert "digits" in fails(capsys, "train", "digitz")
     message = fails(capsys, "train", "digits", "--method", "sped")
     assert "uniform, speed_paper" in message

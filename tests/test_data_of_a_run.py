@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
+from speed_engine.build_training import TrainingData
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.resident import Resident
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.models.config import DiTConfig
+from speed_engine.run import build_trainer, resume, start
 from speed_engine.runtime import machine
-from speed_engine.training import trainer
-from speed_engine.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 TINY = TrainConfig(
@@ -69,7 +69,7 @@ def figures(run: Path) -> list[tuple]:
 
 def outcome(config: TrainConfig, run: Path) -> tuple[list[tuple], dict[str, bytes]]:
     """Figures of every step, and the bytes of every tensor of the last checkpoint."""
-    trainer.start(config, run, Console(file=io.StringIO()))
+    start(config, run, Console(file=io.StringIO()))
     assert len(figures(run)) == config.steps
     checkpoint = run / "checkpoints" / f"step-{config.steps:08d}"
     (file,) = checkpoint.glob("*.safetensors")
@@ -126,7 +126,7 @@ def test_a_resident_run_resumes_bit_for_bit(tmp_path):
     config = dataclasses.replace(TINY, data=data("latents", tmp_path, resident="on", flip=True))
     straight = outcome(config, tmp_path / "straight")
     outcome(dataclasses.replace(config, steps=5), tmp_path / "resumed")
-    trainer.resume(tmp_path / "resumed", Console(file=io.StringIO()), steps=12)
+    resume(tmp_path / "resumed", Console(file=io.StringIO()), steps=12)
     assert figures(tmp_path / "resumed") == straight[0]
 
 
@@ -152,8 +152,9 @@ def test_latents_of_unknown_scale_are_refused(tmp_path):
 def test_latents_that_were_drawn_before_are_scaled_only(tmp_path):
     folder = write_latents(tmp_path / "latents", channels=2, latent_scale=0.5)
     options = DataConfig(source=str(folder), image_shape=(2, 4, 4), latents=True)
-    trainer = Trainer(
+    trainer, _ = build_trainer(
         dataclasses.replace(TINY, data=options), tmp_path / "run", Console(file=io.StringIO())
     )
+    assert isinstance(trainer.data, TrainingData)
     assert trainer.data.cleaning[1:] == (False, 0.5, 0.0, False)
     assert float(next(trainer.data.batches(0, resident=False)).images.max()) <= 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from speed_engine.training import trainer
+from speed_engine.run import resume
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
 
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_run_of_0_1_continues_as_0_1_itself_continued_it(folder):
-    trainer.resume(folder / "run", Console(file=io.StringIO()), steps=20)
+    resume(folder / "run", Console(file=io.StringIO()), steps=20)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     records = {record["step"]: record for record in map(json.loads, lines) if "loss" in record}
     then = json.loads((folder / "continued.json").read_text())

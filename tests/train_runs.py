@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from speed_engine.config import from_json
-from speed_engine.training import trainer
+from speed_engine.run import start
 
 for path in sorted(Path(sys.argv[1]).glob("*.json")):
-    trainer.start(from_json(path.read_text()), path.with_suffix(""), Console(quiet=True))
+    start(from_json(path.read_text()), path.with_suffix(""), Console(quiet=True))

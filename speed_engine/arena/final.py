@@ -13,19 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speed_engine.build import (
-    build_cleaning,
-    build_process,
-    load_average,
-    open_data,
-    read_config,
-)
+from speed_engine.build import build_cleaning, build_process, open_data
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch, read_all
+from speed_engine.data.batch import Batch, StoredBatch
+from speed_engine.data.loading.decoding import read_all
 from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
 from speed_engine.ops import Stream, normal
+from speed_engine.run import load_average, read_config
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.machine import torch_device
 
@@ -44,7 +40,7 @@ def measure_final(run: Path, solver_steps: tuple[int, ...], metric: str) -> None
     """
     config = read_config(run)
     process = build_process(config)
-    model, _ = load_average(run, config, torch_device(config))
+    model, _ = load_average(run, config, torch_device(config.device))
     measured = {
         "by_solver_steps": {
             str(steps): _quality(config, process, model, steps, metric) for steps in solver_steps
@@ -63,14 +59,14 @@ def denoising_errors(
     Of the training images where none are held out. A process that does not reach a ratio has none
     there.
     """
-    device = torch_device(config)
+    device = torch_device(config.device)
     held_out = "held_out" if config.data.held_out else "training"
     reader = open_data(config, part=held_out)
     pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
     told = {k: torch.from_numpy(v[:DENOISED_IMAGES]).to(device) for k, v in conditions.items()}
     images = torch.from_numpy(pixels[:DENOISED_IMAGES]).to(device)
     ids = torch.arange(len(images), device=device)
-    batch = build_cleaning(config, reader, device).batch(images, told, ids)
+    batch = build_cleaning(config, reader, device).batch(StoredBatch(images, told, ids))
     root = torch.tensor(config.seed, device=device)
     noise = normal(root, ids, batch.images[0].numel(), Stream.NOISE).view_as(batch.images)
     times = times_at(process, LOG_SNRS)

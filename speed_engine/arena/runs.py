@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from speed_engine.build import CHECKPOINTS
 from speed_engine.config import TrainConfig
-from speed_engine.training import trainer
+from speed_engine.run import resume, start
+from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE
 
 # Imported once, by the process that all others are forked from, instead of once per run.
 PRELOADED = ["speed_engine.arena.runs", "torch_fidelity", "torch.utils.tensorboard.writer"]
@@ -34,7 +34,7 @@ class Run:
     config: TrainConfig
     folder: Path
     finish: Callable[[Path], object] | None = None  # what else is done with the trained run
-    outcome: str = trainer.EMA_FILE  # file in the folder that is written last
+    outcome: str = EMA_FILE  # file in the folder that is written last
 
 
 def is_complete(run: Run) -> bool:
@@ -121,13 +121,13 @@ def _work(run: Run, slot: int, threads: int) -> None:
 
 
 def _complete(run: Run, console: Console) -> None:
-    if not (run.folder / trainer.EMA_FILE).exists():
+    if not (run.folder / EMA_FILE).exists():
         if any((run.folder / CHECKPOINTS).glob("step-*")):
-            trainer.resume(run.folder, console)
+            resume(run.folder, console)
         else:
             shutil.rmtree(run.folder, ignore_errors=True)
-            trainer.start(run.config, run.folder, console)
-    trained = (run.folder / trainer.EMA_FILE).exists()  # else it was asked to stop
+            start(run.config, run.folder, console)
+    trained = (run.folder / EMA_FILE).exists()  # else it was asked to stop
     if trained and run.finish is not None:
         run.finish(run.folder)
 

@@ -48,7 +48,7 @@ class CompareCommand:
     """Folder of the comparison; default comparisons/PRESET."""
 
 
-def main(arguments: list[str], console: Console) -> None:
+def run(arguments: list[str], console: Console) -> None:
     """``speed-engine compare``."""
     presets = {
         name: (text, CompareCommand(preset=name, config=_fair(config)))

@@ -24,9 +24,11 @@ from speed_engine.evaluation.consistency import (
 )
 from speed_engine.evaluation.generate import GenerationSettings, generate, save_images
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.run import load_average_of, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
+from speed_engine.training.trainer import CHECKPOINTS
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Comparison(NamedTuple):
     features: Likeness | None  # None where the run compares no features
 
 
-def main(arguments: list[str], console: Console) -> None:
+def run(arguments: list[str], console: Console) -> None:
     """Run the command.
 
     Raises:
@@ -75,7 +77,7 @@ def main(arguments: list[str], console: Console) -> None:
     """
     command = tyro.cli(ConsistencyCommand, args=arguments, prog="speed-engine consistency")
     runs = command.run_a, command.run_b
-    configs = [_configured(build.read_config(run), command) for run in runs]
+    configs = [_configured(read_config(run), command) for run in runs]
     checkpoints = [complete_checkpoints(run) for run in runs]
     _check_same_task(runs, configs, checkpoints)
     conditions = build_evaluation.generation_conditions(configs[0])
@@ -113,7 +115,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
         UserError: there is none.
     """
     found: dict[int, Path] = {}
-    for path in sorted((run / build.CHECKPOINTS).glob("step-*")):
+    for path in sorted((run / CHECKPOINTS).glob("step-*")):
         try:
             checkpoint.verify(path)
         except checkpoint.InvalidCheckpoint as damage:
@@ -163,7 +165,7 @@ def _generate(config: TrainConfig, path: Path, conditions: Conditions, seed: int
     """(N, C, H, W) of one checkpoint, the same noise for image i whichever model generates it."""
     process = build.build_process(config)
     images = generate(
-        build.load_average_of(path, config, machine.torch_device(config))[0],
+        load_average_of(path, config, machine.torch_device(config.device))[0],
         process.table,
         conditions,
         torch.arange(config.evaluation.num_images),

@@ -7,28 +7,32 @@ again.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from speed_engine.build import build_process, load_average, newest_checkpoint
+from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
-from speed_engine.config import TrainConfig
+from speed_engine.config import SolverName, TrainConfig
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, title, written
+from speed_engine.evaluation.metrics import HELP as METRICS_HELP
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts
+from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
-from speed_engine.runtime.records import RECORDS, append_record, read_records
+from speed_engine.runtime.records import RECORDS, append_record, as_json, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
 
@@ -38,13 +42,61 @@ PART = 500  # images generated at a time, and what a kill costs at most
 PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
 
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    num_images: int | None = None
+    """Images generated; default that of the run, as for all below."""
+    solver: SolverName | None = None
+    """How they are generated; euler is ddim."""
+    solver_steps: int | None = None
+    """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
+    features: Literal["classifier", "inception"] | None = None
+    """A classifier trained on the run's data, or the standard Inception network."""
+    inception_weights: Path | None = None
+    """Its weights file; by default torch hub's cache is searched."""
+    metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
+    clip_model: str | None = None
+    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    json: bool = False
+    """Print the record as JSON, in place of the table."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Measure, and show the record."""
+    command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
+    config = read_config(command.run).with_evaluation(
+        num_images=command.num_images,
+        solver=command.solver,
+        solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
+        metrics=command.metrics,
+        features=command.features,
+        inception_weights=command.inception_weights,
+        clip_model=command.clip_model,
+    )
+    record = evaluate(command.run, config)
+    if record is not None and command.json:
+        console.print_json(as_json(record))
+    elif record is not None:
+        show(record, console)
+
+
 def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
     """The record of the newest checkpoint under the configured settings; None on other processes.
 
     Raises:
         UserError: the run has no checkpoint, or nothing is to be measured.
     """
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
@@ -56,7 +108,7 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
             text = f"measured before, at step {step} with these settings"
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
-    model, step = load_average(run, config, _device(config, world))
+    model, step = load_average(run, config, machine.torch_device(config.device, world))
     parts = _generated(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
@@ -143,11 +195,6 @@ def _save_copies(generated: ImageSet, training: ImageSet, path: Path) -> None:
     row = 2 * (torch.arange(len(ids)) // GRID_COLUMNS)
     both = torch.cat([generated.images[ids], training.images[found.ids[ids]]])
     save_grid(both, torch.cat([row, row + 1]), path)
-
-
-def _device(config: TrainConfig, world: World) -> torch.device:
-    device = machine.torch_device(config)
-    return torch.device("cuda", world.local_rank) if device.type == "cuda" else device
 
 
 def _note(text: str) -> None:

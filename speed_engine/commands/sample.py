@@ -6,24 +6,82 @@ Letters: N images.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from rich.console import Console
 from torch import Tensor
 
 from speed_engine import build, build_evaluation
-from speed_engine.config import TrainConfig
+from speed_engine.config import SolverName, TrainConfig
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
+from speed_engine.run import load_average, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Generate images from the averaged model of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    count: int = 100
+    """Images, classes or prompts in turn; the picture shows the first ten of each."""
+    solver: SolverName | None = None
+    """How they are generated; euler is ddim; default that of the run, as for the three below."""
+    solver_steps: int | None = None
+    """Model evaluations per image."""
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Noise levels sigma / alpha between which guidance acts."""
+    prompt: tuple[str, ...] = ()
+    """Texts to generate from, in turn, one row of the picture each; default those of the data."""
+    text_encoder: str | None = None
+    """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
+    seed: int = 0
+    """Root of the noise; image i depends on seed, i and its conditions only."""
+    batch_size: int = 500
+    """Images at a time and process."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto does so where that was measured to pay."""
+    out: Path | None = None
+    """FILE.png, one picture of the first images; FILE.npz, all of them as ADM's evaluator reads
+    them; or a folder for a PNG of each. The same command continues what was interrupted. Default
+    RUN/samples/sample-seed-SEED.png."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Generate the images."""
+    command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
+    config = read_config(command.run).with_evaluation(
+        num_images=command.count,
+        solver=command.solver,
+        solver_steps=command.solver_steps,
+        guidance=command.guidance,
+        guidance_interval=command.guidance_interval,
+    )
+    draw(
+        config,
+        command.run,
+        command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
+        console,
+        seed=command.seed,
+        batch_size=command.batch_size,
+        compile=command.compile,
+        prompts=command.prompt,
+        text_encoder=command.text_encoder,
+    )
 
 
 def draw(
@@ -59,7 +117,7 @@ def draw(
         UserError: before anything is generated, for what does not fit the model, a file that is
             there already, or the first parts of other images.
     """
-    world = join(machine.torch_device(config).type)
+    world = join(machine.torch_device(config.device).type)
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
@@ -74,8 +132,7 @@ def draw(
     device = machine.choose_device(config.device).value
     batches = -(-total // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.steps).value
-    local_device = torch.device(f"cuda:{world.local_rank}" if device == "cuda" else device)
-    model, step = build.load_average(run, config, local_device)
+    model, step = load_average(run, config, machine.torch_device(config.device, world))
     process, decode = build.build_process(config), build_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 

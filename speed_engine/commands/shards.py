@@ -11,21 +11,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from speed_engine.runtime.checks import UserError
-
-USAGE = """\
-usage: speed-engine shards COMMAND ...
-
-  make SOURCE OUT          write pictures as shards: digits, emoji, a folder with a sub-folder per
-                           class, cifar-10-binary.tar.gz, a .zip of EDM, captions_*.json,
-                           hf:NAME
-  encode SHARDS OUT        pictures to latents of a VAE, captions to text tokens; under torchrun
-                           the ranks share the work
-  index FOLDER             make a data set of the tars in a folder, whoever wrote them
-  check FOLDER             read everything once; list what is damaged, unlike the rest, or twice
-
-Each command explains its options with --help.
-"""
+from speed_engine.commands.dispatch import known, usage
 
 
 @dataclass(frozen=True)
@@ -33,9 +19,8 @@ class MakeCommand:
     """Write a collection of pictures as shards; killed and run again, it continues."""
 
     source: tyro.conf.Positional[str]
-    """digits, emoji (of an installed font), a folder with a sub-folder per class,
-    cifar-10-binary.tar.gz, a .zip as EDM makes it, COCO's captions_*.json, or hf:NAME
-    of a Hugging Face data set, on the hub or in a folder."""
+    """A collection of pictures: digits, a folder, ...; `speed-engine shards --help` lists the
+    kinds."""
     out: tyro.conf.Positional[Path]
     """Folder to write; new, empty, or left by the same command."""
     images: Path | None = None
@@ -102,34 +87,30 @@ class CheckCommand:
     """Repair list to write if something is wrong, for data.exclude; default FOLDER/repair.json."""
 
 
-def main(arguments: list[str], console: Console) -> None:
-    """Run one command.
+def run(arguments: list[str], console: Console) -> None:
+    """Run one of the commands.
 
     Raises:
-        UserError: an unknown command, a damaged shard, or an unfit argument.
+        UserError: an unknown command, a damaged shard, or an argument that does not fit.
         OSError: a folder cannot be read or written.
     """
-    commands: dict[str, Callable[[list[str], Console], None]] = {
-        "make": _make,
-        "encode": _encode,
-        "index": _index,
-        "check": _check,
-    }
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.print(USAGE, end="", markup=False, highlight=False)
-    elif arguments[0] not in commands:
-        raise UserError(
-            f"unknown command 'shards {arguments[0]}'; choose from {', '.join(commands)}."
-        )
-    else:
-        try:
-            commands[arguments[0]](arguments[1:], console)
-        except KeyboardInterrupt:
-            raise InterruptedError("interrupted; run the same command again to continue.") from None
+        from speed_engine.data.preparing.catalogue import SOURCES
+
+        print(usage("speed-engine shards", USES), end="")
+        print("\nEach command explains its options with --help. SOURCE is one of:\n")
+        print("".join(f"  {kind.shown:25}{kind.text}\n" for kind in SOURCES.values()), end="")
+        return
+    name = known(arguments[0], USES, "command of shards")
+    try:
+        COMMANDS[name](arguments[1:], console)
+    except KeyboardInterrupt:
+        raise InterruptedError("interrupted; run the same command again to continue.") from None
 
 
 def _make(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.catalogue import open_source
+    from speed_engine.data.preparing.pictures import EXTENSIONS
     from speed_engine.data.preparing.prepare import PictureOptions, make
     from speed_engine.data.preparing.summary import summarise
     from speed_engine.runtime.progress import SampleProgress
@@ -157,6 +138,9 @@ def _make(arguments: list[str], console: Console) -> None:
         )
     summary = summarise(command.out)
     _say(console, *summary.lines())
+    if source.left_out:
+        others = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
+        _say(console, f"files that are no {', '.join(EXTENSIONS)} were left out: {others}")
     if left_out := len(source) - summary.num_samples:
         _say(console, f"{left_out:,} unusable pictures were left out")
     _say(console, f"contact sheet: {summary.draw_contact_sheet()}")
@@ -243,3 +227,17 @@ def _check(arguments: list[str], console: Console) -> None:
         console.print(f"repair list: {out}", highlight=False, soft_wrap=True)
     if lines:
         sys.exit(1)
+
+
+COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
+    "make": _make,
+    "encode": _encode,
+    "index": _index,
+    "check": _check,
+}
+USES = {
+    "make": ("SOURCE OUT", "write a collection of pictures as shards"),
+    "encode": ("SHARDS OUT", "turn pictures into latents of a VAE, captions into text tokens"),
+    "index": ("FOLDER", "make a data set of the tars in a folder, whoever wrote them"),
+    "check": ("FOLDER", "read everything once; list what is damaged, unlike the rest, or twice"),
+}

@@ -149,7 +149,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Transformer on patches of an image or latent, told a class or nothing.
+    """Transformer on patches of an image or latent, class-conditional or unconditional.
 
     Args:
         input_size: (H, W); each a multiple of the patch size.

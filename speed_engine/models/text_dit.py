@@ -68,7 +68,7 @@ class TextBlock(Block):
 
 
 class TextDiT(DiT):
-    """DiT on an image or latent, told a text.
+    """DiT on an image or latent, conditioned on a text.
 
     Args:
         token_dim: E.

@@ -23,31 +23,13 @@ import torch
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.planning.cost import GPUS, UPDATE_BYTES, Estimate, Gpu, estimate
+from speed_engine.planning.cost import UPDATE_BYTES, Estimate, estimate
+from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_parallel
 from speed_engine.runtime.sharding import LAYOUTS, blocks
 from speed_engine.runtime.world import World
 
-
-class Links(NamedTuple):
-    """Bytes per second that one device sends, in one direction."""
-
-    node: float  # to the devices of its node
-    network: float  # to those of other nodes
-
-
-# Half of NVLink's two-way rate on NVIDIA's data sheets, PCIe 4.0 x16 for cards without it; one
-# adapter per device, as in DGX systems: 200 Gb/s with A100, 400 Gb/s with H100 and later.
-LINKS = {
-    "a100": Links(300e9, 25e9),
-    "h100": Links(450e9, 50e9),
-    "h200": Links(450e9, 50e9),
-    "b200": Links(900e9, 50e9),
-    "l40s": Links(32e9, 25e9),
-    "a6000": Links(32e9, 25e9),
-    "rtx4090": Links(32e9, 25e9),
-}
 # Assumed, as nothing of it has been measured: seconds of a collective per doubling of its devices.
 NODE_LATENCY, NETWORK_LATENCY = 5e-6, 10e-6
 
@@ -88,7 +70,7 @@ class Plan:
         return max(compute, communication), compute + communication
 
 
-def plan(config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: float) -> Plan:
+def plan(config: TrainConfig, gpus: int, gpu: GpuName, per_node: int, efficiency: float) -> Plan:
     """Of a configured run.
 
     Args:
@@ -135,7 +117,7 @@ def plan(config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: fl
 
 
 def describe(
-    config: TrainConfig, gpus: int, gpu: str, per_node: int, efficiency: float
+    config: TrainConfig, gpus: int, gpu: GpuName, per_node: int, efficiency: float
 ) -> dict[str, str]:
     """What ``speed-engine plan`` prints, line by line."""
     planned = plan(config, gpus, gpu, per_node, efficiency)
@@ -167,7 +149,7 @@ def describe(
 class _Span(NamedTuple):
     """A group of devices that exchange."""
 
-    gpu: str
+    gpu: GpuName
     size: int
     per_node: int
 
@@ -176,7 +158,7 @@ class _Span(NamedTuple):
         if self.size == 1:
             return 0.0
         inside = self.size <= self.per_node
-        rate = LINKS[self.gpu].node if inside else LINKS[self.gpu].network
+        rate = GPUS[self.gpu].node_link if inside else GPUS[self.gpu].network_link
         latency = NODE_LATENCY if inside else NETWORK_LATENCY
         return sent / rate + latency * log2(self.size)
 

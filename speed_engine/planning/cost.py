@@ -10,7 +10,6 @@ optimizer and the average read five and write four float32 per parameter in one 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speed_engine.build import build_model, condition_shapes, masked_network, told_names
+from speed_engine.build import build_model, condition_shapes, told_names
 from speed_engine.config import TrainConfig
+from speed_engine.diffusion.objective import training_passes
 from speed_engine.planning.flops import forward_flops
+from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 
 STATE_BYTES = 20  # per parameter: itself, gradient, two moments, average
 UPDATE_BYTES = 36  # per parameter: five values read, four written
-
-
-class Gpu(NamedTuple):
-    """Of one device, as its maker states it."""
-
-    bf16_flops: float  # per second, dense matrix products with float32 accumulation
-    bandwidth: float  # bytes per second
-    memory: float  # bytes
-
-
-# NVIDIA's data sheets of each (SXM where there are several; half of the rates "with sparsity").
-GPUS = {
-    "a100": Gpu(312e12, 2.039e12, 80e9),
-    "h100": Gpu(989.5e12, 3.35e12, 80e9),
-    "h200": Gpu(989.5e12, 4.8e12, 141e9),
-    "b200": Gpu(2250e12, 8e12, 180e9),
-    "l40s": Gpu(362.05e12, 0.864e12, 48e9),
-    "a6000": Gpu(154.8e12, 0.768e12, 48e9),  # what the SpeeD paper trained on
-    "rtx4090": Gpu(165.2e12, 1.008e12, 24e9),
-}
 
 
 class _NormsInFloat32(TorchFunctionMode):
@@ -123,7 +104,7 @@ def estimate(config: TrainConfig) -> Estimate:
     )
 
 
-def describe(config: TrainConfig, gpu: str) -> dict[str, str]:
+def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
     """What ``speed-engine train PRESET --dry-run`` prints, line by line; gpu is one of ``GPUS``."""
     cost, device = estimate(config), GPUS[gpu]
     floor = cost.step_seconds(device)
@@ -171,11 +152,11 @@ def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str
         "t": torch.zeros(images),
         **conditions,
     }
-    network = masked_network(model)
-    if network is None:
-        return [inputs]
-    draws = torch.zeros(images, network.mask_words, dtype=torch.int64)
-    return [inputs, {**inputs, "mask_draws": draws}]
+    return [
+        inputs
+        | {name: torch.zeros(images, count, dtype=torch.int64) for name, count in words.items()}
+        for words in training_passes(model)
+    ]
 
 
 def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:

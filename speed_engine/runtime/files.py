@@ -52,3 +52,8 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path:
+    """For what can be made again: $SPEED_ENGINE_CACHE or ~/.cache/speed_engine."""
+    return Path(os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine").expanduser()

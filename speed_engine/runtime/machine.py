@@ -6,20 +6,17 @@
 import importlib
 import importlib.metadata
 import importlib.util
-import json
-import math
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from speed_engine.config import TrainConfig
 from speed_engine.ops import (
     BLOCK_FUSED,
     FUSED,
@@ -42,9 +39,6 @@ RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the 
 # Bytes. The steps of models for small data are so short that 5 us of loading per image count; a
 # larger data set is of larger images, or lies in the page cache anyway.
 RESIDENT_ON_CPU = 2**26
-# By machine; not part of an installed package, where the defaults hold.
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-STORED_NOISE = "kernels_stored_noise.json"  # written by benchmarks/bench_kernels.py
 
 
 class Choice(NamedTuple):
@@ -122,26 +116,11 @@ def choose_block_kernels(device: str) -> Choice:
     return Choice("PyTorch reference", f"adaLN, gates, GELU and bias gradients; {missing}")
 
 
-def choose_noise(device: str, image_shape: tuple[int, ...], results: Path = RESULTS) -> Choice:
-    """``stored`` from input to loss, or ``drawn again`` there: the bits are the same.
-
-    What was measured on this kind of machine decides, at the measured size nearest to the images';
-    without a measurement a GPU draws again, which needs no memory.
-    """
-    path = results / machine_name(device) / STORED_NOISE
-    if not path.is_file():
-        if device == "cuda":
-            return Choice("drawn again", "needs no memory; not measured on this GPU")
-        return Choice("stored", "drawing takes a CPU longer than reading")
-    size = math.prod(image_shape)
-    cases = json.loads(path.read_text())["cases"]
-    nearest = min(cases, key=lambda case: abs(math.log(case["elements_per_image"] / size)))
-    times = {
-        name: figures["device_milliseconds"]["median"]
-        for name, figures in nearest["providers"].items()
-    }
-    measured = ", ".join(f"{name} {time:.3f} ms" for name, time in times.items())
-    return Choice(min(times, key=lambda name: times[name]), f"{nearest['case']}: {measured}")
+def choose_noise(device: str) -> Choice:
+    """``stored`` from input to loss, or ``drawn again`` there: the bits are the same."""
+    if device == "cuda":
+        return Choice("drawn again", "needs no memory; not measured on a GPU")
+    return Choice("stored", "drawing takes a CPU longer than reading")
 
 
 def choose_resident(
@@ -172,14 +151,6 @@ def choose_resident(
     fits = num_bytes <= RESIDENT_SHARE * free
     word = "fit" if fits else "do not fit"
     return Choice("on" if fits else "off", f"{num_bytes / 1e9:.3g} GB of data {word} in {limit}")
-
-
-def machine_name(device: str) -> str:
-    """The folder of a machine's measurements."""
-    hardware = f"{platform.machine()} {os.cpu_count()} cores"
-    if device == "cuda":
-        hardware = torch.cuda.get_device_name()
-    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")
 
 
 def choose_norm_kernels(device: str) -> Choice:
@@ -264,45 +235,95 @@ def choose_parallel(wanted: str, world: World, device: str) -> Choice:
     return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
 
 
-def choices(
-    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
-) -> dict[str, Choice]:
-    """Every choice, by the name that doctor prints.
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """Everything that depends on the machine; ``doctor`` prints it and training acts on it."""
+
+    device: Choice
+    parallel: Choice
+    precision: Choice
+    compile: Choice
+    attention: Choice
+    kernels: Choice
+    block_kernels: Choice
+    norm_kernels: Choice
+    noise: Choice
+    resident: Choice
+    update: Choice
+    host_memory: Choice
+    workers: Choice
+    jpeg_decoder: Choice
+    checksums: Choice
+
+    def shown(self) -> dict[str, Choice]:
+        """By the names that a person reads."""
+        names = {
+            "compile": "torch.compile",
+            "resident": "resident data",
+            "update": "optimizer",
+            "workers": "data workers",
+            "jpeg_decoder": "JPEG decoder",
+        }
+        return {names.get(name, name.replace("_", " ")): c for name, c in vars(self).items()}
+
+
+def choose(
+    *,
+    device: str,
+    steps: int,
+    compile: str,
+    attention: str,
+    parallel: str,
+    update: str,
+    resident: str,
+    data_mode: str,
+    workers: int,
+    world: World = ALONE,
+    num_bytes: int | None = None,
+) -> Choices:
+    """Every choice of a run.
 
     Args:
-        config: of the run.
-        world: of its processes.
+        device: the option of that name, as are the next eight.
+        steps: of the run, see ``choose_compile``.
+        compile: see ``choose_compile``.
+        attention: see ``choose_attention``.
+        parallel: see ``choose_parallel``.
+        update: of the optimizer, see ``choose_update``.
+        resident: of the data, see ``choose_resident``.
+        data_mode: in which the data are read.
+        workers: processes that read the data.
+        world: the processes of the run.
         num_bytes: of its data set, if known.
+
+    Raises:
+        UserError: an option asks for what this machine does not offer.
     """
-    device = choose_device(config.device)
-    return {
-        "device": device,
-        "parallel": choose_parallel(config.parallel, world, device.value),
-        "precision": choose_precision(device.value),
-        "torch.compile": choose_compile(config.compile, device.value, config.steps),
-        "attention": choose_attention(config.attention, device.value),
-        "kernels": choose_kernels(device.value),
-        "block kernels": choose_block_kernels(device.value),
-        "noise": choose_noise(device.value, config.data.image_shape),
-        "resident data": choose_resident(
-            config.data.resident,
-            device.value,
-            num_bytes,
-            config.data.mode,
-            config.data.workers,
-        ),
-        "norm kernels": choose_norm_kernels(device.value),
-        "optimizer": choose_update(config.optimizer.update, device.value, world),
-        "host memory": choose_host_memory(),
-        "data workers": _workers(config.data.workers),
-        "JPEG decoder": choose_jpeg_decoder(),
-        "checksums": choose_checksums(),
-    }
+    chosen = choose_device(device)
+    kind = chosen.value
+    return Choices(
+        device=chosen,
+        parallel=choose_parallel(parallel, world, kind),
+        precision=choose_precision(kind),
+        compile=choose_compile(compile, kind, steps),
+        attention=choose_attention(attention, kind),
+        kernels=choose_kernels(kind),
+        block_kernels=choose_block_kernels(kind),
+        norm_kernels=choose_norm_kernels(kind),
+        noise=choose_noise(kind),
+        resident=choose_resident(resident, kind, num_bytes, data_mode, workers),
+        update=choose_update(update, kind, world),
+        host_memory=choose_host_memory(),
+        workers=_workers(workers),
+        jpeg_decoder=choose_jpeg_decoder(),
+        checksums=choose_checksums(),
+    )
 
 
-def torch_device(config: TrainConfig) -> torch.device:
-    """The device of a run."""
-    return torch.device(choose_device(config.device).value)
+def torch_device(wanted: str, world: World = ALONE) -> torch.device:
+    """The device of this process, of ``auto``, ``cpu`` or ``cuda``."""
+    kind = choose_device(wanted).value
+    return torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
 
 
 def describe(command: list[str]) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from speed_engine.commands.evaluate import show
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
+from speed_engine.run import resume, start
 from speed_engine.runtime.records import append_record, read_records
-from speed_engine.training import trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = TrainConfig(
@@ -55,7 +55,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    trainer.start(TINY, run, Console(file=io.StringIO()))
+    start(TINY, run, Console(file=io.StringIO()))
     return run
 
 
@@ -109,7 +109,7 @@ def test_other_settings_are_measured_once_and_survive_a_resumption(run, capsys):
     assert str(picture) in shown.err and picture.read_bytes().startswith(b"\x89PNG")
     again = evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid", "--json")
     assert "measured before" in again.err and json.loads(again.out)["fid"] == record["fid"]
-    trainer.resume(run, Console(file=io.StringIO()), steps=6)
+    resume(run, Console(file=io.StringIO()), steps=6)
     assert {**record, "evaluated": True} in read_records(run)
     assert [r["step"] for r in read_records(run) if "evaluated" in r] == [4]
 
@@ -191,7 +191,7 @@ def test_a_split_that_leaves_too_little_is_refused_before_training(cache, tmp_pa
         settings = dataclasses.replace(TINY.evaluation, metrics=metrics)
         with pytest.raises(ValueError, match=message):
             config = dataclasses.replace(TINY, data=data, evaluation=settings)
-            trainer.start(config, tmp_path / "run", Console(file=io.StringIO()))
+            start(config, tmp_path / "run", Console(file=io.StringIO()))
         assert not (tmp_path / "run").exists()
 
     refused(0.01, "needs 65 images or more on both sides.*100 generated")

@@ -10,6 +10,7 @@ from speed_engine import build, cli
 from speed_engine.config import EvaluationConfig, TrainConfig, to_json
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import set_frequency_shift
+from speed_engine.run import load_average, read_config
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
 
@@ -50,7 +51,7 @@ def test_a_run_is_exported_and_answers_the_same_in_diffusers(run, tmp_path, caps
     assert "weights of step 7" in said and "set_frequency_shift(transformer, 0)" in said
     theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
     set_frequency_shift(theirs, 0)
-    ours, _ = build.load_average(run, CONFIG, torch.device("cpu"))
+    ours, _ = load_average(run, CONFIG, torch.device("cpu"))
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 871]), torch.tensor([0, 10])
     torch.testing.assert_close(theirs(*inputs).sample, ours(*inputs), rtol=1e-5, atol=1e-4)
 
@@ -71,7 +72,7 @@ def test_training_starts_from_what_was_exported(run, tmp_path, layout, capsys):
     for part in ("model", "ema"):
         tuned_weights = checkpoint.load_group(newest, part)
         torch.testing.assert_close(tuned_weights, wanted, rtol=0, atol=1e-6)
-    assert build.read_config(tuned).init_from == out
+    assert read_config(tuned).init_from == out
 
 
 def test_weights_that_do_not_fit_are_named_before_anything_is_written(run, tmp_path, capsys):
@@ -88,7 +89,7 @@ def test_weights_that_do_not_fit_are_named_before_anything_is_written(run, tmp_p
 def test_evaluation_runs_where_the_training_attention_is_missing(run):
     """xFormers trained it, perhaps on another machine; here PyTorch computes."""
     elsewhere = replace(CONFIG, attention="xformers")
-    model, _ = build.load_average(run, elsewhere, torch.device("cpu"))
+    model, _ = load_average(run, elsewhere, torch.device("cpu"))
     answer = model(torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0]))
     assert bool(answer.isfinite().all())
 
@@ -96,4 +97,4 @@ def test_evaluation_runs_where_the_training_attention_is_missing(run):
 def test_the_evaluation_of_an_exported_run_needs_no_init_file(run):
     moved = replace(CONFIG, init_from=run / "gone", evaluation=EvaluationConfig())
     (run / "config.json").write_text(to_json(moved))
-    assert build.load_average(run, build.read_config(run), torch.device("cpu"))[1] == 7
+    assert load_average(run, read_config(run), torch.device("cpu"))[1] == 7

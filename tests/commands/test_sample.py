@@ -15,7 +15,7 @@ from rich.console import Console
 from speed_engine import cli
 from speed_engine.config import EvaluationConfig, TrainConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.training import trainer
+from speed_engine.run import start
 
 TINY = TrainConfig(
     steps=20,
@@ -32,9 +32,7 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
         none = dataclasses.replace(TINY.evaluation, features="none")
-        trainer.start(
-            dataclasses.replace(TINY, evaluation=none), folder, Console(file=io.StringIO())
-        )
+        start(dataclasses.replace(TINY, evaluation=none), folder, Console(file=io.StringIO()))
     return folder
 
 
@@ -125,7 +123,7 @@ def test_finished_images_are_not_overwritten_but_the_picture_is(run, tmp_path, c
         (["--guidance-interval", "3", "1"], "guidance_interval=(3.0, 1.0): needs two noise levels"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_generated(run, tmp_path, capsys, options, message):
+def test_bad_options_are_named_before_generation(run, tmp_path, capsys, options, message):
     out = tmp_path / "x.npz"
     with pytest.raises(SystemExit):
         cli.main(["sample", str(run), "--out", str(out), *options])

@@ -92,7 +92,5 @@ def test_guidance_asks_twice_only_inside_its_interval():
 
 
 def test_guidance_of_an_unconditional_model_is_refused_before_it_is_asked():
-    with pytest.raises(
-        ValueError, match="guidance=2 compares .* conditioned on nothing"
-    ):
+    with pytest.raises(ValueError, match="guidance=2 compares .* conditioned on nothing"):
         images_of(guidance=2.0)

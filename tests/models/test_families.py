@@ -25,11 +25,12 @@ from speed_engine.config import (
 )
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network
+from speed_engine.run import read_config, resume, start
 from speed_engine.runtime.sharding import blocks
-from speed_engine.training import trainer
+from speed_engine.training.trainer import EMA_FILE
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(
@@ -112,7 +113,7 @@ def npy(array: np.ndarray) -> bytes:
 
 def trained(config: TrainConfig, run: Path) -> tuple[float, float]:
     """First and last mean loss of a run that has drawn images."""
-    trainer.start(config, run, Console(file=io.StringIO()))
+    start(config, run, Console(file=io.StringIO()))
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert (run / "samples" / f"step-{config.steps:08d}.png").read_bytes().startswith(b"\x89PNG")
     losses = [record["loss"] for record in records]
@@ -202,7 +203,7 @@ def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
         )
         case = f"{name}-{members}"
         (together / f"{case}.json").write_text(to_json(config))
-        trainer.start(config, alone / case, Console(quiet=True))
+        start(config, alone / case, Console(quiet=True))
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -217,7 +218,7 @@ def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
         figures = [recorded(run, "loss", "grad_norm") for run in runs]
         assert len(figures[0]) == 4
         assert np.allclose(*figures, rtol=1e-4), (name, members)
-        averages = [load_file(run / trainer.EMA_FILE) for run in runs]
+        averages = [load_file(run / EMA_FILE) for run in runs]
         for parameter, value in averages[1].items():
             torch.testing.assert_close(averages[0][parameter], value, rtol=1e-3, atol=1e-4)
 
@@ -231,7 +232,7 @@ def test_latents_are_drawn_unbounded_and_kept_as_arrays(tmp_path):
         source=str(tmp_path / "latents"), members=("npy",), image_shape=(4, 4, 4), latents=True
     )
     config = dataclasses.replace(CONFIG, model=SMALL["dit"], steps=20, data=data)
-    trainer.start(config, tmp_path / "run", Console(file=io.StringIO()))
+    start(config, tmp_path / "run", Console(file=io.StringIO()))
     drawn = np.load(tmp_path / "run" / "samples" / "step-00000020.npy")
     assert drawn.shape == (20, 4, 4, 4) and drawn.dtype == np.float32 and abs(drawn).max() > 1
 
@@ -240,9 +241,9 @@ def test_latents_are_drawn_unbounded_and_kept_as_arrays(tmp_path):
 def test_dropout_and_masks_resume_bit_for_bit(tmp_path, name):
     config = dataclasses.replace(CONFIG, model=SMALL[name], steps=6, log_every=1)
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    trainer.start(config, whole, Console(file=io.StringIO()))
-    trainer.start(dataclasses.replace(config, steps=3), halved, Console(file=io.StringIO()))
-    trainer.resume(halved, Console(file=io.StringIO()), steps=6)
+    start(config, whole, Console(file=io.StringIO()))
+    start(dataclasses.replace(config, steps=3), halved, Console(file=io.StringIO()))
+    resume(halved, Console(file=io.StringIO()), steps=6)
     figures = []
     for run in (whole, halved):
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -345,9 +346,7 @@ def test_what_does_not_fit_is_said(settings, shape, message):
 def test_shards_without_what_the_model_is_told_are_refused(tmp_path, members, changes, message):
     data = dataclasses.replace(CONFIG.data, members=("npy", *members), **changes)
     with pytest.raises(ValueError, match=message):
-        trainer.start(
-            dataclasses.replace(CONFIG, data=data), tmp_path / "run", Console(file=io.StringIO())
-        )
+        start(dataclasses.replace(CONFIG, data=data), tmp_path / "run", Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
 
 
@@ -365,15 +364,13 @@ def test_conditions_of_another_shape_are_refused(tmp_path, told_shards, shapes, 
     member = "tokens.npy" if "token_shape" in shapes else "low.npy"
     data = dataclasses.replace(told(told_shards, member), **shapes)
     with pytest.raises(ValueError, match=message):
-        trainer.start(
-            dataclasses.replace(CONFIG, data=data), tmp_path / "run", Console(file=io.StringIO())
-        )
+        start(dataclasses.replace(CONFIG, data=data), tmp_path / "run", Console(file=io.StringIO()))
 
 
 def test_prompts_for_a_model_without_texts_are_refused(tmp_path, clip):
     run = tmp_path / "run"
     trained(dataclasses.replace(CONFIG, steps=5), run)
-    config = build.read_config(run)
+    config = read_config(run)
     with pytest.raises(ValueError, match="is told labels; a prompt needs one"):
         build_evaluation.prompted(config, ["three"], str(clip))
 

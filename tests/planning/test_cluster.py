@@ -8,7 +8,8 @@ from speed_engine import cli
 from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cluster import plan
-from speed_engine.planning.cost import GPUS, estimate
+from speed_engine.planning.cost import estimate
+from speed_engine.planning.gpus import GPUS
 from speed_engine.presets import PRESETS
 
 SMALL = TrainConfig(

@@ -9,10 +9,11 @@ import torch
 
 from speed_engine import cli
 from speed_engine.build import build_model
-from speed_engine.cli import TrainCommand
+from speed_engine.commands.train import TrainCommand
 from speed_engine.config import DataConfig, TrainConfig
 from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
-from speed_engine.planning.cost import GPUS, Gpu, estimate
+from speed_engine.planning.cost import estimate
+from speed_engine.planning.gpus import GPUS, Gpu
 from speed_engine.presets import PRESETS
 
 PIXELS = DataConfig(image_shape=(3, 16, 16))
@@ -36,7 +37,7 @@ def test_dit_xl_2_costs_what_its_paper_says():
     assert round(cost.parameters / 1e6) == 675
     assert round(cost.forward_flops / 2e9, 1) == 118.6
     assert cost.training_flops == 3 * cost.forward_flops
-    gpu = Gpu(bf16_flops=1e15, bandwidth=4e12, memory=1e11)
+    gpu = Gpu(1e15, 4e12, 1e11, 1e11, 1e10)
     by_hand = 256 * 3 * cost.forward_flops / 1e15 + 36 * cost.parameters / 4e12
     assert math.isclose(cost.step_seconds(gpu), by_hand)
 

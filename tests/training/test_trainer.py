@@ -15,7 +15,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from speed_engine import build
 from speed_engine.config import (
     EvaluationConfig,
     MethodOptions,
@@ -26,11 +25,19 @@ from speed_engine.config import (
 )
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
-from speed_engine.data.preparing.catalogue import write_digits
+from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.models.config import DiTConfig
-from speed_engine.training import checkpoint, trainer
+from speed_engine.run import (
+    build_trainer,
+    load_average,
+    newest_checkpoint,
+    read_config,
+    resume,
+    start,
+)
+from speed_engine.training import checkpoint
 from speed_engine.training.trainer import Trainer
 
 TINY = TrainConfig(
@@ -73,7 +80,7 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
     for name in ("a", "b"):
-        trainer.start(TINY, tmp_path / name, quiet())
+        start(TINY, tmp_path / name, quiet())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [step for step, *_ in losses(tmp_path / "a")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
@@ -91,12 +98,12 @@ def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
 )
 def test_a_run_resumes_bit_for_bit_from_any_checkpoint(tmp_path, changes):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    trainer.start(dataclasses.replace(TINY, **changes), straight, quiet())
+    start(dataclasses.replace(TINY, **changes), straight, quiet())
     assert all(math.isfinite(value) for record in losses(straight) for value in record)
     shutil.copytree(straight, resumed)
     for step in (40, 60):
         shutil.rmtree(resumed / "checkpoints" / f"step-{step:08d}")
-    trainer.resume(resumed, quiet())
+    resume(resumed, quiet())
     assert losses(resumed) == losses(straight)
     ours, theirs = (run / "checkpoints" / "step-00000060" for run in (resumed, straight))
     states = [checkpoint.read_state(path) for path in (ours, theirs)]
@@ -112,25 +119,25 @@ def test_a_run_in_one_sweep_resumes_bit_for_bit(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     settings = OptimizerConfig(update="one_sweep")
     config = dataclasses.replace(TINY, steps=6, log_every=2, checkpoint_every=3, optimizer=settings)
-    trainer.start(config, straight, quiet())
+    start(config, straight, quiet())
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
-    trainer.resume(resumed, quiet())
+    resume(resumed, quiet())
     assert losses(resumed) == losses(straight)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_process_trains_and_draws(tmp_path, schedule):
     config = dataclasses.replace(TINY, schedule=schedule, steps=100, log_every=20)
-    trainer.start(config, tmp_path / "run", quiet())
+    start(config, tmp_path / "run", quiet())
     first, *_, last = losses(tmp_path / "run")
     assert last[1] < first[1]
 
 
 def test_what_a_method_learns_is_trained_and_kept(tmp_path):
     run = tmp_path / "run"
-    trainer.start(dataclasses.replace(TINY, method="ant_uw"), run, quiet())
-    newest = build.newest_checkpoint(run)
+    start(dataclasses.replace(TINY, method="ant_uw"), run, quiet())
+    newest = newest_checkpoint(run)
     learned = checkpoint.load_group(newest, "objective")["batch_loss.log_variance"]
     assert bool((learned != 0).all())
     moments = checkpoint.load_group(newest, "objective_optimizer")
@@ -148,18 +155,18 @@ def test_what_a_method_learns_is_trained_and_kept(tmp_path):
 def test_a_learned_variance_where_there_is_none_is_refused(tmp_path, changes, message):
     model = dataclasses.replace(TINY.model, learn_sigma=True)
     with pytest.raises(ValueError, match=message):
-        trainer.start(dataclasses.replace(TINY, model=model, **changes), tmp_path / "run", quiet())
+        start(dataclasses.replace(TINY, model=model, **changes), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 
 
 def test_another_seed_is_another_run(tmp_path):
     for seed in (0, 1):
-        trainer.start(dataclasses.replace(TINY, steps=7, seed=seed), tmp_path / str(seed), quiet())
+        start(dataclasses.replace(TINY, steps=7, seed=seed), tmp_path / str(seed), quiet())
     assert losses(tmp_path / "0") != losses(tmp_path / "1")
 
 
 def test_the_loss_falls(tmp_path):
-    trainer.start(dataclasses.replace(TINY, steps=200, log_every=50), tmp_path / "run", quiet())
+    start(dataclasses.replace(TINY, steps=200, log_every=50), tmp_path / "run", quiet())
     first, *_, last = losses(tmp_path / "run")
     assert last[1] < 0.7 * first[1]
 
@@ -184,7 +191,7 @@ def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
     assert run_cli("train", "digits", *OPTIONS, "--run", straight).returncode == 0
     assert losses(killed) == losses(straight)
     averages = [
-        build.load_average(run, build.read_config(run), torch.device("cpu"))[0].state_dict()
+        load_average(run, read_config(run), torch.device("cpu"))[0].state_dict()
         for run in (killed, straight)
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
@@ -192,15 +199,15 @@ def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
 
 def test_a_finished_run_can_be_trained_longer(tmp_path):
     run = tmp_path / "run"
-    trainer.start(dataclasses.replace(TINY, steps=40), run, quiet())
-    trainer.resume(run, quiet(), steps=60)
+    start(dataclasses.replace(TINY, steps=40), run, quiet())
+    resume(run, quiet(), steps=60)
     assert losses(run)[-1][0] == 60
-    assert build.read_config(run).steps == 60
+    assert read_config(run).steps == 60
 
 
 def test_a_run_folder_holds_what_it_promises(tmp_path):
     run = tmp_path / "run"
-    trainer.start(TINY, run, quiet())
+    start(TINY, run, quiet())
     # What auto chose, so that resuming keeps it.
     resolved = dataclasses.replace(TINY, compile="off", attention="sdpa")
     assert from_json((run / "config.json").read_text()) == resolved
@@ -215,7 +222,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path):
 
 def test_evaluate_repeats_the_figure_of_training(tmp_path):
     run = tmp_path / "run"
-    trainer.start(TINY, run, quiet())
+    start(TINY, run, quiet())
     recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     (run / "metrics.jsonl").unlink()
     done = run_cli("evaluate", run, "--json")
@@ -225,7 +232,7 @@ def test_evaluate_repeats_the_figure_of_training(tmp_path):
 
 def test_sample_draws_a_grid(tmp_path):
     run, out = tmp_path / "run", tmp_path / "grid.png"
-    trainer.start(dataclasses.replace(TINY, steps=20), run, quiet())
+    start(dataclasses.replace(TINY, steps=20), run, quiet())
     done = run_cli("sample", run, "--count", 20, "--guidance", 2, "--out", out)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"\x89PNG")
@@ -236,54 +243,54 @@ def test_sample_draws_a_grid(tmp_path):
 def test_too_few_images_for_fid_are_refused_before_training(tmp_path):
     few = dataclasses.replace(TINY.evaluation, num_images=64)
     with pytest.raises(ValueError, match="needs 65 images or more"):
-        trainer.start(dataclasses.replace(TINY, evaluation=few), tmp_path / "run", quiet())
+        start(dataclasses.replace(TINY, evaluation=few), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 
 
 def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(ValueError, match=r"exists already; .*--resume .* --run"):
-        trainer.start(TINY, tmp_path / "run", quiet())
+        start(TINY, tmp_path / "run", quiet())
 
 
 def test_a_bad_option_leaves_no_run_folder(tmp_path):
     with pytest.raises(ValueError, match="unknown; choose from"):
-        trainer.start(dataclasses.replace(TINY, method="sped"), tmp_path / "run", quiet())
+        start(dataclasses.replace(TINY, method="sped"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     run = tmp_path / "run"
-    trainer.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    start(dataclasses.replace(TINY, steps=5), run, quiet())
     other = dataclasses.replace(TINY, model=DiTConfig(dim=32, depth=2, num_heads=2))
     (run / "config.json").write_text(to_json(other))
     with pytest.raises(ValueError, match="checkpoint of another model: missing .*blocks.1"):
-        trainer.resume(run, quiet())
+        resume(run, quiet())
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
     run = tmp_path / "run"
-    trainer.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    start(dataclasses.replace(TINY, steps=5), run, quiet())
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ValueError, match="no complete checkpoint"):
-        trainer.resume(run, quiet())
+        resume(run, quiet())
 
 
 def test_a_complete_run_says_how_to_train_it_longer(tmp_path):
     run = tmp_path / "run"
-    trainer.start(dataclasses.replace(TINY, steps=5), run, quiet())
+    start(dataclasses.replace(TINY, steps=5), run, quiet())
     with pytest.raises(ValueError, match=r"complete at step 5 of 5; --steps N"):
-        trainer.resume(run, quiet())
+        resume(run, quiet())
 
 
 def test_a_restart_after_the_end_has_nothing_to_do(tmp_path, monkeypatch):
     config, run = dataclasses.replace(TINY, steps=4), tmp_path / "run"
-    trainer.start(config, run, quiet())
+    start(config, run, quiet())
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="exists already"):
-        trainer.start(config, run, quiet())
+        start(config, run, quiet())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun started this process again
-    trainer.start(config, run, quiet())
+    start(config, run, quiet())
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
@@ -306,9 +313,9 @@ def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path,
     path.write_bytes(tar)
     data = dataclasses.replace(TINY.data, source=str(shards), **options)
     config = dataclasses.replace(TINY, steps=40, data=data)
-    trainer.start(config, tmp_path / "whole", quiet())
-    trainer.start(dataclasses.replace(config, steps=20), tmp_path / "halves", quiet())
-    trainer.resume(tmp_path / "halves", quiet(), steps=40)
+    start(config, tmp_path / "whole", quiet())
+    start(dataclasses.replace(config, steps=20), tmp_path / "halves", quiet())
+    resume(tmp_path / "halves", quiet(), steps=40)
     counts = bad_samples(tmp_path / "whole")
     assert counts == sorted(counts) and counts[-1] > 10
     assert bad_samples(tmp_path / "halves")[-1] == counts[-1]
@@ -316,23 +323,23 @@ def test_damaged_samples_are_replaced_counted_and_survive_a_resumption(tmp_path,
 
     stopping = dataclasses.replace(data, on_bad_sample="stop")
     with pytest.raises(ValueError, match=r"digits-000002\.tar: sample '\d+': CRC-32 mismatch"):
-        trainer.start(dataclasses.replace(config, data=stopping), tmp_path / "stopped", quiet())
+        start(dataclasses.replace(config, data=stopping), tmp_path / "stopped", quiet())
 
 
 def test_data_that_changed_under_a_run_is_refused(tmp_path):
     shards, run = tmp_path / "shards", tmp_path / "run"
     write_digits(shards)
     data = dataclasses.replace(TINY.data, source=str(shards))
-    trainer.start(dataclasses.replace(TINY, steps=5, data=data), run, quiet())
+    start(dataclasses.replace(TINY, steps=5, data=data), run, quiet())
     sorted(shards.glob("*.tar"))[-1].unlink()
     with pytest.raises(ValueError, match=r"lacks \['digits-000005.tar'\]"):
-        trainer.resume(run, quiet(), steps=10)
+        resume(run, quiet(), steps=10)
     index_folder(shards)
     with pytest.raises(ValueError, match="holds other data than when"):
-        trainer.resume(run, quiet(), steps=10)
+        resume(run, quiet(), steps=10)
 
 
-def poison(trainer: trainer.Trainer, steps: range) -> None:
+def poison(trainer: Trainer, steps: range) -> None:
     """Make the loss of some steps NaN, by NaN pixels."""
     step = trainer.engine.step
 
@@ -346,7 +353,7 @@ def poison(trainer: trainer.Trainer, steps: range) -> None:
 @pytest.mark.parametrize("method", ["adaptive", "task_curriculum", "ant_uw"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, method):
     run = tmp_path / "run"
-    trainer = Trainer(dataclasses.replace(TINY, method=method), run, quiet())
+    trainer, _ = build_trainer(dataclasses.replace(TINY, method=method), run, quiet())
     run.mkdir()
     poison(trainer, range(25, 27))
     before = {}
@@ -369,7 +376,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, method):
 
 def test_many_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     run = tmp_path / "run"
-    trainer = Trainer(TINY, run, quiet())
+    trainer, _ = build_trainer(TINY, run, quiet())
     run.mkdir()
     poison(trainer, range(30, 33))
     with pytest.raises(FloatingPointError, match=r"in 3 steps in a row, up to step 35 \(3 in"):
@@ -381,6 +388,6 @@ def test_many_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
 def test_a_compiled_run_trains_like_an_eager_one(tmp_path):
     config = dataclasses.replace(TINY, steps=4, log_every=1)
     for mode in ("on", "off"):
-        trainer.start(dataclasses.replace(config, compile=mode), tmp_path / mode, quiet())
+        start(dataclasses.replace(config, compile=mode), tmp_path / mode, quiet())
     for compiled, eager in zip(losses(tmp_path / "on"), losses(tmp_path / "off"), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-3)

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import Protocol
 
 from speed_engine.data.format.checksums import crc32
-from speed_engine.data.format.index import Contents, ShardIndex, index_path, load_index
+from speed_engine.data.format.index import (
+    Contents,
+    ShardError,
+    ShardIndex,
+    index_path,
+    load_index,
+    merge_description,
+)
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
     ShardRecord,
     dataset_from_json,
-    merge_description,
     refuse_incomplete,
     verified,
 )
 from speed_engine.data.format.remote import RECORD_LIMIT, Cache, fetch, is_url
-from speed_engine.data.format.tar import ShardError
-from speed_engine.data.format.writer import scan_index
+from speed_engine.data.format.tar import scan_index
 from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)

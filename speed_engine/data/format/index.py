@@ -17,17 +17,30 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from speed_engine.data.format.tar import Samples, ShardError
 from speed_engine.runtime.checks import UserError
 
 VERSION = 2
 
+
+class ShardError(UserError):
+    """A shard or its index is damaged or unusable; the message names the file and the reason."""
+
+
+class Member(NamedTuple):
+    """Where the bytes of one member lie in the tar, and their CRC-32."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
 Contents = dict[str, dict[str, Any]]  # extension -> what ``decode.describe_member`` says of all
 
 
@@ -113,6 +126,19 @@ _DTYPES = {"key_bytes": np.uint8, "crc32": np.uint32}  # others int64
 def index_path(tar_path: Path) -> Path:
     """``digits-000000.tar`` -> ``digits-000000.index.safetensors``."""
     return tar_path.with_suffix(".index.safetensors")
+
+
+def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
+    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
+    known = contents.get(extension)
+    if known is None:
+        contents[extension] = description
+    elif known != description:
+        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
+        varying = dict.fromkeys(
+            name for name in known | description if known.get(name) != description.get(name)
+        )
+        contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
 
 
 def load_index(path: Path) -> tuple[ShardIndex, str]:

@@ -15,10 +15,10 @@ from typing import Any
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import decode_image, decode_label
-from speed_engine.data.format.index import ShardIndex, index_path, load_index
+from speed_engine.data.format.index import Samples, ShardError, ShardIndex, index_path, load_index
 from speed_engine.data.format.record import refuse_incomplete
 from speed_engine.data.format.repair import RepairList
-from speed_engine.data.format.tar import Samples, ShardError, scan_tar
+from speed_engine.data.format.tar import scan_tar
 from speed_engine.data.format.writer import each_shard
 
 _DECODED = ("npy", "png", "jpg", "jpeg", "webp")  # what a sample's identity is made of
@@ -118,8 +118,6 @@ def check_shard(path: Path) -> ShardFacts:
         else:
             shard.note = f"{error} Its samples are read by its index."
             _read_by_index(shard, index, path)
-    if not shard.samples and not shard.fatal:
-        shard.fatal = "no samples"
     return shard
 
 

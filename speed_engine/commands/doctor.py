@@ -1,0 +1,31 @@
+"""``speed-engine doctor``: what will be used on this machine, and why."""
+
+from dataclasses import dataclass
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from speed_engine.presets import PRESETS
+from speed_engine.run import machine_choices
+from speed_engine.runtime import machine
+from speed_engine.runtime.files import cache_folder
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Print what will be used on this machine, and why."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Print the choices."""
+    tyro.cli(DoctorCommand, args=arguments, prog="speed-engine doctor")
+    facts = machine.describe(["speed-engine", "doctor"])
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("python", facts["python"], packages)
+    table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
+    for name, (value, reason) in machine_choices(PRESETS["digits"][1]).shown().items():
+        table.add_row(name, f"[bold]{value}[/bold]", reason)
+    table.add_row("cache", "", str(cache_folder()))
+    console.print(table, highlight=False)

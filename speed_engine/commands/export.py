@@ -1,0 +1,46 @@
+"""``speed-engine export``: a trained model's weights for another library."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from speed_engine.models.config import DiTConfig
+from speed_engine.models.layouts.files import save_pretrained
+from speed_engine.run import load_average, read_config
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write the averaged model of a run for another library."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """What to write: a .safetensors file for original, a folder for diffusers."""
+    layout: Literal["original", "diffusers"] = "original"
+    """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Write the weights."""
+    command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
+    config = read_config(command.run)
+    model, step = load_average(command.run, config, torch.device("cpu"))
+    for path in save_pretrained(model, command.out, command.layout):
+        console.print(
+            f"weights of step {step}: {path}", highlight=False, markup=False, soft_wrap=True
+        )
+    shift = config.model.frequency_shift if isinstance(config.model, DiTConfig) else 1
+    if command.layout == "diffusers" and shift != 1:
+        console.print(
+            f"diffusers computes time features with a frequency shift of 1, this model with "
+            f"{shift:g}: after from_pretrained, call "
+            f"speed_engine.models.layouts.dit.set_frequency_shift(transformer, {shift:g}).",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,66 @@
+"""``speed-engine methods``: which methods there are, on which processes, and what they do."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from speed_engine.diffusion.methods import METHODS
+from speed_engine.diffusion.processes import build_schedule
+from speed_engine.evaluation import method_report
+
+
+@dataclass(frozen=True)
+class MethodsCommand:
+    """List the methods and the processes that each works on; print or draw what they do."""
+
+    process: str = "linear"
+    """Noise process of --json and --figures."""
+    num_timesteps: int = 1000
+    """Its timesteps; in continuous time, the resolution."""
+    json: bool = False
+    """Print P and w of every method on the process as JSON, in place of the table."""
+    figures: Path | None = None
+    """Folder to write two pictures of the process into: its methods and its increments."""
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Print the table or the arrays, and write the figures."""
+    command = tyro.cli(MethodsCommand, args=arguments, prog="speed-engine methods")
+    build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
+    if command.json:
+        print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
+    else:
+        _print_methods(method_report.compatibility(command.num_timesteps), console)
+    if command.figures is not None:
+        for path in method_report.draw_figures(
+            command.process, command.num_timesteps, command.figures
+        ):
+            print(path, file=sys.stderr)
+
+
+def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) -> None:
+    """One row per method, one column per process; reasons for the gaps below."""
+    reasons: list[str] = []
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("method")
+    for process in cells:
+        table.add_column(process.replace("_", "\n"), justify="center")
+    for method in METHODS:
+        row = []
+        for of_method in cells.values():
+            reason = of_method[method]
+            if reason is not None and reason not in reasons:
+                reasons.append(reason)
+            row.append("yes" if reason is None else f"({reasons.index(reason) + 1})")
+        table.add_row(method, *row)
+    console.print(table, highlight=False)
+    for number, reason in enumerate(reasons, 1):
+        console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
+    for method, recipe in METHODS.items():
+        summary = (recipe.__doc__ or "").splitlines()[0]
+        console.print(f"{method:20} {summary}", highlight=False, markup=False, soft_wrap=True)

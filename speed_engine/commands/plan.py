@@ -1,0 +1,45 @@
+"""``speed-engine plan``: what a run would take on many GPUs; nothing is trained."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from speed_engine.config import TrainConfig
+from speed_engine.planning.gpus import GpuName
+from speed_engine.presets import PRESETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Print what a run would take on many GPUs; nothing is trained."""
+
+    preset: tyro.conf.Suppress[str]
+    gpus: int = 8
+    """Number of GPUs, of all nodes together."""
+    gpu: GpuName = "h200"
+    """Kind of the GPUs."""
+    per_node: int = 8
+    """Number of GPUs in one node."""
+    efficiency: float = 0.45
+    """Share of the GPU's peak rate that the arithmetic reaches; measure it on one GPU first."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+def run(arguments: list[str], console: Console) -> None:
+    """Print the plan."""
+    from speed_engine.planning import cluster
+
+    presets = {
+        name: (text, PlanCommand(preset=name, config=config))
+        for name, (text, config) in PRESETS.items()
+    }
+    command = tyro.extras.overridable_config_cli(
+        presets, args=arguments, prog="speed-engine plan", config=(tyro.conf.AvoidSubcommands,)
+    )
+    lines = cluster.describe(
+        command.config, command.gpus, command.gpu, command.per_node, command.efficiency
+    )
+    for name, text in lines.items():
+        console.print(f"{name:10}{text}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,237 @@
+"""A run and its folder: start it, continue it, and read what it left.
+
+RUN/config.json         resolved configuration; what ``--resume`` reads
+RUN/environment.json    versions, hardware, command
+RUN/metrics.jsonl       records; RUN/tensorboard the same
+RUN/checkpoints/        see training/checkpoint.py
+RUN/samples/            images of the averaged model, one row per class, as PNG; latents as npy
+RUN/ema.safetensors     the averaged model, once the run is complete
+
+Several processes, started by torchrun, train one run together; the first one writes.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from speed_engine.build import build_model, build_process
+from speed_engine.build_evaluation import build_evaluator
+from speed_engine.build_training import TrainingData, build_engine
+from speed_engine.config import TrainConfig, from_json, to_json
+from speed_engine.models.layouts.files import require_shapes
+from speed_engine.runtime import machine
+from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.runtime.world import ALONE, World, join
+from speed_engine.training import checkpoint
+from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
+
+CONFIG_FILE = "config.json"
+
+
+def start(config: TrainConfig, folder: Path, console: Console) -> None:
+    """Train a new run; torchrun restarting its processes continues the one that it started.
+
+    Args:
+        config: of the run.
+        folder: of the run; must not exist.
+        console: what the first process prints to.
+
+    Raises:
+        UserError: the folder exists, or the configuration does not fit the data.
+    """
+    world = join(machine.torch_device(config.device).type)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if world.from_first(folder.exists):
+        if restarted and world.from_first((folder / EMA_FILE).exists):
+            if world.is_first:  # a process died on its way out
+                console.print(f"{folder} was complete before the restart.", markup=False)
+            return
+        if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
+            _continue(read_config(folder), folder, console, world)
+            return
+        raise UserError(
+            f"{folder} exists already; continue it with `speed-engine train --resume {folder}`, "
+            "or name another folder with --run."
+        )
+    trainer, config = build_trainer(config, folder, console, world, config.init_from)
+    if world.is_first:
+        folder.mkdir(parents=True)
+        write_durably(folder / CONFIG_FILE, to_json(config).encode())
+    trainer.train()
+
+
+def resume(folder: Path, console: Console, steps: int | None = None) -> None:
+    """Continue a run from its newest complete checkpoint.
+
+    Args:
+        folder: of the run.
+        console: what the first process prints to.
+        steps: optimizer steps of the whole run; by default those it was started with.
+
+    Raises:
+        UserError: the folder is not a run, has no checkpoint, or one of another model or other
+            data, or there is nothing left to do.
+    """
+    config = read_config(folder)
+    if steps is not None:
+        config = replace(config, steps=steps)
+    world = join(machine.torch_device(config.device).type)
+    world.from_first(lambda: str(newest_checkpoint(folder)))
+    _continue(config, folder, console, world)
+
+
+def _continue(config: TrainConfig, folder: Path, console: Console, world: World) -> None:
+    """From the newest complete checkpoint; from the start if none had been written yet."""
+    saved = world.from_first(lambda: any((folder / CHECKPOINTS).glob("step-*")))
+    init_from = None if saved else config.init_from
+    trainer, _ = build_trainer(config, folder, console, world, init_from)
+    if saved:
+        trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
+    if world.is_first:
+        write_durably(folder / CONFIG_FILE, to_json(config).encode())
+    trainer.train()
+
+
+def machine_choices(
+    config: TrainConfig, world: World = ALONE, num_bytes: int | None = None
+) -> machine.Choices:
+    """What the machine decides of a run; ``num_bytes`` of its data set, if known."""
+    return machine.choose(
+        device=config.device,
+        steps=config.steps,
+        compile=config.compile,
+        attention=config.attention,
+        parallel=config.parallel,
+        update=config.optimizer.update,
+        resident=config.data.resident,
+        data_mode=config.data.mode,
+        workers=config.data.workers,
+        world=world,
+        num_bytes=num_bytes,
+    )
+
+
+def build_trainer(
+    config: TrainConfig,
+    folder: Path,
+    console: Console,
+    world: World = ALONE,
+    init_from: Path | None = None,
+) -> tuple[Trainer, TrainConfig]:
+    """The trainer of a run, and the configuration with the choices that were left open.
+
+    Everything is built and checked before anything is written. The choices belong on record: others
+    round differently, and a resumed run must not.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        console: what the first process prints to.
+        world: the processes that train together.
+        init_from: weights to start from; None initialises from the seed.
+
+    Raises:
+        UserError: an option does not fit another, the machine, or the data.
+    """
+    keep_freed_memory()
+    device = machine.torch_device(config.device, world)
+    data = TrainingData(config, world, device)
+    choices = machine_choices(config, world, data.num_bytes)
+    process = build_process(config)
+    evaluator = build_evaluator(config, process, world)
+    engine = build_engine(config, process, choices, world, device, init_from)
+    where = choices.device.value
+    if world.size > 1:
+        where = f"{world.size} x {where}, {choices.parallel.value}"
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    trainer = Trainer(
+        Loop(
+            steps=config.steps,
+            batch_size=config.batch_size,
+            log_every=config.log_every,
+            evaluate_every=config.evaluation.every,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            on_nonfinite=config.on_nonfinite,
+            hang_timeout=config.hang_timeout,
+            resident=choices.resident.value == "on",
+        ),
+        folder,
+        engine,
+        data,
+        evaluator,
+        device=device,
+        world=world,
+        console=console,
+        introduction={
+            "data": f"{len(data.reader):,} images of shape {config.data.image_shape}",
+            "model": f"{parameters:,} parameters on {where}",
+            "method": config.method,
+            "features": evaluator.extractor.describe() if evaluator.extractor else "none",
+        },
+    )
+    resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
+    return trainer, resolved
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The resolved configuration of a run.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
+    return from_json(path.read_text())
+
+
+def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """(averaged model, its step) from a run's newest complete checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or it belongs to another model.
+    """
+    return load_average_of(newest_checkpoint(run), config, device)
+
+
+def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+    """The same from one checkpoint, which must be complete.
+
+    Raises:
+        UserError: it belongs to another model.
+    """
+    model = build_model(config)
+    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    step = checkpoint.read_state(path)["step"]
+    return model.to(device).eval().requires_grad_(False), step
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return checkpoint.newest(run / CHECKPOINTS)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
+def load_parameters(model: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Strict load.
+
+    Raises:
+        UserError: names or shapes differ; lists them.
+    """
+    ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    require_shapes(ours, {name: tuple(v.shape) for name, v in tensors.items()}, source)
+    model.load_state_dict(tensors)

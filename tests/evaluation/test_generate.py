@@ -33,10 +33,12 @@ class Exact(nn.Module):
         return answer if labels is None else answer + 0.01 * labels.view(-1, 1, 1, 1)
 
 
-def images_of(process="linear", ids=None, labels=None, *, seed=5, batch_size=500, **settings):
+def images_of(
+    process="linear", ids=None, labels=None, *, seed=5, batch_size=500, network=Exact, **settings
+):
     schedule = build_schedule(process)
     table = TimestepTable(schedule, schedule.prediction, torch.ones(1000))
-    model = Exact(table)
+    model = network(table)
     ids = torch.arange(8) if ids is None else ids
     conditions = {} if labels is None else {"labels": labels}
     images = generate(
@@ -112,10 +114,9 @@ class Rounding(Exact):
 
 def test_solvers_compute_in_float32_whatever_the_model_answers_in(monkeypatch):
     labels = torch.arange(8)
-    monkeypatch.setitem(globals(), "Exact", Rounding)
-    in_bfloat16, _ = images_of(labels=labels, guidance=3.0)
+    in_bfloat16, _ = images_of(labels=labels, guidance=3.0, network=Rounding)
     monkeypatch.setattr(Rounding, "answer_dtype", torch.float32)
-    in_float32, _ = images_of(labels=labels, guidance=3.0)
+    in_float32, _ = images_of(labels=labels, guidance=3.0, network=Rounding)
     assert in_bfloat16.dtype == torch.float32 and torch.equal(in_bfloat16, in_float32)
 
 

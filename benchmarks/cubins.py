@@ -73,7 +73,9 @@ def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
-def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
+def qk_rotation(
+    backward: bool, dtype: str, num_heads: int, dim: int, per_image: bool = False
+) -> Case:
     """Queries and keys in the packed result of a qkv layer."""
     shape = qk_norm_rope.blocks(num_heads, dim)
     num_warps = shape.pop("num_warps")
@@ -82,7 +84,7 @@ def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
     sizes = (*["i32"] * 3 * len(tensors), "i32", "i32", "fp32")  # strides, heads, tokens, eps
     unit = math.gcd(8, dim)
     tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
-    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"])
+    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"], per_image)
     return Case(
         qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
         (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
@@ -113,10 +115,10 @@ def group_norm(kernel: str, channels_last: bool) -> Case:
     return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
 
 
-def adamw(horizons: int, shadows: bool = False) -> Case:
+def adamw(horizons: int) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
-    constants = (horizons, shadows, 16, adamw_ema.BLOCK)
+    constants = (horizons, 16, adamw_ema.BLOCK)
     arguments = (*tables, "i32", *["fp32"] * 5, *constants)  # i32: number of tensors
     return Case(adamw_ema._adamw_ema_kernel, arguments, num_warps=8)
 
@@ -170,7 +172,6 @@ CASES = {
     "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
-    "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(num_sums=2),
@@ -186,7 +187,9 @@ CASES = {
     ),
     "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
     "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
+    "qk_norm_rope of each image": qk_rotation(False, BF16, 12, 64, per_image=True),
     "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
+    "qk_norm_rope_backward of each image": qk_rotation(True, BF16, 12, 64, per_image=True),
     "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
     "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
     **{

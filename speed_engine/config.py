@@ -133,8 +133,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, and the average of its iterates (EMA)."""
+    """What updates the parameters, and the averages of them (EMA)."""
 
+    name: str = "adamw"
+    """The optimizer: adamw."""
     learning_rate: float = 1e-3
     """Step size after warm-up."""
     warmup_steps: int = 100
@@ -149,15 +151,26 @@ class OptimizerConfig:
     """Decoupled decay per step, in units of the learning rate."""
     grad_clip: float = 1.0
     """Largest gradient norm; inf never clips."""
-    update: Literal["auto", "separate", "one_sweep", "one_sweep_bf16"] = "auto"
-    """Clip, AdamW and average one after the other, or in one sweep that skips updates that are not
-    finite; one_sweep_bf16 keeps bfloat16 copies of the weights, too, which need not be cast."""
+    update: Literal["auto", "separate", "one_sweep"] = "auto"
+    """Clip, optimizer and averages one after the other, or AdamW with both in one sweep over
+    memory."""
     ema_decay: float = 0.999
     """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
+    averages: tuple[str, ...] = ()
+    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay, and
+    power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1) (EDM2). --average generates from one."""
 
     def __post_init__(self) -> None:
         lr = self.learning_rate
         check("optimizer.learning_rate", lr, lr > 0, "must be positive")
+        known = ("auto", "separate", "one_sweep")
+        continued = (
+            f"choose from {', '.join(known)}; a run of one_sweep_bf16, which is no more, continues "
+            "with one_sweep in its config.json"
+        )
+        check("optimizer.update", self.update, self.update in known, continued)
+        once = len(set(self.averages)) == len(self.averages)
+        check("optimizer.averages", self.averages, once, "name each average once")
         check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "must be >= 0")
         check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "must be >= 0")
         check("optimizer.grad_clip", self.grad_clip, self.grad_clip > 0, "must be positive")
@@ -280,12 +293,6 @@ class TrainConfig:
         for name in counts:
             value = getattr(self, name)
             check(name, value, value is None or value >= 1, "must be at least 1")
-        check(
-            "microbatch_size",
-            self.microbatch_size or 0,
-            self.microbatch_size is None or self.optimizer.update != "one_sweep_bf16",
-            "gradients of microbatches would be summed in bfloat16; use optimizer.update=one_sweep",
-        )
         check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
         check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
         check(

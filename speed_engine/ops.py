@@ -78,7 +78,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of queries and keys, then rotation by position: see ``speed_kernels.qk_norm_rope``.
 
-    q and k are (B, H, N, D), weights (D,), cos and sin (N, D).
+    q and k are (B, H, N, D), weights (D,), cos and sin (N, D), or (B, N, D) of each image.
     """
     module, on_kernel = _qk_norm_rope, norm_kernels_run_on(q.device)
     run = module.qk_norm_rope if on_kernel else module.qk_norm_rope_reference

@@ -95,11 +95,11 @@ def run(arguments: list[str], console: Console) -> None:
         OSError: a folder cannot be read or written.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        from speed_engine.data.preparing.catalogue import SOURCES
+        from speed_engine.data.preparing.catalogue import SOURCES, shown
 
         print(usage("speed-engine shards", USES), end="")
         print("\nEach command explains its options with --help. SOURCE is one of:\n")
-        print("".join(f"  {kind.shown:25}{kind.text}\n" for kind in SOURCES.values()), end="")
+        print("".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items()), end="")
         return
     name = known(arguments[0], USES, "command of shards")
     try:

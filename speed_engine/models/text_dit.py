@@ -99,4 +99,5 @@ class TextDiT(DiT):
         """(B, C, H, W), (B,) timesteps, (B, L, E) -> (B, C or 2C, H, W)."""
         text = self.text_embedder(tokens)
         condition = self.t_embedder(t) + self.pooled_embedder(text.mean(1))
-        return self._answer(x, condition, text)
+        stream = self.through(self.blocks, self.embed(x), condition, text, *self.rotation())
+        return self.answer(stream, condition)

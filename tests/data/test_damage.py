@@ -188,13 +188,6 @@ def test_a_shard_of_no_samples_is_sound(folder, indexed):
     assert not check_folder(folder).repair
 
 
-def test_a_data_set_of_nothing_is_refused(tmp_path):
-    with tarfile.open(tmp_path / "x.tar", "w"):
-        pass
-    with pytest.raises(ShardError, match="holds no samples"):
-        ShardReader(tmp_path)
-
-
 def test_a_missing_index_is_made_in_memory_and_said(folder, caplog):
     known = ShardReader(folder)
     index_path(folder / "x-000002.tar").unlink()
@@ -280,7 +273,7 @@ with ShardWriter(sys.argv[1], "x", 30) as writer:
 def test_a_full_disk_while_writing_leaves_nothing_that_is_accepted(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "set")]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "OSError: [Errno 27] File too large" in done.stderr
     left = sorted(path.name for path in (tmp_path / "set").iterdir())
     assert left == ["x-000000.index.safetensors", "x-000000.tar", "x.incomplete"]

@@ -14,7 +14,7 @@ Letters: N samples, M extensions.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,13 @@ class ShardIndex:
         """The key of sample ``n``."""
         start = self.key_ends[n - 1] if n else 0
         return self.key_bytes[start : self.key_ends[n]].tobytes().decode()
+
+    def members(self) -> Iterator[tuple[str, dict[str, Member]]]:
+        """Key and members by extension, of every sample."""
+        columns = (self.offset.tolist(), self.size.tolist(), self.crc32.tolist())
+        for n, rows in enumerate(zip(*columns, strict=True)):
+            places = zip(self.extensions, map(Member, *rows), strict=True)
+            yield self.key(n), {name: member for name, member in places if member.size >= 0}
 
     def without(self, keys: Collection[str]) -> np.ndarray:
         """Numbers of the samples whose key is not among ``keys``, int64."""
@@ -166,9 +173,7 @@ def load_index(path: Path) -> tuple[ShardIndex, str]:
         )
         _check_shapes(columns, len(index.extensions))
         intact = index._checksum(header) == checksum and index.content_hash() == sha256
-    except FileNotFoundError:
-        raise
-    except ShardError:
+    except (FileNotFoundError, ShardError):
         raise
     # Whatever bytes provoke: an unreadable file, JSON of another structure or too deep.
     except (

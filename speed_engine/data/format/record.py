@@ -14,12 +14,18 @@ killed, a file ``NAME.incomplete`` lies there instead and readers refuse the fol
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.format.index import VERSION, Contents, ShardError
+from speed_engine.data.format.index import (
+    VERSION,
+    Contents,
+    ShardError,
+    ShardIndex,
+    merge_description,
+)
 
 RECORD = "dataset.json"
 _PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
@@ -110,6 +116,16 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
     if foreign:
         raise ShardError(f"{source} names what is no shard beside it: {foreign[:3]}.")
     return dataset
+
+
+def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:
+    """Of the names of tars, with the index and the content hash of each."""
+    records, contents = [], {}
+    for name, (index, sha256) in shards:
+        records.append(ShardRecord(name, index.tar_bytes, len(index), sha256))
+        for extension, description in index.contents.items():
+            merge_description(contents, extension, description)
+    return Dataset(tuple(records), contents)
 
 
 def refuse_incomplete(folder: Path) -> None:

@@ -13,6 +13,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -32,8 +33,8 @@ from speed_engine.data.format.index import (
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
-    ShardRecord,
     dataset_from_json,
+    dataset_of,
     file_record,
     refuse_incomplete,
 )
@@ -131,18 +132,15 @@ def commit(
     Raises:
         ShardError: there is no shard, or one lacks its index or does not fit it.
     """
-    shards, contents = [], {}
-    for path in sorted(folder.glob("*.tar")):
-        index, sha256 = load_index(index_path(path))
+    loaded = {path: load_index(index_path(path)) for path in sorted(folder.glob("*.tar"))}
+    for path, (index, _) in loaded.items():
         if path.stat().st_size != index.tar_bytes:
             raise ShardError(f"{path} has not the size that its index says; write it again.")
-        shards.append(ShardRecord(path.name, index.tar_bytes, len(index), sha256))
-        for extension, description in index.contents.items():
-            merge_description(contents, extension, description)
-    if not shards:
+    if not loaded:
         raise ShardError(f"{folder} holds no shards; nothing was written into it.")
     records = {file: file_record((folder / file).read_bytes()) for file in files}
-    dataset = Dataset(tuple(shards), contents, dict(metadata or {}), records)
+    dataset = dataset_of((path.name, both) for path, both in loaded.items())
+    dataset = replace(dataset, metadata=dict(metadata or {}), files=records)
     write_durably(folder / RECORD, dataset.to_json().encode())
     if name is not None:
         (folder / f"{name}.incomplete").unlink(missing_ok=True)

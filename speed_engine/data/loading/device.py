@@ -25,8 +25,7 @@ def on_device(batches: Iterable[StoredBatch], device: torch.device) -> Iterator[
         if ready is not None:
             yield ready
         computation.wait_stream(copies)
-        rows = *following.conditions.values(), *following.targets.values()
-        for tensor in (following.images, following.ids, *rows):
+        for tensor in (following.images, following.ids, *following.conditions.values()):
             tensor.record_stream(computation)
         ready = following
     if ready is not None:

@@ -31,48 +31,34 @@ class Asked(NamedTuple):
 class Kind(NamedTuple):
     """One kind of source."""
 
-    shown: str  # how a person writes it
     text: str  # what it is
     open: Callable[[Asked], Source]
 
 
-SOURCES: dict[str, Kind] = {  # pattern of a name; of a folder with a slash at its end
-    "digits": Kind(
-        "digits",
-        "1,797 scans of 8 x 8, ten classes; part of the package",
-        lambda asked: Digits(),
-    ),
-    "emoji": Kind(
-        "emoji",
-        "about 1,900 drawings of Noto Color Emoji, from its font",
-        lambda asked: Emoji(),
-    ),
+SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash at its end
+    "digits": Kind("scans of 8 x 8, part of the package", lambda asked: Digits()),
+    "emoji": Kind("drawings of Noto Color Emoji, from its font", lambda asked: Emoji()),
     "hf:*": Kind(
-        "hf:NAME, hf:PATH",
-        "a Hugging Face data set, on the hub or in a folder",
+        "Hugging Face data set, on the hub or in a folder",
         lambda asked: HuggingFace(asked.name.removeprefix("hf:"), asked.split),
     ),
-    "*/": Kind(
-        "FOLDER",
-        "one sub-folder of pictures per class, or pictures of one class",
-        lambda asked: ImageFolder(asked.path),
-    ),
-    "*.zip": Kind(
-        "FILE.zip",
-        "pictures, and a dataset.json of labels, as EDM has them",
-        lambda asked: ZipArchive(asked.path),
-    ),
+    "*/": Kind("pictures, a sub-folder per class", lambda asked: ImageFolder(asked.path)),
+    "*.zip": Kind("pictures and labels, as EDM has them", lambda asked: ZipArchive(asked.path)),
     "*.json": Kind(
-        "captions_FILE.json",
-        "COCO's captions of the pictures in the folder --images",
+        "COCO's captions of the pictures in --images",
         lambda asked: CocoCaptions(asked.path, asked.images),
     ),
-    "*gz": Kind(
-        "cifar-10-binary.tar.gz",
-        "CIFAR-10 as published for C programs",
+    "*.tar.gz": Kind(
+        "cifar-10-binary.tar.gz as it is published",
         lambda asked: Cifar10(asked.path, asked.split),
     ),
 }
+SOURCES["*.tgz"] = SOURCES["*.tar.gz"]
+
+
+def shown(pattern: str) -> str:
+    """How a person writes the name of a source of this pattern."""
+    return pattern.replace("*", "NAME")
 
 
 def open_source(name: str, images: Path | None = None, split: str = "train") -> Source:
@@ -90,7 +76,7 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
     written = f"{name}/" if path.is_dir() and name not in SOURCES else name
     pattern = next((pattern for pattern in SOURCES if fnmatchcase(written, pattern)), "*")
     if pattern.startswith("*") and not path.exists():
-        known = ", ".join(kind.shown for kind in SOURCES.values())
+        known = ", ".join(map(shown, SOURCES))
         raise UserError(f"source {name!r} does not exist; needed: {known}.")
     if pattern not in SOURCES:
         raise UserError(f"source {name!r}: files of kind {path.suffix!r} are not known.")

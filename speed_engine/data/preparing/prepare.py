@@ -30,7 +30,7 @@ from speed_engine.data.format.record import RECORD
 from speed_engine.data.format.writer import begin, commit, is_complete, shard_name, write_shard
 from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.preparing.source import Source
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check
 from speed_engine.runtime.files import write_durably
 
 PLAN = "preparation.json"
@@ -125,21 +125,16 @@ class PictureOptions:
     samples_per_shard: int = 1000
 
     def __post_init__(self) -> None:
-        _check("size", self.size, self.size is None or 1 <= self.size <= 8192, "1 to 8192 pixels")
-        _check("channels", self.channels, self.channels in (1, 3), "1 or 3")
-        _check("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}")
-        _check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
+        check("size", self.size, self.size is None or 1 <= self.size <= 8192, "1 to 8192 pixels")
+        check("channels", self.channels, self.channels in (1, 3), "1 or 3")
+        check("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}")
+        check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
         count = self.samples_per_shard
-        _check("samples_per_shard", count, 1 <= count <= 10**6, "1 to 1,000,000")
+        check("samples_per_shard", count, 1 <= count <= 10**6, "1 to 1,000,000")
         if self.low_size is not None:
             fits = self.size is not None and 1 <= self.low_size < self.size
             valid = fits and not (self.size or 0) % self.low_size
-            _check("low_size", self.low_size, valid, f"a divisor of size={self.size} below it")
-
-
-def _check(name: str, value: object, valid: bool, need: str) -> None:
-    if not valid:
-        raise UserError(f"{name}={value}: needed is {need}.")
+            check("low_size", self.low_size, valid, f"a divisor of size={self.size} below it")
 
 
 def make(
@@ -166,7 +161,7 @@ def make(
         OSError: the disk is full, for example; the folder can be continued.
         ChildProcessError: a worker was killed; likewise.
     """
-    _check("workers", workers, workers >= 1, "1 or more")
+    check("workers", workers, workers >= 1, "1 or more")
     size = _size_of_all(source, options, skip_bad)
     order, step = mixed_order(len(source)), options.samples_per_shard
     numbers = [order[start : start + step] for start in range(0, len(order), step)]

@@ -29,13 +29,13 @@ class Greys(Source):
 
 
 def test_a_source_is_its_class_and_its_entry(monkeypatch, capsys):
-    kind = Kind("greys:COUNT", "plain greys", lambda asked: Greys(int(asked.name[6:])))
+    kind = Kind("plain greys", lambda asked: Greys(int(asked.name[6:])))
     monkeypatch.setitem(SOURCES, "greys:*", kind)
     assert len(open_source("greys:5")) == 5
-    with pytest.raises(UserError, match="does not exist; needed: digits, .*, greys:COUNT"):
+    with pytest.raises(UserError, match="does not exist; needed: digits, .*, greys:NAME"):
         open_source("nowhere")
     cli.main(["shards", "--help"])
-    assert "greys:COUNT" in capsys.readouterr().out
+    assert "greys:NAME" in capsys.readouterr().out
 
 
 def test_a_name_is_a_source_by_its_kind(tmp_path, monkeypatch):

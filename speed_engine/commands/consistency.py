@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConsistencyCommand:
-    """Measure how alike the images are that two models draw from the same noise, over training.
+    """Measure how alike the images are that two models generate from the same noise, over training.
 
     At every step at which both runs have a checkpoint (--keep-every keeps them), and at the end:
     the mean squared distance and the cosine similarity of images of the same noise, beside those

@@ -74,7 +74,7 @@ def run(arguments: list[str], console: Console) -> None:
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
     )
-    draw(
+    generate_files(
         config,
         command.run,
         command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
@@ -88,7 +88,7 @@ def run(arguments: list[str], console: Console) -> None:
     )
 
 
-def draw(
+def generate_files(
     config: TrainConfig,
     run: Path,
     out: Path,

@@ -104,7 +104,7 @@ def generate_in_parts(
         folder: of the parts, made or continued.
         settings: JSON-like, all that decides the images, beside those above.
         world: the processes; each calls this, and returns when all parts are there.
-        advance: told the images of each part that this process has generated.
+        advance: called with the number of images of each part that this process generated.
 
     Raises:
         UserError: the folder holds images of other settings.

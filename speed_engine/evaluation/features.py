@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from speed_engine.evaluation.metrics import INCEPTION
 from speed_engine.runtime.checks import UserError
 
 INCEPTION_URL = (
@@ -68,7 +69,7 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
             f"{INCEPTION_SHA256}; it was not opened. Delete it and fetch {INCEPTION_URL}."
         )
     return Extractor(
-        name="inception-v3-compat",
+        name=INCEPTION,
         weights_sha256=digest,
         feature_dim=2048,
         channels=3,

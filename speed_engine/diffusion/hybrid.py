@@ -29,7 +29,6 @@ class HybridObjective(Objective):
         method: on a variance-preserving discrete process, predicting epsilon.
         seed: root of all draws.
         changes: what is done to the conditions, in turn; modules.
-        weigh_bound: whether the method's weight multiplies the bound, too.
         store_noise: as in ``Objective``.
 
     Raises:
@@ -43,7 +42,6 @@ class HybridObjective(Objective):
         method: Method,
         seed: int,
         changes: Sequence[ConditionChange] = (),
-        weigh_bound: bool = False,
         store_noise: bool = False,
     ) -> None:
         super().__init__(method, seed, changes, store_noise)
@@ -53,7 +51,7 @@ class HybridObjective(Objective):
             )
         rows = bound_rows(method.schedule).float()
         scale = torch.full_like(rows[:, :1], method.schedule.num_timesteps / 1000)
-        weight = scale * method.table.coefficients[:, 4:] if weigh_bound else scale
+        weight = scale * method.table.coefficients[:, 4:] if method.weigh_bound else scale
         self.register_buffer("bound_rows", torch.cat([rows, weight], dim=1), persistent=False)
 
     def _errors(

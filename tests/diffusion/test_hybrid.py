@@ -90,7 +90,7 @@ def test_the_bound_trains_the_variance_only():
 
 
 def objective(**options) -> HybridObjective:
-    return HybridObjective(build_method("p2", linear()), 3, **options)
+    return HybridObjective(build_method("p2", linear(), **options), 3)
 
 
 @pytest.mark.parametrize("weigh_bound", [False, True])

@@ -12,7 +12,6 @@
 Nothing is unpacked to disk and nothing unpickled.
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from speed_engine.data.preparing.sources.emoji import Emoji
 from speed_engine.data.preparing.sources.files import CocoCaptions, ImageFolder, ZipArchive
 from speed_engine.data.preparing.sources.huggingface import HuggingFace
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import cache_folder
 
 _DIGITS = Path(__file__).with_name("digits.npz")  # images (1797, 8, 8) uint8 in 0..16, labels
 
@@ -108,10 +108,9 @@ def digits_folder(cache: str | Path | None = None) -> Path:
     """The folder of the digits' shards, written at the first call.
 
     Args:
-        cache: parent folder; None means $SPEED_ENGINE_CACHE or else ~/.cache/speed_engine.
+        cache: parent folder; by default ``cache_folder()``.
     """
-    cache = Path(cache or os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine")
-    cache = cache.expanduser()
+    cache = cache_folder() if cache is None else Path(cache).expanduser()
     folder = cache / f"digits-{VERSION}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

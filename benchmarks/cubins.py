@@ -73,7 +73,9 @@ def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
 
 
-def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
+def qk_rotation(
+    backward: bool, dtype: str, num_heads: int, dim: int, per_image: bool = False
+) -> Case:
     """Queries and keys in the packed result of a qkv layer."""
     shape = qk_norm_rope.blocks(num_heads, dim)
     num_warps = shape.pop("num_warps")
@@ -82,7 +84,7 @@ def qk_rotation(backward: bool, dtype: str, num_heads: int, dim: int) -> Case:
     sizes = (*["i32"] * 3 * len(tensors), "i32", "i32", "fp32")  # strides, heads, tokens, eps
     unit = math.gcd(8, dim)
     tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
-    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"])
+    constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"], per_image)
     return Case(
         qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
         (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
@@ -186,7 +188,9 @@ CASES = {
     ),
     "qk_norm_rope": qk_rotation(False, BF16, 12, 64),
     "qk_norm_rope 72": qk_rotation(False, BF16, 16, 72),
+    "qk_norm_rope of each image": qk_rotation(False, BF16, 12, 64, per_image=True),
     "qk_norm_rope_backward": qk_rotation(True, BF16, 12, 64),
+    "qk_norm_rope_backward of each image": qk_rotation(True, BF16, 12, 64, per_image=True),
     "qk_norm_rope_backward 72": qk_rotation(True, BF16, 16, 72),
     "qk_norm_rope_backward widest": qk_rotation(True, FP32, 8, qk_norm_rope.MAX_DIM),
     **{

@@ -115,10 +115,11 @@ class Training:
     """One start of ``speed-engine train`` on ``world`` processes.
 
     Args:
-        run: folder of the run; what the processes print goes to ``RUN.out``.
+        run: folder of the run; what the processes print goes to ``RUN.out`` unless said otherwise.
         arguments: of ``speed-engine train``.
         world: processes.
         fault: planted in the processes.
+        out: file for what they print.
         environment: variables to set.
     """
 
@@ -128,9 +129,10 @@ class Training:
         arguments: Sequence[str],
         world: int = 2,
         fault: Fault | None = None,
+        out: Path | None = None,
         **environment: str,
     ) -> None:
-        self.run, self.out = run, run.with_suffix(".out")
+        self.run, self.out = run, out or run.with_suffix(".out")
         port = str(_free_port())
         self.processes: list[BaseProcess] = []
         for rank in range(world):
@@ -206,16 +208,17 @@ def train(
     options: Sequence[str] = (),
     world: int = 2,
     fault: Fault | None = None,
+    out: Path | None = None,
     **environment: str,
 ) -> Training:
     """A new tiny run."""
     arguments = [*TINY, *options, "--run", str(run)]
-    return Training(run, arguments, world, fault, **environment)
+    return Training(run, arguments, world, fault, out, **environment)
 
 
 def resume(run: Path, world: int = 2, **environment: str) -> Training:
     """The same run again."""
-    return Training(run, ["--resume", str(run)], world, None, **environment)
+    return Training(run, ["--resume", str(run)], world, None, None, **environment)
 
 
 def steps(run: Path) -> int:

@@ -38,12 +38,13 @@ def speed_engine(data: Path, kind: str, workers: int) -> Batches:
     """This project's loader, with every checksum verified, in a process set up as the trainer's."""
     from speed_engine.data.format.reader import ShardReader
     from speed_engine.data.loading.loader import Loader
+    from speed_engine.data.loading.order import Feed
     from speed_engine.runtime.memory import keep_freed_memory
 
     keep_freed_memory()
     member, shape = ("jpg", JPG_SHAPE) if kind == "jpg" else ("npy", LATENT_SHAPE)
     reader = ShardReader(data / kind / "shards", (member, "cls"))
-    return Loader(reader, shape, BATCH[kind], SEED, workers=workers)
+    return Loader(reader, shape, Feed(BATCH[kind], SEED), workers=workers)
 
 
 def webdataset(data: Path, kind: str, workers: int, by_hand: bool) -> Batches:

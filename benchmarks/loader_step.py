@@ -16,9 +16,11 @@ from harness import interleaved
 from loader_providers import npy_bytes
 from speed_engine.build import build_cleaning, open_data, stored_shape
 from speed_engine.config import TrainConfig
+from speed_engine.data.batch import Batch
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.device import on_device
-from speed_engine.data.loading.loader import Batch, Loader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import Resident
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.training.engine import Engine
@@ -92,14 +94,12 @@ def batches(
     reader = open_data(config)
     cleaning = build_cleaning(config, reader, device)
     classes = config.data.num_classes
-    shape = stored_shape(config, reader)
+    shape, feed = stored_shape(config, reader), Feed(config.batch_size, config.seed)
     if isinstance(workers, str):
-        yield Resident(reader, shape, config.batch_size, config.seed, cleaning, num_classes=classes)
+        yield Resident(reader, shape, feed, cleaning, num_classes=classes)
         return
-    with Loader(
-        reader, shape, config.batch_size, config.seed, workers=workers, num_classes=classes
-    ) as loader:
-        yield (cleaning.batch(*parts[:3]) for parts in on_device(loader, device))
+    with Loader(reader, shape, feed, workers=workers, num_classes=classes) as loader:
+        yield map(cleaning.batch, on_device(loader, device))
 
 
 def on_shards(config: TrainConfig, folder: Path, count: int) -> TrainConfig:

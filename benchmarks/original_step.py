@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 
 LABEL_DROPOUT = 0.1
 

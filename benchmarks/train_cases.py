@@ -13,7 +13,7 @@ from torch import nn
 from speed_engine import ops
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.flops import forward_flops
 from speed_engine.presets import PRESETS

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from harness import Timing, summary
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.training.engine import Engine
 
 PHASES = ("noised input", "forward", "loss", "backward", "optimizer and average")

@@ -16,7 +16,7 @@ import diffusers_step
 from original_step import OriginalStep, stored_attention
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig, ModelConfig, UNetConfig
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.runtime.memory import keep_freed_memory

@@ -1,9 +1,12 @@
-# Sourced by demo and test: makes .venv beside the project, once per change of pyproject.toml, and
-# installs the project with the extras named in $1. Leaves the interpreter's path in $PYTHON.
+# Sourced by demo and test: makes .venv beside the project and installs the project with the extras
+# named in $1, at the releases of constraints.txt; again only where it or pyproject.toml changed.
+# With "latest" as $2: the newest releases, looked for each time, in .venv-latest.
+# Leaves the interpreter's path in $PYTHON.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 extras=$1
-PYTHON=$project/.venv/bin/python
+venv=$project/.venv${2:+-$2}
+PYTHON=$venv/bin/python
 
 if [ ! -x "$PYTHON" ]; then
     for candidate in python3.13 python3.12 python3.11 python3 python; do
@@ -16,14 +19,21 @@ if [ ! -x "$PYTHON" ]; then
         echo "error: no Python 3.11 or newer on PATH; install one and run this again." >&2
         exit 1
     fi
-    echo "making $project/.venv with $("$found" --version)"
-    "$found" -m venv "$project/.venv"
+    echo "making $venv with $("$found" --version)"
+    "$found" -m venv "$venv"
 fi
 
-wanted="$extras $(cksum <"$project/pyproject.toml")"
-stamp=$project/.venv/installed$extras
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+install() {
     echo "installing (PyTorch is about 3 GB with its CUDA libraries)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable "$project$extras"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" --editable "$project$extras"
+}
+
+wanted="$extras $(cat "$project/pyproject.toml" "$project/constraints.txt" | cksum)"
+stamp=$venv/installed$extras
+if [ "${2:-}" = latest ]; then
+    install --upgrade --upgrade-strategy eager
+    "$PYTHON" "$project/scripts/constraints.py"
+elif [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    install --constraint "$project/constraints.txt"
     echo "$wanted" >"$stamp"
 fi

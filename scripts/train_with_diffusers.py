@@ -33,8 +33,10 @@ from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.loader import Loader
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.loading.order import Feed
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.method import build_method
 
@@ -96,9 +98,10 @@ def train(options: Options) -> None:
     method = build_method(options.method, from_diffusers(noise_scheduler))  # (1)
 
     losses = []
-    with Loader(reader, (1, 8, 8), options.batch_size, options.seed) as loader:
-        for step, batch in zip(range(options.steps), loader, strict=False):
-            images = batch.to("cpu").images  # pixels in [-1, 1]
+    clean = Cleaning(torch.tensor(options.seed))
+    with Loader(reader, (1, 8, 8), Feed(options.batch_size, options.seed)) as loader:
+        for step, stored in zip(range(options.steps), loader, strict=False):
+            images = clean.batch(stored).images  # pixels in [-1, 1]
             noise = torch.randn_like(images)
             timesteps, weights = method.draw(options.batch_size, step)  # (2)
             noisy, target = noisy_and_target(noise_scheduler, images, noise, timesteps)

@@ -22,21 +22,18 @@ from speed_engine.data.loading.conditions import (
     decode_null_tokens,
     load_null_tokens,
 )
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
     LowResolutionNoise,
 )
 from speed_engine.diffusion.grammar import read_spelling
-from speed_engine.diffusion.hybrid import HybridObjective
-from speed_engine.diffusion.masked import MaskedObjective
 from speed_engine.diffusion.method import Method, build_method, options_of
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.diffusion.terms import SquaredErrorAndBound
 from speed_engine.models.families import Shape, build_network
-from speed_engine.models.mdt import MDT
-from speed_engine.models.super_resolution import SuperResolution
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
 
@@ -57,7 +54,7 @@ def build_process(config: TrainConfig) -> Method:
 
 def build_objective(
     config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
-) -> Objective | MaskedObjective:
+) -> Objective:
     """The objective of the configured method for a model, on the CPU.
 
     Args:
@@ -73,17 +70,12 @@ def build_objective(
         ConditionDropout(null_conditions(config), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
-    objective = Objective(process, config.seed, changes, store_noise)
+    error = None
     if config.model.learn_sigma:
-        objective = HybridObjective(process, config.seed, changes, store_noise)
-    masked = masked_network(model)
-    return objective if masked is None else MaskedObjective(objective, masked.mask_words)
-
-
-def masked_network(model: nn.Module) -> MDT | None:
-    """The part of a model that is trained under a mask, too; None if there is none."""
-    network = model.model if isinstance(model, SuperResolution) else model
-    return network if isinstance(network, MDT) else None
+        error = SquaredErrorAndBound(process)
+    return Objective(
+        process, config.seed, network=model, changes=changes, error=error, store_noise=store_noise
+    )
 
 
 def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:

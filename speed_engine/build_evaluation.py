@@ -15,14 +15,15 @@ from speed_engine.build import null_conditions, open_data, stored_shape, told_na
 from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.loader import read_all, read_conditions
-from speed_engine.data.preparing.encode import decode_latents, load_vae
+from speed_engine.data.loading.clean import Cleaning
+from speed_engine.data.loading.decoding import BatchReader, read_all
 from speed_engine.diffusion.conditions import (
     Conditions,
 )
 from speed_engine.diffusion.method import Method
 from speed_engine.encoders.clip import ClipScore
 from speed_engine.encoders.text import TextEncoder
+from speed_engine.encoders.vae import decode_latents, load_vae
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
@@ -100,9 +101,8 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
         return {name: torch.arange(num_images) % config.data.num_classes for name in told}
     reader = open_data(config, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
-    conditions = read_conditions(reader, stored_shape(config, reader), indices)
-    tensors = {name: torch.from_numpy(value) for name, value in conditions.items()}
-    return {name: v.float() if v.is_floating_point() else v for name, v in tensors.items()}
+    stored = BatchReader(reader, stored_shape(config, reader)).read(indices)
+    return Cleaning(torch.tensor(config.seed)).batch(stored).conditions
 
 
 def drawn_texts(config: TrainConfig) -> tuple[str, ...]:

@@ -17,8 +17,10 @@ from speed_engine.build import (
     stored_shape,
 )
 from speed_engine.config import TrainConfig
+from speed_engine.data.batch import Batch
 from speed_engine.data.loading.device import on_device
-from speed_engine.data.loading.loader import Batch, Loader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import Resident, resident_bytes
 from speed_engine.diffusion.method import Method
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks
@@ -55,44 +57,35 @@ class TrainingData:
             resident: whether all images are kept on the device.
         """
         if resident:
-            yield from self._resident(start)
+            yield from Resident(
+                self.reader,
+                self.stored_shape,
+                self._feed(start),
+                self.cleaning,
+                num_classes=self.config.data.num_classes,
+                on_bad_sample=self.config.data.on_bad_sample,
+            )
         else:
             with self._loader(start) as loader:
-                for images, conditions, ids, replaced in on_device(loader, self.device):
-                    yield self.cleaning.batch(images, conditions, ids)._replace(replaced=replaced)
+                yield from map(self.cleaning.batch, on_device(loader, self.device))
 
-    def _resident(self, start: int) -> Resident:
-        config = self.config
-        return Resident(
-            self.reader,
-            self.stored_shape,
-            config.batch_size,
-            config.seed,
-            self.cleaning,
-            start=start,
-            window=config.data.window,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            num_classes=config.data.num_classes,
-            on_bad_sample=config.data.on_bad_sample,
+    def _feed(self, start: int) -> Feed:
+        config, world = self.config, self.world
+        return Feed(
+            config.batch_size, config.seed, start, world.rank, world.size, config.data.window
         )
 
     def _loader(self, start: int) -> Loader:
-        config = self.config
+        data = self.config.data
         return Loader(
             self.reader,
             self.stored_shape,
-            config.batch_size,
-            config.seed,
-            start=start,
-            workers=config.data.workers,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            window=config.data.window,
-            num_classes=config.data.num_classes,
-            condition_shapes=condition_shapes(config),
-            on_bad_sample=config.data.on_bad_sample,
-            mode=config.data.mode,
+            self._feed(start),
+            workers=data.workers,
+            num_classes=data.num_classes,
+            condition_shapes=condition_shapes(self.config),
+            on_bad_sample=data.on_bad_sample,
+            mode=data.mode,
         )
 
 

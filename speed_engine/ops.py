@@ -21,7 +21,7 @@ from speed_kernels.adaln import (
 )
 from speed_kernels.adaln import gated_residual_reference as gated_residual
 from speed_kernels.adamw_ema import adamw_ema
-from speed_kernels.clean_images import clean_images, clean_images_reference
+from speed_kernels.clean_images import clean_images, clean_images_reference, from_pixels
 from speed_kernels.gelu import gelu, gelu_by_sigmoid, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
 from speed_kernels.language import HAS_TRITON
@@ -38,8 +38,8 @@ from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 __all__ = [
     "BLOCK_COMPILED", "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE",
     "SPECIFICATION", "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for",
-    "gated_residual", "group_norm_silu", "norm_kernels_run_on", "normal", "operators_for",
-    "qk_norm_rope", "random_bits",
+    "from_pixels", "gated_residual", "group_norm_silu", "norm_kernels_run_on", "normal",
+    "operators_for", "qk_norm_rope", "random_bits",
 ]  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """RMS norm of queries and keys, then rotation by position: see ``speed_kernels.qk_norm_rope``.
 
-    q and k are (B, H, N, D), weights (D,), cos and sin (N, D).
+    q and k are (B, H, N, D), weights (D,), cos and sin (N, D), or (B, N, D) of each image.
     """
     module, on_kernel = _qk_norm_rope, norm_kernels_run_on(q.device)
     run = module.qk_norm_rope if on_kernel else module.qk_norm_rope_reference

@@ -50,9 +50,9 @@ def clean_images_reference(
     x0 = stored if rows is None else stored[rows]
     if flip:
         x0 = torch.where(flips(seed, ids).view(-1, 1, 1, 1), x0.flip(-1), x0)
+    if stored.dtype == torch.uint8:
+        return from_pixels(x0)
     x0 = x0.to(torch.float32)
-    if stored.dtype == torch.uint8:  # by a tensor: CUDA multiplies by a number's reciprocal
-        return x0 / torch.full((), 127.5, device=x0.device) - 1
     if posterior:
         mean, std = x0.chunk(2, dim=1)
         noise = normal(seed, ids, mean.shape[1:].numel(), Stream.LATENT_POSTERIOR)
@@ -97,6 +97,12 @@ def clean_images(
             stored, seed, ids, rows, posterior=posterior, scale=scale, shift=shift, flip=flip
         )
     return _clean_images(stored, seed, ids, rows, posterior, scale, shift, flip)
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """uint8 of any shape -> float32 in [-1, 1]: the definition, for what is no batch of images."""
+    # By a tensor: CUDA multiplies by a number's reciprocal.
+    return pixels.to(torch.float32) / torch.full((), 127.5, device=pixels.device) - 1
 
 
 def flips(seed: Tensor, ids: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ def qk_norm_rope_reference(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``qk_norm_rope`` in plain PyTorch."""
+    cos, sin = (table.unsqueeze(1) if table.dim() == 3 else table for table in (cos, sin))
 
     def rotated(x: Tensor, weight: Tensor) -> Tensor:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -71,8 +72,9 @@ def qk_norm_rope(
         k: (B, H, N, D) keys, likewise.
         q_weight: (D,) scale of normalised queries; may be float32 beside narrower queries.
         k_weight: (D,) scale of normalised keys.
-        cos: (N, D) float32, of the angle by which each position turns each element.
-        sin: (N, D) float32, likewise.
+        cos: (N, D) float32, of the angle by which each position turns each element; (B, N, D)
+            where tokens stand at other positions in every image.
+        sin: float32 of the same shape, likewise.
         eps: added to the mean square.
 
     Returns:
@@ -95,7 +97,7 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
             f"qk_norm_rope: k must match q, {q.dtype} {tuple(q.shape)} on {q.device}; got "
             f"{k.dtype} {tuple(k.shape)} on {k.device}."
         )
-    num_tokens, dim = q.shape[2:]
+    batch, _, num_tokens, dim = q.shape
     if dim > MAX_DIM:
         raise ValueError(
             f"qk_norm_rope: D={dim} exceeds {MAX_DIM}; use more heads or qk_norm_rope_reference."
@@ -106,11 +108,12 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
                 f"qk_norm_rope: {name} must be ({dim},), floating, on {q.device}; got "
                 f"{weight.dtype} {tuple(weight.shape)} on {weight.device}."
             )
+    shape = (batch, num_tokens, dim) if cos.dim() == 3 else (num_tokens, dim)
     for name, table in {"cos": cos, "sin": sin}.items():
         good = table.dtype == torch.float32 and not table.requires_grad
-        if not good or table.shape != (num_tokens, dim) or table.device != q.device:
+        if not good or table.shape != shape or table.device != q.device:
             raise ValueError(
-                f"qk_norm_rope: {name} must be float32 {(num_tokens, dim)} on {q.device}, without "
+                f"qk_norm_rope: {name} must be float32 {shape} on {q.device}, without "
                 f"gradient; got {table.dtype} {tuple(table.shape)} on {table.device}, "
                 f"requires_grad={table.requires_grad}."
             )
@@ -140,7 +143,7 @@ def _forward_rows(
     x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr,
     image_stride, head_stride, token_stride, num_heads, num_tokens, eps,
     UNIT: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PER_IMAGE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     image, begin, heads = _place(num_heads, num_tokens, HEADS, TOKENS)
@@ -148,6 +151,9 @@ def _forward_rows(
     inside = columns < HALF
     mask = (heads < num_heads)[:, None] & inside[None, :]
     x_ptr += image * image_stride * UNIT
+    if PER_IMAGE:
+        cos_ptr += image * num_tokens * DIM
+        sin_ptr += image * num_tokens * DIM
     w1, w2 = _halves(weight_ptr + columns, inside, HALF)
     for i in range(TOKENS):
         token = begin + i
@@ -171,17 +177,17 @@ def _forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_image, q_head, q_token, k_image, k_head, k_token, num_heads, num_tokens, eps,
     UNIT: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PER_IMAGE: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         _forward_rows(
             q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, q_image, q_head, q_token,
-            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK,
+            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK, PER_IMAGE,
         )  # fmt: skip
     else:
         _forward_rows(
             k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, k_image, k_head, k_token,
-            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK,
+            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK, PER_IMAGE,
         )  # fmt: skip
 
 
@@ -198,7 +204,7 @@ def _qk_norm_rope(
             _forward_kernel[(programs, 2)](
                 q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(),
                 sin.contiguous(), q_out, k_out, *strides, q.shape[1], q.shape[2], eps,
-                UNIT=unit, TOKENS=TOKENS_FORWARD, **blocks,
+                UNIT=unit, TOKENS=TOKENS_FORWARD, PER_IMAGE=cos.dim() == 3, **blocks,
             )  # fmt: skip
     return q_out, k_out
 
@@ -217,7 +223,7 @@ def _backward_rows(
     dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, partial_ptr,
     dout_image, dout_head, dout_token, x_image, x_head, x_token, num_heads, num_tokens, eps,
     UNIT: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PER_IMAGE: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = DIM // 2
     image, begin, heads = _place(num_heads, num_tokens, HEADS, TOKENS)
@@ -226,6 +232,9 @@ def _backward_rows(
     mask = (heads < num_heads)[:, None] & inside[None, :]
     x_ptr += image * x_image * UNIT
     dout_ptr += image * dout_image * UNIT
+    if PER_IMAGE:
+        cos_ptr += image * num_tokens * DIM
+        sin_ptr += image * num_tokens * DIM
     w1, w2 = _halves(weight_ptr + columns, inside, HALF)
     dw1 = tl.zeros((HEADS, BLOCK), dtype=tl.float32)
     dw2 = tl.zeros((HEADS, BLOCK), dtype=tl.float32)
@@ -265,19 +274,19 @@ def _backward_kernel(
     dq_out_image, dq_out_head, dq_out_token, dk_out_image, dk_out_head, dk_out_token,
     q_image, q_head, q_token, k_image, k_head, k_token, num_heads, num_tokens, eps,
     UNIT: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PER_IMAGE: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(1) == 0:
         _backward_rows(
             dq_out_ptr, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dq_partial_ptr,
             dq_out_image, dq_out_head, dq_out_token, q_image, q_head, q_token,
-            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK,
+            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK, PER_IMAGE,
         )  # fmt: skip
     else:
         _backward_rows(
             dk_out_ptr, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, dk_ptr, dk_partial_ptr,
             dk_out_image, dk_out_head, dk_out_token, k_image, k_head, k_token,
-            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK,
+            num_heads, num_tokens, eps, UNIT, DIM, HEADS, TOKENS, BLOCK, PER_IMAGE,
         )  # fmt: skip
 
 
@@ -296,7 +305,8 @@ def _qk_norm_rope_backward(
             _backward_kernel[(programs, 2)](
                 dq_out, dk_out, q, k, q_weight.contiguous(), k_weight.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, partial[0], partial[1], *strides,
-                q.shape[1], q.shape[2], eps, UNIT=unit, TOKENS=TOKENS_BACKWARD, **blocks,
+                q.shape[1], q.shape[2], eps, UNIT=unit, TOKENS=TOKENS_BACKWARD,
+                PER_IMAGE=cos.dim() == 3, **blocks,
             )  # fmt: skip
     sums = partial.sum(dim=1)
     return dq, dk, sums[0].to(q_weight.dtype, copy=True), sums[1].to(k_weight.dtype, copy=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 from speed_engine.build import build_cleaning, build_process, open_data
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch, read_all
+from speed_engine.data.batch import Batch, StoredBatch
+from speed_engine.data.loading.decoding import read_all
 from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
 from speed_engine.ops import Stream, normal
@@ -65,7 +66,7 @@ def denoising_errors(
     told = {k: torch.from_numpy(v[:DENOISED_IMAGES]).to(device) for k, v in conditions.items()}
     images = torch.from_numpy(pixels[:DENOISED_IMAGES]).to(device)
     ids = torch.arange(len(images), device=device)
-    batch = build_cleaning(config, reader, device).batch(images, told, ids)
+    batch = build_cleaning(config, reader, device).batch(StoredBatch(images, told, ids))
     root = torch.tensor(config.seed, device=device)
     noise = normal(root, ids, batch.images[0].numel(), Stream.NOISE).view_as(batch.images)
     times = times_at(process, LOG_SNRS)

@@ -19,9 +19,8 @@ class MakeCommand:
     """Write a collection of pictures as shards; killed and run again, it continues."""
 
     source: tyro.conf.Positional[str]
-    """digits, emoji (of an installed font), a folder with a sub-folder per class,
-    cifar-10-binary.tar.gz, a .zip as EDM makes it, COCO's captions_*.json, or hf:NAME
-    of a Hugging Face data set, on the hub or in a folder."""
+    """A collection of pictures: digits, a folder, ...; `speed-engine shards --help` lists the
+    kinds."""
     out: tyro.conf.Positional[Path]
     """Folder to write; new, empty, or left by the same command."""
     images: Path | None = None
@@ -96,8 +95,11 @@ def run(arguments: list[str], console: Console) -> None:
         OSError: a folder cannot be read or written.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
+        from speed_engine.data.preparing.catalogue import SOURCES, shown
+
         print(usage("speed-engine shards", USES), end="")
-        print("\nEach command explains its options with --help.")
+        print("\nEach command explains its options with --help. SOURCE is one of:\n")
+        print("".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items()), end="")
         return
     name = known(arguments[0], USES, "command of shards")
     try:
@@ -108,6 +110,7 @@ def run(arguments: list[str], console: Console) -> None:
 
 def _make(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.catalogue import open_source
+    from speed_engine.data.preparing.pictures import EXTENSIONS
     from speed_engine.data.preparing.prepare import PictureOptions, make
     from speed_engine.data.preparing.summary import summarise
     from speed_engine.runtime.progress import SampleProgress
@@ -135,6 +138,9 @@ def _make(arguments: list[str], console: Console) -> None:
         )
     summary = summarise(command.out)
     _say(console, *summary.lines())
+    if source.left_out:
+        others = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
+        _say(console, f"files that are no {', '.join(EXTENSIONS)} were left out: {others}")
     if left_out := len(source) - summary.num_samples:
         _say(console, f"{left_out:,} unusable pictures were left out")
     _say(console, f"contact sheet: {summary.draw_contact_sheet()}")
@@ -230,7 +236,7 @@ COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
     "check": _check,
 }
 USES = {
-    "make": ("SOURCE OUT", "write pictures as shards; --help lists the sources"),
+    "make": ("SOURCE OUT", "write a collection of pictures as shards"),
     "encode": ("SHARDS OUT", "turn pictures into latents of a VAE, captions into text tokens"),
     "index": ("FOLDER", "make a data set of the tars in a folder, whoever wrote them"),
     "check": ("FOLDER", "read everything once; list what is damaged, unlike the rest, or twice"),

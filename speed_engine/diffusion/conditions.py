@@ -1,8 +1,9 @@
-"""What a model is told beside x and t, and what stands for not being told it.
+"""What a model is conditioned on beside x and t, and what stands for no condition.
 
 Conditions are named tensors with one row per image, arguments of the model: ``labels``, ``tokens``,
-``low_resolution``. Those that have a null value can be hidden, so that one model learns both laws
-and guidance can extrapolate between them (Ho and Salimans 2022, section 3.2).
+``low_resolution``. Those that have a null value can be hidden, so that one model is
+conditional and unconditional, and guidance can extrapolate between both (Ho and Salimans 2022,
+section 3.2).
 
 Letters: B images.
 """
@@ -38,7 +39,7 @@ class ConditionDropout(nn.Module):
     """Hides the conditions of a share of the images, all that can be hidden of an image together.
 
     Args:
-        null: value of one row, by the condition's name, that means "not told".
+        null: value of one row, by the condition's name, that stands for no condition.
         share: of the images, in [0, 1].
     """
 
@@ -68,11 +69,11 @@ class ConditionDropout(nn.Module):
 
 
 class LowResolutionNoise(nn.Module):
-    """Gaussian noise on the low-resolution image, of a level that the model is told.
+    """Gaussian noise on the low-resolution image, of a level that the model is conditioned on.
 
     Conditioning augmentation (Ho et al. 2022, Cascaded Diffusion Models, section 4.2): the model
     learns to mend what a smaller model gets wrong. It is noise of the variance-preserving process,
-    s ~ U(0, strongest):  low <- sqrt(1 - s^2) low + s noise,  told as ``low_resolution_noise`` = s.
+    s ~ U(0, strongest):  low <- sqrt(1 - s^2) low + s noise,  and ``low_resolution_noise`` = s.
 
     Args:
         strongest: level, in [0, 1]; 0 adds none.

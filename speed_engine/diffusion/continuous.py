@@ -129,7 +129,7 @@ class Edm(ContinuousSchedule):
         self.log_mean, self.log_std = log_mean, log_std
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The u-quantile of the log-normal law."""
+        """The u-quantile of the log-normal distribution."""
         return torch.exp(self.log_mean + self.log_std * torch.special.ndtri(t))
 
     def input_scale(self, t: Tensor) -> Tensor:

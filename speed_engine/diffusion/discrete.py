@@ -23,7 +23,7 @@ class DiscreteSchedule(NoiseSchedule):
         prediction: the target of the baseline.
         sigma_data: standard deviation of the clean data.
         linear_betas: (beta_1, beta_T) if beta is linear in t, where closed forms exist.
-        times: (T,) what the network is told; by default the index.
+        times: (T,) what the network is given for t; by default the index.
 
     Raises:
         UserError: fewer than 2 timesteps, or noise that does not grow with t.
@@ -165,8 +165,8 @@ def from_sigmas(
         flow: x_t = (1 - sigma) x0 + sigma noise, trained on its velocity, sigma below or at 1;
             otherwise x_t = x0 + sigma noise, scaled for the model and trained as EDM does.
         sigma_data: standard deviation of the clean data; by default 1 for flows, else 0.5.
-        times: (T,) what the network is told, in the order of ``sigmas``; by default 1000 sigma for
-            flows, else 250 log(sigma).
+        times: (T,) what the network is given for t, in the order of ``sigmas``; by default 1000
+            sigma for flows, else 250 log(sigma).
 
     Raises:
         UserError: a sigma is negative or too large, or the order is not monotone.

@@ -1,8 +1,8 @@
-"""Laws: probability over the T cells of a process, fixed, a function of the step, or learned.
+"""Timestep distributions: P over the T cells of a process, fixed, following the step, or learned.
 
-A law is held as thresholds: cell i is drawn by words in [thresholds[i-1], thresholds[i]), exact in
-integers on any device. Laws that learn decide on the device from the losses they are told, and
-never wait for it; what they learned is their module state.
+A distribution is held as thresholds: cell i is drawn by words in [thresholds[i-1], thresholds[i]),
+exact in integers on any device. Distributions that learn decide on the device from the losses they
+observe, and never wait for it; what they learned is their module state.
 
 Letters: B images, T cells, N stages, K bins of cells.
 """
@@ -18,7 +18,7 @@ from speed_engine.runtime.checks import UserError
 _WORD = 2**32
 
 
-class Law(nn.Module):
+class Distribution(nn.Module):
     """A fixed P.
 
     Args:
@@ -61,7 +61,7 @@ class Law(nn.Module):
     _thresholds: Tensor
 
 
-class ClimbingLaw(Law):
+class ClimbingDistribution(Distribution):
     """CLTS (arXiv 2404.07946): from uniform to a Gaussian over t, linearly in the step.
 
     P_n = (1 - n / ramp) U + (n / ramp) N(mean, std**2). The structure is from SpeeD's description
@@ -69,7 +69,7 @@ class ClimbingLaw(Law):
 
     Args:
         num_cells: T.
-        ramp_steps: steps after which the law is the Gaussian alone.
+        ramp_steps: steps after which the distribution is the Gaussian alone.
         mean: its mean, in units of T; 0.3 is the paper's optimum.
         std: its standard deviation, in units of T.
 
@@ -102,7 +102,7 @@ class ClimbingLaw(Law):
     _travel: Tensor
 
 
-class TaskCurriculum(Law):
+class TaskCurriculum(Distribution):
     """From noisy, easy timesteps to all (Kim et al. 2024, arXiv 2403.10348).
 
     Stage n draws uniformly from the n noisiest of N clusters. The next stage begins when the mean
@@ -156,12 +156,12 @@ class TaskCurriculum(Law):
     steps_without_gain: Tensor
 
 
-class AdaptiveLaw(Law):
+class AdaptiveDistribution(Distribution):
     """Cells drawn in proportion to the root mean square of their loss, the loss divided by as much.
 
     Importance sampling keeps the objective and lowers the variance of its gradient (Nichol and
     Dhariwal 2021, ``LossSecondMomentResampler``). Bins of neighbouring cells share statistics,
-    which enter every ``interval`` steps; until then the law is uniform.
+    which enter every ``interval`` steps; until then the distribution is uniform.
 
     Args:
         num_cells: T.

@@ -1,4 +1,4 @@
-"""Named methods: a law of timesteps together with a loss weighting, for any process.
+"""Named methods: a timestep distribution together with a loss weighting, for any process.
 
 Without this library's trainer, a method takes two lines of someone else's loop:
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion import weighting
-from speed_engine.diffusion.distributions import Law
+from speed_engine.diffusion.distributions import Distribution
 from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
 from speed_engine.diffusion.methods import METHODS, Recipe
 from speed_engine.diffusion.schedule import NoiseSchedule
@@ -63,8 +63,10 @@ class Method:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether law and weights stay what they are at the first step."""
-        return type(self.timesteps.law) is Law and type(self.batch_loss) is MeanLoss
+        """Whether P and weights stay what they are at the first step."""
+        return (
+            type(self.timesteps.distribution) is Distribution and type(self.batch_loss) is MeanLoss
+        )
 
     @property
     def epsilon_weight(self) -> Tensor:

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion import probabilities, weighting
-from speed_engine.diffusion.distributions import AdaptiveLaw, ClimbingLaw, Law, TaskCurriculum
+from speed_engine.diffusion.distributions import (
+    AdaptiveDistribution,
+    ClimbingDistribution,
+    Distribution,
+    TaskCurriculum,
+)
 from speed_engine.diffusion.increments import increments
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.timesteps import (
@@ -101,16 +106,16 @@ def speed_official(
 
     Args:
         schedule: the process.
-        k: ratio of the unmirrored law.
-        tau: the border, for both law and weights.
+        k: ratio of the unmirrored P.
+        tau: the border, for both P and weights.
         lam: the largest weight up to tau.
 
     Raises:
         UserError: the process has fewer timesteps than tau, or no point to mirror at.
     """
-    law = Law(probabilities.asymmetric(schedule.num_timesteps, tau, k))
+    distribution = Distribution(probabilities.asymmetric(schedule.num_timesteps, tau, k))
     return Recipe(
-        timesteps=MirroredSampler(schedule, law, _released_pivot(schedule)),
+        timesteps=MirroredSampler(schedule, distribution, _released_pivot(schedule)),
         weighting=weighting.change_aware_released(schedule, lam, int(tau)),
     )
 
@@ -143,7 +148,9 @@ def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
 
 
 def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
-    """EDM's law of noise levels, on any process, weight one on its own target (Karras et al. 2022).
+    """EDM's distribution of noise levels, on any process, weight one on its own target.
+
+    Karras et al. 2022.
 
     Args:
         schedule: the process.
@@ -157,7 +164,7 @@ def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2)
 
 
 def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
-    """EDM's law and its weighting, on any process; large where a process is nearly pure noise.
+    """EDM's distribution and weighting, on any process; large where one is nearly pure noise.
 
     Args:
         schedule: the process.
@@ -171,7 +178,7 @@ def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe
 
 
 def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
-    """SD3's law of times, weight one on the process's own target (Esser et al. 2024).
+    """SD3's distribution of times, weight one on the process's own target (Esser et al. 2024).
 
     Args:
         schedule: the process.
@@ -217,13 +224,13 @@ def clts(
 
     Args:
         schedule: the process.
-        ramp_steps: steps until the law is the Gaussian alone; the trainer sets the run's length.
+        ramp_steps: steps until P is the Gaussian alone; the trainer sets the run's length.
         mean: of the Gaussian, in units of T.
         std: of the Gaussian, in units of T; not confirmed by a public source.
     """
     return Recipe(
         timesteps=TimestepSampler(
-            schedule, ClimbingLaw(schedule.num_timesteps, ramp_steps, mean, std)
+            schedule, ClimbingDistribution(schedule.num_timesteps, ramp_steps, mean, std)
         ),
         weighting=weighting.constant(schedule),
     )
@@ -245,9 +252,9 @@ def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
         clusters: number of intervals of timesteps, at most as many as timesteps.
     """
     num_timesteps = schedule.num_timesteps
-    law = Law(probabilities.uniform(num_timesteps))
+    distribution = Distribution(probabilities.uniform(num_timesteps))
     return Recipe(
-        timesteps=TimestepSampler(schedule, law, by_interval(clusters)),
+        timesteps=TimestepSampler(schedule, distribution, by_interval(clusters)),
         weighting=weighting.constant(schedule),
         batch_loss=ClusterUncertainty(num_timesteps, clusters),
     )
@@ -277,7 +284,9 @@ def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
         floor: share of the timesteps that is drawn uniformly, in (0, 1].
     """
     return Recipe(
-        timesteps=TimestepSampler(schedule, AdaptiveLaw(schedule.num_timesteps, floor=floor)),
+        timesteps=TimestepSampler(
+            schedule, AdaptiveDistribution(schedule.num_timesteps, floor=floor)
+        ),
         weighting=weighting.constant(schedule),
     )
 
@@ -293,7 +302,7 @@ def learned_uncertainty(schedule: NoiseSchedule) -> Recipe:
 
 
 def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) -> Recipe:
-    """SD3's law moved towards clean images, drawn stratified, weight one; meant for flows.
+    """SD3's distribution moved towards clean images, drawn stratified, weight one; meant for flows.
 
     Like SpeeD it draws the noisy end of the process less. Chosen among fifteen candidates on the
     digits, by runs with seeds that no report uses: asymmetric sampling, change-aware weights, x0
@@ -320,7 +329,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
 
 
 def _sampler(schedule: NoiseSchedule, p: Tensor) -> TimestepSampler:
-    return TimestepSampler(schedule, Law(p))
+    return TimestepSampler(schedule, Distribution(p))
 
 
 def _released_pivot(schedule: NoiseSchedule) -> int:

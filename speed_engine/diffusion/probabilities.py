@@ -41,7 +41,7 @@ def log_normal(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) ->
     """log sigma ~ N(mean, std**2) for data of standard deviation 0.5 (Karras et al. 2022).
 
     The noise level is rescaled to the process's data, so that the signal-to-noise ratio follows
-    their law; EDM2 uses -0.4 and 1.0 (Karras et al. 2024).
+    their distribution; EDM2 uses -0.4 and 1.0 (Karras et al. 2024).
 
     Raises:
         UserError: std is not positive.

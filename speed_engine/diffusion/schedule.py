@@ -57,7 +57,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def model_time(self, t: Tensor) -> Tensor:
-        """(N,) -> (N,) what the network is told, on the scale 0 .. 1000 of its sinusoids."""
+        """(N,) -> (N,) what the network is given for t, on the scale 0 .. 1000 of its sinusoids."""
 
     @abstractmethod
     def solver_times(self, num_steps: int) -> list[float]:

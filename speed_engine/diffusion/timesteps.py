@@ -1,9 +1,9 @@
 """Timestep samplers: which timestep each image is trained on.
 
-A sampler is a law, P over the T cells of a process, and a source of uniform 32-bit words. A draw
-inverts the law's cumulative distribution, held as integers, at the image's word; in continuous time
-a second word places t inside the cell. All of it is a function of (seed, image counter, step, state
-of the law): the same on every device, in every batch and on any number of processes.
+A sampler is a distribution, P over the T cells of a process, and a source of uniform 32-bit words.
+It inverts the cumulative P, held as integers, at the image's word; in continuous time a second word
+places t inside the cell. All of it is a function of (seed, image counter, step, state of the
+distribution): the same on every device, in every batch and on any number of processes.
 
 Letters: B images, T cells.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from speed_engine.diffusion.distributions import Law
+from speed_engine.diffusion.distributions import Distribution
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import Stream, random_bits
 from speed_engine.runtime.checks import UserError
@@ -28,29 +28,31 @@ _GOLDEN = 0x61C88647  # 2**32 (1 - golden ratio): its multiples fill a circle mo
 class TimestepSampler(nn.Module):
     """Draws timesteps of a process.
 
-    The module's state is the law's, and belongs into checkpoints.
+    The module's state is the distribution's, and belongs into checkpoints.
 
     Args:
         schedule: the process.
-        law: P over its cells.
+        distribution: P over its cells.
         words: independent, stratified or by interval.
 
     Raises:
-        UserError: the law is over another number of cells.
+        UserError: the distribution is over another number of cells.
     """
 
-    def __init__(self, schedule: NoiseSchedule, law: Law, words: Words | None = None) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, distribution: Distribution, words: Words | None = None
+    ) -> None:
         super().__init__()
-        if len(law.probabilities(0)) != schedule.num_timesteps:
+        if len(distribution.probabilities(0)) != schedule.num_timesteps:
             raise UserError(
-                f"the law has {len(law.probabilities(0))} cells, schedule {schedule.name!r} "
-                f"{schedule.num_timesteps}; they must agree."
+                f"the distribution has {len(distribution.probabilities(0))} cells, schedule "
+                f"{schedule.name!r} {schedule.num_timesteps}; they must agree."
             )
-        self.schedule, self.law, self.words = schedule, law, words or independent
+        self.schedule, self.distribution, self.words = schedule, distribution, words or independent
 
     def probabilities(self, step: int = 0) -> Tensor:
         """(T,) float64 P at a step (updates done before it), on the host."""
-        return self.law.probabilities(step)
+        return self.distribution.probabilities(step)
 
     def sample(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
         """() int64, (B,) int64 image counters, updates done so far -> (B,) timesteps."""
@@ -61,11 +63,11 @@ class TimestepSampler(nn.Module):
         return (cells + inside) / self.schedule.num_timesteps
 
     def importance(self, t: Tensor) -> Tensor | float:
-        """(B,) factor of the loss that keeps the objective of a law that only saves variance."""
-        return self.law.importance(self.schedule.cell(t))
+        """(B,) factor of the loss that keeps the objective where P serves to lower its variance."""
+        return self.distribution.importance(self.schedule.cell(t))
 
     def observe(self, step: int, t: Tensor, loss: Tensor) -> None:
-        """Tell the law what the images of a step cost; the device is not waited for.
+        """Show the distribution what the images of a step cost; the device is not waited for.
 
         Args:
             step: as in ``sample``.
@@ -73,14 +75,14 @@ class TimestepSampler(nn.Module):
                 order of the image counters first: then all of them decide alike.
             loss: (B,) weighted errors, detached.
         """
-        self.law.observe(step, self.schedule.cell(t), loss)
+        self.distribution.observe(step, self.schedule.cell(t), loss)
 
     def _cells(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
-        return self.law.invert(self.words(seed, ids, step), step)
+        return self.distribution.invert(self.words(seed, ids, step), step)
 
 
 class MirroredSampler(TimestepSampler):
-    """Every second image takes the mirrored timestep of the image before it: SpeeD's released law.
+    """Every second image takes the mirrored timestep of the image before it, as SpeeD is released.
 
     t -> M - t if t < M else t - M (NUS-HPC-AI-Lab/SpeeD, speed/diffusion/speed). Pairs are images
     2j and 2j + 1; there, the second half of a batch mirrors the first, unless the batch has fewer
@@ -88,22 +90,26 @@ class MirroredSampler(TimestepSampler):
 
     Args:
         schedule: the process.
-        law: P of the images that are not mirrored.
+        distribution: P of the images that are not mirrored.
         pivot: M, in [1, T - 1].
         words: as in ``TimestepSampler``.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, law: Law, pivot: int, words: Words | None = None
+        self,
+        schedule: NoiseSchedule,
+        distribution: Distribution,
+        pivot: int,
+        words: Words | None = None,
     ) -> None:
-        super().__init__(schedule, law, words)
+        super().__init__(schedule, distribution, words)
         if not 1 <= pivot <= schedule.num_timesteps - 1:
             raise UserError(f"pivot={pivot}: must lie in [1, {schedule.num_timesteps - 1}].")
         self.pivot = pivot
 
     def probabilities(self, step: int = 0) -> Tensor:
-        """Half the law, half its mirror image."""
-        p = self.law.probabilities(step)
+        """Half P, half its mirror image."""
+        p = self.distribution.probabilities(step)
         mirrored = torch.zeros_like(p).index_add(0, self._mirror(torch.arange(len(p))), p)
         return (p + mirrored) / 2
 

@@ -42,7 +42,7 @@ def _check_model(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer (DiT); told a text, it attends to its tokens in every block."""
+    """A diffusion transformer (DiT); one conditioned on texts attends to them in every block."""
 
     SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
@@ -118,7 +118,7 @@ class MDTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The U-Net of ADM and latent diffusion; told a text, its attention takes in the tokens."""
+    """The U-Net of ADM and latent diffusion; one conditioned on texts attends to them, too."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
@@ -161,7 +161,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EdmUNetConfig:
-    """The U-Nets of EDM: DDPM++ and ADM as its authors train them, told the class or nothing."""
+    """EDM's U-Nets, DDPM++ and ADM as its authors train them, class-conditional or not."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",

@@ -7,6 +7,7 @@ Letters: B images, C channels, H x W pixels, P patch size, N tokens, D width, K 
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -149,7 +150,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Transformer on patches of an image or latent, told a class or nothing.
+    """Transformer on patches of an image or latent, class-conditional or unconditional.
 
     Args:
         input_size: (H, W); each a multiple of the patch size.
@@ -229,24 +230,46 @@ class DiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,) timesteps, (B,) int64 labels -> (B, C or 2C, H, W)."""
-        condition = self.t_embedder(t)
-        if self.y_embedder is not None:
-            condition = condition + self.y_embedder(labels)
-        return self._answer(x, condition)
+        condition = self.condition(t, labels)
+        stream = self.through(self.blocks, self.embed(x), condition, *self.rotation())
+        return self.answer(stream, condition)
 
-    def _answer(self, x: Tensor, condition: Tensor, *told: Tensor) -> Tensor:
-        """``told`` is what the blocks take beside tokens and condition."""
+    def condition(self, t: Tensor, labels: Tensor | None) -> Tensor:
+        """(B,) timesteps, (B,) labels -> (B, D), what modulates every block."""
+        condition = self.t_embedder(t)
+        return condition if self.y_embedder is None else condition + self.y_embedder(labels)
+
+    def embed(self, x: Tensor) -> OpenSum:
+        """(B, C, H, W) -> (B, N, D), the stream of tokens before the first block."""
         tokens = self.x_embedder(x) + self.pos_embed
-        rotation = self.rotation()
-        stream = OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
-        for block in self.blocks:
+        return OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
+
+    def through(
+        self, blocks: Iterable[nn.Module], stream: OpenSum, condition: Tensor, *context: Tensor
+    ) -> OpenSum:
+        """(B, N, D) -> (B, N, D) through some of the blocks.
+
+        Args:
+            blocks: in their order.
+            stream: any number N of tokens.
+            condition: (B, D).
+            context: what else the blocks take, the rotation of these tokens last.
+        """
+        for block in blocks:
             # What a block is given is kept for it to recompute: then one tensor, not two.
             given = stream.closed() if block.recompute == "everything" else stream
-            stream = opened(block(given, condition, *told, *rotation))
+            stream = opened(block(given, condition, *context))
+        return stream
+
+    def answer(self, stream: OpenSum, condition: Tensor) -> Tensor:
+        """(B, N, D) after the last block, (B, D) -> (B, C or 2C, H, W)."""
         return unpatchify(self.final_layer(stream, condition), self.grid, self.patch_size)
 
     def rotation(self) -> tuple[Tensor, ...]:
-        """What blocks take beside the condition: (N, K) cosines and sines, or nothing."""
+        """(N, K) cosines and sines by which blocks turn all tokens, or nothing.
+
+        Where images keep other tokens, blocks take (B, n, K) of the n tokens of each.
+        """
         return (self.rotary_cos, self.rotary_sin) if self.rotates else ()
 
     def _register_rotation(self, head_dim: int) -> None:

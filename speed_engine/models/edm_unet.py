@@ -161,7 +161,7 @@ class EdmUNet(nn.Module):
         raise NotImplementedError
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """(B,) what the network is told of the time, (B,) -> (B, E)."""
+        """(B,) t on the network's scale, (B,) labels -> (B, E)."""
         raise NotImplementedError
 
     def _answer(self, x: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ class Shape(NamedTuple):
 
     input_size: tuple[int, int]
     channels: int  # of the answer
-    num_classes: int | None = None  # None: it is told no class
-    token_dim: int | None = None  # None: it is told no text
-    low_channels: int | None = None  # None: it is told no smaller image
+    num_classes: int | None = None  # None: not class-conditional
+    token_dim: int | None = None  # None: not conditioned on text
+    low_channels: int | None = None  # None: not conditioned on a smaller image
     attention: str = "sdpa"  # what computes it
 
     @property
@@ -80,7 +80,10 @@ def _dit(settings: DiTConfig, shape: Shape) -> nn.Module:
     if shape.token_dim is None:
         return DiT(num_classes=shape.num_classes, **arguments)
     if shape.num_classes is not None:
-        raise UserError("a DiT is told a text or a class; leave tokens.npy or cls out of members.")
+        raise UserError(
+            "a DiT is conditioned on a text or a class, not on both; leave tokens.npy or cls out "
+            "of members."
+        )
     return TextDiT(token_dim=shape.token_dim, **arguments)
 
 

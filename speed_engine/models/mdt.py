@@ -112,6 +112,11 @@ class MDT(nn.Module):
         """Random words per image that a mask takes."""
         return self.num_tokens
 
+    @property
+    def training_passes(self) -> tuple[dict[str, int], ...]:
+        """Every image is denoised twice, once with a part hidden; see ``diffusion.objective``."""
+        return {}, {"mask_draws": self.mask_words}
+
     def forward(
         self,
         x: Tensor,

@@ -1,4 +1,4 @@
-"""Any model, told a low-resolution version of the image it is to draw.
+"""Any model, conditioned on a low-resolution version of the image it is to generate.
 
 The smaller image is enlarged to the size of x and joined to it along the channels (Saharia et al.
 2021, SR3, section 2.3), and beside it the level of its noise as a constant plane.
@@ -11,6 +11,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from speed_engine.diffusion.objective import Passes, training_passes
 
 
 def conditioned_channels(channels: int, low_channels: int) -> int:
@@ -33,6 +35,16 @@ class SuperResolution(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """Of the model, if it has any."""
         return cast(nn.ModuleList, self.model.blocks)
+
+    @property
+    def training_passes(self) -> Passes:
+        """As the model declares them."""
+        return training_passes(self.model)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """As the model declares them."""
+        return getattr(self.model, "features", ())
 
     def forward(
         self,

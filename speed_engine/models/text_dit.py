@@ -68,7 +68,7 @@ class TextBlock(Block):
 
 
 class TextDiT(DiT):
-    """DiT on an image or latent, told a text.
+    """DiT on an image or latent, conditioned on a text.
 
     Args:
         token_dim: E.
@@ -99,4 +99,5 @@ class TextDiT(DiT):
         """(B, C, H, W), (B,) timesteps, (B, L, E) -> (B, C or 2C, H, W)."""
         text = self.text_embedder(tokens)
         condition = self.t_embedder(t) + self.pooled_embedder(text.mean(1))
-        return self._answer(x, condition, text)
+        stream = self.through(self.blocks, self.embed(x), condition, text, *self.rotation())
+        return self.answer(stream, condition)

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speed_engine.build import build_model, condition_shapes, masked_network, told_names
+from speed_engine.build import build_model, condition_shapes, told_names
 from speed_engine.config import TrainConfig
+from speed_engine.diffusion.objective import training_passes
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 
@@ -151,11 +152,11 @@ def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str
         "t": torch.zeros(images),
         **conditions,
     }
-    network = masked_network(model)
-    if network is None:
-        return [inputs]
-    draws = torch.zeros(images, network.mask_words, dtype=torch.int64)
-    return [inputs, {**inputs, "mask_draws": draws}]
+    return [
+        inputs
+        | {name: torch.zeros(images, count, dtype=torch.int64) for name, count in words.items()}
+        for words in training_passes(model)
+    ]
 
 
 def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:

@@ -110,7 +110,7 @@ class RunLog:
     """Appends records to a run folder.
 
     A disk that is full costs records, not the run: that is logged once, and later records are tried
-    again.
+    again. It ends TensorBoard's curves, whose thread dies of it.
 
     Args:
         run: the folder.
@@ -140,8 +140,7 @@ class RunLog:
                 if not isinstance(value, str):
                     self._curves.add_scalar(name, value, step)
         except OSError as error:
-            log.error("TensorBoard's curves end at step %d: %s", step, error)
-            self._curves = None
+            self._end_curves(f"at step {step}", error)
 
     def _append(self, line: bytes, step: int) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -156,11 +155,19 @@ class RunLog:
             log.error("records from step %d on could not be written: %s", step, error)
         self.lost += 1
 
+    def _end_curves(self, where: str, error: OSError) -> None:
+        log.error("TensorBoard's curves end %s: %s", where, error)
+        self._curves = None
+
     def close(self) -> None:
         """Flush both files."""
         self._file.close()
-        if self._curves is not None:
+        if self._curves is None:
+            return
+        try:
             self._curves.close()
+        except OSError as error:
+            self._end_curves("before the last step", error)
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ of processes. With several nodes the folder must be on a file system that all of
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -173,8 +174,9 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
     Returns:
         The checkpoint's state.
     """
+    stored = {current_name(name): name for name in _stored(checkpoint)}
     load_state_dict(
-        dict(tensors),
+        {stored.get(name, name): tensor for name, tensor in tensors.items()},
         storage_reader=HuggingFaceStorageReader(str(checkpoint)),
         process_group=world.background,
         no_dist=world.size == 1,
@@ -202,9 +204,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     """Of every tensor, by ``group/name``."""
-    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
-    stored: dict[str, Any] = metadata.state_dict_metadata
-    return {name: tuple(tensor.size) for name, tensor in stored.items()}
+    return {current_name(name): tuple(tensor.size) for name, tensor in _stored(checkpoint).items()}
+
+
+def current_name(name: str) -> str:
+    """The ``group/name`` of a stored tensor; version 0.1 named otherwise what an objective learns.
+
+    It called the timestep distribution ``timesteps.law``, and put ``objective.`` before all that
+    the objective of a masked model had.
+    """
+    name = re.sub(r"^(objective(?:_optimizer)?/)objective\.", r"\1", name)
+    return re.sub(r"^objective/timesteps\.law\.", "objective/timesteps.distribution.", name)
+
+
+def _stored(checkpoint: Path) -> dict[str, Any]:
+    """What is stored of each tensor, by the name it was written with."""
+    return HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
 
 
 def newest(folder: Path) -> Path:

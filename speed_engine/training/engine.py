@@ -14,8 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from speed_engine.data.loading.loader import Batch
-from speed_engine.diffusion.masked import MaskedObjective
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.runtime.sharding import whole
 from speed_engine.runtime.world import ALONE, World
@@ -54,7 +53,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective | MaskedObjective,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         *,
@@ -102,7 +101,12 @@ class Engine:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
             with self._autocast():
                 output = self.objective(
-                    self.forward, part.images, part.conditions, part.ids, before
+                    self.forward,
+                    part.images,
+                    part.conditions,
+                    part.ids,
+                    before,
+                    part.targets,
                 )
             loss = output.loss / len(parts)
             # An infinite loss may have finite gradients. Made NaN, they are so on every process.
@@ -118,7 +122,7 @@ class Engine:
         if not self.objective.learns_timesteps:
             return
         t, errors = self.world.gather(output.t), self.world.gather(output.weighted_error)
-        state = list(self.objective.sampler.buffers())
+        state = list(self.objective.timesteps.buffers())
         previous = [buffer.clone() for buffer in state]
         self.objective.observe(before, output._replace(t=t, weighted_error=errors))
         for now, was in zip(state, previous, strict=True):

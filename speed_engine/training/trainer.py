@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from speed_engine.data.batch import Batch
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.loader import Batch
 from speed_engine.evaluation.evaluator import Evaluation, Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.models.layouts.files import require_shapes

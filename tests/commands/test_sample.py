@@ -56,9 +56,9 @@ def test_a_drawing_killed_by_sigkill_continues_where_it_stopped(run, straight, t
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     # Each part takes a quarter of a second more here, so that the kill falls between two.
     slow = (
-        "import time; from speed_engine import draw; from speed_engine.cli import main\n"
-        "def slowly(*a, f=draw.generate, **k):\n    time.sleep(0.25); return f(*a, **k)\n"
-        f"draw.generate = slowly; main({['sample', str(run), '--out', str(out), *HOW]})"
+        "import time; from speed_engine.commands import sample; from speed_engine.cli import main\n"
+        "def slowly(*a, f=sample.generate, **k):\n    time.sleep(0.25); return f(*a, **k)\n"
+        f"sample.generate = slowly; main({['sample', str(run), '--out', str(out), *HOW]})"
     )
     process = subprocess.Popen([sys.executable, "-c", slow])
     while len(list(parts.glob("*.npy"))) < 3:

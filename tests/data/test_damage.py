@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError, scan_tar
-from speed_engine.data.format.writer import ShardWriter, write_shard
-from speed_engine.data.loading.decoding import BatchReader
-from speed_engine.data.loading.loader import Loader, read_all
-from speed_engine.data.loading.order import DataOrder
+from speed_engine.data.format.tar import scan_tar
+from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard
+from speed_engine.data.loading.decoding import BatchReader, read_all
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import DataOrder, Feed
+from speed_engine.data.preparing.check import check_folder
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -41,8 +42,9 @@ def damage(folder, *samples):
         path.write_bytes(data)
 
 
-def batches(folder, count, **options):
-    with Loader(ShardReader(folder), SHAPE, 8, 5, window=2, **options) as loader:
+def batches(folder, count, start=0, rank=0, world=1, **options):
+    feed = Feed(8, 5, start, rank, world, window=2)
+    with Loader(ShardReader(folder), SHAPE, feed, **options) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -65,7 +67,7 @@ def test_no_flipped_byte_is_silent_whatever_the_policy(folder):
             reader = ShardReader(folder)
             skipping = BatchReader(reader, SHAPE, None, "skip")
             read = skipping.read(range(N), lambda place, _: (place + 8) % N)
-            wrong = [i for i in range(N) if (read.images[i] != truth[i]).any()]
+            wrong = [i for i in range(N) if (read.images[i].numpy() != truth[i]).any()]
             assert len(wrong) == len(read.replaced) <= 1  # the damaged one, and it is reported
             if read.replaced:
                 assert f"sample '{wrong[0]:04d}'" in read.replaced[0]
@@ -119,7 +121,7 @@ def test_replacing_depends_on_neither_ranks_nor_workers_nor_resuming(folder):
     for world_size, workers, done in ((2, 0, 0), (4, 1, 3), (8, 0, 7)):
         parts = [
             batches(folder, 10 - done, start=8 * done, workers=workers, rank=rank,
-                    world_size=world_size, on_bad_sample="skip")
+                    world=world_size, on_bad_sample="skip")
             for rank in range(world_size)
         ]  # fmt: skip
         joined = [sum(map(pixels, part), []) for part in zip(*parts, strict=True)]
@@ -150,7 +152,7 @@ def test_intact_bytes_that_no_decoder_accepts_are_damage(tmp_path, make_shards):
 
 def test_a_sample_that_is_only_unlike_the_others_always_stops_the_run(folder):
     with pytest.raises(ValueError, match="Correct image_shape or the data"):
-        Loader(ShardReader(folder), (1, 3, 2), 8, 5, on_bad_sample="skip")
+        Loader(ShardReader(folder), (1, 3, 2), Feed(8, 5), on_bad_sample="skip")
     with pytest.raises(ValueError, match="Correct num_classes or the data"):
         batches(folder, 2, num_classes=5, on_bad_sample="skip")
 
@@ -162,16 +164,28 @@ def test_a_truncated_shard_is_refused_at_once(folder):
         ShardReader(folder)
 
 
-def test_an_empty_shard_is_refused(folder):
+def test_a_file_of_no_bytes_is_no_shard(folder):
     (folder / "x-000002.tar").write_bytes(b"")
     with pytest.raises(ShardError, match=r"x-000002\.tar has 0 bytes"):
         ShardReader(folder)
-    with tarfile.open(folder / "x-000002.tar", "w"):
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_of_no_samples_is_sound(folder, indexed):
+    (folder / "dataset.json").unlink()
+    with tarfile.open(folder / "x-000001b.tar", "w"):  # between others
         pass
-    for path in (index_path(folder / "x-000002.tar"), folder / "dataset.json"):
-        path.unlink()
-    with pytest.raises(ShardError, match=r"x-000002\.tar holds no samples"):
-        ShardReader(folder)
+    if indexed:
+        index_folder(folder)
+    reader = ShardReader(folder)
+    assert reader.counts == (8, 8, 0, 8, 8, 8) and len(reader) == N
+    assert read_all(reader, SHAPE)[0][:, 0, 0, 0].tolist() == list(range(N))
+    for workers in (0, 2):
+        with Loader(reader, SHAPE, Feed(8, 5), workers=workers) as loader:
+            assert sorted(sum((pixels(next(loader)) for _ in range(5)), [])) == list(range(N))
+    with Loader(reader, SHAPE, Feed(8, 5), mode="stream") as loader:
+        assert all(len(pixels(next(loader))) == 8 for _ in range(5))
+    assert not check_folder(folder).repair
 
 
 def test_a_missing_index_is_made_in_memory_and_said(folder, caplog):
@@ -205,7 +219,7 @@ def test_a_shard_deleted_during_training_ends_it_with_its_name(folder, workers, 
     with (
         pytest.raises(FileNotFoundError, match=r"x-000003\.tar is gone .*put it back and resume"),
         Loader(
-            ShardReader(folder), SHAPE, 8, 5, window=2, workers=workers, on_bad_sample="skip"
+            ShardReader(folder), SHAPE, Feed(8, 5, window=2), workers=workers, on_bad_sample="skip"
         ) as loader,
     ):
         for batch in loader:
@@ -232,7 +246,7 @@ def test_a_shard_cut_short_during_training_is_damage(folder, workers):
     """In place, as by a copy over it; memory that is mapped from it would end the process."""
     whole = [pixels(batch) for batch in batches(folder, 12)]
     with Loader(
-        ShardReader(folder), SHAPE, 8, 5, window=2, workers=workers, on_bad_sample="skip"
+        ShardReader(folder), SHAPE, Feed(8, 5, window=2), workers=workers, on_bad_sample="skip"
     ) as loader:
         seen = [pixels(next(loader)) for _ in range(5)]  # an epoch: it is open
         os.truncate(folder / "x-000003.tar", 0)
@@ -330,7 +344,7 @@ def test_a_killed_worker_is_an_error_and_the_run_resumes_exactly(folder):
     import multiprocessing
 
     whole = [pixels(batch) for batch in batches(folder, 12)]
-    loader, seen = Loader(ShardReader(folder), SHAPE, 8, 5, window=2, workers=2), []
+    loader, seen = Loader(ShardReader(folder), SHAPE, Feed(8, 5, window=2), workers=2), []
     with pytest.raises(ChildProcessError, match="DataLoader worker"), loader:
         for batch in loader:
             seen.append(pixels(batch))

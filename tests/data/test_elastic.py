@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.loader import Loader
-from speed_engine.data.loading.order import DataOrder
+from speed_engine.data.loading.order import DataOrder, Feed
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -34,7 +34,12 @@ def samples_of(batch):
 
 def loaders(reader, world_size, workers=0, start=0):
     return [
-        Loader(reader, SHAPE, BATCH, SEED, start, workers, rank, world_size, window=3)
+        Loader(
+            reader,
+            SHAPE,
+            Feed(BATCH, SEED, world=world_size, rank=rank, start=start, window=3),
+            workers=workers,
+        )
         for rank in range(world_size)
     ]
 
@@ -105,6 +110,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.format.reader import ShardReader
 
 torch.set_num_threads(1)
@@ -122,9 +128,8 @@ def rank_process(rank, world_size, workers, life):
     )
     done = committed()
     dist.barrier()
-    loader = Loader(
-        ShardReader(folder), (1, 2, 3), 8, 11, done * 8, workers, rank, world_size, window=3
-    )
+    feed = Feed(8, 11, done * 8, rank, world_size, window=3)
+    loader = Loader(ShardReader(folder), (1, 2, 3), feed, workers=workers)
     for step in range(done, steps):
         mine = next(loader).images[:, 0, 0, 0].long()
         parts = [torch.empty_like(mine) for _ in range(world_size)]
@@ -152,7 +157,7 @@ def start(world_size, workers, life):
     return pids
 
 # What costs a second at the first use is paid once, before the forks.
-Loader(ShardReader(folder), (1, 2, 3), 8, 11, window=3).close()
+Loader(ShardReader(folder), (1, 2, 3), Feed(8, 11, window=3)).close()
 stops = sorted(rng.sample(range(1, steps - 1), kills)) + [steps]
 world_size, killed = 1, 0
 for life, stop in enumerate(stops):

@@ -1,4 +1,4 @@
-"""Named methods: SpeeD's presets to the committed values, the rest as laws times weights."""
+"""Named methods: SpeeD's presets to the committed values, the rest as P times weights."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def test_speed_official_equals_the_reference_values():
     method = build_method("speed_official", linear())
     weights = golden("w_official_lam0.6_tau700")
     torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
-    mirrored = 2 * method.probabilities - method.timesteps.law.probabilities(0)
+    mirrored = 2 * method.probabilities - method.timesteps.distribution.probabilities(0)
     component = golden("P_dual_component")
     torch.testing.assert_close(mirrored[INDICES], component, rtol=0, atol=1e-12)
 

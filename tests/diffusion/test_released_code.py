@@ -2,7 +2,7 @@
 
 NUS-HPC-AI-Lab/SpeeD at f5650f9; docs/methods.md cites these tests. Formulas are those of
 speed/diffusion/speed/__init__.py, class Speed_IDDPM, unless said otherwise. The library itself has
-the released law and weights (``speed_official``) and none of the slips.
+the released distribution and weights (``speed_official``) and none of the slips.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ SNR = ABAR / (1 - ABAR)
 INDEX = np.arange(T)
 
 
-def law(k: float, mirrored: bool = True) -> np.ndarray:
+def distribution(k: float, mirrored: bool = True) -> np.ndarray:
     """``sampling="ours"`` in a large batch; ``no_dual`` without the mirror."""
     p = np.array([k] * TAU + [1] * (T - TAU)) / (k * TAU + T - TAU)
     pivot = np.argmax(np.gradient(np.sqrt(1 - ABAR)) < 1e-4) + 1
@@ -52,7 +52,7 @@ def log_normal() -> np.ndarray:
 
 @pytest.mark.parametrize("k, below_tau, mean", [(5, 0.9605, 339.6), (2, 0.9118, 359.6)])
 def test_mirroring_draws_fewer_late_timesteps_than_the_paper(k, below_tau, mean):
-    p = law(k)
+    p = distribution(k)
     assert p[:TAU].sum() == pytest.approx(below_tau, abs=5e-5)
     assert (p * INDEX).sum() == pytest.approx(mean, abs=0.05)
     ratios = p[[1, 357, 642]] / p[999]
@@ -70,7 +70,7 @@ def test_beyond_tau_the_weight_is_the_largest_not_the_smallest():
     paper = build_method("speed_paper", LINEAR).weight
     assert float(paper[TAU:].max()) == pytest.approx(0.407, abs=5e-4)
     np.testing.assert_allclose(build_method("speed_official", LINEAR).weight, w, rtol=1e-9)
-    step = law(5, mirrored=False) * w
+    step = distribution(5, mirrored=False) * w
     assert step[TAU - 1] / step[TAU] == pytest.approx(2.04, abs=5e-3)  # the paper's is 5
     methods = [build_method(name, LINEAR) for name in ("speed_paper", "speed_official")]
     measures = [m.probabilities * m.weight for m in methods]
@@ -78,7 +78,7 @@ def test_beyond_tau_the_weight_is_the_largest_not_the_smallest():
     assert shares == pytest.approx([0.064, 0.075], abs=5e-4)
     means = [float(measure.sum()) for measure in measures]
     assert means == pytest.approx([0.497, 0.528], abs=5e-4)
-    k2, k1 = law(2) * w, law(1) * w
+    k2, k1 = distribution(2) * w, distribution(1) * w
     assert k2[TAU:].sum() / k2.sum() == pytest.approx(0.159, abs=5e-4)
     assert k1[TAU:].sum() / k1.sum() == pytest.approx(0.254, abs=5e-4)
 

@@ -1,4 +1,4 @@
-"""Laws against independent transcriptions, and draws against laws.
+"""Distributions against independent transcriptions, and draws against distributions.
 
 Each statistical test fails by chance with probability 1e-4 or less; seeds are fixed.
 """
@@ -14,9 +14,9 @@ from scipy import stats
 
 from speed_engine.diffusion.discrete import from_alphas_cumprod, linear
 from speed_engine.diffusion.distributions import (
-    AdaptiveLaw,
-    ClimbingLaw,
-    Law,
+    AdaptiveDistribution,
+    ClimbingDistribution,
+    Distribution,
     TaskCurriculum,
     thresholds,
 )
@@ -54,7 +54,7 @@ def pvalue(cells: torch.Tensor, p: torch.Tensor) -> float:
     return stats.chisquare(observed[kept], p[kept] * cells.numel()).pvalue
 
 
-# Laws.
+# Distributions.
 
 
 @given(T=st.integers(2, 2000), k=st.floats(1, 100), share=st.floats(0, 1))
@@ -76,13 +76,13 @@ def test_asymmetric_sampling_is_a_distribution_with_ratio_k(T, k, share):
     shift=st.floats(0.05, 20),
 )
 def test_every_density_is_a_distribution(T, mean, std, scale, shift):
-    laws = (
+    distributions = (
         logit_normal(T, mean, std),
         log_normal(linear(T), mean, std + 1),
         mode(T, scale),
         shifted(T, shift),
     )
-    for p in laws:
+    for p in distributions:
         assert p.shape == (T,) and float(p.min()) >= 0
         assert float(p.sum()) == pytest.approx(1)
 
@@ -109,7 +109,7 @@ def test_shifted_is_its_published_map_of_a_uniform():
 
 
 @pytest.mark.parametrize("sigma_data, quantiles", [(0.5, (9, 88, 412)), (1.0, (21, 171, 541))])
-def test_edm_s_law_on_ddpm_timesteps(sigma_data, quantiles):
+def test_edm_s_distribution_on_ddpm_timesteps(sigma_data, quantiles):
     """P(t) ~ N(log(sigma_t / c); -1.2, 1.2**2) dlog(sigma_t)/dt, c = sigma_data / 0.5."""
     abar = linear().alphas_cumprod
     p = log_normal(from_alphas_cumprod(abar, sigma_data=sigma_data))
@@ -122,7 +122,7 @@ def test_edm_s_law_on_ddpm_timesteps(sigma_data, quantiles):
     assert found == pytest.approx(quantiles, abs=1)
 
 
-def test_edm_s_law_is_uniform_on_edm():
+def test_edm_s_distribution_is_uniform_on_edm():
     p = log_normal(build_schedule("edm"))
     torch.testing.assert_close(p, uniform(1000), rtol=1e-9, atol=1e-12)
 
@@ -150,22 +150,22 @@ SAMPLERS = {
 @pytest.mark.parametrize("name", ["linear", "edm", "flow"])
 def test_draws_follow_p(name):
     schedule = build_schedule(name)
-    law = Law(asymmetric(1000, 700.0, 5.0))
-    sampler = TimestepSampler(schedule, law)
+    distribution = Distribution(asymmetric(1000, 700.0, 5.0))
+    sampler = TimestepSampler(schedule, distribution)
     assert pvalue(schedule.cell(draw(sampler)), sampler.probabilities()) > 1e-4
 
 
 @pytest.mark.parametrize("words", SAMPLERS)
 def test_the_draw_of_one_place_in_the_batch_follows_p(words):
     """Over steps, one place is an independent draw whatever holds a batch together."""
-    sampler = TimestepSampler(linear(40), Law(logit_normal(40)), SAMPLERS[words])
+    sampler = TimestepSampler(linear(40), Distribution(logit_normal(40)), SAMPLERS[words])
     steps = [sampler.sample(SEED, torch.tensor([64 * i + 3]), i) for i in range(8000)]
     assert pvalue(torch.cat(steps), sampler.probabilities()) > 1e-4
 
 
 @pytest.mark.parametrize("name", ["edm", "vp", "flow"])
 def test_inside_a_cell_time_is_uniform(name):
-    t = draw(TimestepSampler(build_schedule(name, 8), Law(uniform(8)))).flatten()
+    t = draw(TimestepSampler(build_schedule(name, 8), Distribution(uniform(8)))).flatten()
     assert t.dtype == torch.float64
     assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-4
 
@@ -181,11 +181,11 @@ def test_inside_a_cell_time_is_uniform(name):
 def test_the_timestep_of_an_image_does_not_depend_on_its_batch(
     ids, step, split, words, name, mirrored
 ):
-    schedule, law = build_schedule(name, 100), Law(asymmetric(100, 70, 5))
+    schedule, distribution = build_schedule(name, 100), Distribution(asymmetric(100, 70, 5))
     sampler = (
-        MirroredSampler(schedule, law, 64, SAMPLERS[words])
+        MirroredSampler(schedule, distribution, 64, SAMPLERS[words])
         if mirrored
-        else TimestepSampler(schedule, law, SAMPLERS[words])
+        else TimestepSampler(schedule, distribution, SAMPLERS[words])
     )
     whole = sampler.sample(SEED, torch.tensor(ids), step)
     parts = [torch.tensor(part, dtype=torch.int64) for part in (ids[:split], ids[split:])]
@@ -197,14 +197,14 @@ def test_the_timestep_of_an_image_does_not_depend_on_its_batch(
 @pytest.mark.parametrize("batch_size", [16, 64, 250])
 def test_stratified_draws_vary_less(p, batch_size):
     def variance(words) -> float:
-        drawn = draw(TimestepSampler(linear(), Law(p), words), batch_size, 50_000).double()
+        drawn = draw(TimestepSampler(linear(), Distribution(p), words), batch_size, 50_000).double()
         return float((drawn / 1000).square().mean(1).var())
 
     assert variance(stratified) < variance(independent) / (batch_size / 8)
 
 
 def test_a_rank_s_slice_of_a_stratified_batch_is_spread_too():
-    sampler = TimestepSampler(linear(), Law(uniform(1000)), stratified)
+    sampler = TimestepSampler(linear(), Distribution(uniform(1000)), stratified)
     batch = sampler.sample(SEED, torch.arange(256), 0)
     for part in batch.split(32):
         counts = torch.bincount(part // 125, minlength=8)
@@ -214,17 +214,17 @@ def test_a_rank_s_slice_of_a_stratified_batch_is_spread_too():
 @given(clusters=st.integers(1, 9), start=st.integers(0, 1000), step=st.integers(0, 50))
 def test_intervals_take_turns(clusters, start, step):
     """ANT draws B / K timesteps from each of K clusters."""
-    sampler = TimestepSampler(linear(2520), Law(uniform(2520)), by_interval(clusters))
+    sampler = TimestepSampler(linear(2520), Distribution(uniform(2520)), by_interval(clusters))
     t = sampler.sample(SEED, torch.arange(start, start + 10 * clusters), step)
     counts = torch.bincount(t * clusters // 2520, minlength=clusters)
     assert counts.tolist() == [10] * clusters
 
 
-# SpeeD's released law.
+# SpeeD's released distribution.
 
 
 def test_the_mirrored_law_is_the_released_one_exactly():
-    sampler = MirroredSampler(linear(), Law(asymmetric(1000, 700, 5)), 642)
+    sampler = MirroredSampler(linear(), Distribution(asymmetric(1000, 700, 5)), 642)
     relative = sampler.probabilities() * 3800 / 5 * 2  # in units of half the frequent probability
     for start, end, value in (
         (0, 1, 2), (1, 58, 3), (58, 358, 2.2), (358, 643, 2), (643, 700, 1), (700, 1000, 0.2),
@@ -237,7 +237,7 @@ def test_the_mirrored_law_is_the_released_one_exactly():
 
 
 def test_without_preference_mirroring_alone_is_asymmetric():
-    sampler = MirroredSampler(linear(), Law(uniform(1000)), 642)
+    sampler = MirroredSampler(linear(), Distribution(uniform(1000)), 642)
     p = sampler.probabilities() * 1000
     assert [float(p[t]) for t in (0, 1, 357, 358, 642, 643, 999)] == pytest.approx(
         [1.0, 1.5, 1.5, 1.0, 1.0, 0.5, 0.5]
@@ -245,19 +245,19 @@ def test_without_preference_mirroring_alone_is_asymmetric():
 
 
 def test_mirrored_draws_follow_the_mirrored_law_and_come_in_pairs():
-    sampler = MirroredSampler(linear(), Law(asymmetric(1000, 700, 5)), 642)
+    sampler = MirroredSampler(linear(), Distribution(asymmetric(1000, 700, 5)), 642)
     drawn = draw(sampler).flatten()
     first, second = drawn[0::2], drawn[1::2]
     assert torch.equal(second, torch.where(first < 642, 642 - first, first - 642))
-    law = sampler.law.probabilities(0)
-    assert pvalue(first, law) > 1e-4
-    assert pvalue(second, 2 * sampler.probabilities() - law) > 1e-4
+    distribution = sampler.distribution.probabilities(0)
+    assert pvalue(first, distribution) > 1e-4
+    assert pvalue(second, 2 * sampler.probabilities() - distribution) > 1e-4
 
 
 @pytest.mark.parametrize("pivot", [0, 1000])
 def test_a_mirror_outside_the_process_is_refused(pivot):
     with pytest.raises(ValueError, match=f"pivot={pivot}"):
-        MirroredSampler(linear(), Law(uniform(1000)), pivot)
+        MirroredSampler(linear(), Distribution(uniform(1000)), pivot)
 
 
 # Curricula.
@@ -265,19 +265,19 @@ def test_a_mirror_outside_the_process_is_refused(pivot):
 
 @given(step=st.integers(0, 3000), mean=st.floats(0.1, 0.9), std=st.floats(0.05, 0.5))
 def test_clts_is_its_mixture(step, mean, std):
-    law = ClimbingLaw(500, 2000, mean, std)
+    distribution = ClimbingDistribution(500, 2000, mean, std)
     share = min(step / 2000, 1)
     u = np.arange(501) / 500
     gaussian = np.diff(stats.norm.cdf((u - mean) / std))
     expected = (1 - share) / 500 + share * gaussian / gaussian.sum()
-    np.testing.assert_allclose(law.probabilities(step), expected, 1e-6, 1e-12)
-    table = law.thresholds(step)
+    np.testing.assert_allclose(distribution.probabilities(step), expected, 1e-6, 1e-12)
+    table = distribution.thresholds(step)
     masses = torch.cat([table[:1], table.diff()]).double() / 2**32
     np.testing.assert_allclose(masses, expected, 0, 1e-9)
 
 
 def test_clts_defaults_end_near_their_peak():
-    p = ClimbingLaw(1000, 1).probabilities(1)
+    p = ClimbingDistribution(1000, 1).probabilities(1)
     t = torch.arange(1000)
     assert float((p * t).sum()) == pytest.approx(327, abs=1.5)
     assert float(p[700:].sum()) == pytest.approx(0.024, abs=0.002)
@@ -305,17 +305,17 @@ class TranscribedCurriculum:
     patience=st.integers(1, 4),
 )
 def test_the_task_curriculum_is_its_transcription(losses, clusters, patience):
-    law, expected = (
+    distribution, expected = (
         TaskCurriculum(60, clusters, patience),
         TranscribedCurriculum(clusters, patience),
     )
     for step, loss in enumerate(losses):
         first = 60 - expected.stage * 60 // clusters
-        p = law.probabilities(step)
+        p = distribution.probabilities(step)
         assert bool((p[:first] == 0).all())
         torch.testing.assert_close(p[first:], torch.full((60 - first,), 1 / (60 - first)).double())
-        assert torch.equal(law.thresholds(step), thresholds(p))
-        law.observe(step, torch.tensor([1, 2]), torch.tensor([loss, loss]))
+        assert torch.equal(distribution.thresholds(step), thresholds(p))
+        distribution.observe(step, torch.tensor([1, 2]), torch.tensor([loss, loss]))
         expected.update(loss)
 
 
@@ -323,17 +323,17 @@ def loss_at(cells: torch.Tensor) -> torch.Tensor:
     return 1 / (1 + cells.float() / 50)
 
 
-def trained(law: AdaptiveLaw, first: int, last: int) -> AdaptiveLaw:
-    sampler = TimestepSampler(linear(400), law)
+def trained(distribution: AdaptiveDistribution, first: int, last: int) -> AdaptiveDistribution:
+    sampler = TimestepSampler(linear(400), distribution)
     for step in range(first, last):
         t = sampler.sample(SEED, torch.arange(64 * step, 64 * step + 64), step)
         sampler.observe(step, t, loss_at(t))
-    return law
+    return distribution
 
 
 def test_the_adaptive_law_follows_the_root_mean_square_of_the_loss_above_its_floor():
-    law = trained(AdaptiveLaw(400, bins=40, interval=20, floor=0.1), 0, 400)
-    p = law.probabilities(400)
+    distribution = trained(AdaptiveDistribution(400, bins=40, interval=20, floor=0.1), 0, 400)
+    p = distribution.probabilities(400)
     by_bin = loss_at(torch.arange(400)).view(40, 10).square().mean(1).sqrt().double()
     expected = (0.1 / 400 + 0.9 * (by_bin / by_bin.sum() / 10)).repeat_interleave(10)
     torch.testing.assert_close(p, expected, rtol=0.02, atol=0)
@@ -341,16 +341,21 @@ def test_the_adaptive_law_follows_the_root_mean_square_of_the_loss_above_its_flo
 
 
 def test_importance_keeps_the_adaptive_objective():
-    law = trained(AdaptiveLaw(400), 0, 200)
+    distribution = trained(AdaptiveDistribution(400), 0, 200)
     cells = torch.arange(400)
-    unbiased = (law.probabilities(0) * law.importance(cells) * loss_at(cells)).sum()
+    unbiased = (
+        distribution.probabilities(0) * distribution.importance(cells) * loss_at(cells)
+    ).sum()
     assert float(unbiased) == pytest.approx(float(loss_at(cells).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("split", [1, 19, 20, 21, 70])
 def test_a_law_that_learns_goes_on_exactly_from_its_state(split):
-    whole = trained(AdaptiveLaw(400, interval=20), 0, 120)
-    half, resumed = trained(AdaptiveLaw(400, interval=20), 0, split), AdaptiveLaw(400, interval=20)
+    whole = trained(AdaptiveDistribution(400, interval=20), 0, 120)
+    half, resumed = (
+        trained(AdaptiveDistribution(400, interval=20), 0, split),
+        AdaptiveDistribution(400, interval=20),
+    )
     resumed.load_state_dict(half.state_dict())
     trained(resumed, split, 120)
     for name, value in whole.state_dict().items():
@@ -360,8 +365,10 @@ def test_a_law_that_learns_goes_on_exactly_from_its_state(split):
 @given(ranks=st.sampled_from([1, 2, 4, 8]))
 def test_what_a_law_learns_does_not_depend_on_the_number_of_processes(ranks):
     """Each process draws its own slice; observed are all slices in the order of the counters."""
-    alone, spread = AdaptiveLaw(400, interval=5), AdaptiveLaw(400, interval=5)
-    one, many = (TimestepSampler(linear(400), law, stratified) for law in (alone, spread))
+    alone, spread = AdaptiveDistribution(400, interval=5), AdaptiveDistribution(400, interval=5)
+    one, many = (
+        TimestepSampler(linear(400), distribution, stratified) for distribution in (alone, spread)
+    )
     for step in range(20):
         ids = torch.arange(64 * step, 64 * step + 64)
         t = one.sample(SEED, ids, step)
@@ -374,20 +381,23 @@ def test_what_a_law_learns_does_not_depend_on_the_number_of_processes(ranks):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Law(torch.tensor([0.5, -0.1])), "non-negative"),
-        (lambda: Law(torch.zeros(3)), "not all zero"),
-        (lambda: Law(torch.tensor([math.nan, 1.0])), "finite"),
-        (lambda: TimestepSampler(linear(40), Law(uniform(41))), "law has 41 cells"),
+        (lambda: Distribution(torch.tensor([0.5, -0.1])), "non-negative"),
+        (lambda: Distribution(torch.zeros(3)), "not all zero"),
+        (lambda: Distribution(torch.tensor([math.nan, 1.0])), "finite"),
+        (
+            lambda: TimestepSampler(linear(40), Distribution(uniform(41))),
+            "distribution has 41 cells",
+        ),
         (lambda: asymmetric(10, 5, 0.5), "k=0.5: .* at least 1"),
         (lambda: logit_normal(10, std=0), "std=0: a standard deviation"),
         (lambda: log_normal(linear(40), std=-1.0), "std=-1.0"),
         (lambda: log_normal(linear(40), 50.0), "no mass on the timesteps"),
         (lambda: mode(10, 2.0), r"scale=2.0: .* \[-1, 1.752\]"),
         (lambda: shifted(10, 0), "shift=0: must be a positive"),
-        (lambda: ClimbingLaw(10, 0), "ramp_steps=0"),
+        (lambda: ClimbingDistribution(10, 0), "ramp_steps=0"),
         (lambda: TaskCurriculum(10, 11), r"clusters=11: must lie in \[1, 10\]"),
         (lambda: TaskCurriculum(10, 2, 0), "patience=0"),
-        (lambda: AdaptiveLaw(10, floor=0), "floor=0: need"),
+        (lambda: AdaptiveDistribution(10, floor=0), "floor=0: need"),
     ],
 )
 def test_arguments_out_of_range_are_named(make, message):
@@ -398,6 +408,8 @@ def test_arguments_out_of_range_are_named(make, message):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_sampler_serves_every_process(name):
     schedule = build_schedule(name, 50)
-    t = TimestepSampler(schedule, Law(uniform(50)), stratified).sample(SEED, torch.arange(50), 0)
+    t = TimestepSampler(schedule, Distribution(uniform(50)), stratified).sample(
+        SEED, torch.arange(50), 0
+    )
     assert bool(torch.isfinite(schedule.alpha(t)).all())
     assert len(schedule.cell(t).unique()) > 40

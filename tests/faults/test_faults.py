@@ -245,7 +245,9 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path, cache):
         pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
     try:
         run = disk / "run"
-        training = harness.train(run, [*OPTIONS, "--log-every", "10"], SPEED_ENGINE_CACHE=cache)
+        options = [*OPTIONS, "--log-every", "10"]
+        out = tmp_path / "out"  # what is printed has room: a process that cannot print fails
+        training = harness.train(run, options, out=out, SPEED_ENGINE_CACHE=cache)
         assert training.join() == [2, 2], training.said()
         said = training.said()
         assert "not everything could be written (step: cause)" in said

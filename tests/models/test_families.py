@@ -19,7 +19,7 @@ from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.config import DataConfig
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
-from speed_engine.data.preparing.catalogue import digits_folder
+from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.data.loading.loader import Batch
-from speed_engine.data.preparing import catalogue
-from speed_engine.diffusion.masked import MaskedObjective
+from speed_engine.data.batch import Batch
+from speed_engine.data.preparing.sources import digits as digits_source
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
@@ -57,7 +56,7 @@ FAMILIES = {
 
 def digits(start: int, told: str, size: int = BATCH) -> Batch:
     """Real images; a text is one token that says the class."""
-    with np.load(Path(catalogue.__file__).with_name("digits.npz")) as stored:
+    with np.load(Path(digits_source.__file__).with_name("digits.npz")) as stored:
         rows = np.arange(start, start + size) % len(stored["labels"])
         images, labels = stored["images"][rows], torch.from_numpy(stored["labels"][rows]).long()
     pixels = torch.from_numpy(images).float().unsqueeze(1) / 8 - 1
@@ -71,9 +70,7 @@ def engine(family: str, **options) -> Engine:
     model = FAMILIES[family]()
     process = "edm" if isinstance(model, (SongUNet, DhariwalUNet)) else "linear"
     method = build_method("uniform", build_schedule(process, 1000))
-    objective = Objective(method, seed=0)
-    if isinstance(model, MDT):
-        objective = MaskedObjective(objective, model.mask_words)
+    objective = Objective(method, seed=0, network=model)
     return Engine(
         model,
         objective,

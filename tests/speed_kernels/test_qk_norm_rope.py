@@ -35,13 +35,20 @@ def place(values, layout):
     return views.copy_(values).unbind()
 
 
-def draw(shape=(2, 3, 5, 12), dtype=torch.float32, layout="packed", device: Device = DEVICE):
+def draw(
+    shape=(2, 3, 5, 12),
+    dtype=torch.float32,
+    layout="packed",
+    device: Device = DEVICE,
+    per_image=False,
+):
     """q, k, their weights, cos, sin; then the gradients from above. cos and sin are of no table."""
-    _, _, tokens, dim = shape
+    batch, _, tokens, dim = shape
+    rows = (batch, tokens) if per_image else (tokens,)
     generator = torch.Generator().manual_seed(0)
     values, upstream, weights, tables = (
         torch.randn(size, generator=generator)
-        for size in ((2, *shape), (2, *shape), (2, dim), (2, tokens, dim))
+        for size in ((2, *shape), (2, *shape), (2, dim), (2, *rows, dim))
     )
     q, k = place(values.to(device, dtype), layout)
     q_out, k_out = place(upstream.to(device, dtype), layout)
@@ -69,9 +76,10 @@ def run(operator, inputs, upstream, dtype=None):
     ),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
+    per_image=st.booleans(),
 )
-def test_matches_float64_as_well_as_eager_does(shape, dtype, layout, assert_accurate):
-    inputs, upstream = draw(shape, dtype, layout)
+def test_matches_float64_as_well_as_eager_does(shape, dtype, layout, per_image, assert_accurate):
+    inputs, upstream = draw(shape, dtype, layout, per_image=per_image)
     truth = run(qk_norm_rope_reference, inputs, upstream, torch.float64)
     eager, fused = (run(f, inputs, upstream) for f in (qk_norm_rope_reference, qk_norm_rope))
     for name in truth:
@@ -87,6 +95,18 @@ def test_heads_of_real_models_are_covered(dim, heads, assert_accurate):
     eager, fused = (run(f, inputs, upstream) for f in (qk_norm_rope_reference, qk_norm_rope))
     for name in truth:
         assert_accurate(name, fused[name], eager[name], truth[name])
+
+
+@pytest.mark.parametrize("operator", [qk_norm_rope_reference, qk_norm_rope])
+def test_tables_of_each_image_turn_each_image_as_if_alone(operator):
+    inputs, upstream = draw((3, 2, 5, 8), per_image=True)
+    q, k, q_weight, k_weight, cos, sin = inputs
+    together = run(operator, inputs, upstream)
+    for i in range(3):
+        own = q[i : i + 1], k[i : i + 1], q_weight, k_weight, cos[i], sin[i]
+        alone = run(operator, own, [gradient[i : i + 1] for gradient in upstream])
+        for name in ("q_out", "k_out", "dq", "dk"):
+            torch.testing.assert_close(alone[name], together[name][i : i + 1])
 
 
 def test_a_rotation_keeps_the_length_and_turns_with_the_position():
@@ -194,6 +214,11 @@ def test_what_cannot_be_launched_is_named():
         qk_norm_rope(q, k, q_weight, k_weight, cos, sin.bfloat16())
     with pytest.raises(ValueError, match="cos must be .*requires_grad=True"):
         qk_norm_rope(q, k, q_weight, k_weight, cos.clone().requires_grad_(), sin)
+    of_each = cos.expand(2, 5, 8)
+    with pytest.raises(ValueError, match=r"sin must be float32 \(2, 5, 8\).*; got .*\(5, 8\)"):
+        qk_norm_rope(q, k, q_weight, k_weight, of_each, sin)
+    with pytest.raises(ValueError, match=r"cos must be float32 \(2, 5, 8\).*; got .*\(1, 5, 8\)"):
+        qk_norm_rope(q, k, q_weight, k_weight, of_each[:1], of_each[:1])
     wide = torch.zeros(1, 1, 5, 1024, device=DEVICE)
     with pytest.raises(ValueError, match="D=1024 exceeds 512; use more heads"):
         qk_norm_rope(wide, wide, q_weight, k_weight, cos, sin)

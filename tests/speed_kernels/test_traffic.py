@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import toolchain
 from speed_kernels import adaln, gelu, heads, noising, variational_bound
 
 ROOT = Path(__file__).parents[2]
+COUNTED = {toolchain.TORCH_2_11_TRITON_3_6, toolchain.TORCH_2_14_TRITON_3_8}
 BUDGETS = {
     "block": 48.0,
     "block, autocast": 60.0,
@@ -39,22 +41,23 @@ def counted():
     return {name: figures["traffic"] for name, figures in json.loads(done.stdout).items()}
 
 
-@pytest.mark.parametrize("case", BUDGETS)
-def test_what_is_moved_stays_within_its_budget(case, counted):
-    assert counted[case] <= BUDGETS[case]
-
-
-@pytest.mark.parametrize("case", KNOWN)
-def test_what_inductor_leaves_is_found(case, counted):
-    assert counted[case] == pytest.approx(KNOWN[case], abs=0.5)
-
-
-def test_every_kernel_is_needed_for_the_budget(counted):
+@pytest.mark.long
+def test_what_is_moved_stays_within_its_budget_and_every_kernel_is_needed_for_it(counted):
     without = {name: figure for name, figure in counted.items() if name.startswith("block without")}
     assert len(without) == 3
-    assert all(figure > BUDGETS["block"] + 1 for figure in without.values()), without
+    off = [
+        f"{case}: {counted[case]}, budget {u}" for case, u in BUDGETS.items() if counted[case] > u
+    ]
+    off += [f"{case}: {u}" for case, u in without.items() if u <= BUDGETS["block"] + 1]
+    off += [
+        f"{case}: {counted[case]}, known {u}"
+        for case, u in KNOWN.items()
+        if counted[case] != pytest.approx(u, abs=0.5)
+    ]
+    toolchain.hold(COUNTED, off)
 
 
+@pytest.mark.long
 def test_the_loss_that_dit_writes_moves_several_times_as_much(counted):
     assert counted["noise and loss, torch.compile"] > 4 * counted["noise and loss"]
 

@@ -195,3 +195,35 @@ def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
         writer.wait()
         newest = checkpoint.newest(folder)
         assert checkpoint.read_state(newest)["step"] >= max(finished, default=1)
+
+
+WRITTEN_BY_0_1 = {
+    "objective": ("timesteps.law.squares", "timesteps.law.cell_probabilities", "batch_loss.weight"),
+    "objective_optimizer": ("batch_loss.weight/exp_avg",),
+    "model": ("objective.timesteps.law.w", "blocks.0.attn.qkv.weight"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "objective."], ids=["plain", "masked"])
+def test_names_that_version_0_1_wrote_are_those_of_this_version(tmp_path, prefix):
+    written = {
+        f"{group}/{'' if group == 'model' else prefix}{name}": torch.full((2,), float(i))
+        for group, names in WRITTEN_BY_0_1.items()
+        for i, name in enumerate(names)
+    }
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, written, {"step": 1})
+    checkpoints.wait()
+    path = tmp_path / "step-00000001"
+    now = [
+        "objective/timesteps.distribution.squares",
+        "objective/timesteps.distribution.cell_probabilities",
+        "objective/batch_loss.weight",
+        "objective_optimizer/batch_loss.weight/exp_avg",
+        "model/objective.timesteps.law.w",
+        "model/blocks.0.attn.qkv.weight",
+    ]
+    assert checkpoint.shapes(path) == dict.fromkeys(now, (2,))
+    tensors = {name: torch.full((2,), -1.0) for name in now}
+    checkpoint.load(path, tensors)
+    assert [float(value[0]) for value in tensors.values()] == [0, 1, 2, 0, 0, 1]

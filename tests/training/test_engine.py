@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.models.config import DiTConfig
 from speed_engine.training.ema import Ema
@@ -96,7 +96,9 @@ def test_one_sweep_never_waits_either():
 @pytest.mark.parametrize("make_optimizer", [adamw, one_sweep])
 def test_no_step_waits_for_a_gpu(make_optimizer):
     trained = engine(make_optimizer=make_optimizer, device="cuda")
-    data = batch().to("cuda")
+    on_cpu = batch()
+    labels = {"labels": on_cpu.conditions["labels"].cuda()}
+    data = Batch(on_cpu.images.cuda(), labels, on_cpu.ids.cuda())
     for _ in range(3):  # state, tables of addresses, kernels are made
         trained.step(data)
     torch.cuda.set_sync_debug_mode("error")

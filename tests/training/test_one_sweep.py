@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.machine import choose_update
 from speed_engine.runtime.world import World

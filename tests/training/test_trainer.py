@@ -18,7 +18,7 @@ from rich.console import Console
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
-from speed_engine.data.preparing.catalogue import write_digits
+from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.evaluation.config import EvaluationConfig

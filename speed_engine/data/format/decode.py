@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
@@ -69,9 +69,8 @@ def decode_image(
     if kind not in _PILLOW_FORMATS:
         raise UserError(f"no decoder for {extension!r}; known: npy, {', '.join(_PILLOW_FORMATS)}.")
     pillow_format = _PILLOW_FORMATS[kind]
-    header = _jpeg_header(data, channels, size) if pillow_format == "JPEG" else None
-    pixels = np.empty(header or 0, dtype=np.uint8)
-    if header is None or not _decode_jpeg(data, header, pixels):
+    pixels = _decode_jpeg(data, channels, size) if pillow_format == "JPEG" else None
+    if pixels is None:
         pixels = _decode_picture(data, pillow_format, channels, size)
     return pixels.transpose(2, 0, 1)
 
@@ -236,7 +235,7 @@ def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) 
             try:
                 found = library.decode_jpeg_header(data)
                 is_fit = found[0] == height and found[1] == width and found[2] in colours
-            except (ValueError, KeyError):  # as in ``_jpeg_header``
+            except (ValueError, KeyError):  # as in ``_decode_jpeg``
                 beginning, is_fit = b"", False
         done.append(is_fit)
     for i, place in enumerate(places):
@@ -264,16 +263,8 @@ def _jpeg_beginning(data: Buffer) -> bytes:
     return b""
 
 
-class _JpegHeader(NamedTuple):
-    """Shape of the decoded picture."""
-
-    height: int
-    width: int
-    depth: int  # 1 where grey is kept
-
-
-def _jpeg_header(data: Buffer, channels: int, size: tuple[int, ...] | None) -> _JpegHeader | None:
-    """What simplejpeg makes of it; None of what is not plainly a JPEG, which Pillow then judges."""
+def _decode_jpeg(data: Buffer, channels: int, size: tuple[int, ...] | None) -> np.ndarray | None:
+    """(H, W, C) uint8; None of what is not plainly a sound JPEG, which Pillow then judges."""
     library = jpeg_library()
     if library is None:
         return None
@@ -284,18 +275,10 @@ def _jpeg_header(data: Buffer, channels: int, size: tuple[int, ...] | None) -> _
     if colours not in _JPEG_COLOURS:
         return None
     _check_size(height, width, size)
-    return _JpegHeader(height, width, 1 if channels == 1 and colours == "Gray" else 3)
-
-
-def _decode_jpeg(data: Buffer, header: _JpegHeader, out: np.ndarray) -> bool:
-    """Whether ``out``, of the header's shape, is filled; libjpeg's warnings are for Pillow."""
-    library = jpeg_library()
-    assert library is not None
     try:
-        library.decode_jpeg(data, "GRAY" if header.depth == 1 else "RGB", buffer=out)
-    except ValueError:
-        return False
-    return True
+        return library.decode_jpeg(data, "GRAY" if channels == 1 and colours == "Gray" else "RGB")
+    except ValueError:  # libjpeg's warnings among them
+        return None
 
 
 @cache

@@ -7,22 +7,25 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from speed_engine.data.format.checksums import crc32
-from speed_engine.data.format.index import Contents, ShardIndex, index_path, load_index
+from speed_engine.data.format.index import (
+    ShardError,
+    ShardIndex,
+    index_path,
+    load_index,
+)
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
     ShardRecord,
     dataset_from_json,
-    merge_description,
+    dataset_of,
     refuse_incomplete,
     verified,
 )
 from speed_engine.data.format.remote import RECORD_LIMIT, Cache, fetch, is_url
-from speed_engine.data.format.tar import ShardError
-from speed_engine.data.format.writer import scan_index
+from speed_engine.data.format.tar import scan_index
 from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
@@ -32,35 +35,7 @@ _TRANSFERS = 16  # indices fetched at a time; shards come one at a time
 Loaded = tuple[Dataset, list[ShardIndex]]
 
 
-class Folder(Protocol):
-    """Access to the files of a data set; shards go by their place in its record."""
-
-    def load(self, without: Collection[str]) -> Loaded:
-        """The record of the shards not in ``without``, and their indices."""
-        ...
-
-    def describe(self, name: str) -> str:
-        """Path or URL of a file."""
-        ...
-
-    def open(self, shard: int) -> int:
-        """A file descriptor."""
-        ...
-
-    def prefetch(self, shards: Sequence[int]) -> None:
-        """Say that these shards are read next."""
-        ...
-
-    def refetch(self, shard: int) -> bool:
-        """Drop a copy of a shard whose bytes are damaged; False where there is no other."""
-        ...
-
-    def read_file(self, name: str) -> bytes:
-        """A file of the record beside the shards, verified."""
-        ...
-
-
-def open_folder(source: str | Path, cache: Cache | None) -> Folder:
+def open_folder(source: str | Path, cache: Cache | None) -> "LocalFolder | RemoteFolder":
     """The folder that a path or a URL names.
 
     Raises:
@@ -82,7 +57,7 @@ class LocalFolder:
         self._dataset = Dataset(())
 
     def load(self, without: Collection[str]) -> Loaded:
-        """See ``Folder``.
+        """The record of the shards not in ``without``, and their indices.
 
         Raises:
             FileNotFoundError: no such folder, or no shards in it.
@@ -110,17 +85,17 @@ class LocalFolder:
                 self._path,
             )
         loaded = [self._load_shard(self._path / name) for name in names]
-        self._dataset = known or _record(names, loaded)
+        self._dataset = known or dataset_of(zip(names, loaded, strict=True))
         for shard, (index, sha256) in zip(self._dataset.shards, loaded, strict=True):
             _refuse_other_content(shard, index, sha256, str(self._path / shard.name))
         return self._dataset, [index for index, _ in loaded]
 
     def describe(self, name: str) -> str:
-        """See ``Folder``."""
+        """Path of a file."""
         return str(self._path / name)
 
     def open(self, shard: int) -> int:
-        """See ``Folder``."""
+        """A file descriptor of a shard, by its place in the record."""
         path = self._path / self._dataset.shards[shard].name
         try:
             return os.open(path, os.O_RDONLY)
@@ -130,7 +105,7 @@ class LocalFolder:
             ) from error
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """See ``Folder``; the kernel reads ahead."""
+        """Say that these shards are read next; the kernel reads ahead."""
         if not hasattr(os, "posix_fadvise"):
             return
         for shard in shards:
@@ -139,11 +114,11 @@ class LocalFolder:
             os.close(file)
 
     def refetch(self, shard: int) -> bool:
-        """See ``Folder``."""
+        """Drop a copy of a shard whose bytes are damaged; False where there is no other."""
         return False
 
     def read_file(self, name: str) -> bytes:
-        """See ``Folder``."""
+        """A file of the record beside the shards, verified."""
         path = self._path / name
         return verified(self._dataset, name, str(path), path.read_bytes)
 
@@ -188,7 +163,7 @@ class RemoteFolder:
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # process, threads
 
     def load(self, without: Collection[str]) -> Loaded:
-        """See ``Folder``.
+        """As of a local folder.
 
         Raises:
             FileNotFoundError: there is no record or index; shards of others need them, too.
@@ -208,17 +183,17 @@ class RemoteFolder:
         return self._dataset, self._indices
 
     def describe(self, name: str) -> str:
-        """See ``Folder``."""
+        """URL of a file."""
         return f"{self._url}/{name}"
 
     def open(self, shard: int) -> int:
-        """See ``Folder``; fetches the shard if need be."""
+        """As of a local folder; fetches the shard if need be."""
         record, index = self._dataset.shards[shard], self._indices[shard]
         url = self.describe(record.name)
         return self._cache.open(url, record.bytes, partial(_verify_members, index, url))
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """See ``Folder``; fetches in the background, each worker from another shard on."""
+        """Fetch these shards in the background, each worker from another shard on."""
         process = os.getpid()
         if self._pool is None or self._pool[0] != process:  # threads do not survive a fork
             self._pool = process, ThreadPoolExecutor(1)
@@ -227,12 +202,11 @@ class RemoteFolder:
             self._pool[1].submit(self._prefetch, shard)
 
     def refetch(self, shard: int) -> bool:
-        """See ``Folder``."""
+        """Drop the copy of a shard."""
         self._cache.discard(self.describe(self._dataset.shards[shard].name))
         return True
 
     def read_file(self, name: str) -> bytes:
-        """See ``Folder``."""
         url = self.describe(name)
         return verified(self._dataset, name, url, partial(self._fetch_bytes, url, RECORD_LIMIT))
 
@@ -265,10 +239,10 @@ def _verify_members(index: ShardIndex, url: str, path: Path) -> None:
     """Every member of a fetched shard against its checksum."""
     with path.open("rb") as file:
         tar = memoryview(file.read())
-    columns = (index.offset.ravel(), index.size.ravel(), index.crc32.ravel())
-    for offset, size, expected in zip(*(column.tolist() for column in columns), strict=True):
-        if size >= 0 and crc32(tar[offset : offset + size]) != expected:
-            raise ShardError(f"{url} is not what its index says, at byte {offset}")
+    for _, members in index.members():
+        for offset, size, expected in members.values():
+            if crc32(tar[offset : offset + size]) != expected:
+                raise ShardError(f"{url} is not what its index says, at byte {offset}")
 
 
 def _refuse_other_content(shard: ShardRecord, index: ShardIndex, sha256: str, where: str) -> None:
@@ -277,15 +251,3 @@ def _refuse_other_content(shard: ShardRecord, index: ShardIndex, sha256: str, wh
             f"{where} is of another data set than {RECORD}: its content is {sha256[:12]}, recorded "
             f"is {shard.sha256[:12]}; put the shard and its index back."
         )
-
-
-def _record(names: list[str], loaded: list[tuple[ShardIndex, str]]) -> Dataset:
-    contents: Contents = {}
-    for index, _ in loaded:
-        for extension, description in index.contents.items():
-            merge_description(contents, extension, description)
-    shards = [
-        ShardRecord(name, index.tar_bytes, len(index), sha256)
-        for name, (index, sha256) in zip(names, loaded, strict=True)
-    ]
-    return Dataset(tuple(shards), contents)

@@ -14,20 +14,33 @@ Letters: N samples, M extensions.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from speed_engine.data.format.tar import Samples, ShardError
 from speed_engine.runtime.checks import UserError
 
 VERSION = 2
 
+
+class ShardError(UserError):
+    """A shard or its index is damaged or unusable; the message names the file and the reason."""
+
+
+class Member(NamedTuple):
+    """Where the bytes of one member lie in the tar, and their CRC-32."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
 Contents = dict[str, dict[str, Any]]  # extension -> what ``decode.describe_member`` says of all
 
 
@@ -73,6 +86,13 @@ class ShardIndex:
         start = self.key_ends[n - 1] if n else 0
         return self.key_bytes[start : self.key_ends[n]].tobytes().decode()
 
+    def members(self) -> Iterator[tuple[str, dict[str, Member]]]:
+        """Key and members by extension, of every sample."""
+        columns = (self.offset.tolist(), self.size.tolist(), self.crc32.tolist())
+        for n, rows in enumerate(zip(*columns, strict=True)):
+            places = zip(self.extensions, map(Member, *rows), strict=True)
+            yield self.key(n), {name: member for name, member in places if member.size >= 0}
+
     def without(self, keys: Collection[str]) -> np.ndarray:
         """Numbers of the samples whose key is not among ``keys``, int64."""
         numbers = range(len(self))
@@ -115,6 +135,19 @@ def index_path(tar_path: Path) -> Path:
     return tar_path.with_suffix(".index.safetensors")
 
 
+def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
+    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
+    known = contents.get(extension)
+    if known is None:
+        contents[extension] = description
+    elif known != description:
+        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
+        varying = dict.fromkeys(
+            name for name in known | description if known.get(name) != description.get(name)
+        )
+        contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
+
+
 def load_index(path: Path) -> tuple[ShardIndex, str]:
     """An index and its content hash.
 
@@ -140,9 +173,7 @@ def load_index(path: Path) -> tuple[ShardIndex, str]:
         )
         _check_shapes(columns, len(index.extensions))
         intact = index._checksum(header) == checksum and index.content_hash() == sha256
-    except FileNotFoundError:
-        raise
-    except ShardError:
+    except (FileNotFoundError, ShardError):
         raise
     # Whatever bytes provoke: an unreadable file, JSON of another structure or too deep.
     except (

@@ -18,10 +18,9 @@ import numpy as np
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
-from speed_engine.data.format.index import ShardIndex
+from speed_engine.data.format.index import ShardError, ShardIndex
 from speed_engine.data.format.remote import Cache
 from speed_engine.data.format.repair import RepairList, load_repair_list
-from speed_engine.data.format.tar import ShardError
 
 MAX_OPEN_FILES = 64
 _WASTE = 2**16  # bytes between the members of a sample that are read along rather than left out
@@ -41,7 +40,7 @@ class ShardReader:
         keys: the members that every sample must have and ``read`` returns.
         cache: for what comes from a URL.
         exclude: a repair list, see check.py; what it names is left out.
-        held_out: share of the samples that is not trained on, see split.py; 0 splits nothing.
+        held_out: share of the samples that is not trained on, see held_out.py; 0 splits nothing.
         part: which of the two parts to read; None reads both.
 
     Attributes:
@@ -250,6 +249,8 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def _nothing(self, source: str | Path, exclude: Path | None) -> str:
+        if not any(map(len, self._indices)):
+            return f"{source} holds no samples (members named <key>.<extension>)."
         if self._part is None:
             return f"{exclude} leaves nothing of {source}."
         return (
@@ -321,9 +322,7 @@ def _columns(
     name: str, index: ShardIndex, rows: np.ndarray, keys: tuple[str, ...]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offset, size and CRC of the required members of some samples, each (samples, K)."""
-    if not len(index):
-        raise ShardError(f"{name} holds no samples (members named <key>.<extension>).")
-    if not len(rows):  # all are excluded
+    if not len(rows):  # the shard is empty, or all are excluded
         none = np.empty((0, len(keys)), dtype=np.int64)
         return none, none, none.astype(np.uint32)
     for key in keys:

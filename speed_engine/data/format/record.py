@@ -19,9 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.format.index import VERSION, Contents, index_path, load_index
-from speed_engine.data.format.tar import ShardError
-from speed_engine.runtime.files import sync, write_durably
+from speed_engine.data.format.index import (
+    VERSION,
+    Contents,
+    ShardError,
+    ShardIndex,
+    merge_description,
+)
 
 RECORD = "dataset.json"
 _PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
@@ -114,12 +118,14 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
     return dataset
 
 
-def begin(folder: Path, name: str) -> None:
-    """Mark a folder as incomplete until ``commit``; ``name`` says by what, such as a prefix."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.incomplete").touch()
-    (folder / RECORD).unlink(missing_ok=True)
-    sync(folder)
+def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:
+    """Of the names of tars, with the index and the content hash of each."""
+    records, contents = [], {}
+    for name, (index, sha256) in shards:
+        records.append(ShardRecord(name, index.tar_bytes, len(index), sha256))
+        for extension, description in index.contents.items():
+            merge_description(contents, extension, description)
+    return Dataset(tuple(records), contents)
 
 
 def refuse_incomplete(folder: Path) -> None:
@@ -131,53 +137,9 @@ def refuse_incomplete(folder: Path) -> None:
         )
 
 
-def commit(
-    folder: Path,
-    name: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    files: Iterable[str] = (),
-) -> Dataset:
-    """Record all shards of a folder as one complete data set.
-
-    Args:
-        folder: every tar in it has its index.
-        name: as given to ``begin``; None if that was not called.
-        metadata: facts about the whole, of JSON's types; ``latent_scale``, for example.
-        files: names of files beside the shards that belong to the data set.
-
-    Raises:
-        ShardError: there is no shard, or one lacks its index or does not fit it.
-    """
-    shards, contents = [], {}
-    for path in sorted(folder.glob("*.tar")):
-        index, sha256 = load_index(index_path(path))
-        if path.stat().st_size != index.tar_bytes:
-            raise ShardError(f"{path} has not the size that its index says; write it again.")
-        shards.append(ShardRecord(path.name, index.tar_bytes, len(index), sha256))
-        for extension, description in index.contents.items():
-            merge_description(contents, extension, description)
-    if not shards:
-        raise ShardError(f"{folder} holds no shards; nothing was written into it.")
-    records = {file: _record_of((folder / file).read_bytes()) for file in files}
-    dataset = Dataset(tuple(shards), contents, dict(metadata or {}), records)
-    write_durably(folder / RECORD, dataset.to_json().encode())
-    if name is not None:
-        (folder / f"{name}.incomplete").unlink(missing_ok=True)
-        sync(folder)
-    return dataset
-
-
-def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
-    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
-    known = contents.get(extension)
-    if known is None:
-        contents[extension] = description
-    elif known != description:
-        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
-        varying = dict.fromkeys(
-            name for name in known | description if known.get(name) != description.get(name)
-        )
-        contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
+def file_record(data: bytes) -> FileRecord:
+    """Of a file's content."""
+    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes]) -> bytes:
@@ -185,13 +147,9 @@ def verified(dataset: Dataset, name: str, where: str, read: Callable[[], bytes])
     if name not in dataset.files:
         raise ShardError(f"{where} is not among the recorded files {sorted(dataset.files)}.")
     data = read()
-    if dataset.files[name] != _record_of(data):
+    if dataset.files[name] != file_record(data):
         raise ShardError(f"{where} is not the recorded file; put it back, or make it again.")
     return data
-
-
-def _record_of(data: bytes) -> FileRecord:
-    return FileRecord(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

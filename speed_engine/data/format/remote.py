@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.format.tar import ShardError
+from speed_engine.data.format.index import ShardError
 from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class Cache:
             for path, _, freed in files:
                 if total <= self.max_bytes:
                     break
-                if path.suffix != ".tmp" or self._is_abandoned(path):
+                if path.suffix != ".tmp" or self._is_abandoned(path, temporary):
                     path.unlink(missing_ok=True)
                     total -= freed
             if total > self.max_bytes:
@@ -157,10 +157,12 @@ class Cache:
                 claimed = path.suffixes[-2][1:] if path.suffix == ".tmp" else ""
                 yield path, status.st_mtime, int(claimed) if claimed else status.st_size
 
-    def _is_abandoned(self, temporary: Path) -> bool:
-        """Whether the process that was fetching it is gone: it held the lock."""
-        name = temporary.name.removesuffix("".join(temporary.suffixes[-2:]))
-        with open(self._lock_of(name), "w") as lock:
+    def _is_abandoned(self, temporary: Path, ours: Path) -> bool:
+        """Whether the process that was fetching it is gone: it held the lock, unless we do."""
+        path = self._lock_of_temporary(temporary)
+        if path == self._lock_of_temporary(ours):
+            return True
+        with open(path, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
@@ -170,6 +172,9 @@ class Cache:
     def _path(self, url: str) -> Path:
         folder, _, name = url.rpartition("/")
         return self.folder / f"{hashlib.sha256(folder.encode()).hexdigest()[:16]}-{name}"
+
+    def _lock_of_temporary(self, temporary: Path) -> Path:
+        return self._lock_of(temporary.name.removesuffix("".join(temporary.suffixes[-2:])))
 
     def _lock_of(self, name: str) -> Path:
         number = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _LOCKS

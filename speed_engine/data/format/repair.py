@@ -9,9 +9,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from speed_engine.data.format.index import VERSION
+from speed_engine.data.format.index import VERSION, ShardError
 from speed_engine.data.format.record import Dataset
-from speed_engine.data.format.tar import ShardError
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 

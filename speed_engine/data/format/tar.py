@@ -1,8 +1,8 @@
-"""A strict reading of tar headers: every member is found and named, or the scan fails.
+"""A strict reading of tars: every member is found and named, or the scan fails.
 
 Python's ``tarfile`` takes a damaged header in mid-archive for the end of the archive and silently
-drops what follows; here each header must pass its checksum and the end marker must be there.
-Understood: ustar (with prefix), GNU long names, pax ``path`` and ``size``.
+drops what follows. So what it leaves must be the end marker: blocks of zeros, to the end of the
+file. Understood: ustar (with prefix), GNU long names, pax ``path`` and ``size``.
 
 Members are grouped into samples as WebDataset does: ``folder/key.ext`` belongs to the sample
 ``folder/key``; the extension starts at the first dot of the file name and is lower-cased. Names are
@@ -11,36 +11,45 @@ compared and reported, never opened or created.
 
 import mmap
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Self
 
 from speed_engine.data.format.checksums import crc32
-from speed_engine.runtime.checks import UserError
+from speed_engine.data.format.decode import describe_member
+from speed_engine.data.format.index import (
+    Contents,
+    Member,
+    Samples,
+    ShardError,
+    ShardIndex,
+    merge_description,
+)
 
-BLOCK = 512
+BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 2**22  # of one tar
 MAX_NAME = 4096  # bytes of a member's name
 MAX_EXTENSION_HEADER = 2**20  # bytes of a long name or of pax records
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset keeps such names for itself
-_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
-_REGULAR, _LINKS_AND_FOLDERS = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6")
+_EXTENSION_HEADERS = (b"L", b"K", b"x", b"g")
+_TYPES = {b"\0", *(b"%d" % digit for digit in range(8)), *_EXTENSION_HEADERS}
 
 
-class ShardError(UserError):
-    """A shard or its index is damaged or unusable; the message names the file and the reason."""
+def scan_index(path: Path) -> ShardIndex:
+    """The index of a tar, from the tar itself.
 
+    Raises:
+        ShardError: the tar is damaged.
+    """
+    contents: Contents = {}
 
-class Member(NamedTuple):
-    """Where the bytes of one member lie in the tar, and their CRC-32."""
+    def describe(_: str, extension: str, data: memoryview) -> None:
+        merge_description(contents, extension, describe_member(data, extension))
 
-    offset: int
-    size: int
-    crc32: int
-
-
-Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
+    samples = scan_tar(path, describe)
+    return ShardIndex.of(samples, path.stat().st_size, contents)
 
 
 def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None = None) -> Samples:
@@ -83,88 +92,68 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
     return samples
 
 
+class _Header(tarfile.TarInfo):
+    """A header, with its checksum, whose claims are judged before they are followed."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type not in _TYPES:
+            raise tarfile.ReadError(f"unsupported member type {header.type!r}")
+        is_bounded = 0 <= header.size <= MAX_EXTENSION_HEADER
+        if header.type in _EXTENSION_HEADERS and not is_bounded:
+            raise tarfile.ReadError(f"an extension header of {header.size} bytes")
+        if buf[257:263] != b"ustar\0":  # old GNU headers have other fields in place of the prefix
+            header.name = bytes(buf[:100]).split(b"\0")[0].decode(encoding, errors)
+        return header
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        tar: Any = archive.fileobj
+        at = tar.tell()
+        member = super().fromtarfile(archive)
+        if tar[at + 156 : at + 157] == b"x":
+            start = at + BLOCK
+            _check_records(tar[start : start + int(tar[at + 124 : at + 136].strip(b" \0"), 8)])
+        return member
+
+
+def _check_records(records: bytes) -> None:
+    """Of a pax header, each "<length> <keyword>=<value>\\n"; Python 3.11.9 drops malformed ones."""
+    while records.strip(b"\0"):
+        record = records[: int(records.partition(b" ")[0])]
+        if b"=" not in record or not record.endswith(b"\n"):
+            raise tarfile.ReadError("malformed pax header")
+        records = records[len(record) :]
+
+
 def _regular_members(path: Path, tar: mmap.mmap) -> Iterator[tuple[int, str, int, int]]:
     """(header offset, name, data offset, data size) of each regular file."""
-    at, end = 0, len(tar)
-    override: dict[str, str] = {}  # name or size given by a preceding extension header
-    while True:
-        header = tar[at : at + BLOCK]
-        if len(header) < BLOCK:
-            raise _error(path, at, "the file ends without an end marker (truncated?)")
-        if header == bytes(BLOCK):
-            if end < at + 2 * BLOCK or tar[at:].strip(b"\0"):
-                raise _error(path, at, "the end marker is cut short or followed by data")
-            return
-        _verify_checksum(path, at, header)
-        kind, size, data = header[156:157], _number(path, at, header[124:136]), at + BLOCK
-        if kind in _REGULAR and "size" in override:
-            size = int(override["size"])
-        if kind in _LINKS_AND_FOLDERS:
-            size = 0
-        if data + size > end:
-            raise _error(path, at, f"a member of {size} bytes passes the end of the file")
-        if kind in (b"L", b"x") and size > MAX_EXTENSION_HEADER:
-            raise _error(path, at, f"an extension header of {size} bytes")
-        if kind == b"L":
-            override["path"] = _text(path, at, tar[data : data + size].rstrip(b"\0"))
-        elif kind == b"x":
-            override |= _pax_records(path, at, tar[data : data + size])
-        elif kind in _REGULAR:
-            yield at, override.get("path") or _name(path, at, header), data, size
-            override = {}
-        elif kind in _LINKS_AND_FOLDERS:
-            override = {}
-        elif kind not in (b"g", b"K"):  # global comments and long link targets say nothing to us
-            raise _error(path, at, f"unsupported member type {kind!r}")
-        at = data + -(-size // BLOCK) * BLOCK
-
-
-def _verify_checksum(path: Path, at: int, header: bytes) -> None:
-    expected = _number(path, at, header[148:156])
-    if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
-        raise _error(path, at, "header checksum mismatch")
-
-
-def _number(path: Path, at: int, field: bytes) -> int:
-    if field[0] == 0x80:  # GNU: big-endian binary, for sizes of 8 GiB and more
-        return int.from_bytes(field[1:], "big")
-    match = _OCTAL.fullmatch(field)
-    if not match:
-        raise _error(path, at, f"not an octal number: {field!r}")
-    return int(match[1] or b"0", 8)
-
-
-def _name(path: Path, at: int, header: bytes) -> str:
-    name, prefix = header[:100].split(b"\0")[0], b""
-    if header[257:263] == b"ustar\0":  # old GNU headers have other fields in place of the prefix
-        prefix = header[345:500].split(b"\0")[0]
-    return _text(path, at, prefix + b"/" + name if prefix else name)
-
-
-def _pax_records(path: Path, at: int, data: bytes) -> dict[str, str]:
-    """Records are "<length of the record> <keyword>=<value>\\n"."""
-    records = {}
-    while data.strip(b"\0"):
-        length, _, _ = data.partition(b" ")
-        record = data[: int(length)] if length.isdigit() else b""
-        keyword, equals, value = record[len(length) + 1 : -1].partition(b"=")
-        if not equals or not record.endswith(b"\n"):
-            raise _error(path, at, "malformed pax header")
-        if keyword in (b"path", b"size"):
-            records[keyword.decode()] = _text(path, at, value)
-        data = data[len(record) :]
-    if not records.get("size", "0").isdecimal():
-        raise _error(path, at, f"pax size {records['size']!r} is not a number")
-    return records
-
-
-def _text(path: Path, at: int, name: bytes) -> str:
-    if len(name) > MAX_NAME or b"\0" in name:
-        raise _error(path, at, f"name {name[:40]!r}... of {len(name)} bytes, or with a zero byte")
+    at = 0
     try:
-        return name.decode()
-    except UnicodeDecodeError:
-        raise _error(path, at, f"name {name!r} is not UTF-8") from None
+        with tarfile.open(fileobj=tar, mode="r:", tarinfo=_Header, encoding="utf-8") as archive:
+            while (member := archive.next()) is not None:
+                vars(archive)["members"].clear()  # which nobody reads, and which would grow
+                if archive.pax_headers.keys() & {"path", "size"} or member.sparse is not None:
+                    raise tarfile.ReadError("a path or size of all members, or a sparse file")
+                if member.isreg():
+                    _check(member, len(tar))
+                    yield member.offset, member.name, member.offset_data, member.size
+                at = archive.offset
+    # Beside its own errors, tarfile meets names of no encoding, seeks past the end of the file and
+    # pax headers without end.
+    except (tarfile.TarError, ValueError, RecursionError) as error:
+        raise _error(path, at, str(error)) from error
+    if tar[at : at + 2 * BLOCK] != bytes(2 * BLOCK) or tar[at:].strip(b"\0"):
+        raise _error(path, at, "neither a sound header nor the end marker (truncated?)")
+
+
+def _check(member: tarfile.TarInfo, end: int) -> None:
+    if member.size < 0 or member.offset_data + member.size > end:
+        raise tarfile.ReadError(f"a member of {member.size} bytes passes the end of the file")
+    num_bytes = len(member.name.encode())  # raises ValueError for what was no UTF-8
+    if num_bytes > MAX_NAME or "\0" in member.name:
+        raise tarfile.ReadError(f"name {member.name[:40]!r}... of {num_bytes} bytes, or with \\0")
 
 
 def _error(path: Path, at: int, reason: str) -> ShardError:

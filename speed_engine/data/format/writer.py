@@ -2,7 +2,7 @@
 
     digits-000000.tar                   members <key>.<extension>, all of one sample adjacent
     digits-000000.index.safetensors     where the members lie and their checksums, see index.py
-    dataset.json                        the record of the whole, see dataset.py
+    dataset.json                        the record of the whole, see record.py
     digits.incomplete                   there while a writer is at work, or after it was killed
 
 The tar is durable before its index, every index before ``dataset.json``; readers refuse a folder
@@ -13,25 +13,34 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import describe_member
-from speed_engine.data.format.index import Contents, ShardIndex, index_path, load_index
+from speed_engine.data.format.index import (
+    Contents,
+    Member,
+    Samples,
+    ShardError,
+    ShardIndex,
+    index_path,
+    load_index,
+    merge_description,
+)
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
-    begin,
-    commit,
     dataset_from_json,
-    merge_description,
+    dataset_of,
+    file_record,
     refuse_incomplete,
 )
-from speed_engine.data.format.tar import BLOCK, Member, Samples, ShardError, scan_tar
+from speed_engine.data.format.tar import BLOCK, scan_index
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.files import sync, write_durably
 
 T = TypeVar("T")
 
@@ -46,7 +55,7 @@ class ShardWriter:
         folder: created if missing.
         prefix: shards are ``<prefix>-000000.tar`` and so on; must be unused in the folder.
         samples_per_shard: the last shard may hold fewer.
-        metadata: facts about the whole for ``dataset.json``, see dataset.py.
+        metadata: facts about the whole for ``dataset.json``, see record.py.
         files: names of files in the folder that belong to the data set; there when it ends.
 
     A shard is kept in memory until it is full. Equal samples give equal bytes: owner, mode and time
@@ -98,6 +107,47 @@ class ShardWriter:
             commit(self._folder, self._prefix, self._metadata, self._files)
 
 
+def begin(folder: Path, name: str) -> None:
+    """Mark a folder as incomplete until ``commit``; ``name`` says by what, such as a prefix."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.incomplete").touch()
+    (folder / RECORD).unlink(missing_ok=True)
+    sync(folder)
+
+
+def commit(
+    folder: Path,
+    name: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    files: Iterable[str] = (),
+) -> Dataset:
+    """Record all shards of a folder as one complete data set.
+
+    Args:
+        folder: every tar in it has its index.
+        name: as given to ``begin``; None if that was not called.
+        metadata: facts about the whole, of JSON's types; ``latent_scale``, for example.
+        files: names of files beside the shards that belong to the data set.
+
+    Raises:
+        ShardError: there is no shard, or one lacks its index or does not fit it.
+    """
+    loaded = {path: load_index(index_path(path)) for path in sorted(folder.glob("*.tar"))}
+    for path, (index, _) in loaded.items():
+        if path.stat().st_size != index.tar_bytes:
+            raise ShardError(f"{path} has not the size that its index says; write it again.")
+    if not loaded:
+        raise ShardError(f"{folder} holds no shards; nothing was written into it.")
+    records = {file: file_record((folder / file).read_bytes()) for file in files}
+    dataset = dataset_of((path.name, both) for path, both in loaded.items())
+    dataset = replace(dataset, metadata=dict(metadata or {}), files=records)
+    write_durably(folder / RECORD, dataset.to_json().encode())
+    if name is not None:
+        (folder / f"{name}.incomplete").unlink(missing_ok=True)
+        sync(folder)
+    return dataset
+
+
 def shard_name(prefix: str, number: int) -> str:
     """``digits-000003.tar``."""
     return f"{prefix}-{number:06d}.tar"
@@ -106,7 +156,7 @@ def shard_name(prefix: str, number: int) -> str:
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write one tar and its index, for writers that make many in parallel.
 
-    They call ``dataset.begin`` first and ``dataset.commit`` at the end; a shard that
+    They call ``begin`` first and ``commit`` at the end; a shard that
     ``is_complete`` need not be written again. Errors are those of ``ShardWriter.write``.
     """
     tar = _Tar()
@@ -165,21 +215,6 @@ def index_shard(path: Path) -> None:
         ShardError: the tar is damaged.
     """
     write_durably(index_path(path), scan_index(path).to_bytes())
-
-
-def scan_index(path: Path) -> ShardIndex:
-    """The index of a tar, from the tar itself.
-
-    Raises:
-        ShardError: the tar is damaged.
-    """
-    contents: Contents = {}
-
-    def describe(_: str, extension: str, data: memoryview) -> None:
-        merge_description(contents, extension, describe_member(data, extension))
-
-    samples = scan_tar(path, describe)
-    return ShardIndex.of(samples, path.stat().st_size, contents)
 
 
 class _Tar:

@@ -6,12 +6,11 @@ on which it was.
 Letters: B images of a batch, N of what is stored; C channels, H, W.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
 
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch, StoredBatch
 from speed_engine.ops import operators_for
 
 PICTURES = ("low_resolution",)  # conditions that are images of the same scene: mirrored with it
@@ -26,29 +25,22 @@ class Cleaning(NamedTuple):
     shift: float = 0.0  # of latents, before scaling
     flip: bool = False  # mirror one image in two
 
-    def batch(
-        self,
-        images: Tensor,
-        conditions: Mapping[str, Tensor],
-        ids: Tensor,
-        rows: Tensor | None = None,
-    ) -> Batch:
-        """A batch of clean images.
+    def batch(self, stored: StoredBatch, rows: Tensor | None = None) -> Batch:
+        """A batch of clean images: here, and only here, pixels become values in [-1, 1].
 
         Args:
-            images: (N, C or 2C, H, W) on the device: uint8 pixels, or floating point.
-            conditions: (N, ...) each; floats become float32.
-            ids: (B,) int64 positions in the stream.
-            rows: (B,) int64, which of the N; None takes all in turn.
+            stored: on the device; of N images and (N, ...) conditions, and B ids.
+            rows: (B,) int64, which of the N; None takes all in turn, B = N.
         """
-        clean = operators_for(images.device).clean_images
+        ids, flip = stored.ids, self.flip
+        clean = operators_for(stored.images.device).clean_images
         latents = dict(posterior=self.posterior, scale=self.scale, shift=self.shift)
-        told = {}
-        for name, value in conditions.items():
+        conditions = {}
+        for name, value in stored.conditions.items():
             if name in PICTURES:
-                told[name] = clean(value, self.seed, ids, rows, flip=self.flip)
+                conditions[name] = clean(value, self.seed, ids, rows, flip=flip)
             else:
                 taken = value if rows is None else value[rows]
-                told[name] = taken.float() if taken.is_floating_point() else taken
-        x0 = clean(images, self.seed, ids, rows, flip=self.flip, **latents)
-        return Batch(x0, told, ids)
+                conditions[name] = taken.float() if taken.is_floating_point() else taken
+        x0 = clean(stored.images, self.seed, ids, rows, flip=flip, **latents)
+        return Batch(x0, conditions, ids, replaced=stored.replaced)

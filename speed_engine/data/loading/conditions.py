@@ -1,4 +1,4 @@
-"""Members of a sample that tell the model about its image, by the first part of their extension.
+"""Members of a sample that its image is conditioned on, by the first part of their extension.
 
     cls                       labels           the class, as decimal text
     tokens.npy                tokens           (L, D) floats of a text encoder
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from speed_engine.data.format.decode import Buffer, decode_image, decode_label, decode_npy
-from speed_engine.data.format.tar import ShardError
+from speed_engine.data.format.index import ShardError
 from speed_engine.runtime.checks import UserError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}

@@ -13,12 +13,16 @@ all; put back, the run resumes.
 Letters: B images of a batch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from itertools import islice
+from typing import Literal
 
 import numpy as np
+import torch
 
+from speed_engine.data.batch import StoredBatch
 from speed_engine.data.format.decode import (
     UnfitSample,
     decode_image,
@@ -26,27 +30,25 @@ from speed_engine.data.format.decode import (
     decode_npy_rows,
     decode_pictures,
 )
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import RawBatch, Sample, ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.loading.conditions import condition_name, decode_condition
+from speed_engine.data.loading.order import elsewhere
+from speed_engine.runtime.checks import UserError
+
+log = logging.getLogger(__name__)
 
 IMAGE = "image"  # in a decoded sample, beside the names of its conditions
 TOGETHER = 2**28  # bytes of pictures that are read before the first is decoded
 ATTEMPTS = 100  # substitutes of one sample; more are damaged only where nearly everything is
+BAD_IN_A_ROW = 2000  # damaged samples of a stream before it is given up
 
 ALLOCATE = partial(np.empty, dtype=np.uint8)  # bytes -> ordinary memory; workers share theirs
 
 Shape = tuple[int, int, int]  # C, H, W
 OnBadSample = Literal["skip", "stop"]
 Row = dict[str, np.ndarray]
-
-
-class Arrays(NamedTuple):
-    """A batch before it is made of tensors."""
-
-    images: np.ndarray  # (B, C, H, W) as stored
-    conditions: dict[str, np.ndarray]  # (B, ...) each, as stored
-    replaced: tuple[str, ...]  # what was wrong with each sample that was replaced
+Describe = Callable[[], str]
 
 
 class BatchReader:
@@ -78,7 +80,8 @@ class BatchReader:
         samples: Sequence[int] | np.ndarray,
         substitute: Callable[[int, int], int] | None = None,
         allocate: Callable[[int], np.ndarray] = ALLOCATE,
-    ) -> Arrays:
+        ids: np.ndarray | None = None,
+    ) -> StoredBatch:
         """The batch of ``samples``, in their order.
 
         Args:
@@ -86,23 +89,60 @@ class BatchReader:
             substitute: (place in the batch, attempt from 1) -> number of another sample; needed to
                 skip.
             allocate: bytes -> memory of that size, for the images; called once at most.
+            ids: (B,) int64 positions in the stream; None takes the numbers.
 
         Raises:
             UserError: a sample is damaged and the policy is to stop, or it is unfit; names it.
             OSError: a shard cannot be read.
         """
         numbers = np.asarray(samples, dtype=np.int64)
+        ids = numbers if ids is None else ids
         if self._holds_arrays:  # which stay where they are read to
             raw = self.reader.read_batch(numbers, allocate)
         else:
             raw = self.reader.read_batch(numbers, ALLOCATE, limit=TOGETHER)
         if raw is not None:
             if (uniform := self._decode_all(raw, allocate)) is not None:
-                return Arrays(uniform.pop(IMAGE), uniform, ())
+                return _batch(uniform, ids, [])
             read = map(raw.sample, range(len(numbers)))
         else:
             read = self.reader.stream(numbers)
-        return self._decode_each(numbers.tolist(), read, substitute)
+        replaced: list[str] = []
+        rows = self._decode_each(numbers.tolist(), read, substitute, replaced)
+        return _batch(_stack(rows, len(numbers)), ids, replaced)
+
+    def collect(
+        self, samples: Iterator[tuple[str, Sample | ShardError]], ids: np.ndarray
+    ) -> StoredBatch:
+        """The next samples of a stream; after a damaged one the policy takes another, or stops.
+
+        Args:
+            samples: (description, members), without end.
+            ids: (B,) int64 positions in the stream.
+
+        Raises:
+            UserError: as ``read`` does, or too many in a row are damaged.
+        """
+        replaced: list[str] = []
+        rows = islice(self._sound(samples, replaced), len(ids))
+        return _batch(_stack(rows, len(ids)), ids, replaced)
+
+    def _sound(
+        self, samples: Iterator[tuple[str, Sample | ShardError]], replaced: list[str]
+    ) -> Iterator[tuple[Describe, Row]]:
+        bad = 0  # in a row
+        for where, sample in samples:
+            describe = partial(str, where)
+            try:
+                row = self.decode(sample, describe)
+            except ShardError as damage:
+                bad += 1
+                if self.stops or bad > BAD_IN_A_ROW:  # rather than look for ever
+                    raise
+                replaced.append(str(damage))
+            else:
+                yield describe, row
+                bad = 0
 
     def _decode_all(self, raw: RawBatch, allocate: Callable[[int], np.ndarray]) -> Row | None:
         """All samples at once; None unless they are intact, fit and alike."""
@@ -145,9 +185,8 @@ class BatchReader:
         numbers: list[int],
         samples: Iterable[Sample | ShardError],
         substitute: Callable[[int, int], int] | None,
-    ) -> Arrays:
-        arrays: Row = {}
-        replaced: list[str] = []
+        replaced: list[str],
+    ) -> Iterator[tuple[Describe, Row]]:
         for place, (number, sample) in enumerate(zip(numbers, samples, strict=True)):
             try:
                 row = self.decode(sample, partial(self.reader.describe, number))
@@ -156,18 +195,7 @@ class BatchReader:
                     raise
                 replaced.append(str(damage))
                 number, row = self._replace(place, substitute, damage)
-            for name, value in row.items():
-                if place == 0:
-                    arrays[name] = _allocate(len(numbers), value)
-                array = arrays[name]
-                if value.dtype != array.dtype or value.shape != array.shape[1:]:
-                    raise UnfitSample(
-                        f"{self.reader.describe(number)} has {name} of {value.dtype} and shape "
-                        f"{value.shape}, others {array.dtype} and {array.shape[1:]}; a data set "
-                        f"needs one dtype and shape."
-                    )
-                array[place] = value
-        return Arrays(arrays.pop(IMAGE), arrays, tuple(replaced))
+            yield partial(self.reader.describe, number), row
 
     def _replace(
         self, place: int, substitute: Callable[[int, int], int], damage: ShardError
@@ -184,7 +212,7 @@ class BatchReader:
             "`speed-engine shards check`."
         ) from damage
 
-    def decode(self, sample: Sample | ShardError, describe: Callable[[], str]) -> Row:
+    def decode(self, sample: Sample | ShardError, describe: Describe) -> Row:
         """The image, under ``IMAGE``, and the conditions of a sample; ``describe`` names it.
 
         Raises:
@@ -217,6 +245,69 @@ class BatchReader:
                 f"num_classes={self._num_classes}. Correct num_classes or the data."
             )
         return row
+
+
+def read_all(
+    reader: ShardReader,
+    image_shape: Shape,
+    on_bad_sample: OnBadSample = "stop",
+    groups: np.ndarray | None = None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Every sample in the order of the shards, for evaluation; others replace damaged ones.
+
+    Args:
+        reader: its first key is the image.
+        image_shape: (C, H, W) that every image must have.
+        on_bad_sample: what happens to a damaged sample.
+        groups: (N,) of the samples; a damaged one is replaced by one of its own group. None is one.
+
+    Returns:
+        images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
+
+    Raises:
+        UserError: what is stored are no pixels, or as ``BatchReader.read`` does.
+    """
+    groups = np.zeros(len(reader)) if groups is None else groups
+
+    def substitute(place: int, attempt: int) -> int:
+        own = np.flatnonzero(groups == groups[place])
+        return int(own[elsewhere(int(np.searchsorted(own, place)), attempt, len(own))])
+
+    batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
+    images, conditions, _, replaced = batches.read(range(len(reader)), substitute)
+    if images.dtype != torch.uint8:
+        dtype = str(images.dtype).removeprefix("torch.")
+        raise UserError(f"{reader.describe(0)} holds {dtype}; needed: uint8 pixels.")
+    if replaced:
+        log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
+    stored = {name: value.numpy() for name, value in conditions.items()}
+    return np.ascontiguousarray(images.numpy()), stored
+
+
+def _batch(arrays: Row, ids: np.ndarray, replaced: Sequence[str]) -> StoredBatch:
+    """In the memory of the arrays; bfloat16, which NumPy lacks, from its bits."""
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    images = tensors.pop(IMAGE)
+    if images.dtype == torch.uint16:
+        images = images.view(torch.bfloat16)
+    return StoredBatch(images, tensors, torch.from_numpy(ids), tuple(replaced))
+
+
+def _stack(rows: Iterable[tuple[Describe, Row]], count: int) -> Row:
+    """(count, ...) each; raises UnfitSample where a row is unlike the first."""
+    arrays: Row = {}
+    for place, (describe, row) in enumerate(rows):
+        for name, value in row.items():
+            if place == 0:
+                arrays[name] = _allocate(count, value)
+            array = arrays[name]
+            if value.dtype != array.dtype or value.shape != array.shape[1:]:
+                raise UnfitSample(
+                    f"{describe()} has {name} of {value.dtype} and shape {value.shape}, others "
+                    f"{array.dtype} and {array.shape[1:]}; a data set needs one dtype and shape."
+                )
+            array[place] = value
+    return arrays
 
 
 def _is_npy(key: str) -> bool:

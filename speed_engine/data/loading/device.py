@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import StoredBatch
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, moved.
+def on_device(batches: Iterable[StoredBatch], device: torch.device) -> Iterator[StoredBatch]:
+    """The same batches, moved, as they are stored.
 
     On CUDA the next one is copied on a stream of its own while the current one is worked on; its
     memory is not reused before that work is done. Elsewhere nothing is read ahead.
@@ -18,7 +18,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
             yield batch.to(device)
         return
     copies, computation = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-    ready: Batch | None = None
+    ready: StoredBatch | None = None
     for batch in batches:
         with torch.cuda.stream(copies):
             following = batch.to(device)

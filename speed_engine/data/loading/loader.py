@@ -1,79 +1,32 @@
-"""Batches in the order of the run: sample indices -> bytes -> arrays -> ``Batch``.
+"""Batches in the order of the run: sample indices -> bytes -> arrays -> ``StoredBatch``.
 
-    global batch k  = images start + k B ... start + (k + 1) B - 1 of the stream, see order.py
-    rank r          takes the r-th of its world_size equal parts
     worker w of W   makes k = w, w + W, w + 2 W, ...; DataLoader collects from its workers in turn
 
 The loader has no state to save: made anew with ``start`` = images consumed it continues exactly,
-whatever the ranks, the workers and the batches in flight were.
+whatever the ranks, the workers and the batches in flight were. See order.py.
 
-Letters: B images, C, H, W as usual; N samples of the data set.
+Letters: B images of this rank's part of a batch.
 """
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import partial
-from typing import Literal, NamedTuple, Self, cast
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.filters import map as map_stage
-from webdataset.pipeline import DataPipeline
 
+from speed_engine.data.batch import StoredBatch
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.conditions import condition_name
-from speed_engine.data.loading.decoding import Arrays, BatchReader, OnBadSample, Shape
-from speed_engine.data.loading.order import DataOrder, elsewhere
+from speed_engine.data.loading.decoding import BatchReader, OnBadSample, Shape
+from speed_engine.data.loading.order import DataOrder, Feed
 from speed_engine.data.loading.shared_memory import Piece, SharedMemory
-from speed_engine.data.loading.stream import StreamSource
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check
 
 log = logging.getLogger(__name__)
 
 PREFETCH = 4  # batches in flight per worker
-
-
-class Batch(NamedTuple):
-    """One rank's part of a global batch."""
-
-    images: Tensor  # (B, C, H, W) as stored: uint8 pixels, floating-point latents
-    conditions: dict[str, Tensor]  # (B, ...) each, by the model's argument, see conditions.py
-    ids: Tensor  # (B,) int64 positions in the stream, the addresses of the run's random draws
-    replaced: tuple[str, ...] = ()  # what was wrong with each sample that has a substitute
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on ``device``: pixels as float32 in [-1, 1], other floats as float32.
-
-        Copies are asynchronous from pinned memory; everything travels as it is stored.
-        """
-        move = partial(_move, device=device)
-        conditions = {name: move(value) for name, value in self.conditions.items()}
-        return Batch(move(self.images), conditions, move(self.ids), self.replaced)
-
-    def split(self, size: int) -> list["Batch"]:
-        """Parts of ``size`` images; the last may be smaller."""
-        return [
-            Batch(
-                self.images[start : start + size],
-                {name: rows[start : start + size] for name, rows in self.conditions.items()},
-                self.ids[start : start + size],
-            )
-            for start in range(0, len(self.ids), size)
-        ]
-
-
-def _move(tensor: Tensor, device: torch.device | str) -> Tensor:
-    moved = tensor.to(device, non_blocking=True)
-    if moved.dtype == torch.int64:
-        return moved
-    floats = moved.to(torch.float32, memory_format=torch.contiguous_format)
-    if moved.dtype != torch.uint8:
-        return floats
-    # By a tensor: CUDA would multiply by the reciprocal of a number.
-    return floats.div_(torch.full((), 127.5, device=floats.device)).sub_(1)
 
 
 class Loader:
@@ -84,16 +37,11 @@ class Loader:
     Args:
         reader: its first key is the image, the others are conditions.
         image_shape: (C, H, W) that every image must have.
-        batch_size: images per step, all ranks together.
-        seed: of the run.
-        start: images consumed so far, all ranks together.
+        feed: which images of the stream.
         workers: processes that read and decode; 0 does it in this one.
-        rank: of this process.
-        world_size: number of ranks.
-        window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
         condition_shapes: of one row, by the condition's name; others accept any.
-        on_bad_sample: what happens to a damaged sample, see batches.py.
+        on_bad_sample: what happens to a damaged sample, see decoding.py.
         mode: exact as above, or stream, see stream.py.
 
     Raises:
@@ -107,37 +55,27 @@ class Loader:
         self,
         reader: ShardReader,
         image_shape: Shape,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
+        feed: Feed,
+        *,
         workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        window: int = 8,
         num_classes: int | None = None,
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
         on_bad_sample: OnBadSample = "stop",
         mode: Literal["exact", "stream"] = "exact",
     ) -> None:
-        check_arguments(reader, batch_size, start, workers, rank, world_size)
-        order = DataOrder(reader.counts, seed, window)
+        check("workers", workers, workers >= 0, "must be 0 or more")
         batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
         self._memory = SharedMemory(workers)
-        load = partial(_load_batch, batches, order, self._memory)
+        source = _Exact(batches, feed, self._memory)
         # An unfit data set fails here, not in a worker. The order of this epoch is computed, too,
         # which the workers then share.
-        first, _ = load(np.array([order.sample_indices(start, 1), [start]]))
-        _check_conditions(reader, first, condition_shapes or {})
-        if mode == "exact":
-            source = _Source(reader, order, start, batch_size, rank, world_size)
-            pipeline = DataPipeline(source, map_stage(load))
-        else:
-            stream = StreamSource(batches, seed, start, batch_size, rank, world_size)
-            pipeline = DataPipeline(stream, map_stage(_without_piece))
-        self._loader: DataLoader | DataPipeline | None = pipeline
+        _check_conditions(reader, source.load(feed.start, 1).batch, condition_shapes or {})
+        if mode == "stream":
+            source = _Streamed(batches, feed)
+        self._loader: DataLoader | IterableDataset | None = source
         if workers or torch.cuda.is_available():  # else it has nothing to do, and takes time
             self._loader = DataLoader(
-                cast(IterableDataset, pipeline),  # it is one, but its stubs do not say so
+                source,
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=PREFETCH if workers else None,
@@ -149,7 +87,7 @@ class Loader:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> StoredBatch:
         if self._loader is None:
             raise RuntimeError("this Loader is closed; make another with start=images consumed.")
         try:
@@ -170,7 +108,7 @@ class Loader:
             self.close()  # DataLoader would go on without the worker that failed
             raise
 
-    def _received(self, loaded: "_Loaded") -> Batch:
+    def _received(self, loaded: "_Loaded") -> StoredBatch:
         """The batch, whose memory its worker gets back once nobody holds it."""
         batch, piece = loaded
         if piece is not None:
@@ -179,7 +117,7 @@ class Loader:
             self._memory.watch([] if pinned else tensors, piece)
         return batch
 
-    def _reported(self, batch: Batch) -> Batch:
+    def _reported(self, batch: StoredBatch) -> StoredBatch:
         """The batch, after one warning for each shard that is found to be damaged."""
         for damage in batch.replaced:
             shard = damage.partition(": ")[0]
@@ -209,120 +147,73 @@ class Loader:
         self.close()
 
 
-def read_all(
-    reader: ShardReader,
-    image_shape: Shape,
-    on_bad_sample: OnBadSample = "stop",
-    groups: np.ndarray | None = None,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Every sample in the order of the shards, for evaluation; others replace damaged ones.
-
-    Args:
-        reader: its first key is the image.
-        image_shape: (C, H, W) that every image must have.
-        on_bad_sample: what happens to a damaged sample.
-        groups: (N,) of the samples; a damaged one is replaced by one of its own group. None is one.
-
-    Returns:
-        images (N, C, H, W) uint8 and conditions, (N, ...) each, as stored.
-    """
-    batches = BatchReader(reader, image_shape, on_bad_sample=on_bad_sample)
-    groups = np.zeros(len(reader)) if groups is None else groups
-
-    def substitute(place: int, attempt: int) -> int:
-        own = np.flatnonzero(groups == groups[place])
-        return int(own[elsewhere(int(np.searchsorted(own, place)), attempt, len(own))])
-
-    images, conditions, replaced = batches.read(range(len(reader)), substitute)
-    if images.dtype != np.uint8:
-        raise UserError(f"{reader.describe(0)} holds {images.dtype}; needed: uint8 pixels.")
-    if replaced:
-        log.warning("%d damaged samples are replaced in evaluation.", len(replaced))
-    return np.ascontiguousarray(images), conditions
-
-
-def read_conditions(
-    reader: ShardReader, image_shape: Shape, indices: list[int]
-) -> dict[str, np.ndarray]:
-    """(N, ...) of the given samples, as batches have them."""
-    _, conditions, _ = BatchReader(reader, image_shape).read(indices)
-    return {name: _scaled(value) for name, value in conditions.items()}
-
-
-class _Source(IterableDataset):
-    """This worker's batches as (2, B) int64: sample indices, positions in the stream."""
-
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: DataOrder,
-        start: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._reader, self._order, self._batch_size = reader, order, batch_size
-        self._rank_size = batch_size // world_size
-        self._first = start + rank * self._rank_size
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        worker = get_worker_info()
-        k, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        begin = end = self._first + k * self._batch_size  # of the last window that was announced
-        while True:
-            first = self._first + k * self._batch_size
-            while first >= begin:  # announce the next window when the one before it begins
-                begin, (end, shards) = end, self._order.window_at(end)
-                self._reader.prefetch(shards)
-            indices = self._order.sample_indices(first, self._rank_size)
-            yield np.stack([indices, np.arange(first, first + self._rank_size)])
-            k += stride
-
-
 class _Loaded(NamedTuple):
     """What comes from a worker."""
 
-    batch: Batch
-    piece: Piece | None  # of shared memory, that the batch is in
+    batch: StoredBatch
+    piece: Piece | None = None  # of shared memory, that the batch is in
 
 
-def _load_batch(
-    batches: BatchReader, order: DataOrder, memory: SharedMemory, part: np.ndarray
-) -> _Loaded:
-    indices, ids = part
-    images, conditions, replaced = batches.read(
-        indices, lambda place, attempt: order.substitute(int(ids[place]), attempt), memory.empty
-    )
-    (stored, *told), piece = memory.lend([images, *conditions.values()])
-    conditions = dict(zip(conditions, told, strict=True))
-    return _Loaded(Batch(_floats(stored), conditions, torch.from_numpy(ids), replaced), piece)
+class _Exact(IterableDataset):
+    """This worker's batches of the stream."""
+
+    def __init__(self, batches: BatchReader, feed: Feed, memory: SharedMemory) -> None:
+        self._batches, self._feed, self._memory = batches, feed, memory
+        self._order = DataOrder(batches.reader.counts, feed.seed, feed.window)
+
+    def __iter__(self) -> Iterator[_Loaded]:
+        k, stride = _worker()
+        begin = end = self._feed.first(k)  # of the last window that was announced
+        while True:
+            first = self._feed.first(k)
+            while first >= begin:  # announce the next window when the one before it begins
+                begin, (end, shards) = end, self._order.window_at(end)
+                self._batches.reader.prefetch(shards)
+            yield self.load(first, self._feed.part_size)
+            k += stride
+
+    def load(self, first: int, count: int) -> _Loaded:
+        """The images ``first``, ``first + 1``, ... of the stream."""
+        images, conditions, ids, replaced = self._batches.read(
+            self._order.sample_indices(first, count),
+            lambda place, attempt: self._order.substitute(first + place, attempt),
+            self._memory.empty,
+            np.arange(first, first + count),
+        )
+        (images, *values), piece = self._memory.lend([images, *conditions.values()])
+        conditions = dict(zip(conditions, values, strict=True))
+        return _Loaded(StoredBatch(images, conditions, ids, replaced), piece)
 
 
-def _without_piece(part: tuple[Arrays, np.ndarray]) -> _Loaded:
-    return _Loaded(as_batch(part), None)
+class _Streamed(IterableDataset):
+    """This worker's batches of whatever it draws."""
+
+    def __init__(self, batches: BatchReader, feed: Feed) -> None:
+        log.warning(
+            "data.mode=stream is not exact: the order of images depends on ranks and workers, an "
+            "epoch is not every image once, and a resumed run does not continue it."
+        )
+        self._batches, self._feed = batches, feed
+
+    def __iter__(self) -> Iterator[_Loaded]:
+        from speed_engine.data.loading.stream import stream_samples  # webdataset takes long
+
+        k, stride = _worker()
+        samples = stream_samples(self._batches.reader, self._feed, k)
+        while True:
+            ids = self._feed.first(k) + np.arange(self._feed.part_size)
+            yield _Loaded(self._batches.collect(samples, ids))
+            k += stride
 
 
-def as_batch(part: tuple[Arrays, np.ndarray]) -> Batch:
-    """The tensors that share the arrays' memory."""
-    (images, conditions, replaced), ids = part
-    told = {name: torch.from_numpy(value) for name, value in conditions.items()}
-    return Batch(_floats(torch.from_numpy(images)), told, torch.from_numpy(ids), replaced)
-
-
-def _floats(images: Tensor) -> Tensor:
-    """bfloat16, which NumPy lacks, from its bits; others as they are."""
-    return images.view(torch.bfloat16) if images.dtype == torch.uint16 else images
-
-
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """Pixels to [-1, 1]; anything else as it is."""
-    if values.dtype != np.uint8:
-        return values
-    return values.astype(np.float32) / np.float32(127.5) - np.float32(1)
+def _worker() -> tuple[int, int]:
+    """Number of this worker, and of all."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
 
 
 def _check_conditions(
-    reader: ShardReader, batch: Batch, shapes: Mapping[str, tuple[int, ...]]
+    reader: ShardReader, batch: StoredBatch, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     for name, shape in shapes.items():
         found = tuple(batch.conditions[name].shape[1:])
@@ -331,22 +222,3 @@ def _check_conditions(
                 f"{reader.describe(0)} has {name} of shape {found}; expected {tuple(shape)}. "
                 "Correct the data options (token_shape, low_shape) or the data."
             )
-
-
-def check_arguments(
-    reader: ShardReader, batch_size: int, start: int, workers: int, rank: int, world_size: int
-) -> None:
-    """Raises UserError where batches cannot be shared out so."""
-    for key in reader.keys[1:]:
-        condition_name(key)
-    if batch_size < 1 or start < 0 or workers < 0 or not 0 <= rank < world_size:
-        raise UserError(
-            f"batch_size={batch_size}, start={start}, workers={workers}, rank={rank}, "
-            f"world_size={world_size}: sizes are positive, counts not negative, rank < world_size."
-        )
-    if batch_size % world_size:
-        below = batch_size - batch_size % world_size
-        raise UserError(
-            f"batch_size={batch_size} is not a multiple of world_size={world_size}; nearest valid "
-            f"values: {below or below + world_size} and {below + world_size}."
-        )

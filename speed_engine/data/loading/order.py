@@ -3,6 +3,8 @@
     stream     = epoch 0, epoch 1, ...             each a permutation of all N samples
     image n    = sample permutation(n // N)[n % N]
     epoch e    : shards shuffled, cut into groups of `window` shards, each group fully shuffled
+    batch k    = images start + k B ... start + (k + 1) B - 1 of the stream; rank r takes the r-th
+                 of its equal parts
 
 So every process can compute any slice of the stream: the order depends neither on the number of
 processes nor on that of workers. Nothing is dropped or padded; batches may straddle epochs. The
@@ -12,10 +14,11 @@ resumed runs rely on it.
 A sample that cannot be read is replaced by the one that stands elsewhere in the same epoch: again a
 function of the image's place only.
 
-Letters: N samples, S shards.
+Letters: B images of a global batch, N samples, S shards.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,54 @@ import torch
 
 from speed_engine.ops import Stream, random_bits
 from speed_engine.runtime.checks import UserError
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Which images of the stream one process is fed, and in what order the stream is.
+
+    Attributes:
+        batch_size: images per step, all ranks together.
+        seed: of the run.
+        start: images consumed so far, all ranks together.
+        rank: of this process.
+        world: number of ranks; divides ``batch_size``.
+        window: shards that are shuffled together.
+
+    Raises:
+        UserError: a value out of range, or batches that cannot be shared out equally.
+    """
+
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+    window: int = 8
+
+    def __post_init__(self) -> None:
+        positive = min(self.batch_size, self.window) >= 1 and self.start >= 0
+        if not positive or not 0 <= self.rank < self.world:
+            raise UserError(
+                f"batch_size={self.batch_size}, start={self.start}, rank={self.rank}, "
+                f"world={self.world}, window={self.window}: sizes are positive, counts not "
+                f"negative, rank < world."
+            )
+        if self.batch_size % self.world:
+            below = self.batch_size - self.batch_size % self.world
+            raise UserError(
+                f"batch_size={self.batch_size} is not a multiple of world={self.world}; nearest "
+                f"valid values: {below or below + self.world} and {below + self.world}."
+            )
+
+    @property
+    def part_size(self) -> int:
+        """Images of one batch that this rank takes."""
+        return self.batch_size // self.world
+
+    def first(self, k: int) -> int:
+        """The first image of this rank's part of the k-th batch from ``start``."""
+        return self.start + k * self.batch_size + self.rank * self.part_size
 
 
 def epoch_order(counts: Sequence[int], seed: int, epoch: int, window: int) -> np.ndarray:

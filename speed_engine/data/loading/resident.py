@@ -2,7 +2,7 @@
 
 The shards are read once. A batch is then rows of what is stored, gathered by the order of the run,
 and made into clean images by the operator that a loader's batches go through, too: same images,
-same order, same bits. So are the substitutes of damaged samples, see batches.py.
+same order, same bits. So are the substitutes of damaged samples, see decoding.py.
 
 Letters: B images of a batch, N samples of the data set.
 """
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.data.batch import Batch, StoredBatch
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import ATTEMPTS, BatchReader, OnBadSample, Shape
-from speed_engine.data.loading.loader import Batch, as_batch, check_arguments
-from speed_engine.data.loading.order import DataOrder, elsewhere
+from speed_engine.data.loading.order import DataOrder, Feed, elsewhere
 from speed_engine.runtime.checks import UserError
 
 CHUNK = 1024  # samples read at once
@@ -27,23 +27,18 @@ log = logging.getLogger(__name__)
 
 
 class Resident:
-    """The endless iterator over one rank's batches; arguments and order are those of ``Loader``.
+    """The endless iterator over one rank's batches, in the order of ``Loader``.
 
     Args:
         reader: its first key is the image, the others are conditions.
         image_shape: (C, H, W) that every stored image must have.
-        batch_size: images per step, all ranks together.
-        seed: of the run.
+        feed: which images of the stream; each rank holds the whole data set.
         cleaning: on the device that the data set shall lie on.
-        start: images consumed so far, all ranks together.
-        rank: of this process.
-        world_size: number of ranks; each holds the whole data set.
-        window: shards that are shuffled together, see order.py.
         num_classes: labels must be less; None accepts any.
         on_bad_sample: what happens to a damaged sample.
 
     Raises:
-        UserError: an argument or a sample is unfit; names shard and key of the sample.
+        UserError: a sample is unfit; names shard and key of it.
         OSError: a shard cannot be read.
     """
 
@@ -51,21 +46,15 @@ class Resident:
         self,
         reader: ShardReader,
         image_shape: Shape,
-        batch_size: int,
-        seed: int,
+        feed: Feed,
         cleaning: Cleaning,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        window: int = 8,
+        *,
         num_classes: int | None = None,
         on_bad_sample: OnBadSample = "stop",
     ) -> None:
-        check_arguments(reader, batch_size, start, 0, rank, world_size)
+        self._feed, self._k = feed, 0
         self._cleaning, self._device = cleaning, cleaning.seed.device
-        self._order = DataOrder(reader.counts, seed, window)
-        self._batch_size, self._rank_size = batch_size, batch_size // world_size
-        self._next = start + rank * self._rank_size
+        self._order = DataOrder(reader.counts, feed.seed, feed.window)
         self._damage: dict[int, str] = {}  # sample -> what is wrong with it
         self._stored: dict[str, Tensor] = {}  # (N, ...) each, the images under ""
         self._load(reader, BatchReader(reader, image_shape, num_classes, on_bad_sample))
@@ -74,20 +63,20 @@ class Resident:
         return self
 
     def __next__(self) -> Batch:
-        first = self._next
-        self._next += self._batch_size
-        samples, replaced = self._samples(first)
+        first, count = self._feed.first(self._k), self._feed.part_size
+        self._k += 1
+        samples, replaced = self._samples(first, count)
         rows = torch.from_numpy(samples)
         if self._device.type == "cuda":  # so that the copy does not wait
             rows = rows.pin_memory().to(self._device, non_blocking=True)
-        ids = torch.arange(first, first + self._rank_size, device=self._device)
+        ids = torch.arange(first, first + count, device=self._device)
         conditions = self._stored.copy()
-        batch = self._cleaning.batch(conditions.pop(""), conditions, ids, rows)
-        return batch._replace(replaced=replaced)
+        stored = StoredBatch(conditions.pop(""), conditions, ids, replaced)
+        return self._cleaning.batch(stored, rows)
 
-    def _samples(self, first: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    def _samples(self, first: int, count: int) -> tuple[np.ndarray, tuple[str, ...]]:
         """Of the batch that begins with image ``first``, and what was wrong with others."""
-        samples = self._order.sample_indices(first, self._rank_size)
+        samples = self._order.sample_indices(first, count)
         replaced = []
         if self._damage:
             for place in np.flatnonzero(np.isin(samples, list(self._damage))).tolist():
@@ -112,7 +101,7 @@ class Resident:
                     damaged.append(first + place)
                 return elsewhere(first + place, attempt, len(reader))
 
-            chunk = as_batch((batches.read(samples, next_one), samples))
+            chunk = batches.read(samples, next_one)
             self._damage |= dict(zip(damaged, chunk.replaced, strict=True))
             for name, values in {"": chunk.images, **chunk.conditions}.items():
                 if name not in self._stored:
@@ -144,7 +133,6 @@ class Resident:
 
 def resident_bytes(reader: ShardReader, image_shape: Shape) -> int:
     """What the data set will take of the device's memory; all samples are of one size."""
-    images, conditions, _ = BatchReader(reader, image_shape, on_bad_sample="skip").read(
-        [0], lambda _, attempt: attempt % len(reader)
-    )
-    return len(reader) * sum(array.nbytes for array in (images, *conditions.values()))
+    batches = BatchReader(reader, image_shape, on_bad_sample="skip")
+    first = batches.read([0], lambda _, attempt: attempt % len(reader))
+    return len(reader) * sum(tensor.nbytes for tensor in (first.images, *first.conditions.values()))

@@ -58,11 +58,10 @@ class SharedMemory:
         whole = torch.empty(0, dtype=torch.uint8).set_(self._pieces[number])
         return whole.numpy()[:num_bytes]
 
-    def lend(self, arrays: Iterable[np.ndarray]) -> tuple[list[Tensor], Piece | None]:
-        """Tensors of a batch's arrays, sharing their memory, and the piece that they are in."""
+    def lend(self, batch: Iterable[Tensor]) -> tuple[list[Tensor], Piece | None]:
+        """The tensors of a batch, in the same memory, and the piece that they are in."""
         tensors, piece = [], None
-        for array in arrays:
-            tensor = torch.from_numpy(array)
+        for tensor in batch:
             if self._free and (inside := _inside(tensor, self._pieces[self._free[-1]])) is not None:
                 tensor, worker = inside, get_worker_info()
                 assert worker is not None

@@ -8,17 +8,17 @@ and samples whose content is there already. What training can leave out goes int
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import decode_image, decode_label
-from speed_engine.data.format.index import ShardIndex, index_path, load_index
+from speed_engine.data.format.index import Samples, ShardError, ShardIndex, index_path, load_index
 from speed_engine.data.format.record import refuse_incomplete
 from speed_engine.data.format.repair import RepairList
-from speed_engine.data.format.tar import Samples, ShardError, scan_tar
+from speed_engine.data.format.tar import scan_tar
 from speed_engine.data.format.writer import each_shard
 
 _DECODED = ("npy", "png", "jpg", "jpeg", "webp")  # what a sample's identity is made of
@@ -118,8 +118,6 @@ def check_shard(path: Path) -> ShardFacts:
         else:
             shard.note = f"{error} Its samples are read by its index."
             _read_by_index(shard, index, path)
-    if not shard.samples and not shard.fatal:
-        shard.fatal = "no samples"
     return shard
 
 
@@ -143,16 +141,15 @@ def _visit(shard: ShardFacts, key: str, extension: str, data: memoryview) -> Non
 
 def _compare(shard: ShardFacts, index: ShardIndex, scanned: Samples) -> None:
     """Bytes that are a sound tar, yet not those that were indexed."""
-    for key, members in _members(index):
+    for key, members in index.members():
         facts = shard.samples.setdefault(key, SampleFacts())
-        now = {e: (m.offset, m.size, m.crc32) for e, m in scanned.get(key, {}).items()}
-        if now != members:
+        if scanned.get(key) != members:
             facts.reason = "CRC-32 mismatch with the index"
 
 
 def _read_by_index(shard: ShardFacts, index: ShardIndex, path: Path) -> None:
     with path.open("rb") as file:
-        for key, members in _members(index):
+        for key, members in index.members():
             facts = shard.samples.setdefault(key, SampleFacts())
             for extension, (offset, size, expected) in members.items():
                 data = os.pread(file.fileno(), size, offset)
@@ -160,13 +157,6 @@ def _read_by_index(shard: ShardFacts, index: ShardIndex, path: Path) -> None:
                     facts.reason = f"{extension}: CRC-32 mismatch with the index"
                 else:
                     _visit(shard, key, extension, memoryview(data))
-
-
-def _members(index: ShardIndex) -> Iterator[tuple[str, dict[str, tuple[int, int, int]]]]:
-    columns = (index.offset.tolist(), index.size.tolist(), index.crc32.tolist())
-    for n, rows in enumerate(zip(*columns, strict=True)):
-        places = zip(index.extensions, *rows, strict=True)
-        yield index.key(n), {e: (offset, size, crc) for e, offset, size, crc in places if size >= 0}
 
 
 def _usual_kinds(shards: list[ShardFacts], keys: Sequence[str]) -> dict[str, Any]:

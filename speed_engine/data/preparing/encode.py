@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from speed_engine.data.format.decode import decode_image
 from speed_engine.data.format.folder import LocalFolder
@@ -31,8 +29,10 @@ from speed_engine.data.format.writer import write_shard
 from speed_engine.data.loading.conditions import NULL_TOKENS
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.preparing.prepare import Preparation
-from speed_engine.encoders.hub import load_model, weights_hash
+from speed_engine.encoders.hub import weights_hash
 from speed_engine.encoders.text import TextEncoder
+from speed_engine.encoders.vae import load_vae
+from speed_engine.ops import from_pixels
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
@@ -62,42 +62,9 @@ class LatentEncoder:
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """(B, 3, 8 H, 8 W) uint8 -> (B, 2 C, H, W) float16."""
-        pixels = torch.from_numpy(images).to(self._device).float() / 127.5 - 1
+        pixels = from_pixels(torch.from_numpy(images).to(self._device))
         posterior = self.vae.encode(pixels).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1).half().cpu().numpy()
-
-
-def load_vae(name: str, device: torch.device) -> Any:
-    """A diffusers ``AutoencoderKL`` for inference, from a folder or the hub.
-
-    Raises:
-        UserError: diffusers is missing, or cannot load it.
-    """
-    # The default needs the library accelerate and says so at every call.
-    return load_model("diffusers", "AutoencoderKL", name, device, low_cpu_mem_usage=False)
-
-
-@torch.inference_mode()
-def decode_latents(
-    vae: Any, latents: Tensor, scale: float, shift: float = 0.0, batch_size: int = 16
-) -> Tensor:
-    """Latents as a model has them, scaled, to pictures.
-
-    Args:
-        vae: of ``load_vae``.
-        latents: (B, C, H, W) floating point, on any device.
-        scale: ``latent_scale`` of the data set.
-        shift: ``latent_shift`` of it.
-        batch_size: pictures at a time; changes nothing but memory.
-
-    Returns:
-        (B, 3, 8 H, 8 W) uint8 on the CPU.
-    """
-    pictures = []
-    for part in latents.split(batch_size):
-        images = vae.decode(part.to(vae.device, vae.dtype) / scale + shift).sample
-        pictures.append(((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
-    return torch.cat(pictures)
 
 
 def encode(

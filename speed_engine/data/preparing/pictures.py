@@ -3,22 +3,55 @@
 Letters: C channels, H, W of an array; pictures of Pillow have (width, height).
 """
 
+import contextlib
 import io
+import os
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from speed_engine.data.format.decode import MAX_PIXELS
 from speed_engine.runtime.checks import UserError
 
+MAX_FILE_BYTES = 2**28  # of one picture's file
 FORMATS = ("png", "jpg", "webp", "npy")
 EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # of files that are taken for pictures
 _PILLOW_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # by content: ImageNet has PNGs named .JPEG
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 
 
+def is_picture(path: str) -> bool:
+    """Whether a file is taken for a picture, by its extension; hidden ones are not."""
+    name = path.rpartition("/")[2]
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def file_size(path: str) -> int:
+    """Bytes of a file; -1 of what cannot be reached, such as a link to nothing."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def open_file(path: Path, channels: int) -> Image.Image:
+    """The picture of a file, of a size that a picture can have; else as ``open_picture``.
+
+    Raises:
+        UserError: unusable.
+        OSError: unreadable.
+    """
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise UserError(f"{size} bytes; at most {MAX_FILE_BYTES} are accepted.")
+    return open_picture(path.read_bytes(), channels)
+
+
 def open_picture(data: bytes, channels: int) -> Image.Image:
-    """An 8-bit picture, grey for one channel, RGB for three; transparency is dropped, as ADM does.
+    """An 8-bit picture, grey for one channel, RGB for three, upright as its EXIF data say.
+
+    Transparency is dropped, as ADM does.
 
     Raises:
         UserError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
@@ -29,6 +62,9 @@ def open_picture(data: bytes, channels: int) -> Image.Image:
                 raise UserError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
             if image.mode not in _MODES:
                 raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
+            image.load()
+            with contextlib.suppress(Exception):  # malformed EXIF data: nothing is known
+                ImageOps.exif_transpose(image, in_place=True)
             return image.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # whatever the bytes provoke in Pillow
         raise UserError(f"unusable picture: {error}") from error
@@ -40,7 +76,16 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
     Halved by boxes while the shorter side is at least twice the size, resized by bicubic
     interpolation, then cropped (Dhariwal and Nichol 2021, guided-diffusion's
     ``image_datasets.center_crop_arr``).
+
+    Raises:
+        UserError: so long and thin that, resized, it would be larger than any picture may be.
     """
+    longer, shorter = max(picture.size), min(picture.size)
+    if longer * size * size > MAX_PIXELS * shorter:
+        raise UserError(
+            f"{picture.size} pixels, resized to a shorter side of {size}, would be more than "
+            f"{MAX_PIXELS}; leave it out or crop it before."
+        )
     while min(picture.size) >= 2 * size:
         width, height = picture.size
         picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)

@@ -2,7 +2,7 @@
 
     OUT/preparation.json        the plan: what is being made of what, and how
     OUT/shard-000000.tar, ...   each a function of the plan and its number alone
-    OUT/dataset.json            there when all shards are, see dataset.py
+    OUT/dataset.json            there when all shards are, see record.py
 
 So whatever was killed is continued by running it again: shards that are complete stay, others are
 written, and the result is the same to the byte. Any number of processes may work on one plan, each
@@ -26,11 +26,11 @@ from typing import Any
 
 import numpy as np
 
-from speed_engine.data.format.record import RECORD, begin, commit
-from speed_engine.data.format.writer import is_complete, shard_name, write_shard
+from speed_engine.data.format.record import RECORD
+from speed_engine.data.format.writer import begin, commit, is_complete, shard_name, write_shard
 from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.preparing.source import Source
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check
 from speed_engine.runtime.files import write_durably
 
 PLAN = "preparation.json"
@@ -125,21 +125,16 @@ class PictureOptions:
     samples_per_shard: int = 1000
 
     def __post_init__(self) -> None:
-        _check("size", self.size, self.size is None or 1 <= self.size <= 8192, "1 to 8192 pixels")
-        _check("channels", self.channels, self.channels in (1, 3), "1 or 3")
-        _check("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}")
-        _check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
+        check("size", self.size, self.size is None or 1 <= self.size <= 8192, "1 to 8192 pixels")
+        check("channels", self.channels, self.channels in (1, 3), "1 or 3")
+        check("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}")
+        check("quality", self.quality, 1 <= self.quality <= 100, "1 to 100")
         count = self.samples_per_shard
-        _check("samples_per_shard", count, 1 <= count <= 10**6, "1 to 1,000,000")
+        check("samples_per_shard", count, 1 <= count <= 10**6, "1 to 1,000,000")
         if self.low_size is not None:
             fits = self.size is not None and 1 <= self.low_size < self.size
             valid = fits and not (self.size or 0) % self.low_size
-            _check("low_size", self.low_size, valid, f"a divisor of size={self.size} below it")
-
-
-def _check(name: str, value: object, valid: bool, need: str) -> None:
-    if not valid:
-        raise UserError(f"{name}={value}: needed is {need}.")
+            check("low_size", self.low_size, valid, f"a divisor of size={self.size} below it")
 
 
 def make(
@@ -162,13 +157,12 @@ def make(
         advance: called with the number of samples whenever a shard is there.
 
     Raises:
-        UserError: the first picture, or with ``skip_bad`` false any, is unusable; or the folder
-            is.
+        UserError: a picture is unusable, with ``skip_bad`` every one; or the folder is.
         OSError: the disk is full, for example; the folder can be continued.
         ChildProcessError: a worker was killed; likewise.
     """
-    _check("workers", workers, workers >= 1, "1 or more")
-    size = _checked_first(source, options)
+    check("workers", workers, workers >= 1, "1 or more")
+    size = _size_of_all(source, options, skip_bad)
     order, step = mixed_order(len(source)), options.samples_per_shard
     numbers = [order[start : start + step] for start in range(0, len(order), step)]
     names = [shard_name("shard", s) for s in range(len(numbers))]
@@ -196,15 +190,17 @@ def mixed_order(count: int) -> np.ndarray:
     return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
 
 
-def _checked_first(source: Source, options: PictureOptions) -> tuple[int, int]:
-    """(width, height) of all; an unfit source fails here, before any work."""
-    if not len(source):
-        raise UserError("the source holds no samples.")
-    try:
-        picture = source.read(0, options.channels).picture
-    except (ValueError, OSError) as error:
-        raise UserError(f"{source.name(0)}: {error}") from error
-    return (options.size, options.size) if options.size else picture.size
+def _size_of_all(source: Source, options: PictureOptions, skip_bad: bool) -> tuple[int, int]:
+    """(width, height), by the first usable picture; an unfit source fails here, before any work."""
+    for i in range(len(source)):
+        try:
+            picture = source.read(i, options.channels).picture
+        except (ValueError, OSError) as error:
+            if not skip_bad:
+                raise UserError(f"{source.name(i)}: {error}") from error
+        else:
+            return (options.size, options.size) if options.size else picture.size
+    raise UserError(f"of the {len(source)} samples of the source, none is usable.")
 
 
 def _in_processes(

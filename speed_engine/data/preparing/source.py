@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -16,7 +19,7 @@ class Record(NamedTuple):
     captions: tuple[str, ...] = ()
 
 
-class Source(Protocol):
+class Source(ABC):
     """Samples by number, the same in every process and at every call; may be sent to processes.
 
     Attributes:
@@ -24,26 +27,30 @@ class Source(Protocol):
         classes: names in the order of the labels; empty if there are none.
         identity: changes when the list of samples does.
         metadata: facts about the whole for ``dataset.json``, such as a licence.
+        left_out: how many files beside the samples are no pictures of a known kind, by extension.
     """
 
-    channels: int
-    classes: tuple[str, ...]
+    channels: int = 3
+    classes: tuple[str, ...] = ()
     identity: str
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = {}
+    left_out: Mapping[str, int] = {}
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Of sample ``i``, for messages."""
-        ...
 
+    @abstractmethod
     def read(self, i: int, channels: int) -> Record:
-        """Sample ``i``.
+        """Sample ``i``, its picture with 1 or 3 channels.
 
         Raises:
             UserError: its picture is unusable.
+            OSError: it cannot be read.
         """
-        ...
 
 
 def digest(*parts: Sequence[object]) -> str:
@@ -54,3 +61,9 @@ def digest(*parts: Sequence[object]) -> str:
 def numbered_classes(count: int) -> tuple[str, ...]:
     """Names of classes that have none; a single one is "all"."""
     return tuple(map(str, range(count))) if count > 1 else ("all",)
+
+
+def by_extension(names: Iterable[str]) -> Mapping[str, int]:
+    """Counts of files for ``Source.left_out``; hidden ones are not looked at anywhere."""
+    files = [PurePath(name) for name in names]
+    return Counter(f.suffix.lower() or f.name for f in files if not f.name.startswith("."))

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw
 
 from speed_engine.data.format.decode import decode_image, decode_label
 from speed_engine.data.format.folder import LocalFolder
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.preparing.pictures import FORMATS
 from speed_engine.runtime.checks import UserError
 
@@ -43,7 +43,7 @@ class Summary:
         contents = [f"{name} {_content(facts)}" for name, facts in self.dataset.contents.items()]
         lines = [
             f"{self.num_samples:,} samples in {len(self.dataset.shards):,} shards, "
-            f"{size / 1e6:,.1f} MB, {size / self.num_samples:,.0f} bytes a sample",
+            f"{size / 1e6:,.1f} MB, {size / max(self.num_samples, 1):,.0f} bytes a sample",
             f"members: {', '.join(map(str.strip, contents))}",
         ]
         if len(self.labels):

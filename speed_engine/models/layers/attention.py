@@ -124,7 +124,10 @@ class RotaryAttention(SelfAttention):
     def _mix(
         self, x: Tensor, cos: Tensor, sin: Tensor, *, lengths: Sequence[int] | None = None
     ) -> Tensor:
-        """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``."""
+        """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``.
+
+        They are (B, N, K) where tokens stand at other positions in every image.
+        """
         q, k, v = self._heads(x)
         tables = cos.float(), sin.float()  # cast where the model was cast as a whole
         q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, *tables, NORM_EPS)

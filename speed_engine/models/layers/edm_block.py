@@ -71,11 +71,11 @@ class EdmBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, C, H, W), (B, E) -> (B, C, H, W) of other sizes."""
         h = self.conv0(self.resample(self.norm0(x)))
-        told = self.affine(embedding)
+        modulation = self.affine(embedding)
         if self.style.scale_shift_norm:
-            h = self.norm1(h, *told.chunk(2, dim=1))
+            h = self.norm1(h, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm1(h + told[:, :, None, None])
+            h = self.norm1(h + modulation[:, :, None, None])
         h = self.conv1(self.dropout(h))
         x = (self.skip(self.resample(x)) + h) * self.style.skip_scale
         return (x + self._attend(x)) * self.style.skip_scale if self.num_heads else x

@@ -1,4 +1,4 @@
-"""What a token is told: its patch, its place, the timestep and the label.
+"""What a token is made of: its patch, its place, the timestep and the label.
 
 Letters: B images, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens, D width.
 """

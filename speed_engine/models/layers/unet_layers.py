@@ -82,11 +82,11 @@ class ResBlock(nn.Module):
         in_norm, _, in_conv = self.in_layers
         out_norm, _, dropout, out_conv = self.out_layers
         h = in_conv(self.resample(in_norm(x)))
-        told = self.emb_layers(embedding)
+        modulation = self.emb_layers(embedding)
         if self.scale_shift_norm:
-            h = out_norm(h, *told.chunk(2, dim=1))
+            h = out_norm(h, *modulation.chunk(2, dim=1))
         else:
-            h = out_norm(h + told[:, :, None, None])
+            h = out_norm(h + modulation[:, :, None, None])
         return self.skip_connection(self.resample(x)) + out_conv(dropout(h))
 
 

@@ -172,12 +172,12 @@ def _shift_of(model: nn.Module) -> float:
 
 def _require_shift(model: DiT, of_diffusers: bool, metadata: Mapping[str, str]) -> None:
     """The time features that the weights were trained with must be the model's."""
-    told, ours = metadata.get(SHIFT), _shift_of(model)
+    stated, ours = metadata.get(SHIFT), _shift_of(model)
     assumed = dit.DIFFUSERS_SHIFT if of_diffusers else 0.0
-    theirs = float(told) if told is not None else assumed
+    theirs = float(stated) if stated is not None else assumed
     if theirs != ours:
         layout = LAYOUTS[of_diffusers]
-        reason = "is recorded in it" if told is not None else f"is that of layout {layout}"
+        reason = "is recorded in it" if stated is not None else f"is that of layout {layout}"
         raise UserError(
             f"a frequency shift of {theirs:g} {reason}, and the model has {ours:g}; set "
             f"model.frequency_shift={theirs:g}."

@@ -10,7 +10,7 @@ from speed_engine.data.format.held_out import Part, in_part, is_held_out
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.loader import Loader
-from speed_engine.data.loading.order import DataOrder
+from speed_engine.data.loading.order import DataOrder, Feed
 from speed_engine.data.loading.resident import Resident
 
 SHAPE, N, SHARE = (1, 2, 3), 200, 0.3
@@ -66,7 +66,7 @@ def test_each_part_and_share_is_other_data(make_shards):
 def test_no_loader_ever_gives_a_held_out_sample(make_shards, mode, workers):
     training, held_out, _ = parts(make_shards(N, per_shard=17))
     seen = []
-    with Loader(training, SHAPE, 20, seed=3, workers=workers, mode=mode) as loader:
+    with Loader(training, SHAPE, Feed(20, 3), workers=workers, mode=mode) as loader:
         for _ in range(3 * N // 20):
             seen += next(loader).images[:, 0, 0, 0].tolist()
     assert not set(seen) & images_of(held_out)
@@ -80,10 +80,10 @@ def test_resident_data_and_any_resumption_follow_the_same_order(make_shards):
     expected = [training.read(int(i))["npy"][-1] for i in order]
     seed = torch.tensor(3)
     cleaning = Cleaning(seed=seed, posterior=False, scale=1.0, shift=0.0, flip=False)
-    resident = Resident(training, SHAPE, 20, 3, cleaning)
+    resident = Resident(training, SHAPE, Feed(20, 3), cleaning)
     pixels = torch.cat([next(resident).images for _ in range(20)])[:, 0, 0, 0]
     assert ((pixels + 1) * 127.5).round().int().tolist() == expected
-    with Loader(training, SHAPE, 20, seed=3, start=200) as loader:
+    with Loader(training, SHAPE, Feed(20, 3, start=200)) as loader:
         assert (
             torch.cat([next(loader).images for _ in range(10)])[:, 0, 0, 0].tolist()
             == (expected[200:])

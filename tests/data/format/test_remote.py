@@ -13,11 +13,12 @@ import fsspec
 import pytest
 
 from speed_engine.data.format import remote
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 
 SHAPE = (1, 2, 3)
 # The server is a thread of this process, of which forked workers take no notice.
@@ -80,8 +81,10 @@ def test_what_is_read_over_http_is_what_lies_there(server, cache):
 def test_a_loader_over_http_gives_the_same_batches(server, cache, workers):
     url, folder, _ = server
     with (
-        Loader(ShardReader(folder), SHAPE, 8, 5, window=2) as here,
-        Loader(ShardReader(url, cache=cache), SHAPE, 8, 5, window=2, workers=workers) as there,
+        Loader(ShardReader(folder), SHAPE, Feed(8, 5, window=2)) as here,
+        Loader(
+            ShardReader(url, cache=cache), SHAPE, Feed(8, 5, window=2), workers=workers
+        ) as there,
     ):
         for _ in range(12):
             a, b = next(here), next(there)
@@ -198,12 +201,13 @@ def test_processes_share_a_cache_and_fetch_each_shard_once(server, cache):
     assert all(handler.requests[f"x-00000{n}.tar"] == 1 for n in range(5))
 
 
-def test_what_a_killed_process_left_is_removed_for_room(server, tmp_path):
+@pytest.mark.parametrize("shard", ["x-000000.tar", "y.tar"], ids=["of this", "of another"])
+def test_what_a_killed_process_left_is_removed_for_room(server, tmp_path, shard):
     url, folder, _ = server
     size = (folder / "x-000000.tar").stat().st_size
     cache = Cache(tmp_path / "cache", 2 * size)
     cache.folder.mkdir()
-    abandoned = cache.folder / f"0123-y.tar.{2 * size}.tmp"
+    abandoned = cache.folder / f"{cache._path(f'{url}/{shard}').name}.{2 * size}.tmp"
     abandoned.touch()
     assert ShardReader(url, cache=cache).read(0)
     assert not abandoned.exists()
@@ -213,9 +217,8 @@ def test_the_next_window_is_fetched_ahead(server, cache):
     url, _, handler = server
     reader = ShardReader(url, cache=cache)
     reader.prefetch([3])
-    for _ in range(500):
-        if list(cache.folder.glob("*x-000003.tar")):
-            break
+    until = time.monotonic() + 60
+    while not list(cache.folder.glob("*x-000003.tar")) and time.monotonic() < until:
         time.sleep(0.02)
     assert handler.requests["x-000003.tar"] == 1
     reader.read(24)

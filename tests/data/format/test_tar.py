@@ -4,7 +4,8 @@ import tarfile
 
 import pytest
 
-from speed_engine.data.format.tar import ShardError, scan_tar
+from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.tar import scan_tar
 
 
 def write_tar(path, members, tar_format=tarfile.USTAR_FORMAT):
@@ -90,8 +91,66 @@ def test_a_damaged_header_is_named_by_its_offset(tmp_path):
     data[1024 + 3] ^= 1
     path.write_bytes(data)
     with tarfile.open(path) as tar:
-        assert tar.getnames() == ["a.npy"]  # why there is a scanner of our own
-    with pytest.raises(ShardError, match=r"a\.tar: header checksum mismatch, at byte 1024"):
+        assert tar.getnames() == ["a.npy"]  # why the scan looks at what tarfile leaves
+    with pytest.raises(ShardError, match=r"a\.tar: neither a sound header .*, at byte 1024"):
+        scan_tar(path)
+
+
+def test_a_header_of_zeros_in_mid_archive_is_not_its_end(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.npy", b"x"), ("b.npy", b"x"), ("c.npy", b"x")])
+    data = bytearray(path.read_bytes())
+    data[1024:1536] = bytes(512)
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="at byte 1024"):
+        scan_tar(path)
+
+
+def seal(data, at):
+    """Give the header at a byte its checksum."""
+    data[at + 148 : at + 156] = b" " * 8
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+
+
+def test_malformed_pax_records_are_damage(tmp_path):
+    """tarfile of Python 3.11.7 reads such members under the first 100 bytes of their names."""
+    path = write_tar(tmp_path / "a.tar", [(f"{LONG}.npy", b"x")], tarfile.PAX_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"path=") - 1] = ord("x")
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=r"pax|invalid"):
+        scan_tar(path)
+
+
+@pytest.mark.parametrize("size", [b"-1024", b"-512", b"9999999999"])
+def test_a_pax_size_that_leads_backwards_or_outside_is_refused(tmp_path, size):
+    """tarfile of Python 3.11.7 would follow it for ever (CVE-2025-8194)."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.npy")
+        info.pax_headers = {"size": size.decode()}
+        tar.addfile(info)
+        tar.addfile(tarfile.TarInfo("b.npy"))
+    with pytest.raises(ShardError, match=r"a\.tar"):
+        scan_tar(tmp_path / "a.tar")
+
+
+def test_old_gnu_headers_have_no_prefix(tmp_path):
+    """GNU tar --incremental keeps the time of access where ustar has the prefix of a name."""
+    path = write_tar(tmp_path / "a.tar", [("a.npy", b"x")], tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[345:357] = b"14720362211\0"
+    seal(data, 0)
+    path.write_bytes(data)
+    assert list(scan_tar(path)) == ["a"]
+
+
+@pytest.mark.parametrize("kind", [b"S", b"X", b"V"])
+def test_sparse_files_and_unknown_kinds_are_refused(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", [("a.npy", b"x")], tarfile.GNU_FORMAT)
+    data = bytearray(path.read_bytes())
+    data[156:157] = kind
+    seal(data, 0)
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match="unsupported member type"):
         scan_tar(path)
 
 

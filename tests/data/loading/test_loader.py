@@ -13,11 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
+from speed_engine.data.batch import Batch, StoredBatch
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
-from speed_engine.data.loading.loader import Batch, Loader, read_all
-from speed_engine.data.loading.order import DataOrder
+from speed_engine.data.loading.clean import Cleaning
+from speed_engine.data.loading.decoding import read_all
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import DataOrder, Feed
 from speed_engine.data.preparing.pictures import encode_picture
+from speed_engine.runtime.checks import UserError
 
 ROOT = Path(__file__).parents[3]
 SHAPE = (1, 2, 3)
@@ -30,8 +34,9 @@ def reader(make_shards):
 
 
 def take(loader, count):
+    """Batches as the device gets them."""
     with loader:
-        return [next(loader).to("cpu") for _ in range(count)]
+        return [Cleaning(torch.tensor(0)).batch(next(loader)) for _ in range(count)]
 
 
 def expected_batches(reader, start, count, batch_size=8, seed=5, window=2):
@@ -44,7 +49,7 @@ def expected_batches(reader, start, count, batch_size=8, seed=5, window=2):
         yield Batch(images, {"labels": indices % 10}, torch.arange(first, first + batch_size))
 
 
-def parts(batch: Batch) -> list[torch.Tensor]:
+def parts(batch: Batch | StoredBatch) -> list[torch.Tensor]:
     return [batch.images, *batch.conditions.values(), batch.ids]
 
 
@@ -58,7 +63,15 @@ def assert_equal(actual, expected):
 def test_batches_do_not_depend_on_ranks_or_workers(reader, world_size, workers):
     start, count = 37, 16
     ranks = [
-        take(Loader(reader, SHAPE, 8, 5, start, workers, rank, world_size, window=2), count)
+        take(
+            Loader(
+                reader,
+                SHAPE,
+                Feed(8, 5, world=world_size, rank=rank, start=start, window=2),
+                workers=workers,
+            ),
+            count,
+        )
         for rank in range(world_size)
     ]
     for of_ranks, expected in zip(
@@ -70,15 +83,17 @@ def test_batches_do_not_depend_on_ranks_or_workers(reader, world_size, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_anywhere(reader, workers):
-    whole = take(Loader(reader, SHAPE, 8, 5), 30)
+    whole = take(Loader(reader, SHAPE, Feed(8, 5)), 30)
     for done in (1, 6, 7, 23):
-        resumed = take(Loader(reader, SHAPE, 8, 5, start=8 * done, workers=workers), 5)
+        resumed = take(Loader(reader, SHAPE, Feed(8, 5, start=8 * done), workers=workers), 5)
         for actual, expected in zip(resumed, whole[done:], strict=False):
             assert_equal(actual, expected)
 
 
 def test_another_batch_size_continues_the_same_stream(reader):
-    small, large = (take(Loader(reader, SHAPE, size, 5, start=13), 36 // size) for size in (4, 12))
+    small, large = (
+        take(Loader(reader, SHAPE, Feed(size, 5, start=13)), 36 // size) for size in (4, 12)
+    )
     for column in range(3):
         torch.testing.assert_close(
             torch.cat([parts(b)[column] for b in small]),
@@ -87,7 +102,7 @@ def test_another_batch_size_continues_the_same_stream(reader):
 
 
 def test_an_epoch_holds_every_sample_once_and_a_batch_straddles_it(reader):
-    images = torch.cat([batch.images for batch in take(Loader(reader, SHAPE, 8, 5), 25)])
+    images = torch.cat([batch.images for batch in take(Loader(reader, SHAPE, Feed(8, 5)), 25)])
     samples = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().reshape(4, N)
     assert (samples.sort(dim=1).values == torch.arange(N)).all()
 
@@ -108,7 +123,7 @@ def write(folder, images, labels=None):
 
 def test_pixels_are_scaled_to_minus_one_to_one(tmp_path):
     reader = write(tmp_path, [np.full(SHAPE, v, np.uint8) for v in (0, 255, 51)])
-    (batch,) = take(Loader(reader, SHAPE, 3, 0), 1)
+    (batch,) = take(Loader(reader, SHAPE, Feed(3, 0)), 1)
     values = sorted(batch.images[:, 0, 0, 0].tolist())
     assert values == [-1.0, pytest.approx(-0.6, abs=1e-7), 1.0]
 
@@ -116,7 +131,7 @@ def test_pixels_are_scaled_to_minus_one_to_one(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_latents_pass_unchanged(tmp_path, dtype):
     latent = np.linspace(-30, 30, 6).astype(dtype).reshape(SHAPE)
-    (batch,) = take(Loader(write(tmp_path, [latent]), SHAPE, 1, 0), 1)
+    (batch,) = take(Loader(write(tmp_path, [latent]), SHAPE, Feed(1, 0)), 1)
     expected = torch.from_numpy(latent.astype(np.float32))[None]
     torch.testing.assert_close(batch.images, expected, rtol=0, atol=0)
 
@@ -134,26 +149,39 @@ def test_read_all_is_for_pixels(tmp_path):
         read_all(write(tmp_path, [np.zeros(SHAPE, np.float32)]), SHAPE)
 
 
-def test_a_batch_moves_between_devices(reader, device):
-    (batch,) = take(Loader(reader, SHAPE, 8, 5), 1)
-    moved = batch.to(device)
-    assert isinstance(moved, Batch) and {tensor.device.type for tensor in parts(moved)} == {
-        device.type
-    }
-    assert_equal(moved.to("cpu"), batch)
+def test_a_batch_moves_between_devices_as_it_is_stored(reader, device):
+    with Loader(reader, SHAPE, Feed(8, 5)) as loader:
+        stored = next(loader)
+    moved = stored.to(device)
+    assert isinstance(moved, StoredBatch) and moved.images.dtype == torch.uint8
+    assert {tensor.device.type for tensor in parts(moved)} == {device.type}
+    assert_equal(moved.to("cpu"), stored)
+
+
+def test_parts_of_a_batch_have_its_rows():
+    ids, targets = torch.arange(5), {"features": torch.rand(5, 3)}
+    batch = Batch(torch.rand(5, *SHAPE), {"labels": ids % 2}, ids, targets, replaced=("0: bad",))
+    first, second = batch.split(3)
+    assert len(first.ids) == 3 and len(second.ids) == 2 and second.replaced == ()
+    for name, whole in (("conditions", batch.conditions), ("targets", batch.targets)):
+        for key, value in whole.items():
+            pieces = [getattr(part, name)[key] for part in (first, second)]
+            assert torch.equal(torch.cat(pieces), value)
+    assert torch.equal(torch.cat([first.images, second.images]), batch.images)
+    assert Batch(batch.images, {}, ids).targets == {}
 
 
 def test_a_wrong_image_shape_is_refused_at_once(reader):
     with pytest.raises(
         ValueError, match=r"sample '\d+': the image is uint8 of shape \(1, 2, 3\); expe"
     ):
-        Loader(reader, (3, 2, 3), 8, 0)
+        Loader(reader, (3, 2, 3), Feed(8, 0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_one_image_of_another_shape_is_named(tmp_path, workers):
     images = [np.zeros(SHAPE, np.uint8)] * 5 + [np.zeros((1, 3, 2), np.uint8)]
-    loader = Loader(write(tmp_path, images), SHAPE, 6, 0, workers=workers)
+    loader = Loader(write(tmp_path, images), SHAPE, Feed(6, 0), workers=workers)
     with pytest.raises(ValueError, match=r"x-000001\.tar: sample '5': the image .*\(1, 3, 2\)"):
         take(loader, 1)
 
@@ -161,14 +189,14 @@ def test_one_image_of_another_shape_is_named(tmp_path, workers):
 def test_pixels_and_latents_are_never_mixed(tmp_path):
     images = [np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.float16)]
     with pytest.raises(ValueError, match="needs one dtype"):
-        take(Loader(write(tmp_path, images), SHAPE, 2, 0), 1)
+        take(Loader(write(tmp_path, images), SHAPE, Feed(2, 0)), 1)
 
 
 def test_a_label_out_of_range_is_named(tmp_path):
     reader = write(tmp_path, [np.zeros(SHAPE, np.uint8)] * 3, labels=[0, 9, 10])
     with pytest.raises(ValueError, match="sample '2' has label 10; needed: less than num_classes"):
-        take(Loader(reader, SHAPE, 3, 0, num_classes=10), 1)
-    assert sorted(take(Loader(reader, SHAPE, 3, 0), 1)[0].conditions["labels"].tolist()) == [
+        take(Loader(reader, SHAPE, Feed(3, 0), num_classes=10), 1)
+    assert sorted(take(Loader(reader, SHAPE, Feed(3, 0)), 1)[0].conditions["labels"].tolist()) == [
         0,
         9,
         10,
@@ -180,7 +208,7 @@ def test_a_damaged_sample_stops_the_run_in_a_worker_too(reader, make_shards):
     data = bytearray(path.read_bytes())
     data[data.index(b"NUMPY") + 130] ^= 1
     path.write_bytes(data)
-    loader = Loader(ShardReader(path.parent), SHAPE, 50, 0, workers=2)
+    loader = Loader(ShardReader(path.parent), SHAPE, Feed(50, 0), workers=2)
     with pytest.raises(ValueError, match=r"x-000003\.tar: sample '0021': CRC-32"):
         next(loader)
     assert not multiprocessing.active_children()
@@ -191,22 +219,26 @@ def test_a_damaged_sample_stops_the_run_in_a_worker_too(reader, make_shards):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ({"batch_size": 6, "world_size": 4}, "not a multiple of world_size=4; .* values: 4 and 8"),
+        ({"batch_size": 6, "world": 4}, "not a multiple of world=4; .* values: 4 and 8"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"start": -1}, "start=-1"),
-        ({"workers": -1}, "workers=-1"),
-        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"rank": 2, "world": 2}, "rank=2"),
         ({"window": 0}, "window=0"),
     ],
 )
-def test_bad_arguments_are_named(reader, arguments, reason):
-    with pytest.raises(ValueError, match=reason):
-        Loader(reader, SHAPE, **{"batch_size": 8, "seed": 0} | arguments)
+def test_a_feed_that_cannot_be_is_named(arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        Feed(**{"batch_size": 8, "seed": 0} | arguments)
+
+
+def test_fewer_than_no_workers_are_refused(reader):
+    with pytest.raises(UserError, match="workers=-1"):
+        Loader(reader, SHAPE, Feed(8, 0), workers=-1)
 
 
 def test_images_alone_have_no_conditions(make_shards):
     reader = ShardReader(make_shards(3, per_shard=2), keys=("npy",))
-    (batch,) = take(Loader(reader, SHAPE, 2, 0), 1)
+    (batch,) = take(Loader(reader, SHAPE, Feed(2, 0)), 1)
     assert batch.conditions == {}
 
 
@@ -214,7 +246,7 @@ def test_a_member_that_conditions_nothing_is_refused(tmp_path):
     with ShardWriter(tmp_path, "x", 4) as writer:
         writer.write("0", {"npy": npy(np.zeros(SHAPE, np.uint8)), "json": b"{}"})
     with pytest.raises(ValueError, match="'json' is no condition; the known are cls, tokens.npy"):
-        Loader(ShardReader(tmp_path, ("npy", "json")), SHAPE, 1, 0)
+        Loader(ShardReader(tmp_path, ("npy", "json")), SHAPE, Feed(1, 0))
 
 
 def conditioned(folder, tokens, low):
@@ -229,9 +261,9 @@ def conditioned(folder, tokens, low):
 def test_text_and_low_resolution_come_with_their_image(tmp_path):
     tokens = [np.full((4, 3), i, np.float16) for i in range(3)]
     reader = conditioned(tmp_path, tokens, [np.full((1, 1, 1), i, np.uint8) for i in range(3)])
-    with Loader(reader, SHAPE, 3, 0) as loader:
+    with Loader(reader, SHAPE, Feed(3, 0)) as loader:
         stored = next(loader)
-    batch = stored.to("cpu")
+    batch = Cleaning(torch.tensor(0)).batch(stored)
     which = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round()
     assert stored.conditions["tokens"].dtype == torch.float16
     torch.testing.assert_close(batch.conditions["tokens"][:, 0, 0].float(), which)
@@ -242,7 +274,7 @@ def test_texts_of_two_lengths_are_named(tmp_path):
     tokens = [np.zeros((length, 3), np.float16) for length in (4, 4, 5)]
     reader = conditioned(tmp_path, tokens, [np.zeros((1, 1, 1), np.uint8)] * 3)
     with pytest.raises(ValueError, match=r"has tokens of float16 and shape .*needs one dtype"):
-        take(Loader(reader, SHAPE, 3, 0), 1)
+        take(Loader(reader, SHAPE, Feed(3, 0)), 1)
 
 
 @pytest.mark.parametrize("together", [2**28, 0], ids=["a batch at once", "one by one"])
@@ -256,7 +288,8 @@ def test_a_batch_in_hand_is_not_overwritten_by_the_next(tmp_path, monkeypatch, m
             if member != "npy":
                 stored = encode_picture(Image.fromarray(image), member, 90)
             writer.write(str(i), {member: stored, "cls": b"%d" % i})
-    with Loader(ShardReader(tmp_path, (member, "cls")), (3, 16, 16), 4, 0) as loader:
+    reader = ShardReader(tmp_path, (member, "cls"))
+    with Loader(reader, (3, 16, 16), Feed(4, 0)) as loader:
         batches = [(batch, list(map(torch.clone, parts(batch)))) for batch in islice(loader, 3)]
     for batch, copies in batches:
         assert all(map(torch.equal, parts(batch), copies))
@@ -265,13 +298,13 @@ def test_a_batch_in_hand_is_not_overwritten_by_the_next(tmp_path, monkeypatch, m
 
 
 def test_iterating_again_continues(reader):
-    loader = Loader(reader, SHAPE, 8, 5)
+    loader = Loader(reader, SHAPE, Feed(8, 5))
     firsts = [next(iter(loader)).ids[0].item() for _ in range(3)]
     assert firsts == [0, 8, 16]
 
 
 def test_close_ends_the_workers_promptly(reader):
-    loader = Loader(reader, SHAPE, 8, 5, workers=2)
+    loader = Loader(reader, SHAPE, Feed(8, 5), workers=2)
     next(loader)
     assert len(multiprocessing.active_children()) == 2
     begin = time.monotonic()
@@ -285,7 +318,7 @@ def test_close_ends_the_workers_promptly(reader):
 # DataLoader reports the death from a signal handler, which can strike inside a destructor.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_death_of_a_worker_is_an_error(reader):
-    loader = Loader(reader, SHAPE, 8, 5, workers=2)
+    loader = Loader(reader, SHAPE, Feed(8, 5), workers=2)
     next(loader)
     with pytest.raises(ChildProcessError, match="DataLoader worker .*(killed|exited)"):
         os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
@@ -301,10 +334,12 @@ def test_workers_may_be_spawned(make_shards, tmp_path):
     script.write_text(f"""
 import multiprocessing
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.format.reader import ShardReader
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    with Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=1) as loader:
+    reader = ShardReader({str(make_shards(N, 7))!r})
+    with Loader(reader, {SHAPE}, Feed(8, 5), workers=1) as loader:
         print([next(loader).ids.tolist() for _ in range(3)])
 """)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
@@ -315,8 +350,9 @@ if __name__ == "__main__":
 def test_a_process_that_forgets_to_close_exits_cleanly(make_shards):
     script = f"""
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.format.reader import ShardReader
-loader = Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, 8, 5, workers=2)
+loader = Loader(ShardReader({str(make_shards(N, 7))!r}), {SHAPE}, Feed(8, 5), workers=2)
 print(next(loader).ids.tolist())
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}

@@ -10,10 +10,12 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import CHUNK, Resident, resident_bytes
 from speed_engine.data.preparing.pictures import npy_bytes
 
 SEED = 5
+FEED = Feed(8, SEED)
 SHAPE = (4, 4, 6)
 N = 50  # batches of 8 straddle epochs
 
@@ -41,17 +43,13 @@ def cleaning(reader, **options) -> Cleaning:
     return Cleaning(torch.tensor(SEED), **latents, **options)
 
 
-def from_loader(reader, clean, count, **options):
-    with Loader(reader, SHAPE, 8, SEED, **options) as loader:
-        batches = [next(loader) for _ in range(count)]
-    return [
-        clean.batch(batch.images, batch.conditions, batch.ids)._replace(replaced=batch.replaced)
-        for batch in (batch.to("cpu") for batch in batches)
-    ]
+def from_loader(reader, clean, count, feed=FEED, **options):
+    with Loader(reader, SHAPE, feed, **options) as loader:
+        return [clean.batch(next(loader).to("cpu")) for _ in range(count)]
 
 
-def from_memory(reader, clean, count, **options):
-    with Resident(reader, SHAPE, 8, SEED, clean, **options) as resident:
+def from_memory(reader, clean, count, feed=FEED, **options):
+    with Resident(reader, SHAPE, feed, clean, **options) as resident:
         return [next(resident) for _ in range(count)]
 
 
@@ -75,10 +73,10 @@ def test_batches_are_those_of_a_loader(reader, flip):
 
 def test_every_rank_gets_its_part_from_any_start(reader):
     clean = cleaning(reader, flip=True)
-    options = dict(start=37, world_size=2, window=3, num_classes=10)
     for rank in range(2):
-        loaded = from_loader(reader, clean, 14, rank=rank, **options)
-        resident = from_memory(reader, clean, 14, rank=rank, **options)
+        feed = Feed(8, SEED, start=37, rank=rank, world=2, window=3)
+        loaded = from_loader(reader, clean, 14, feed, num_classes=10)
+        resident = from_memory(reader, clean, 14, feed, num_classes=10)
         for pair in zip(loaded, resident, strict=True):
             assert_equal(*pair)
 
@@ -97,7 +95,7 @@ def test_a_smaller_picture_is_mirrored_with_its_image(reader):
 
 
 def test_what_it_takes_is_what_it_holds(reader):
-    resident = Resident(reader, SHAPE, 8, SEED, cleaning(reader))
+    resident = Resident(reader, SHAPE, FEED, cleaning(reader))
     held = resident._stored.values()
     assert resident_bytes(reader, SHAPE) == sum(tensor.nbytes for tensor in held)
     assert resident._stored["tokens"].dtype == torch.float16  # as stored
@@ -109,7 +107,7 @@ def test_more_samples_than_are_read_at_once(make_shards, monkeypatch):
     assert CHUNK != 7
     reader = ShardReader(make_shards(N, per_shard=11))
     clean = Cleaning(torch.tensor(SEED))
-    resident = Resident(reader, (1, 2, 3), 8, SEED, clean)
+    resident = Resident(reader, (1, 2, 3), FEED, clean)
     images = torch.cat([next(resident).images for _ in range(25)])
     samples = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().reshape(4, N)
     assert (samples.sort(dim=1).values == torch.arange(N)).all()
@@ -118,12 +116,10 @@ def test_more_samples_than_are_read_at_once(make_shards, monkeypatch):
 def test_what_does_not_fit_is_named(make_shards):
     reader = ShardReader(make_shards(N, per_shard=11))
     clean = Cleaning(torch.tensor(SEED))
-    with pytest.raises(ValueError, match="batch_size=7 is not a multiple of world_size=2"):
-        Resident(reader, (1, 2, 3), 7, SEED, clean, world_size=2)
     with pytest.raises(ValueError, match=r"has label 3; needed: less than num_classes=3"):
-        Resident(reader, (1, 2, 3), 8, SEED, clean, num_classes=3)
+        Resident(reader, (1, 2, 3), FEED, clean, num_classes=3)
     with pytest.raises(ValueError, match=r"expected .* of shape \(1, 3, 3\)"):
-        Resident(reader, (1, 3, 3), 8, SEED, clean)
+        Resident(reader, (1, 3, 3), FEED, clean)
 
 
 def test_damaged_samples_have_the_substitutes_of_a_loader(reader, tmp_path):
@@ -140,4 +136,4 @@ def test_damaged_samples_have_the_substitutes_of_a_loader(reader, tmp_path):
         assert_equal(*pair)
     assert sum(len(batch.replaced) for batch in resident) >= 2
     with pytest.raises(ValueError, match="CRC-32 mismatch"):
-        Resident(reader, SHAPE, 8, SEED, clean)
+        Resident(reader, SHAPE, FEED, clean)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from speed_engine.data.batch import StoredBatch
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
-from speed_engine.data.loading.loader import Batch, Loader
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.shared_memory import PIECES
 from speed_engine.data.preparing.pictures import encode_picture
 
@@ -29,10 +31,10 @@ def folder(tmp_path_factory):
 
 
 def loader(folder, kind, workers):
-    return Loader(ShardReader(folder, (kind, "cls")), SHAPE, B, 5, workers=workers)
+    return Loader(ShardReader(folder, (kind, "cls")), SHAPE, Feed(B, 5), workers=workers)
 
 
-def piece(batch: Batch) -> int:
+def piece(batch: StoredBatch) -> int:
     """Which file in memory the batch is in."""
     descriptor, _ = batch.images.untyped_storage()._share_fd_cpu_()
     return os.fstat(descriptor).st_ino

@@ -1,19 +1,23 @@
+import numpy as np
 import pytest
 import torch
 
-from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.decode import UnfitSample
+from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.loading.loader import Loader
-from speed_engine.data.loading.stream import StreamSource
+from speed_engine.data.loading.order import Feed
+from speed_engine.data.loading.stream import stream_samples
+from speed_engine.data.preparing.pictures import npy_bytes
 
 SHAPE, N = (1, 2, 3), 60
+FEED = Feed(8, 5)
 
 
-def take(folder, count, **options):
-    with Loader(ShardReader(folder), SHAPE, 8, 5, mode="stream", **options) as loader:
+def take(folder, count, feed=FEED, **options):
+    with Loader(ShardReader(folder), SHAPE, feed, mode="stream", **options) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -30,9 +34,7 @@ def test_streaming_gives_whole_samples_and_says_that_it_is_not_exact(make_shards
 def test_ranks_and_resumed_runs_draw_differently_and_number_on(make_shards):
     folder = make_shards(N, per_shard=7)
     draws = [
-        take(folder, 3, rank=rank, world_size=2, start=start)
-        for rank in (0, 1)
-        for start in (0, 800)
+        take(folder, 3, Feed(8, 5, start, rank, world=2)) for rank in (0, 1) for start in (0, 800)
     ]
     assert len({str(draw[0].images.tolist()) for draw in draws}) == 4
     assert draws[3][1].ids.tolist() == [812, 813, 814, 815]
@@ -60,4 +62,14 @@ def test_a_stream_of_nothing_but_damage_ends(tmp_path):
     reader = ShardReader(tmp_path)
     batches = BatchReader(reader, SHAPE, None, "skip")
     with pytest.raises(ShardError, match="not an npy file"):
-        next(iter(StreamSource(batches, 5, 0, 8, 0, 1)))
+        batches.collect(stream_samples(reader, FEED, worker=0), np.arange(8))
+
+
+def test_a_streamed_sample_unlike_the_others_is_named(tmp_path):
+    with ShardWriter(tmp_path, "x", 5) as writer:
+        for i, dtype in enumerate((np.uint8, np.float16)):
+            writer.write(str(i), {"npy": npy_bytes(np.zeros(SHAPE, dtype)), "cls": b"1"})
+    reader = ShardReader(tmp_path)
+    samples = stream_samples(reader, FEED, worker=0)
+    with pytest.raises(UnfitSample, match=r"x-000000\.tar: sample .*needs one dtype"):
+        BatchReader(reader, SHAPE).collect(samples, np.arange(30))

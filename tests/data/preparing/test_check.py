@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from speed_engine import cli
-from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.repair import load_repair_list
-from speed_engine.data.format.tar import ShardError
 from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard
 from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.preparing.check import check_folder
 
 SHAPE = (1, 2, 3)
@@ -48,7 +48,7 @@ def test_every_kind_of_damage_is_found_and_left_out(make_shards, tmp_path):
     left = [i for i in range(30) if i != 2 and not 10 <= i < 15]
     assert [reader.read(i)["npy"][-1] for i in range(len(reader))] == left
     assert reader.counts == (4, 5, 5, 5, 5)
-    with Loader(reader, SHAPE, 24, 0) as loader:
+    with Loader(reader, SHAPE, Feed(24, 0)) as loader:
         pixels = next(loader).images[:, 0, 0, 0]
     assert sorted(pixels.tolist()) == left
     with pytest.raises(ShardError, match="truncated"):

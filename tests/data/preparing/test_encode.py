@@ -17,8 +17,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from speed_engine.data.format.folder import LocalFolder
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
-from speed_engine.data.preparing.encode import LatentEncoder, decode_latents, encode
+from speed_engine.data.preparing.encode import LatentEncoder, encode
 from speed_engine.encoders.text import TextEncoder
+from speed_engine.encoders.vae import decode_latents
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")

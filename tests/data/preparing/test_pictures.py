@@ -8,6 +8,7 @@ from PIL import Image
 from speed_engine.data.format.decode import decode_image
 from speed_engine.data.preparing import pictures
 from speed_engine.data.preparing.pictures import centre_crop, encode_picture, open_picture, shrink
+from speed_engine.runtime.checks import UserError
 
 
 def pattern(height: int, width: int) -> Image.Image:
@@ -77,6 +78,36 @@ def test_a_picture_is_known_by_its_content_and_damage_is_an_error():
     for data in (b"", b"GIF89a", content(pattern(40, 40))[:-40]):
         with pytest.raises(ValueError, match="unusable picture"):
             open_picture(data, 3)
+
+
+def turned(orientation: int, exif: bytes | None = None) -> bytes:
+    """A JPEG of 8 x 4 pixels, left half black, with an orientation in its EXIF data."""
+    picture = Image.new("RGB", (8, 4), "white")
+    picture.paste("black", (0, 0, 4, 4))
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=tags.tobytes() if exif is None else exif, quality=100)
+    return file.getvalue()
+
+
+def test_a_picture_stands_upright_as_its_camera_noted():
+    """6: what was saved must be turned by 90 degrees clockwise, so the left comes to the top."""
+    plain, upright = (np.asarray(open_picture(turned(way), 1)) for way in (1, 6))
+    assert plain.shape == (4, 8) and plain[:, :3].max() < 50 and plain[:, 5:].min() > 200
+    assert upright.shape == (8, 4) and upright[:3].max() < 50 and upright[5:].min() > 200
+
+
+def test_malformed_exif_data_do_not_spoil_a_picture():
+    junk = b"Exif\0\0 no such data"
+    one, other = (np.asarray(open_picture(data, 3)) for data in (turned(1, junk), turned(1)))
+    assert np.array_equal(one, other)
+
+
+def test_a_long_thin_picture_is_refused_before_it_is_enlarged(monkeypatch):
+    monkeypatch.setattr(Image.Image, "resize", lambda *_, **__: pytest.fail("resized"))
+    with pytest.raises(UserError, match=r"\(200000, 1\) pixels, resized .* more than 67108864"):
+        centre_crop(Image.new("L", (200_000, 1)), 64)
 
 
 def test_sixteen_bits_are_refused_rather_than_clipped():

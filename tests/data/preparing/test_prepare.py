@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,16 @@ from PIL import Image
 
 from speed_engine.data.format.decode import decode_image, decode_label
 from speed_engine.data.format.folder import LocalFolder
+from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.tar import ShardError
+from speed_engine.data.loading.loader import Loader
+from speed_engine.data.loading.order import Feed
 from speed_engine.data.preparing import prepare
 from speed_engine.data.preparing.catalogue import open_source
 from speed_engine.data.preparing.prepare import PictureOptions, make, mixed_order
-from speed_engine.data.preparing.sources.files import ImageFolder
+from speed_engine.data.preparing.sources.image_folder import ImageFolder
+from speed_engine.data.preparing.summary import summarise
+from speed_engine.runtime.checks import UserError
 
 ROOT = Path(__file__).parents[3]
 SMALL = PictureOptions(size=8, samples_per_shard=5)
@@ -109,7 +115,7 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(p
 def test_workers_end_with_a_parent_that_was_killed(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; "
-        "from speed_engine.data import prepare; "
+        "from speed_engine.data.preparing import prepare; "
         "from concurrent.futures import ProcessPoolExecutor; "
         "from multiprocessing import get_context; "
         "pool = ProcessPoolExecutor(1, get_context('spawn'), prepare._start_worker, (None,)); "
@@ -130,6 +136,54 @@ def test_workers_end_with_a_parent_that_was_killed(tmp_path):
         time.sleep(0.05)
     else:
         assert not Path(f"/proc/{worker}").exists()
+
+
+def make_from(tmp_path, contents: Mapping[str, bytes | None], size: int | None = 2):
+    """Shards of two samples from files; of None, links to nothing."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in contents.items():
+        if content is None:
+            (folder / name).symlink_to(folder / "gone")
+        else:
+            (folder / name).write_bytes(content)
+    how = PictureOptions(size=size, samples_per_shard=2)
+    make(ImageFolder(folder), tmp_path / "out", how, workers=1, skip_bad=True)
+    return ShardReader(tmp_path / "out", ["png"])
+
+
+def png(width: int = 4, height: int = 4) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("bad", [b"no picture", None], ids=["damaged", "a link to nothing"])
+@pytest.mark.parametrize("size", [2, None])
+def test_skipping_holds_for_the_first_picture_too(tmp_path, bad, size, caplog):
+    reader = make_from(tmp_path, {"a.png": bad, "b.png": png(), "c.png": png()}, size=size)
+    assert len(reader) == 2 and "left out: " in caplog.text and "a.png" in caplog.text
+
+
+def test_a_shard_whose_every_picture_is_skipped_is_empty_and_the_rest_trains(tmp_path):
+    number = {int(i) for i in mixed_order(6)[2:4]}  # the samples of the second of three shards
+    contents = {f"{i}.png": b"bad" if i in number else png() for i in range(6)}
+    reader = make_from(tmp_path, contents)
+    assert reader.counts == (2, 0, 2)
+    with Loader(reader, (3, 2, 2), Feed(4, 0)) as loader:
+        assert len(next(loader).ids) == 4
+    assert summarise(tmp_path / "out").num_samples == 4
+
+
+def test_a_source_of_nothing_usable_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="of the 2 samples of the source, none is usable"):
+        make_from(tmp_path, {"a.png": b"bad", "b.png": None})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_long_thin_picture_is_left_out_by_name(tmp_path, caplog):
+    assert len(make_from(tmp_path, {"a.png": png(), "thin.png": png(200_000, 1)}, size=64)) == 1
+    assert "thin.png: (200000, 1) pixels" in caplog.text
 
 
 def test_a_folder_in_use_is_not_touched(pictures, tmp_path):

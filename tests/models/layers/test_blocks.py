@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
-from speed_engine.data.loading.loader import Batch
+from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
@@ -194,7 +194,8 @@ def test_the_whole_training_step_is_one_graph_compiled_once(compilations, name):
     loss = torch.compile(lambda *batch: objective(net, *batch).loss, fullgraph=True)
     counts = []
     for step in range(4):
-        loss(*batch(step)[:3], step).backward()
+        given = batch(step)
+        loss(given.images, given.conditions, given.ids, step).backward()
         counts.append(compilations.frame_count)
     assert counts[0] == 1 and counts[1] == counts[-1]
 

@@ -7,13 +7,12 @@ import gzip
 import io
 import tarfile
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from speed_engine.data.preparing.source import Record, digest
+from speed_engine.data.preparing.source import Record, Source, digest
 from speed_engine.runtime.checks import UserError
 
 _FOLDER = "cifar-10-batches-bin/"
@@ -28,7 +27,7 @@ _NAMES = "batches.meta.txt"
 _MAX_UNPACKED = 2**28
 
 
-class Cifar10:
+class Cifar10(Source):
     """The 50,000 training or the 10,000 test images.
 
     Args:
@@ -39,9 +38,6 @@ class Cifar10:
         UserError: not that archive, or damaged. The "python version" is refused: its files are
             pickles, which run code when they are read.
     """
-
-    channels = 3
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, path: Path, split: str) -> None:
         if split not in _FILES:

@@ -10,13 +10,12 @@ their groups, which are the classes. Left out are:
 """
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from speed_engine.data.preparing.source import Record, digest
+from speed_engine.data.preparing.source import Record, Source, digest
 from speed_engine.runtime.checks import UserError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -38,7 +37,7 @@ class Sequence(NamedTuple):
     name: str
 
 
-class Emoji:
+class Emoji(Source):
     """Pictures of emoji on white.
 
     Args:
@@ -46,11 +45,9 @@ class Emoji:
         sequences: Unicode's emoji-test.txt.
 
     Raises:
-        UserError: one of the files is missing or another, or Pillow cannot shape text; says what
-            to install.
+        UserError: one of the files is missing or another, Pillow cannot shape text, or fonttools is
+            missing; says what to install.
     """
-
-    channels = 3
 
     def __init__(self, font: Path = FONT, sequences: Path = SEQUENCES) -> None:
         for path in (font, sequences):
@@ -65,7 +62,7 @@ class Emoji:
         if not self._sequences:
             raise UserError(f"{sequences} lists no emoji that {font} has a drawing of.")
         self.classes = tuple(dict.fromkeys(sequence.group for sequence in self._sequences))
-        self.metadata: Mapping[str, str] = {**_font_facts(font), "unicode": _unicode_version(text)}
+        self.metadata = {**_font_facts(font), "unicode": _unicode_version(text)}
         content = hashlib.sha256(font.read_bytes()).hexdigest()
         self.identity = digest(("emoji", content, *self.classes), self._sequences)
 
@@ -144,8 +141,12 @@ def _draw(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
 
 def _font_facts(path: Path) -> dict[str, str]:
     """Which font this is, and under which licence."""
-    from fontTools.ttLib import TTFont
-
+    try:
+        from fontTools.ttLib import TTFont
+    except ImportError as error:
+        raise UserError(
+            f"the emoji need the library fonttools ({error}): pip install 'speed-engine[emoji]'."
+        ) from error
     with TTFont(path, lazy=True) as font:
         return {fact: font["name"].getDebugName(number) or "" for fact, number in _NAMES.items()}
 

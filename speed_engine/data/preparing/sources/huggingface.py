@@ -3,19 +3,17 @@
 Local are folders that ``Dataset.save_to_disk`` wrote and folders of parquet files.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.preparing.pictures import open_picture
-from speed_engine.data.preparing.source import Record, digest, numbered_classes
-from speed_engine.data.preparing.sources.files import file_bytes
+from speed_engine.data.preparing.pictures import open_file, open_picture
+from speed_engine.data.preparing.source import Record, Source, digest, numbered_classes
 from speed_engine.runtime.checks import UserError
 
 _LABELS, _CAPTIONS = ("label", "labels"), ("text", "caption", "captions")
 
 
-class HuggingFace:
+class HuggingFace(Source):
     """One split: its column of pictures, that of the labels and that of the captions.
 
     Pictures are found by the type of the column, labels too or by the name label(s), captions by
@@ -29,9 +27,6 @@ class HuggingFace:
         UserError: ``datasets`` is missing, the data set cannot be loaded, or its columns do not
             say what is what.
     """
-
-    channels = 3
-    metadata: Mapping[str, str] = {}
 
     def __init__(self, name: str, split: str) -> None:
         self._name = f"hf:{name}, split {split}"
@@ -79,7 +74,6 @@ class HuggingFace:
         stored = row[self._picture] or {}
         if stored.get("bytes") is None and stored.get("path") is None:
             raise UserError("there is no picture.")
-        data = stored["bytes"] or file_bytes(Path(stored["path"]))
         label = row[self._label] if self._label else 0 if self.classes else None
         if label is not None and not 0 <= label < len(self.classes):
             raise UserError(f"label {label} is none of the {len(self.classes)} classes.")
@@ -88,7 +82,11 @@ class HuggingFace:
         lines = tuple(" ".join(caption.split()) for caption in captions)
         if self._caption and not any(lines):
             raise UserError("there is no caption.")
-        return Record(open_picture(data, channels), label, lines)
+        if data := stored["bytes"]:
+            picture = open_picture(data, channels)
+        else:
+            picture = open_file(Path(stored["path"]), channels)
+        return Record(picture, label, lines)
 
 
 def _datasets() -> Any:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from speed_engine.data.preparing.sources.files import CocoCaptions, ImageFolder, ZipArchive
+from speed_engine.data.preparing.sources.coco import CocoCaptions
+from speed_engine.data.preparing.sources.image_folder import ImageFolder
+from speed_engine.data.preparing.sources.zip_archive import ZipArchive
+from speed_engine.runtime.checks import UserError
 
 
 def picture(value: int, side: int = 6) -> bytes:
@@ -77,6 +80,49 @@ def test_folders_that_are_no_classes_are_named(tmp_path):
     write(tmp_path / "stray.png", picture(1))
     with pytest.raises(ValueError, match=r"stray.png.*beside sub-folders"):
         ImageFolder(tmp_path)
+
+
+def test_links_are_followed_and_hidden_entries_left_out_at_every_depth(tmp_path):
+    source = tmp_path / "source"
+    for depth, folder in enumerate((source / "cat", source / "cat" / "deep")):
+        write(folder / "seen.png", picture(10 * depth))
+        write(folder / ".hidden" / "x.png", picture(90))
+        write(folder / ".hidden.png", picture(90))
+        write(tmp_path / f"away{depth}" / "linked.png", picture(10 * depth + 5))
+        (folder / "link").symlink_to(tmp_path / f"away{depth}")
+    (source / "dog").symlink_to(tmp_path / "away1")
+    found = sorted(values(ImageFolder(source)))
+    assert found == [(0, 0), (5, 0), (10, 0), (15, 0), (15, 1)]
+
+
+@pytest.mark.parametrize("target", ["..", "../..", "."])
+def test_a_link_that_leads_round_in_a_circle_is_named(tmp_path, target):
+    write(tmp_path / "cat" / "a.png", picture(1))
+    (tmp_path / "cat" / "loop").symlink_to(target)
+    with pytest.raises(UserError, match="cat/loop links to a folder that it is in"):
+        ImageFolder(tmp_path)
+
+
+def test_files_of_other_kinds_are_counted(tmp_path):
+    write(tmp_path / "cat" / "a.png", picture(1))
+    for name in ("cat/b.GIF", "cat/deep/c.gif", "cat/d.avif", "cat/LICENSE", "notes.txt", ".x.gif"):
+        write(tmp_path / name, b"")
+    expected = {".gif": 2, ".avif": 1, "LICENSE": 1, ".txt": 1}
+    assert dict(ImageFolder(tmp_path).left_out) == expected
+    path = write_zip(tmp_path / "edm.zip", EDM_LABELS)
+    assert not ZipArchive(path).left_out
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("00000/more.tiff", b"")
+    assert dict(ZipArchive(path).left_out) == {".tiff": 1}
+
+
+def test_a_link_to_nothing_is_a_sample_that_cannot_be_read(tmp_path):
+    write(tmp_path / "a.png", picture(1))
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    source = ImageFolder(tmp_path)
+    assert len(source) == 2
+    with pytest.raises(FileNotFoundError):
+        source.read(1, 3)
 
 
 def test_a_class_name_that_is_no_text_is_refused(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from speed_engine.diffusion.discrete import linear
-from speed_engine.diffusion.hybrid import HybridObjective, bound_rows
-from speed_engine.diffusion.method import build_method
+from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
+from speed_engine.diffusion.terms import SquaredErrorAndBound, bound_rows
 from speed_engine.ops import FUSED, REFERENCE, normal
 
 SEED = torch.tensor(3)
@@ -89,13 +90,15 @@ def test_the_bound_trains_the_variance_only():
     )
 
 
-def objective(**options) -> HybridObjective:
-    return HybridObjective(build_method("p2", linear(), **options), 3)
+def hybrid_of(method: Method) -> tuple[Objective, torch.Tensor]:
+    """The objective, and the rows of its bound."""
+    error = SquaredErrorAndBound(method)
+    return Objective(method, 3, error=error), error.bound_rows
 
 
 @pytest.mark.parametrize("weigh_bound", [False, True])
 def test_the_hybrid_loss_adds_the_bound(weigh_bound):
-    hybrid = objective(weigh_bound=weigh_bound)
+    hybrid, table = hybrid_of(build_method("p2", linear(), weigh_bound=weigh_bound))
     images, ids = torch.rand(8, 1, 2, 2), torch.arange(8)
     model = lambda x, t: torch.cat([0.5 * x, 0.1 * x], dim=1)
     output = hybrid(model, images, {}, ids, 0)
@@ -103,9 +106,7 @@ def test_the_hybrid_loss_adds_the_bound(weigh_bound):
     x_in = rows[:, 0].view(-1, 1, 1, 1) * images + rows[:, 1].view(-1, 1, 1, 1) * normal(
         hybrid.seed, ids, 4
     ).view_as(images)
-    bound = variational_bound(
-        0.5 * x_in, 0.1 * x_in, images, hybrid.bound_rows[output.t], hybrid.seed, ids
-    )
+    bound = variational_bound(0.5 * x_in, 0.1 * x_in, images, table[output.t], hybrid.seed, ids)
     weight = rows[:, 4]
     expected = weight * output.squared_error + (weight if weigh_bound else 1) * bound
     torch.testing.assert_close(output.weighted_error, expected)
@@ -114,13 +115,12 @@ def test_the_hybrid_loss_adds_the_bound(weigh_bound):
 
 def test_the_bound_is_scaled_as_if_there_were_1000_timesteps():
     """IDDPM's RESCALED_MSE: vb times num_timesteps / 1000."""
-    method = build_method("uniform", linear(500))
-    hybrid = HybridObjective(method, 3)
+    hybrid, table = hybrid_of(build_method("uniform", linear(500)))
     images, ids = torch.zeros(4, 1, 2, 2), torch.arange(4)
     output = hybrid(lambda x, t: torch.cat([x, x], dim=1), images, {}, ids, 0)
     rows = hybrid.table(output.t)
     x_in = rows[:, 1].view(-1, 1, 1, 1) * normal(hybrid.seed, ids, 4).view_as(images)
-    bound = variational_bound(x_in, x_in, images, hybrid.bound_rows[output.t], hybrid.seed, ids)
+    bound = variational_bound(x_in, x_in, images, table[output.t], hybrid.seed, ids)
     torch.testing.assert_close(output.weighted_error - output.squared_error, bound / 2)
 
 
@@ -128,12 +128,12 @@ def test_the_bound_is_scaled_as_if_there_were_1000_timesteps():
 def test_a_process_without_reverse_steps_is_refused(process):
     method = build_method("uniform", build_schedule(process), "epsilon")
     with pytest.raises(ValueError, match="discrete variance-preserving process"):
-        HybridObjective(method, 0)
+        SquaredErrorAndBound(method)
 
 
 def test_a_target_other_than_epsilon_is_refused():
     with pytest.raises(ValueError, match="prediction epsilon, not v"):
-        HybridObjective(build_method("uniform", linear(), "v"), 0)
+        SquaredErrorAndBound(build_method("uniform", linear(), "v"))
 
 
 def test_variance_rows_are_finite_for_every_schedule():

@@ -37,9 +37,10 @@ from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw, optimizer_tensors
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.update import Update
 
 OPTIONS = "--checkpoint-every 10 --keep-checkpoints 5 --parallel fsdp".split()
 KILLS_PER_RUN = 10
@@ -147,11 +148,11 @@ def saving(folder: Path, count: int) -> dict[str, Any]:
     """
     config = TrainConfig(model=DiTConfig(size="DiT-S/2"), data=DataConfig(image_shape=(4, 32, 32)))
     trained = _engine(config)
-    moments = optimizer_tensors(trained.model, trained.optimizer)
     tensors = {
         **{f"model/{k}": v for k, v in trained.model.state_dict().items()},
-        **{f"ema/{k}": v for k, v in trained.ema.model.state_dict().items()},
-        **{f"optimizer/{k}": v for k, v in moments.items()},
+        **{
+            f"{g}/{k}": v for g, group in trained.update.tensors().items() for k, v in group.items()
+        },
     }
     checkpoints = Checkpoints(folder / "saving", keep=1)
     images = torch.zeros(2, 4, 32, 32)
@@ -188,9 +189,15 @@ def saving(folder: Path, count: int) -> dict[str, Any]:
 def _engine(config: TrainConfig) -> Engine:
     model = build_model(config)
     objective = build_objective(config, build_process(config), model)
-    optimizer = adamw(model, learning_rate=1e-4, beta1=0.9, beta2=0.999, weight_decay=0.0)
-    ema = Ema(model, 0.9999)
-    return Engine(model, objective, optimizer, ema, learning_rate=lambda _: 1e-4, grad_clip=1.0)
+    update = Update(
+        model,
+        objective,
+        adamw(model, objective, Hyperparameters(learning_rate=1e-4)),
+        {"ema": Ema(model, warming_up(0.9999))},
+        learning_rate=lambda _: 1e-4,
+        grad_clip=1.0,
+    )
+    return Engine(model, objective, update)
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -115,10 +115,10 @@ def group_norm(kernel: str, channels_last: bool) -> Case:
     return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
 
 
-def adamw(horizons: int, shadows: bool = False) -> Case:
+def adamw(horizons: int) -> Case:
     """As many averages as horizons."""
     tables = (INT64, INT64, "*i32", "*i32", FP32)
-    constants = (horizons, shadows, 16, adamw_ema.BLOCK)
+    constants = (horizons, 16, adamw_ema.BLOCK)
     arguments = (*tables, "i32", *["fp32"] * 5, *constants)  # i32: number of tensors
     return Case(adamw_ema._adamw_ema_kernel, arguments, num_warps=8)
 
@@ -172,7 +172,6 @@ CASES = {
     "clean_images flipped posterior": cleaned("*fp16", BYTES, True),
     "adamw_ema 1 horizon": adamw(horizons=1),
     "adamw_ema 2 horizons": adamw(horizons=2),
-    "adamw_ema shadows": adamw(horizons=1, shadows=True),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
     "adaln_backward": adaln_backward(num_sums=2),

@@ -147,7 +147,7 @@ class Training:
             process.start()
         RUNNING.append(self)
 
-    def wait_for(self, event: Callable[[], bool], seconds: float = 120) -> bool:
+    def wait_for(self, event: Callable[[], bool], seconds: float = 600) -> bool:
         """Until the event, True, or the end of any process, False.
 
         Raises:
@@ -163,7 +163,7 @@ class Training:
         self.kill()
         raise TimeoutError(f"nothing came in {seconds} s; the processes said:\n{self.said()}")
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> bool:
+    def wait_for_step(self, step: int, seconds: float = 600) -> bool:
         """Until the step is in the records."""
         return self.wait_for(lambda: steps(self.run) >= step, seconds)
 
@@ -174,7 +174,7 @@ class Training:
             if pid is not None and self.processes[rank].exitcode is None:
                 os.kill(pid, number)
 
-    def join(self, seconds: float = 120) -> list[int | None]:
+    def join(self, seconds: float = 600) -> list[int | None]:
         """Exit statuses, once all have ended; negative ones are signals.
 
         Raises:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -12,15 +11,15 @@ from torch import nn
 
 from speed_engine import ops
 from speed_engine.build import build_model, build_objective, build_process
+from speed_engine.build_training import UPDATES
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.flops import forward_flops
 from speed_engine.presets import PRESETS
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw, linear_warmup, one_sweep
-from speed_engine.training.shadow import ShadowedModel
+from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
 
 DITS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 CPU_BATCH = {"DiT-S/2": 8, "unet": 4}  # images of 32 x 32 x 4 per step on two cores
@@ -95,27 +94,24 @@ def make_engine(
     model = build_model(config).to(device)
     if memory_format is not None:
         model = model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
-    shadowed = ShadowedModel(model) if update == "one_sweep_bf16" else None
-    settings = config.optimizer
-    make_optimizer = adamw
-    if update != "separate":
-        make_optimizer = partial(one_sweep, shadows=shadowed.shadows if shadowed else None)
     objective = build_objective(config, build_process(config), model, device.type == "cpu")
-    return Engine(
+    objective.to(device)
+    settings = config.optimizer
+    hyper = Hyperparameters(
+        learning_rate=settings.learning_rate,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        weight_decay=settings.weight_decay,
+    )
+    updates = UPDATES[update](
         model,
-        objective.to(device),
-        make_optimizer(
-            model,
-            learning_rate=settings.learning_rate,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            weight_decay=settings.weight_decay,
-        ),
-        Ema(model, settings.ema_decay),
+        objective,
+        adamw(model, objective, hyper),
+        {"ema": Ema(model, warming_up(settings.ema_decay))},
         learning_rate=linear_warmup(settings.learning_rate, settings.warmup_steps),
         grad_clip=settings.grad_clip,
-        forward=forward(shadowed or model),
     )
+    return Engine(model, objective, updates, forward=forward(model))
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from speed_engine.models.config import DiTConfig, ModelConfig, UNetConfig
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.training.engine import Engine
-from speed_engine.training.shadow import ShadowedModel
 from train_cases import kernels, make_engine, synthetic_batch
 
 Step = Callable[[], object]
@@ -69,9 +68,8 @@ class Rung:
             memory_format=torch.channels_last if self.channels_last else None,
         )
 
-    def _forward(self, model: nn.Module | ShadowedModel) -> Any:
+    def _forward(self, model: nn.Module) -> Any:
         if self.fp8:
-            assert isinstance(model, nn.Module)  # no rung has both
             from torchao.float8 import (  # pyright: ignore[reportMissingImports]
                 convert_to_float8_training,
             )
@@ -79,8 +77,6 @@ class Rung:
             convert_to_float8_training(model, module_filter_fn=_fits_fp8)
         if self.mode is not None:
             return torch.compile(model, mode=self.mode)
-        if isinstance(model, ShadowedModel):
-            return torch.compile(model) if self.how == "on" else model
         return compiled(model, self.how)
 
     def _original(self, config: TrainConfig, device: torch.device, batch: Batch) -> Step:
@@ -108,7 +104,7 @@ def _fits_fp8(module: nn.Module, name: str) -> bool:
 
 
 # The GPU's ladder. Kernels, one sweep and what follows keep everything below.
-_TOP = Rung(update="one_sweep_bf16", model={"residual_dtype": "bfloat16"})
+_TOP = Rung(update="one_sweep", model={"residual_dtype": "bfloat16"})
 LADDER: dict[str, Rung] = {
     "original, TF32": Rung(engine=False, bfloat16=False, stored_attention=True),
     "+ bfloat16": Rung(engine=False, stored_attention=True),
@@ -117,13 +113,12 @@ LADDER: dict[str, Rung] = {
     "+ torch.compile": Rung(kernels=False),
     "+ kernels": Rung(),
     "+ one sweep": Rung(update="one_sweep"),
-    "+ bfloat16 weights": Rung(update="one_sweep_bf16"),
     "+ bfloat16 stream": replace(_TOP, family=DiTConfig),
     "+ CUDA graphs": replace(_TOP, mode="reduce-overhead"),
     "+ channels last": Rung(
         channels_last=True, family=UNetConfig
     ),  # one sweep wants them contiguous
-    "+ fp8": Rung(update="one_sweep", model=_TOP.model, fp8=True, family=DiTConfig),
+    "+ fp8": replace(_TOP, fp8=True, family=DiTConfig),
     "recomputing the cheap": replace(_TOP, model=_TOP.model | {"checkpointing": 0.5}),
     "recomputing all": replace(_TOP, model=_TOP.model | {"checkpointing": 1.0}),
 }

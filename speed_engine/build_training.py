@@ -1,12 +1,10 @@
 """What a run trains with, made from its configuration: the engine, and the batches it is given."""
 
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from speed_engine.build import (
     build_cleaning,
@@ -23,15 +21,24 @@ from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import Resident, resident_bytes
 from speed_engine.diffusion.method import Method
-from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks
+from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.models.layouts.files import load_pretrained
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import Choices
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import World
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import EMA, Ema, decay_of, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import MOMENTUM_DECAYS, adamw, linear_warmup, one_sweep
-from speed_engine.training.shadow import ShadowedModel
+from speed_engine.training.one_sweep import OneSweep
+from speed_engine.training.optimizers import (
+    MOMENTUM_DECAYS,
+    OPTIMIZERS,
+    Hyperparameters,
+    linear_warmup,
+)
+from speed_engine.training.update import Update
+
+UPDATES: dict[str, type[Update]] = {"separate": Update, "one_sweep": OneSweep}
 
 
 class TrainingData:
@@ -110,31 +117,40 @@ def build_engine(
     Raises:
         UserError: an option does not fit another, or the weights are another model's.
     """
-    model, ema, forward, shadows = _build_model(config, choices, world, device, init_from)
-    settings = config.optimizer
-    warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
-    decay = settings.momentum_decay or process.momentum_decay
-    momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
+    model, averages, forward = _build_model(config, choices, world, device, init_from)
     store_noise = choices.noise.value == "stored"
     objective = build_objective(config, process, model, store_noise).to(device)
-    separate = choices.update.value == "separate"
-    make_optimizer = adamw if separate else partial(one_sweep, shadows=shadows)
-    return Engine(
+    settings = config.optimizer
+    if settings.name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer.name={settings.name!r} is unknown; choose from {known}.")
+    optimizers = OPTIMIZERS[settings.name](
         model,
         objective,
-        make_optimizer(
-            model,
+        Hyperparameters(
             learning_rate=settings.learning_rate,
             beta1=settings.beta1,
             beta2=settings.beta2,
             weight_decay=settings.weight_decay,
-            loss=objective,
             loss_learning_rate=process.batch_loss.learning_rate,
         ),
-        ema,
+    )
+    warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
+    decay = settings.momentum_decay or process.momentum_decay
+    momentum = MOMENTUM_DECAYS[decay](settings.beta1, config.steps)
+    update = UPDATES[choices.update.value](
+        model,
+        objective,
+        optimizers,
+        averages,
         learning_rate=lambda step: warmup(step) * momentum.compensation(step),
         beta1=momentum.beta1,
         grad_clip=settings.grad_clip,
+    )
+    return Engine(
+        model,
+        objective,
+        update,
         forward=forward,
         microbatch_size=config.microbatch_size,
         world=world,
@@ -148,24 +164,23 @@ def _build_model(
     world: World,
     device: torch.device,
     init_from: Path | None,
-) -> tuple[torch.nn.Module, Ema, Any, dict[Tensor, Tensor]]:
-    """The model, its average, what is called in its place, and the copies that this computes
-    with; laid out over the processes.
+) -> tuple[torch.nn.Module, dict[str, Ema], Any]:
+    """The model, its averages by name, and what is called in its place; laid out over the
+    processes.
     """
+    settings = config.optimizer
+    decays = {EMA: warming_up(settings.ema_decay)}
+    decays |= {name: decay_of(name) for name in settings.averages}
     model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
         load_pretrained(model, init_from)
-    ema = Ema(model, config.optimizer.ema_decay)
+    averages = {name: Ema(model, decay) for name, decay in decays.items()}
     how = choices.compile.value
     if world.size == 1:
-        if choices.update.value == "one_sweep_bf16":
-            shadowed = ShadowedModel(compiled_blocks(model) if how == "blocks" else model)
-            forward = torch.compile(shadowed) if how == "on" else shadowed
-            return model, ema, forward, shadowed.shadows
-        return model, ema, compiled(model, how), {}
+        return model, averages, compiled(model, how)
     if how != "off":  # the gathering of parameters between blocks cannot be compiled
         compile_each(blocks(model))
-    for laid_out in (model, ema.model):
+    for laid_out in (model, *(average.model for average in averages.values())):
         distribute(
             laid_out,
             world,
@@ -174,5 +189,6 @@ def _build_model(
             reshard_after_forward=config.reshard,
             offload=config.offload,
         )
-    ema.follow(model)
-    return model, ema, model, {}
+    for average in averages.values():
+        average.follow(model)
+    return model, averages, model

@@ -106,12 +106,6 @@ class TrainConfig:
         counts = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every")
         check_counts("", self, *counts, "microbatch_size", "on_nonfinite")
         check_between("batch_size", self.batch_size, 1, 10**6)
-        check(
-            "microbatch_size",
-            self.microbatch_size or 0,
-            self.microbatch_size is None or self.optimizer.update != "one_sweep_bf16",
-            "gradients of microbatches would be summed in bfloat16; use optimizer.update=one_sweep",
-        )
         timeout = self.hang_timeout
         check("hang_timeout", timeout, 0 < timeout <= 1e9, "must be positive, at most 10^9 seconds")
         check_between("num_timesteps", self.num_timesteps, 2, 10**6)
@@ -245,6 +239,11 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     values = dict(values)
     if isinstance(model := values.get("model"), dict):
         values["model"] = {"family": DiTConfig.family} | model
+    if isinstance(of := values.get("optimizer"), dict) and of.get("update") == "one_sweep_bf16":
+        raise UserError(
+            "optimizer.update=one_sweep_bf16: choose from auto, separate, one_sweep; a run of "
+            "one_sweep_bf16, which is no more, continues with one_sweep in its config.json."
+        )
     if "method_options" not in values:
         return values
     options = strict.read(dict[str, Value], values.pop("method_options"), "method_options")

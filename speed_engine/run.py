@@ -29,6 +29,7 @@ from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.runtime.world import ALONE, World, join
 from speed_engine.training import checkpoint
+from speed_engine.training.ema import EMA, average_group
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
 
 CONFIG_FILE = "config.json"
@@ -197,23 +198,37 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path}: {error}") from error
 
 
-def load_average(run: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+def load_average(
+    run: Path, config: TrainConfig, device: torch.device, name: str = EMA
+) -> tuple[nn.Module, int]:
     """(averaged model, its step) from a run's newest complete checkpoint.
 
+    Args:
+        run: folder.
+        config: of the run.
+        device: of the model.
+        name: of the average: ``ema``, or one of ``optimizer.averages``.
+
     Raises:
-        UserError: there is no checkpoint, or it belongs to another model.
+        UserError: there is no checkpoint, it belongs to another model, or lacks the average.
     """
-    return load_average_of(newest_checkpoint(run), config, device)
+    return load_average_of(newest_checkpoint(run), config, device, name)
 
 
-def load_average_of(path: Path, config: TrainConfig, device: torch.device) -> tuple[nn.Module, int]:
+def load_average_of(
+    path: Path, config: TrainConfig, device: torch.device, name: str = EMA
+) -> tuple[nn.Module, int]:
     """The same from one checkpoint, which must be complete.
 
     Raises:
-        UserError: it belongs to another model.
+        UserError: it belongs to another model, or lacks the average.
     """
+    tensors = checkpoint.load_group(path, average_group(name))
+    if not tensors:
+        kept = ", ".join((EMA, *config.optimizer.averages))
+        raise UserError(f"{path} holds no average {name!r}; this run keeps {kept}.")
     model = build_model(config)
-    load_parameters(model, checkpoint.load_group(path, "ema"), path)
+    load_parameters(model, tensors, path)
     step = checkpoint.read_state(path)["step"]
     return model.to(device).eval().requires_grad_(False), step
 

@@ -18,6 +18,7 @@ from speed_engine.build import build_model
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 def test_every_section_of_the_kernel_benchmark_passes_its_checks_in_a_dry_run():
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
     done = subprocess.run(
@@ -67,6 +68,7 @@ def test_a_result_is_compared_with_the_committed_one(tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_every_rung_of_the_training_step_runs_in_a_dry_run():
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
     script = str(ROOT / "benchmarks" / "bench_train_step.py")

@@ -94,6 +94,7 @@ def test_a_resident_data_set_trains_as_a_loader_does_bit_for_bit(tmp_path, name,
     assert outcomes[0] == outcomes[1] and outcomes[0][1]
 
 
+@pytest.mark.long
 def test_two_processes_with_resident_data_train_as_with_loaders_bit_for_bit(tmp_path):
     processes = {}
     for resident in ("off", "on"):
@@ -111,7 +112,7 @@ def test_two_processes_with_resident_data_train_as_with_loaders_bit_for_bit(tmp_
             text=True,
         )
     for process in processes.values():
-        said, _ = process.communicate(timeout=200)
+        said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
     assert figures(tmp_path / "on") == figures(tmp_path / "off")
 

@@ -20,7 +20,6 @@ LAYERS = [  # lowest first; names on one line may not import each other
         "progress",
         "checkpoint",
         "environment",
-        "shadow",
         "preemption",
         "watchdog",
     },

@@ -5,15 +5,12 @@
     p     = (1 - learning_rate weight_decay) p
             - learning_rate / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)
     ema_h = ema_h + (1 - decay_h) (p - ema_h)          for each horizon h
-    shadow = p in bfloat16, rounded to nearest even    if there are shadows
 
 Where the gradient norm is not finite nothing changes, the step counts included; the device decides,
 so that the host never waits for the norm.
 
-Letters: T tensors of any shapes, H horizons. All float32, except shadows and gradients of these,
-which are bfloat16: a forward pass that reads the shadows need not cast the parameters.
-Traffic per parameter: reads g, p, m, v and H averages, writes all but g: 28 + 8 H bytes; with
-shadows as much, where casting in the forward and backward passes would take 12 bytes more.
+Letters: T tensors of any shapes, H horizons. All float32.
+Traffic per parameter: reads g, p, m, v and H averages, writes all but g: 28 + 8 H bytes.
 """
 
 import math
@@ -24,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from speed_kernels.language import runs_kernels, store, tl, triton
+from speed_kernels.language import runs_kernels, tl, triton
 
 BLOCK = 2048  # elements of one tensor per program of 8 warps; not tuned on a GPU
 _TAIL = tl.constexpr(256)  # elements at a time of a tensor's last, partial tile: one per thread
@@ -47,7 +44,6 @@ def adamw_ema_reference(
     weight_decay: float,
     max_norm: float,
     decays: Sequence[float],
-    shadows: Sequence[Tensor] = (),
 ) -> None:
     """The definition of ``adamw_ema`` in plain PyTorch."""
     finite, scale, step_sizes, root_scales = _device_factors(
@@ -65,8 +61,6 @@ def adamw_ema_reference(
         results = [(p, value), (m, first), (v, second)]
         for average, decay in zip(averages, decays, strict=True):
             results.append((average[i], average[i] + (1 - decay) * (value - average[i])))
-        if shadows:
-            results.append((shadows[i], value.to(shadows[i].dtype)))
         for tensor, result in results:
             tensor.copy_(torch.where(finite, result, tensor))
 
@@ -87,13 +81,12 @@ def adamw_ema(
     weight_decay: float,
     max_norm: float,
     decays: Sequence[float],
-    shadows: Sequence[Tensor] = (),
 ) -> None:
     """One update of parameters, moments, averages and step count, in place.
 
     Args:
         parameters: T float32 tensors; local shards of distributed ones.
-        gradients: T of the same shapes, not scaled; float32, with shadows bfloat16.
+        gradients: T of the same shapes, not scaled.
         first_moments: T, zero at the start.
         second_moments: T, zero at the start.
         averages: H lists of T.
@@ -106,11 +99,11 @@ def adamw_ema(
         weight_decay: decoupled, in units of the learning rate.
         max_norm: gradients of a larger norm are scaled down to it; inf never scales.
         decays: H shares of the averages kept in this step.
-        shadows: T in bfloat16, or none.
     """
-    tensors = {"first_moments": first_moments, "second_moments": second_moments}
+    tensors = {"parameters": parameters, "gradients": gradients}
+    tensors |= {"first_moments": first_moments, "second_moments": second_moments}
     tensors |= {f"averages[{h}]": average for h, average in enumerate(averages)}
-    _check(parameters, gradients, shadows, tensors, steps, gradient_norm)
+    _check(tensors, steps, gradient_norm)
     if len(averages) != len(decays):
         raise ValueError(
             f"adamw_ema: {len(averages)} lists of averages but {len(decays)} decays; give one each."
@@ -123,38 +116,30 @@ def adamw_ema(
             numbers = [learning_rate, beta1, beta2, eps, weight_decay, max_norm, *decays]
             _adamw_ema(
                 list(parameters), list(gradients), list(first_moments), list(second_moments), flat,
-                list(shadows), steps, gradient_norm, numbers,
+                steps, gradient_norm, numbers,
             )  # fmt: skip
         else:
             adamw_ema_reference(
                 parameters, gradients, first_moments, second_moments, averages, steps,
                 gradient_norm, learning_rate=learning_rate, beta1=beta1, beta2=beta2, eps=eps,
-                weight_decay=weight_decay, max_norm=max_norm, decays=decays, shadows=shadows,
+                weight_decay=weight_decay, max_norm=max_norm, decays=decays,
             )  # fmt: skip
 
 
-def _check(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor], shadows: Sequence[Tensor],
-    others: dict[str, Sequence[Tensor]], steps: Tensor, gradient_norm: Tensor,
-) -> None:  # fmt: skip
-    narrow = torch.bfloat16 if shadows else torch.float32
-    groups = {"parameters": (parameters, torch.float32), "gradients": (gradients, narrow)}
-    groups |= {name: (group, torch.float32) for name, group in others.items()}
-    if shadows:
-        groups["shadows"] = shadows, narrow
-    device = steps.device
-    for name, (group, dtype) in groups.items():
+def _check(tensors: dict[str, Sequence[Tensor]], steps: Tensor, gradient_norm: Tensor) -> None:
+    device, parameters = steps.device, tensors["parameters"]
+    for name, group in tensors.items():
         if len(group) != len(parameters):
             raise ValueError(
                 f"adamw_ema: {len(parameters)} parameters but {len(group)} {name}; give one each."
             )
         for i, (tensor, parameter) in enumerate(zip(group, parameters, strict=True)):
-            good = tensor.dtype == dtype and tensor.is_contiguous() and tensor.device == device
-            if not good or tensor.shape != parameter.shape:
+            good = tensor.dtype == torch.float32 and tensor.is_contiguous()
+            if not good or tensor.device != device or tensor.shape != parameter.shape:
                 raise ValueError(
-                    f"adamw_ema: {name}[{i}] must be contiguous {dtype} {tuple(parameter.shape)} "
-                    f"on {device}; got {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-                    f"strides {tensor.stride()}."
+                    f"adamw_ema: {name}[{i}] must be contiguous torch.float32 "
+                    f"{tuple(parameter.shape)} on {device}; got {tensor.dtype} "
+                    f"{tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}."
                 )
     if steps.shape != (len(parameters),) or gradient_norm.shape != ():
         raise ValueError(
@@ -183,9 +168,8 @@ def _device_factors(
 
 
 @triton.jit
-def _column(row_ptr, COLUMN: tl.constexpr, NARROW: tl.constexpr, ALIGNMENT: tl.constexpr):
-    DTYPE: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
-    address = tl.load(row_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+def _column(row_ptr, COLUMN: tl.constexpr, ALIGNMENT: tl.constexpr):
+    address = tl.load(row_ptr + COLUMN).to(tl.pointer_type(tl.float32))
     return tl.multiple_of(address, ALIGNMENT)  # unknown otherwise, which makes every access scalar
 
 
@@ -193,20 +177,19 @@ def _column(row_ptr, COLUMN: tl.constexpr, NARROW: tl.constexpr, ALIGNMENT: tl.c
 def _update_tile(
     row_ptr, factors_ptr, step_size, root_scale, start, size,
     rest1, beta2, rest2, eps, kept,
-    HORIZONS: tl.constexpr, SHADOWS: tl.constexpr, ALIGNMENT: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HORIZONS: tl.constexpr, ALIGNMENT: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     elements = start + tl.arange(0, BLOCK)
     if MASKED:
         mask = elements < size
     else:
         mask = tl.full((BLOCK,), True, tl.int1)
-    p_ptr, g_ptr = _column(row_ptr, 0, False, ALIGNMENT), _column(row_ptr, 1, SHADOWS, ALIGNMENT)
-    m_ptr, v_ptr = _column(row_ptr, 2, False, ALIGNMENT), _column(row_ptr, 3, False, ALIGNMENT)
+    p_ptr, g_ptr = _column(row_ptr, 0, ALIGNMENT), _column(row_ptr, 1, ALIGNMENT)
+    m_ptr, v_ptr = _column(row_ptr, 2, ALIGNMENT), _column(row_ptr, 3, ALIGNMENT)
     scale = tl.load(factors_ptr + 1)
 
     p = tl.load(p_ptr + elements, mask=mask, other=0.0)
-    g = tl.load(g_ptr + elements, mask=mask, other=0.0).to(tl.float32) * scale
+    g = tl.load(g_ptr + elements, mask=mask, other=0.0) * scale
     m = tl.load(m_ptr + elements, mask=mask, other=0.0)
     v = tl.load(v_ptr + elements, mask=mask, other=0.0)
     m = m + rest1 * (g - m)
@@ -216,54 +199,49 @@ def _update_tile(
     tl.store(m_ptr + elements, m, mask=mask)
     tl.store(v_ptr + elements, v, mask=mask)
     for h in tl.static_range(HORIZONS):
-        average_ptr = _column(row_ptr, 4 + h, False, ALIGNMENT)
+        average_ptr = _column(row_ptr, 4 + h, ALIGNMENT)
         average = tl.load(average_ptr + elements, mask=mask, other=0.0)
         average += tl.load(factors_ptr + 2 + h) * (p - average)
         tl.store(average_ptr + elements, average, mask=mask)
-    if SHADOWS:
-        store(_column(row_ptr, 4 + HORIZONS, True, ALIGNMENT) + elements, p, mask=mask)
 
 
 @triton.jit
 def _adamw_ema_kernel(
     addresses_ptr, sizes_ptr, tensor_ptr, tile_ptr, factors_ptr, num_tensors,
     rest1, beta2, rest2, eps, kept,
-    HORIZONS: tl.constexpr, SHADOWS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+    HORIZONS: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     tensor = tl.load(tensor_ptr + tl.program_id(0)).to(tl.int64)
     start = tl.load(tile_ptr + tl.program_id(0)).to(tl.int64) * BLOCK
     size = tl.load(sizes_ptr + tensor)
-    row_ptr = addresses_ptr + tensor * (4 + HORIZONS + SHADOWS)
+    row_ptr = addresses_ptr + tensor * (4 + HORIZONS)
     step_size = tl.load(factors_ptr + 2 + HORIZONS + tensor)
     root_scale = tl.load(factors_ptr + 2 + HORIZONS + num_tensors + tensor)
     if tl.load(factors_ptr) != 0.0:
         if start + BLOCK <= size:  # without a mask, whose end is no multiple of 16 as far as known
             _update_tile(
                 row_ptr, factors_ptr, step_size, root_scale, start, size,
-                rest1, beta2, rest2, eps, kept, HORIZONS, SHADOWS, ALIGNMENT, False, BLOCK,
+                rest1, beta2, rest2, eps, kept, HORIZONS, ALIGNMENT, False, BLOCK,
             )  # fmt: skip
         else:
             for i in range(BLOCK // _TAIL):
                 if start + i * _TAIL < size:
                     _update_tile(
                         row_ptr, factors_ptr, step_size, root_scale, start + i * _TAIL, size,
-                        rest1, beta2, rest2, eps, kept, HORIZONS, SHADOWS, ALIGNMENT, True, _TAIL,
+                        rest1, beta2, rest2, eps, kept, HORIZONS, ALIGNMENT, True, _TAIL,
                     )  # fmt: skip
 
 
 @custom_op(
     "speed_kernels::adamw_ema",
-    mutates_args=(
-        "parameters", "first_moments", "second_moments", "averages", "shadows", "steps",
-    ),
-)  # fmt: skip
+    mutates_args=("parameters", "first_moments", "second_moments", "averages", "steps"),
+)
 def _adamw_ema(
     parameters: list[Tensor],
     gradients: list[Tensor],
     first_moments: list[Tensor],
     second_moments: list[Tensor],
     averages: list[Tensor],
-    shadows: list[Tensor],
     steps: Tensor,
     gradient_norm: Tensor,
     numbers: list[float],
@@ -278,7 +256,6 @@ def _adamw_ema(
 
     columns = [parameters, gradients, first_moments, second_moments]
     columns += [averages[h * count : (h + 1) * count] for h in range(horizons)]
-    columns += [shadows] if shadows else []
     table = tuple(t.data_ptr() for row in zip(*columns, strict=True) for t in row)
     aligned = all(address % _ALIGNMENT == 0 for address in table)
     sizes, tensors, tiles = _tiles(tuple(p.numel() for p in parameters), device)
@@ -287,15 +264,13 @@ def _adamw_ema(
             _adamw_ema_kernel[(len(tiles),)](
                 _constants(table, torch.int64, device), sizes, tensors, tiles, factors, count,
                 1 - beta1, beta2, 1 - beta2, eps, 1 - learning_rate * weight_decay,
-                HORIZONS=horizons, SHADOWS=bool(shadows), ALIGNMENT=_ALIGNMENT if aligned else 2,
-                BLOCK=BLOCK, num_warps=8,
+                HORIZONS=horizons, ALIGNMENT=_ALIGNMENT if aligned else 2, BLOCK=BLOCK, num_warps=8,
             )  # fmt: skip
 
 
 @_adamw_ema.register_fake
 def _(
-    parameters, gradients, first_moments, second_moments, averages, shadows, steps, gradient_norm,
-    numbers,
+    parameters, gradients, first_moments, second_moments, averages, steps, gradient_norm, numbers
 ):  # fmt: skip
     return None
 

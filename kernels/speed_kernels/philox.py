@@ -40,6 +40,7 @@ class Stream(IntEnum):
     LOW_RESOLUTION_LEVEL = 8
     LOW_RESOLUTION_NOISE = 9
     TOKEN_MASK = 10
+    DROPOUT = 11
 
 
 _MASK = 0xFFFFFFFF

@@ -32,6 +32,7 @@ from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.records import RECORDS, append_record, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
+from speed_engine.training.ema import EMA
 
 PART = 500  # images drawn at a time, and what a kill costs at most
 
@@ -54,7 +55,9 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images drawn; default that of the run, as for all below."""
+    """Images drawn; default that of the run, as for all below but the average."""
+    average: str = EMA
+    """Which average of the run to measure: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
     """How they are drawn; euler is ddim."""
     solver_steps: int | None = None
@@ -89,18 +92,23 @@ def run(arguments: list[str], console: Console) -> None:
         inception_weights=command.inception_weights,
         clip_model=command.clip_model,
     )
-    record = evaluate(command.run, config)
+    record = evaluate(command.run, config, command.average)
     if record is not None and command.json:
         console.print_json(json.dumps(record))
     elif record is not None:
         show(record, console)
 
 
-def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
+def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, Any] | None:
     """The record of the newest checkpoint under the configured settings; None on other processes.
 
+    Args:
+        run: folder.
+        config: of the run; its evaluation says how to generate and what to measure.
+        average: which of the run's, by name; the record of another than ``ema`` names it.
+
     Raises:
-        UserError: the run has no checkpoint, or nothing is to be measured.
+        UserError: the run has no checkpoint or no such average, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
@@ -109,12 +117,12 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
         raise UserError(
             "this run's evaluation.features is none, which measures nothing; choose --features."
         )
-    if known := world.from_first(lambda: _known(run, step, evaluator)):
+    if known := world.from_first(lambda: _known(run, step, evaluator, average)):
         if world.is_first:
             text = f"measured before, at step {step} with these settings"
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
-    model, step = load_average(run, config, machine.torch_device(config.device, world))
+    model, step = load_average(run, config, machine.torch_device(config.device, world), average)
     drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
@@ -123,6 +131,7 @@ def evaluate(run: Path, config: TrainConfig) -> dict[str, Any] | None:
     assert found is not None  # some field is measured
     drawing.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
+    record |= {} if average == EMA else {"average": average}
     append_record(run, record | {"evaluated": True})
     if found.nearest is not None and evaluator.reference is not None:
         path = run / "samples" / f"step-{step:08d}-copies.png"
@@ -161,11 +170,12 @@ def show(record: dict[str, Any], console: Console) -> None:
     console.print(table, highlight=False)
 
 
-def _known(run: Path, step: int, evaluator: Evaluator) -> dict[str, Any] | None:
+def _known(run: Path, step: int, evaluator: Evaluator, average: str) -> dict[str, Any] | None:
     """The newest record of the same measurement."""
     settings = {"step": step, **evaluator.circumstances()}
     for record in reversed(read_records(run)):
         same = all(record.get(name) == value for name, value in settings.items())
+        same = same and record.get("average", EMA) == average
         if same and evaluator.fields() <= record.keys():
             return record
     return None

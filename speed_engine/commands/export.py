@@ -11,6 +11,7 @@ from rich.console import Console
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.files import save_pretrained
 from speed_engine.run import load_average, read_config
+from speed_engine.training.ema import EMA
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,15 @@ class ExportCommand:
     """What to write: a .safetensors file for original, a folder for diffusers."""
     layout: Literal["original", "diffusers"] = "original"
     """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
+    average: str = EMA
+    """Which average of the run to write: ema, or one of its optimizer.averages."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Write the weights."""
     command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
     config = read_config(command.run)
-    model, step = load_average(command.run, config, torch.device("cpu"))
+    model, step = load_average(command.run, config, torch.device("cpu"), command.average)
     for path in save_pretrained(model, command.out, command.layout):
         console.print(
             f"weights of step {step}: {path}", highlight=False, markup=False, soft_wrap=True

@@ -27,6 +27,7 @@ from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
+from speed_engine.training.ema import EMA
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class SampleCommand:
     """Folder of the run."""
     count: int = 100
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
+    average: str = EMA
+    """Which average of the run to generate from: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
     """How they are drawn; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
@@ -76,6 +79,7 @@ def run(arguments: list[str], console: Console) -> None:
         command.run,
         command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
         console,
+        average=command.average,
         seed=command.seed,
         batch_size=command.batch_size,
         compile=command.compile,
@@ -90,13 +94,14 @@ def draw(
     out: Path,
     console: Console,
     *,
+    average: str = EMA,
     seed: int = 0,
     batch_size: int = 500,
     compile: Literal["auto", "on", "off"] = "auto",
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
-    """Draw ``evaluation.num_images`` images of the averaged model of a run.
+    """Draw ``evaluation.num_images`` images of an averaged model of a run.
 
     They are kept in ``OUT.parts`` while they are drawn, and a drawing that was interrupted
     continues from there.
@@ -107,6 +112,7 @@ def draw(
         out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
             replaces the one before; else a folder of pictures.
         console: for the first process.
+        average: which of the run's, by name.
         seed: root of the noise.
         batch_size: images at a time and process.
         compile: the model; auto does so where that was measured to pay.
@@ -132,7 +138,7 @@ def draw(
     device = machine.choose_device(config.device).value
     batches = -(-settings.num_images // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.solver_steps).value
-    model, step = load_average(run, config, machine.torch_device(config.device, world))
+    model, step = load_average(run, config, machine.torch_device(config.device, world), average)
     process, decode = build.build_process(config), build_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
 

@@ -165,13 +165,8 @@ def choose_norm_kernels(device: str) -> Choice:
     return Choice("PyTorch reference", f"QK-norm with RoPE, group norm with SiLU; {missing}")
 
 
-def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
-    """``separate``, ``one_sweep`` or ``one_sweep_bf16``.
-
-    Raises:
-        UserError: bfloat16 copies of the weights are asked for where nothing computes with them,
-            or on several processes, where FSDP2 makes them.
-    """
+def choose_update(wanted: str, device: str) -> Choice:
+    """``separate`` or ``one_sweep``."""
     if wanted == "auto":
         return Choice(
             "separate",
@@ -180,16 +175,6 @@ def choose_update(wanted: str, device: str, world: World = ALONE) -> Choice:
         )
     if wanted == "separate":
         return Choice(wanted, "asked for")
-    if wanted == "one_sweep_bf16" and device != "cuda":
-        raise UserError(
-            f"optimizer.update=one_sweep_bf16 needs CUDA, where matrix products are bfloat16; on "
-            f"{device} they are float32: use one_sweep or separate."
-        )
-    if wanted == "one_sweep_bf16" and world.size > 1:
-        raise UserError(
-            "optimizer.update=one_sweep_bf16 is for one process; FSDP2 casts parameters before it "
-            f"gathers them, here on {world.size} processes: use one_sweep or separate."
-        )
     if operators_for(torch.device(device)) is FUSED:
         return Choice(wanted, "asked for; a Triton kernel")
     missing = "Triton is not installed" if device == "cuda" else "the kernel needs CUDA"
@@ -312,7 +297,7 @@ def choose(
         norm_kernels=choose_norm_kernels(kind),
         noise=choose_noise(kind),
         resident=choose_resident(resident, kind, num_bytes, data_mode, workers),
-        update=choose_update(update, kind, world),
+        update=choose_update(update, kind),
         host_memory=choose_host_memory(),
         workers=_workers(workers),
         jpeg_decoder=choose_jpeg_decoder(),

@@ -1,4 +1,4 @@
-"""Configuration of the optimizer."""
+"""Configuration of the optimizer and the averages."""
 
 import math
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from speed_engine.runtime.checks import check, check_between, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW, and the average of its iterates (EMA)."""
+    """What updates the parameters, and the averages of them (EMA)."""
 
+    name: str = "adamw"
+    """The optimizer: adamw."""
     learning_rate: float = 1e-3
     """Step size after warm-up."""
     warmup_steps: int = 100
@@ -25,13 +27,18 @@ class OptimizerConfig:
     """Decoupled decay per step, in units of the learning rate."""
     grad_clip: float = 1.0
     """Largest gradient norm; inf never clips."""
-    update: Literal["auto", "separate", "one_sweep", "one_sweep_bf16"] = "auto"
-    """Clip, AdamW and average one after the other, or in one sweep that skips updates that are not
-    finite; one_sweep_bf16 keeps bfloat16 copies of the weights, too, which need not be cast."""
+    update: Literal["auto", "separate", "one_sweep"] = "auto"
+    """Clip, optimizer and averages one after the other, or AdamW with both in one sweep over
+    memory."""
     ema_decay: float = 0.999
     """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
+    averages: tuple[str, ...] = ()
+    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay, and
+    power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1) (EDM2). --average generates from one."""
 
     def __post_init__(self) -> None:
+        once = len(set(self.averages)) == len(self.averages)
+        check("optimizer.averages", self.averages, once, "name each average once")
         check_positive("optimizer.learning_rate", self.learning_rate)
         check_between("optimizer.warmup_steps", self.warmup_steps, 0, 10**12)
         decays = 0 <= self.weight_decay < math.inf

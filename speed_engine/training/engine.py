@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, clip, update, average. No I/O, no clock, no waiting.
+"""One optimizer step: forward, backward, update. No I/O, no clock, no waiting.
 
 A step whose loss or gradient is not finite, on any process, changes nothing on any of them but the
 number of steps done.
@@ -6,8 +6,6 @@ number of steps done.
 Letters: B images of one process.
 """
 
-import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 
 from speed_engine.data.batch import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
-from speed_engine.runtime.sharding import whole
+from speed_engine.ops import Stream, random_bits
 from speed_engine.runtime.world import ALONE, World
-from speed_engine.training.ema import Ema
-from speed_engine.training.optimizers import OneSweep, set_rates
+from speed_engine.training.update import Update
 
 
 class StepReport(NamedTuple):
@@ -37,36 +34,28 @@ class Engine:
     Args:
         model: the parameters to train; with several processes laid out by ``distribute``.
         objective: on the model's device.
-        optimizer: of the parameters of model and objective; ``OneSweep`` clips and averages, too.
-        ema: average of the model's parameters.
-        learning_rate: step number, from 1 -> learning rate.
-        beta1: step number, from 1 -> decay of first moments; by default the optimizer's own.
-        grad_clip: largest gradient norm of the model; inf never clips.
+        update: of the parameters of model and objective.
         forward: what is called in place of the model, such as its compiled form.
-        microbatch_size: images per forward; gradients of a batch are summed over them. None takes
-            the batch whole.
-        world: the processes of the run.
-        seed: of the dropout inside the model, which is drawn by torch's generators: every step
-            sets them, so that a resumed run draws what the whole one does.
+        microbatch_size: images per forward; the gradient is that of the batch's mean loss, whether
+            or not they divide it. None takes the batch whole.
+        world: the processes of the run; each has an equal part of every batch.
+        seed: of the dropout inside the model. It is drawn by torch's generators, in the order of
+            the microbatches, which every step seeds by (seed, step, rank): a resumed run draws
+            what the whole one does, but another number of processes draws anew.
     """
 
     def __init__(
         self,
         model: nn.Module,
         objective: Objective,
-        optimizer: torch.optim.Optimizer,
-        ema: Ema,
+        update: Update,
         *,
-        learning_rate: Callable[[int], float],
-        beta1: Callable[[int], float] | None = None,
-        grad_clip: float,
         forward: Denoiser | None = None,
         microbatch_size: int | None = None,
         world: World = ALONE,
         seed: int = 0,
     ) -> None:
-        self.model, self.objective, self.optimizer, self.ema = model, objective, optimizer, ema
-        self.learning_rate, self.beta1, self.grad_clip = learning_rate, beta1, grad_clip
+        self.model, self.objective, self.update = model, objective, update
         self.forward: Denoiser = model if forward is None else forward
         self.microbatch_size, self.world = microbatch_size, world
         self.steps_done = 0
@@ -77,15 +66,13 @@ class Engine:
     def step(self, batch: Batch) -> StepReport:
         """One update from this process's part of a batch, on the model's device."""
         before, step = self.steps_done, self.steps_done + 1
-        set_rates(self.optimizer, self.learning_rate(step), self.beta1 and self.beta1(step))
         if self._has_dropout:
-            torch.manual_seed(hash((self._seed, step, self.world.rank)) % 2**63)
+            torch.manual_seed(dropout_seed(self._seed, step, self.world.rank))
         output = self._accumulate(batch, before)
         for parameter in self.objective.parameters():  # not sharded: nobody has summed these yet
             if parameter.grad is not None:
                 self.world.mean_(parameter.grad)
-        norm, finite = self._update(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        norm, finite = self.update.step(step)
         self._observe(before, output, finite)
         self.steps_done = step
         skipped = (~finite).float()
@@ -108,7 +95,7 @@ class Engine:
                     before,
                     part.targets,
                 )
-            loss = output.loss / len(parts)
+            loss = output.loss / (len(batch.ids) / len(part.ids))  # its share of the batch's mean
             # An infinite loss may have finite gradients. Made NaN, they are so on every process.
             (loss * torch.where(torch.isfinite(loss), 1.0, torch.nan)).backward()
             outputs.append(output._replace(loss=loss.detach()))
@@ -128,28 +115,19 @@ class Engine:
         for now, was in zip(state, previous, strict=True):
             now.copy_(torch.where(finite, now, was))
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Clip, update, average, unless a gradient is not finite: (gradient norm, finite?)."""
-        if isinstance(self.optimizer, OneSweep):
-            decay = self.ema.decay_at(step)
-            return self.optimizer.sweep([self.ema.averages], [decay], self.grad_clip)
-        norm = whole(self._clip())
-        finite = torch.isfinite(norm)
-        # The fused optimizer's own switch (GradScaler's): it reads the tensor on the device.
-        self.optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.ema.update(step, finite)
-        return norm, finite
-
-    def _clip(self) -> Tensor:
-        """() gradient norm, before clipping; without a limit the gradients are read only."""
-        if self.grad_clip == math.inf:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            return nn.utils.get_total_norm(gradients)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-
     def _autocast(self) -> AbstractContextManager:
         """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""
         if self._device_type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return nullcontext()
+
+
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Of one process's dropout in a step, in [0, 2**64).
+
+    Drawn like everything else by the counter-based generator: words 2 rank and 2 rank + 1 at
+    address ``step`` of the stream of dropout.
+    """
+    address = torch.tensor(seed), torch.tensor([step])
+    low, high = random_bits(*address, 2 * rank + 2, Stream.DROPOUT)[0, -2:].numpy()
+    return int(high) << 32 | int(low)

@@ -35,8 +35,8 @@ from speed_engine.runtime.watchdog import Watchdog
 from speed_engine.runtime.world import World
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
+from speed_engine.training.ema import EMA
 from speed_engine.training.engine import Engine, StepReport
-from speed_engine.training.optimizers import OneSweep, optimizer_tensors
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +134,6 @@ class Trainer:
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
         checkpoint.load(path, tensors, self.world)
-        if isinstance(self.engine.optimizer, OneSweep):
-            self.engine.optimizer.renew_shadows()
         self.means.load_state(state["means"])
         self.bad_samples = state["bad_samples"]
         self.skipped.load_state(state["skipped"])
@@ -281,7 +279,7 @@ class Trainer:
         step = self.engine.steps_done
         self.watchdog.doing(step, "evaluating")
         with self.clock.paused():
-            images, found = self.evaluator(self.engine.ema.model)
+            images, found = self.evaluator(self.engine.update.averages[EMA].model)
             if self.world.is_first:
                 self._keep_evaluation(images, found)
         self.watchdog.doing(step, "training")
@@ -315,10 +313,8 @@ class Trainer:
         engine = self.engine
         groups = {
             "model": engine.model.state_dict(),
-            "ema": engine.ema.model.state_dict(),
-            "optimizer": optimizer_tensors(engine.model, engine.optimizer),
             "objective": engine.objective.state_dict(),
-            "objective_optimizer": optimizer_tensors(engine.objective, engine.optimizer),
+            **engine.update.tensors(),
         }
         return {f"{group}/{k}": v for group, tensors in groups.items() for k, v in tensors.items()}
 
@@ -341,7 +337,7 @@ class Trainer:
         """The averaged model in one file, and what came of the run."""
         average = {
             name: whole(value).cpu().contiguous()
-            for name, value in self.engine.ema.model.state_dict().items()
+            for name, value in self.engine.update.averages[EMA].model.state_dict().items()
         }
         if not self.world.is_first:
             return

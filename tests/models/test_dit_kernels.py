@@ -79,6 +79,7 @@ def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kerne
         assert error <= 2 * eager + 1e-6 * value.norm(), name
 
 
+@pytest.mark.long
 def test_one_graph_holds_the_whole_model(kernels):
     kernels(BLOCK_FUSED)
     model = make_model()
@@ -113,6 +114,7 @@ def test_the_stream_is_kept_in_the_dtype_asked_for(dtype, operators, kernels):
     assert seen == [dtype or torch.float32] * 4
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
@@ -127,6 +129,6 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=600) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     assert float(outputs[0][0]) <= 1e-6

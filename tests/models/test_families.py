@@ -178,6 +178,7 @@ def recorded(run: Path, *names: str) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in names) for record in records]
 
 
+@pytest.mark.long
 def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
     """Parameters are shared out block by block, whatever a family calls its blocks."""
     data = {
@@ -247,7 +248,7 @@ def test_dropout_and_masks_resume_bit_for_bit(tmp_path, name):
     assert figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("name", ["dit", "unet"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.long)])
 @pytest.mark.parametrize("members", [("tokens.npy",), ("low.npy", "cls")])
 def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, members):
     config = dataclasses.replace(CONFIG, model=SMALL[name], data=told(told_shards, *members))

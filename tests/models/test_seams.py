@@ -19,9 +19,10 @@ from speed_engine.models.dit import DiT
 from speed_engine.models.layers.open_sum import opened
 from speed_engine.models.super_resolution import SuperResolution, conditioned_channels
 from speed_engine.ops import Stream, random_bits
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.update import Update
 
 SIZE: dict[str, Any] = {
     "input_size": (4, 6), "channels": 2, "patch_size": 1, "dim": 16, "depth": 4, "num_heads": 2,
@@ -122,13 +123,12 @@ def objective(net: nn.Module, **options: Any) -> Objective:
 
 
 def engine(net: nn.Module, objective: Objective, **options: Any) -> Engine:
-    optimizer = adamw(
-        net, learning_rate=2e-3, beta1=0.9, beta2=0.999, weight_decay=0, loss=objective
-    )
-    return Engine(
-        net, objective, optimizer, Ema(net, 0.9), learning_rate=lambda _: 2e-3, grad_clip=1.0,
-        **options,
+    hyper = Hyperparameters(learning_rate=2e-3)
+    update = Update(
+        net, objective, adamw(net, objective, hyper), {"ema": Ema(net, warming_up(0.9))},
+        learning_rate=lambda _: 2e-3, grad_clip=1.0,
     )  # fmt: skip
+    return Engine(net, objective, update, **options)
 
 
 def words(ids: Tensor, count: int = 24) -> Tensor:
@@ -241,7 +241,7 @@ def test_targets_of_a_batch_reach_the_term_in_parts_and_its_parameters_train():
         term = Alignment("blocks.2", 16, 3)
         before = term.projection.weight.detach().clone()
         training = engine(net, objective(net, terms=[term]), microbatch_size=size)
-        reports.append(training.step(batch(size=6).to("cpu")))
+        reports.append(training.step(batch(size=6)))
         projections.append(term.projection.weight.detach())
         assert not torch.equal(projections[-1], before)
     torch.testing.assert_close(reports[0].loss, reports[1].loss)

@@ -17,9 +17,10 @@ from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layers.blocks import set_recompute
 from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.models.unet import UNet
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.update import Update
 
 BATCH = 16
 UNET: dict[str, Any] = {
@@ -74,10 +75,14 @@ def engine(family: str, **options) -> Engine:
     return Engine(
         model,
         objective,
-        adamw(model, learning_rate=2e-3, beta1=0.9, beta2=0.999, weight_decay=0),
-        Ema(model, 0.99),
-        learning_rate=lambda step: 2e-3,
-        grad_clip=1.0,
+        Update(
+            model,
+            objective,
+            adamw(model, objective, Hyperparameters(learning_rate=2e-3)),
+            {"ema": Ema(model, warming_up(0.99))},
+            learning_rate=lambda step: 2e-3,
+            grad_clip=1.0,
+        ),
         **{name: make(model) for name, make in options.items()},
     )
 
@@ -86,6 +91,7 @@ def told(family: str) -> str:
     return "tokens" if family == "unet-tokens" else "labels"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_falls_on_digits(family):
     trained = engine(family)
@@ -122,6 +128,7 @@ def test_recomputed_activations_change_no_step(family):
         assert torch.equal(report.grad_norm, expected.grad_norm)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_are_one_graph_and_no_step_after_the_second_compiles(family):
     compile = lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -16,7 +16,7 @@ NUMBERS: dict[str, Any] = dict(
 )
 
 
-def draw(shapes=SHAPES, horizons=2, dtype=torch.float32, narrow=torch.float32):
+def draw(shapes=SHAPES, horizons=2, dtype=torch.float32):
     """Parameters, gradients, moments, averages and steps of a run that has begun."""
     generator = torch.Generator().manual_seed(0)
 
@@ -27,40 +27,31 @@ def draw(shapes=SHAPES, horizons=2, dtype=torch.float32, narrow=torch.float32):
     p, g, m = tensors(), tensors(), tensors(0.1)
     v = [value.abs() for value in tensors(0.1)]
     averages = [tensors() for _ in range(horizons)]
-    g = [value.to(narrow) for value in g]
     return p, g, m, v, averages, torch.full((len(shapes),), 9.0, device=DEVICE)
 
 
 def run(
-    operator, horizons=2, dtype=torch.float32, norm=None, max_norm=1.0, steps=2, shapes=SHAPES,
-    shadowed=False,
+    operator, horizons=2, dtype=torch.float32, norm=None, max_norm=1.0, steps=2, shapes=SHAPES
 ):  # fmt: skip
     """Everything after some updates, as one list, and how many there were."""
-    narrow = torch.bfloat16 if shadowed else dtype
-    p, g, m, v, averages, counts = draw(shapes, horizons, dtype, narrow)
-    shadow = torch.float64 if dtype == torch.float64 else narrow  # the truth is not rounded
-    shadows = [torch.zeros_like(tensor, dtype=shadow) for tensor in p] if shadowed else []
+    p, g, m, v, averages, counts = draw(shapes, horizons, dtype)
     if norm is None:
         norm = torch.cat([tensor.flatten() for tensor in g]).norm().item()
     decays = [0.9, 0.9999, 0.5][:horizons]
     root = torch.tensor(norm, device=DEVICE)
     for _ in range(steps):
-        operator(
-            p, g, m, v, averages, counts, root, max_norm=max_norm, decays=decays, shadows=shadows,
-            **NUMBERS,
-        )  # fmt: skip
+        operator(p, g, m, v, averages, counts, root, max_norm=max_norm, decays=decays, **NUMBERS)
     flat = [tensor for average in averages for tensor in average]
-    return [*p, *m, *v, *flat, *shadows], counts
+    return [*p, *m, *v, *flat], counts
 
 
 @settings(max_examples=10)
 @given(
     horizons=st.integers(0, 3),
     max_norm=st.sampled_from([0.5, 1e4, float("inf")]),
-    shadowed=st.booleans(),
 )
-def test_matches_float64_as_well_as_eager_does(horizons, max_norm, shadowed, assert_accurate):
-    options = dict(max_norm=max_norm, shadowed=shadowed)
+def test_matches_float64_as_well_as_eager_does(horizons, max_norm, assert_accurate):
+    options = dict(max_norm=max_norm)
     truth, _ = run(adamw_ema_reference, horizons, torch.float64, **options)
     eager, _ = run(adamw_ema_reference, horizons, **options)
     fused, step = run(adamw_ema, horizons, **options)
@@ -68,14 +59,6 @@ def test_matches_float64_as_well_as_eager_does(horizons, max_norm, shadowed, ass
     for i, tensors in enumerate(zip(fused, eager, truth, strict=True)):
         if tensors[0].numel():
             assert_accurate(i, *tensors)
-
-
-def test_shadows_are_the_parameters_rounded_to_nearest_even():
-    values, _ = run(adamw_ema, horizons=1, shadowed=True)
-    count = len(SHAPES)
-    for parameter, shadow in zip(values[:count], values[-count:], strict=True):
-        assert shadow.dtype == torch.bfloat16
-        assert torch.equal(shadow, parameter.to(torch.bfloat16))
 
 
 def test_each_tensor_has_a_count_of_its_own():
@@ -92,7 +75,7 @@ def test_each_tensor_has_a_count_of_its_own():
 
 
 def test_the_reference_is_pytorch_s_adamw_and_lerp():
-    p, g, _, _, (average,), step = draw(horizons=1, dtype=torch.float64, narrow=torch.float64)
+    p, g, _, _, (average,), step = draw(horizons=1, dtype=torch.float64)
     m, v = ([torch.zeros_like(tensor) for tensor in p] for _ in range(2))
     step.zero_()
     theirs = [tensor.clone().requires_grad_() for tensor in p]
@@ -140,10 +123,7 @@ def test_the_operator_is_registered_soundly():
     p, g, m, v, averages, step = draw([(5,), (2, 3)], horizons=1)
     numbers = [1e-2, 0.9, 0.999, 1e-8, 0.1, 1.0, 0.99]
     norm = torch.tensor(1.0, device=DEVICE)
-    torch.library.opcheck(_adamw_ema, (p, g, m, v, averages[0], [], step, norm, numbers))
-    shadows = [tensor.bfloat16() for tensor in p]
-    g = [tensor.bfloat16() for tensor in g]
-    torch.library.opcheck(_adamw_ema, (p, g, m, v, averages[0], shadows, step, norm, numbers))
+    torch.library.opcheck(_adamw_ema, (p, g, m, v, averages[0], step, norm, numbers))
 
 
 def test_no_parameters_are_fine():
@@ -153,11 +133,11 @@ def test_no_parameters_are_fine():
 
 
 def test_what_cannot_be_updated_is_named():
-    def call(p, g, averages=(), decays=(), steps=None, shadows=()):
+    def call(p, g, averages=(), decays=(), steps=None):
         zeros = [torch.zeros_like(tensor) for tensor in p]
         steps = torch.zeros(len(p)) if steps is None else steps
         state = (p, g, zeros, zeros, averages, steps, torch.tensor(1.0))
-        adamw_ema(*state, max_norm=1.0, decays=decays, shadows=shadows, **NUMBERS)
+        adamw_ema(*state, max_norm=1.0, decays=decays, **NUMBERS)
 
     one = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="1 parameters but 2 gradients"):
@@ -168,10 +148,6 @@ def test_what_cannot_be_updated_is_named():
         call([one], [torch.zeros(4, 3).mT])
     with pytest.raises(ValueError, match=r"parameters\[0\] .*; got torch.bfloat16"):
         call([one.bfloat16()], [one])
-    with pytest.raises(ValueError, match=r"gradients\[0\] must be contiguous torch.bfloat16"):
-        call([one], [one], shadows=[one.bfloat16()])
-    with pytest.raises(ValueError, match=r"shadows\[0\] must be contiguous torch.bfloat16"):
-        call([one], [one.bfloat16()], shadows=[one])
     with pytest.raises(ValueError, match=r"steps must be \(1,\)"):
         call([one], [one], steps=torch.zeros(()))
     with pytest.raises(ValueError, match=r"on meta; got torch.float32 \(3, 4\) on cpu"):

@@ -61,7 +61,6 @@ LIMITS = {  # registers per thread; global accesses of 16 bytes; narrower ones, 
     # The narrow ones are the last, partial tile of a tensor and the table of addresses.
     "adamw_ema 1 horizon": (64, 18, 30),
     "adamw_ema 2 horizons": (64, 22, 36),
-    "adamw_ema shadows": (64, 18, 32),
 }
 MOVED = {  # limits that a toolchain has for itself
     toolchain.TORCH_2_11_TRITON_3_6: {},

@@ -169,6 +169,7 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_no_litter(small_disk, caplo
     assert checkpoint.newest(run).name == "step-00000003"
 
 
+@pytest.mark.long
 def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
     code = (
         "import sys, torch\nfrom pathlib import Path\n"

@@ -7,35 +7,39 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.diffusion.methods import METHODS
-from speed_engine.models.config import DiTConfig
-from speed_engine.training.ema import Ema
-from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw, linear_warmup, one_sweep
+from speed_engine.models.config import DiTConfig, UNetConfig
+from speed_engine.training.ema import Ema, warming_up
+from speed_engine.training.engine import Engine, dropout_seed
+from speed_engine.training.one_sweep import OneSweep
+from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw, linear_warmup
+from speed_engine.training.update import Update
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))
 
 
 def engine(
-    grad_clip: float = 1.0, config: TrainConfig = CONFIG, make_optimizer=adamw, device: str = "cpu"
-) -> Engine:
+    grad_clip: float = 1.0, config: TrainConfig = CONFIG, update=Update, device: str = "cpu",
+    microbatch_size: int | None = None, make_optimizers=adamw,
+) -> Engine:  # fmt: skip
     model = build_model(config).to(device)
     objective = build_objective(config, build_process(config), model).to(device)
-    return Engine(
+    updates = update(
         model,
         objective,
-        make_optimizer(
-            model, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0, loss=objective
-        ),
-        Ema(model, 0.99),
+        make_optimizers(model, objective, Hyperparameters(learning_rate=1e-3)),
+        {"ema": Ema(model, warming_up(0.99))},
         learning_rate=linear_warmup(1e-3, 2),
         grad_clip=grad_clip,
     )
+    return Engine(model, objective, updates, microbatch_size=microbatch_size)
 
 
 def batch(size: int = 8) -> Batch:
@@ -83,7 +87,7 @@ def test_a_step_never_waits_for_the_device(method, schedule, learn_sigma):
 
 
 def test_one_sweep_never_waits_either():
-    trained = engine(make_optimizer=one_sweep)
+    trained = engine(update=OneSweep)
     trained.step(batch())  # tables of addresses are made in the first step
     data = batch()
     with Reads() as reads:
@@ -93,9 +97,12 @@ def test_one_sweep_never_waits_either():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("make_optimizer", [adamw, one_sweep])
-def test_no_step_waits_for_a_gpu(make_optimizer):
-    trained = engine(make_optimizer=make_optimizer, device="cuda")
+@pytest.mark.parametrize(
+    "update, make_optimizers",
+    [(OneSweep, adamw), *((Update, make) for make in OPTIMIZERS.values())],
+)
+def test_no_step_waits_for_a_gpu(update, make_optimizers):
+    trained = engine(update=update, make_optimizers=make_optimizers, device="cuda")
     on_cpu = batch()
     labels = {"labels": on_cpu.conditions["labels"].cuda()}
     data = Batch(on_cpu.images.cuda(), labels, on_cpu.ids.cuda())
@@ -143,7 +150,7 @@ def test_a_step_is_forward_backward_clip_adamw_average():
     for ours_now, expected in zip(ours.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours_now, expected, rtol=1e-4, atol=1e-6)
     weight = ours.model.get_parameter("final_layer.linear.weight").detach()
-    average = ours.ema.model.get_parameter("final_layer.linear.weight")
+    average = ours.update.averages["ema"].model.get_parameter("final_layer.linear.weight")
     torch.testing.assert_close(average, (1 - 2 / 11) * weight)  # it began at zero
 
 
@@ -168,3 +175,72 @@ def test_dropped_labels_become_the_null_label_at_the_stated_rate():
     objective(model, images, told, torch.arange(20_000), 0)
     share = (seen[0] == CONFIG.data.num_classes).double().mean()
     assert abs(float(share) - CONFIG.condition_dropout) < 0.01
+
+
+def gradients(trained: Engine, data: Batch) -> tuple[dict[str, torch.Tensor], float]:
+    """Of a step, by parameter, and its loss; the parameters stay as they are."""
+    found = {}
+
+    def keep(step):
+        for module in (trained.model, trained.objective):
+            found.update({name: p.grad for name, p in module.named_parameters()})  # pyright: ignore
+        return torch.zeros(()), torch.tensor(True)
+
+    trained.update.step = keep
+    return found, float(trained.step(data).loss)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(2, 13),
+    microbatch_size=st.integers(1, 13),
+    method=st.sampled_from(["uniform", "ant_uw"]),
+)
+def test_microbatches_of_any_size_have_the_gradient_of_the_whole_batch(
+    size, microbatch_size, method
+):
+    config = dataclasses.replace(CONFIG, method=method)
+    expected, loss = gradients(engine(config=config), batch(size))
+    found, split = gradients(engine(config=config, microbatch_size=microbatch_size), batch(size))
+    assert split == pytest.approx(loss, rel=1e-5)
+    scale = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+def test_equal_microbatches_have_the_bits_of_a_mean_of_means():
+    by_hand, whole = engine(), batch(12)
+    for part in whole.split(4):
+        output = by_hand.objective(by_hand.model, part.images, part.conditions, part.ids, 0)
+        (output.loss / 3).backward()
+    found, _ = gradients(engine(microbatch_size=4), whole)
+    for name, parameter in by_hand.model.named_parameters():
+        assert parameter.grad is not None and torch.equal(found[name], parameter.grad), name
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank():
+    seeds = {dropout_seed(s, step, r) for s in (0, -1, 7) for step in (1, 2, 3) for r in (0, 1, 9)}
+    assert len(seeds) == 27 and all(0 <= seed < 2**64 for seed in seeds)
+    # Frozen: resumed runs rely on it.
+    assert [dropout_seed(0, 1, 0), dropout_seed(3, 2, 1)] == [
+        15844177061914550495,
+        2157600886269781955,
+    ]
+
+
+def test_dropout_of_a_step_depends_on_no_step_before_it():
+    model = UNetConfig(model_channels=32, channel_mult=(1,), attention_resolutions=(), dropout=0.5)
+    config = dataclasses.replace(CONFIG, model=model)
+
+    def losses(steps_done: int) -> list[float]:
+        trained = engine(config=config)
+        torch.manual_seed(0)
+        for parameter in trained.model.parameters():  # some begin at zero, and would hide dropout
+            torch.nn.init.normal_(parameter, std=0.1)
+        torch.manual_seed(steps_done)
+        trained.steps_done = steps_done
+        trained.update.step = lambda step: (torch.zeros(()), torch.tensor(True))
+        return [float(trained.step(batch()).loss) for _ in range(2)]
+
+    straight = losses(0)
+    assert straight[0] != straight[1] and losses(1)[0] == straight[1]

@@ -2,44 +2,18 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.training.ema import Ema
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.ema import DECAYS, Ema, decay_of, lerp_in_one_kernel
 from speed_engine.training.optimizers import (
+    Hyperparameters,
     adamw,
     demon,
     geometric,
     linear_warmup,
-    optimizer_tensors,
     set_rates,
 )
 
-
-def trained(steps: int, optimizer=None, model=None):
-    if model is None:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-    optimizer = optimizer or adamw(
-        model, learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1
-    )
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.ones(2, 3)).square().sum().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def test_optimizer_state_travels_by_parameter_name():
-    model, optimizer = trained(3)
-    tensors = {key: value.clone() for key, value in optimizer_tensors(model, optimizer).items()}
-    assert {"0.weight/exp_avg", "0.weight/exp_avg_sq", "1.bias/step"} <= set(tensors)
-
-    other, fresh = trained(0)
-    other.load_state_dict(model.state_dict())
-    for name, tensor in optimizer_tensors(other, fresh).items():
-        tensor.copy_(tensors[name])
-    trained(2, optimizer, model)
-    trained(2, fresh, other)
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+TRUE, FALSE = torch.tensor(True), torch.tensor(False)
 
 
 def test_the_learning_rate_rises_linearly_then_stays():
@@ -48,19 +22,66 @@ def test_the_learning_rate_rises_linearly_then_stays():
     assert linear_warmup(0.4, 0)(1) == 0.4
 
 
-def test_the_average_follows_its_formula_and_warms_up():
+@pytest.mark.parametrize(
+    "average, decay",
+    [
+        ("ema=0.9", lambda step: min(0.9, (1 + step) / (10 + step))),
+        ("power=6.94", lambda step: (1 - 1 / step) ** 7.94),
+    ],
+)
+def test_an_average_follows_its_formula(average, decay):
     model = nn.Linear(2, 1)
-    ema = Ema(model, decay=0.9)
+    ema = Ema(model, decay_of(average))
     expected = model.weight.detach().clone()
     for step in range(1, 200):
         with torch.no_grad():
             model.weight += 1
-        ema.update(step)
-        decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * model.weight.detach()
-        average = ema.model.get_parameter("weight")
-        torch.testing.assert_close(average, expected)  # at every step: a late one forgets warm-up
-    assert not average.requires_grad
+        ema.update(step, TRUE)
+        expected = decay(step) * expected + (1 - decay(step)) * model.weight.detach()
+        found = ema.model.get_parameter("weight")
+        torch.testing.assert_close(found, expected)  # at every step: a late one forgets warm-up
+    ema.update(200, FALSE)
+    assert torch.equal(ema.model.get_parameter("weight"), found)
+    assert not found.requires_grad
+
+
+def test_every_decay_is_a_share():
+    for decay in (rule(0.9) for rule in DECAYS.values()):
+        assert all(0 <= decay(step) < 1 for step in (1, 2, 10, 10_000))
+
+
+@pytest.mark.parametrize(
+    "average, message",
+    [
+        ("swa", r"averages='swa' is unknown; choose from ema=NUMBER, power=NUMBER"),
+        ("ema", r"averages='ema' needs a number"),
+        ("power=much", r"averages='power=much' needs a number"),
+        ("ema=1", r"must lie in \[0, 1\); got 1"),
+        ("power=-1", r"needs a positive exponent; got -1"),
+    ],
+)
+def test_an_average_that_cannot_be_is_named(average, message):
+    with pytest.raises(UserError, match=message):
+        decay_of(average)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 1e-4])
+def test_the_average_in_one_kernel_is_the_average_within_a_rounding(share):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(300, 7), (), (0,), (5,)]
+    averages, parameters = ([torch.randn(s, generator=generator) for s in shapes] for _ in "ab")
+    expected = [
+        torch.lerp(average.double(), parameter.double(), share)
+        for average, parameter in zip(averages, parameters, strict=True)
+    ]
+    kept = [parameter.clone() for parameter in parameters]
+    before = [average.clone() for average in averages]
+    lerp_in_one_kernel(averages, parameters, share, FALSE)
+    assert all(torch.equal(*pair) for pair in zip(averages, before, strict=True))
+    lerp_in_one_kernel(averages, parameters, share, TRUE)
+    for average, wanted in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average.double(), wanted, rtol=2e-7, atol=2e-7)
+    assert all(torch.equal(*pair) for pair in zip(parameters, kept, strict=True))
 
 
 def test_demon_decays_momentum_and_keeps_the_weight_of_a_new_gradient():
@@ -80,13 +101,22 @@ def test_the_geometric_decay_has_a_floor():
 
 
 def test_a_loss_s_parameters_have_a_rate_of_their_own_and_no_decay():
-    loss = nn.Linear(1, 1)
-    optimizer = adamw(
-        nn.Linear(2, 2), learning_rate=0.1, beta1=0.9, beta2=0.99, weight_decay=0.1,
-        loss=loss, loss_learning_rate=0.025,
-    )  # fmt: skip
+    hyper = Hyperparameters(
+        learning_rate=0.1, beta2=0.99, weight_decay=0.1, loss_learning_rate=0.025
+    )
+    (optimizer,) = adamw(nn.Linear(2, 2), nn.Linear(1, 1), hyper)
     set_rates(optimizer, 0.01, 0.5)
     model_group, loss_group = optimizer.param_groups
     assert (model_group["lr"], loss_group["lr"]) == pytest.approx((0.01, 0.0025))
     assert (model_group["weight_decay"], loss_group["weight_decay"]) == (0.1, 0.0)
     assert model_group["betas"] == loss_group["betas"] == (0.5, 0.99)
+
+
+def test_momentum_is_set_by_the_name_that_an_optimizer_gives_it():
+    parameters = list(nn.Linear(2, 2).parameters())
+    with_momentum = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    without = torch.optim.SGD(parameters, lr=0.1)
+    for optimizer in (with_momentum, without):
+        set_rates(optimizer, 0.01, 0.5)
+    assert with_momentum.param_groups[0]["momentum"] == 0.5
+    assert without.param_groups[0]["momentum"] == 0

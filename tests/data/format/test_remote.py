@@ -195,7 +195,7 @@ def test_processes_share_a_cache_and_fetch_each_shard_once(server, cache):
     processes = [context.Process(target=read_all_of, args=(url, cache, queue)) for _ in range(3)]
     for process in processes:
         process.start()
-    assert [queue.get(timeout=60) for _ in processes] == [40] * 3
+    assert [queue.get(timeout=600) for _ in processes] == [40] * 3
     for process in processes:
         process.join()
     assert all(handler.requests[f"x-00000{n}.tar"] == 1 for n in range(5))

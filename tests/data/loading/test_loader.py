@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from itertools import combinations, islice
 from pathlib import Path
 
@@ -306,11 +305,12 @@ def test_iterating_again_continues(reader):
 def test_close_ends_the_workers_promptly(reader):
     loader = Loader(reader, SHAPE, Feed(8, 5), workers=2)
     next(loader)
-    assert len(multiprocessing.active_children()) == 2
-    begin = time.monotonic()
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
     loader.close()
     loader.close()
-    assert not multiprocessing.active_children() and time.monotonic() - begin < 4
+    # A worker that did not end by itself would be waited for, 5 seconds, and then terminated.
+    assert [worker.exitcode for worker in workers] == [0, 0]
     with pytest.raises(RuntimeError, match="this Loader is closed; make another"):
         next(loader)
 
@@ -357,6 +357,6 @@ print(next(loader).ids.tolist())
 """
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (0, f"{list(range(8))}\n")
     assert not any(word in done.stderr for word in ("Traceback", "Error", "leaked")), done.stderr

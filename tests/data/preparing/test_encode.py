@@ -172,6 +172,7 @@ def launch(arguments: list[str], ranks: int, **options) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_killed_and_continued_by_two_ranks_the_result_is_that_of_one(
     vae, text_encoder, shards, tmp_path
 ):

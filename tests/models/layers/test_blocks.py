@@ -16,9 +16,10 @@ from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
-from speed_engine.training.ema import Ema
+from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import adamw, linear_warmup
+from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
+from speed_engine.training.update import Update
 
 VARIANTS = pytest.mark.parametrize("variant", ["original", "modern"])
 
@@ -204,15 +205,16 @@ def test_the_whole_training_step_is_one_graph_compiled_once(compilations, name):
 def test_the_engine_never_recompiles_after_the_second_step(compilations, how):
     config = CONFIGS["dit"]
     net = build_model(config)
-    engine = Engine(
+    objective = build_objective(config, build_process(config), net)
+    update = Update(
         net,
-        build_objective(config, build_process(config), net),
-        adamw(net, learning_rate=1e-3, beta1=0.9, beta2=0.999, weight_decay=0),
-        Ema(net, 0.99),
+        objective,
+        adamw(net, objective, Hyperparameters(learning_rate=1e-3)),
+        {"ema": Ema(net, warming_up(0.99))},
         learning_rate=linear_warmup(1e-3, 2),
         grad_clip=1.0,
-        forward=compiled(net, how),
     )
+    engine = Engine(net, objective, update, forward=compiled(net, how))
     counts = []
     for step in range(5):
         engine.step(batch(step))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from speed_engine.diffusion.discrete import (
     from_betas,
     linear,
 )
-from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.method import SHARED, Method, build_method, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.prediction import PREDICTIONS, linear_form, weight_conversion
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
@@ -222,9 +223,13 @@ def test_a_process_without_convergence_area_says_so_and_is_sampled_uniformly(cap
         ("speed_paper", {"tau": 1001.0}, r"tau=1001.0 is outside \[1, 1000\]"),
         ("speed_paper", {"lam": 0.4}, r"lambda=0.4 is outside \[0.5, 1\]"),
         ("speed_official", {"lam": 5.0}, r"lambda=5.0 is outside \[0.5, 1\]"),
-        ("uniform", {"k": 5.0}, "'uniform' has no k; it takes no arguments"),
-        ("min_snr", {"k": 5.0}, "'min_snr' has no k; it takes gamma"),
-        ("sped", {}, "choose from uniform, speed_paper"),
+        ("uniform", {"k": 5.0}, "'uniform' has no option k, .* it has stratified, normalised"),
+        ("min_snr", {"gama": 5.0}, "no option gama, the nearest is gamma; it has gamma, strat"),
+        ("speed_official", {"tau": 500.5}, "'speed_official': tau=500.5: should be a valid int"),
+        ("speed_paper", {"k": True}, "k=true: should be a valid number"),
+        ("uniform", {"weight_on": "x0"}, "should be 'definition' or 'prediction'"),
+        ("p2", {"gamma": math.inf}, "P2 needs both to be at least 0, and finite"),
+        ("speed_papr", {}, "the nearest is 'speed_paper'; choose from uniform, speed_paper"),
     ],
 )
 def test_options_out_of_range_are_named(name, options, message):
@@ -259,3 +264,21 @@ def test_two_lines_train_in_someone_else_s_loop():
     ids = torch.arange(5 * 64, 6 * 64)
     for whole, part in zip(method.draw(64, 5), method.draw(ids, 5), strict=True):
         assert torch.equal(whole, part)
+
+
+def test_options_may_be_spelled_or_given():
+    spelled = build_method("speed_paper+k=3+normalised=True", linear(), lam=0.7)
+    given = build_method("speed_paper", linear(), k=3, lam=0.7, normalised=True)
+    assert torch.equal(spelled.probabilities, given.probabilities)
+    assert torch.equal(spelled.weight, given.weight)
+    assert not torch.equal(given.weight, build_method("speed_paper", linear(), k=3).weight)
+    assert spelled.name == "speed_paper"
+
+
+def test_an_option_is_what_the_recipe_declares_and_nothing_else():
+    assert list(options_of("clts")) == ["ramp_steps", "mean", "std", *SHARED]
+    assert list(SHARED) == ["stratified", "normalised", "weight_on", "weigh_bound"]
+    kinds = {of.annotation for name in METHODS for of in options_of(name).values()}
+    assert kinds <= {
+        float, int, float | None, bool | None, bool, Literal["definition", "prediction"],
+    }  # fmt: skip

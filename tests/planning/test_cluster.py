@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from speed_engine import cli
-from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cluster import plan
 from speed_engine.planning.cost import estimate

@@ -29,7 +29,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, inside functions as well; for type checkers alone is none."""
+    """Dotted names that a file imports, inside functions too; not those for type checkers alone."""
     tree = ast.parse(path.read_text())
     blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If))
     for_types = {

@@ -80,9 +80,9 @@ def launch_and_stop_after_one_part(run, *options):
     code = (
         "import time; from speed_engine.cli import main\n"
         "from speed_engine.evaluation.evaluator import Evaluator\n"
-        "def one(*a, f=Evaluator.draw_some, left=[1]):\n"
+        "def one(*a, f=Evaluator.generate_some, left=[1]):\n"
         "    left.pop() if left else time.sleep(1000); return f(*a)\n"
-        f"Evaluator.draw_some = one; main({['evaluate', str(run), *options]})"
+        f"Evaluator.generate_some = one; main({['evaluate', str(run), *options]})"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],

@@ -140,6 +140,16 @@ def test_state_loaded_by_name_continues_exactly(way, stop):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(resumed).items())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_rates_and_momentum_are_those_of_the_step(way):
+    update = make_update(way)
+    steps(update, range(1, 4))
+    for group in (g for optimizer in update.optimizers for g in optimizer.param_groups):
+        assert group["lr"] == pytest.approx(0.05 / 3)
+        momentum = group["betas"][0] if "betas" in group else group["momentum"]
+        assert momentum == pytest.approx(0.87)
+
+
 @pytest.mark.parametrize("make_optimizers", OTHERS.values(), ids=OTHERS)
 def test_another_optimizer_updates_as_pytorch_s_own_steps_do(make_optimizers):
     update = make_update("adamw", grad_clip=math.inf)

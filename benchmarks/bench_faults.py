@@ -31,8 +31,9 @@ import torch
 import fault_harness as faults
 from harness import result_path, write_result
 from speed_engine.build import build_model, build_objective, build_process
-from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
+from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints

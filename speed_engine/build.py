@@ -28,7 +28,8 @@ from speed_engine.diffusion.conditions import (
     ConditionDropout,
     LowResolutionNoise,
 )
-from speed_engine.diffusion.method import Method, build_method, method_options
+from speed_engine.diffusion.grammar import read_spelling
+from speed_engine.diffusion.method import Method, build_method, options_of
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.terms import SquaredErrorAndBound
@@ -43,19 +44,12 @@ def build_process(config: TrainConfig) -> Method:
     Raises:
         UserError: an unknown schedule, method or prediction, or an option out of range.
     """
-    options = config.method_options.given()
-    if "ramp_steps" in method_options(config.method):
+    spelling = read_spelling(config.method)
+    options = dict(spelling.options)
+    if "ramp_steps" in options_of(spelling.method):
         options.setdefault("ramp_steps", config.steps)
-    return build_method(
-        config.method,
-        build_schedule(config.schedule, config.num_timesteps),
-        config.prediction,
-        stratified=config.method_options.stratified,
-        normalised=config.method_options.normalised,
-        weight_on=config.method_options.weight_on,
-        seed=config.seed,
-        **options,
-    )
+    schedule = build_schedule(config.schedule, config.num_timesteps)
+    return build_method(spelling.method, schedule, config.prediction, seed=config.seed, **options)
 
 
 def build_objective(
@@ -78,7 +72,7 @@ def build_objective(
     ]
     error = None
     if config.model.learn_sigma:
-        error = SquaredErrorAndBound(process, config.method_options.weigh_bound)
+        error = SquaredErrorAndBound(process)
     return Objective(
         process, config.seed, network=model, changes=changes, error=error, store_noise=store_noise
     )
@@ -129,7 +123,7 @@ def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
 def data_source(config: TrainConfig) -> Path | str:
     """Path or URL of the configured shards; an embedded data set is written to the cache first."""
     if config.data.source == "digits":
-        return digits_folder(cache_folder())
+        return digits_folder()
     return config.data.source if is_url(config.data.source) else Path(config.data.source)
 
 

@@ -6,231 +6,49 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 
 import dataclasses
 import json
-import math
-import types
-import typing
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Discriminator
 
-from speed_engine.evaluation.metrics import HELP as METRICS_HELP
+from speed_engine.data.config import DataConfig
+from speed_engine.diffusion.grammar import Spelling, Value, canonical, read_spelling
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.metrics import METRICS
-from speed_engine.models.config import MODEL_CONFIGS, DiTConfig, ModelConfig
-from speed_engine.runtime.checks import UserError, check
+from speed_engine.models.config import DiTConfig, ModelConfig
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import (
+    UserError,
+    check,
+    check_between,
+    check_counts,
+    shortened,
+    unknown,
+)
+from speed_engine.training.config import OptimizerConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class MethodOptions:
-    """Arguments of the method; unset ones keep the method's own default."""
+def _methods(default: str) -> str:
+    """What the help of --method says after its own text."""
+    # Not at the top: it needs torch, which only this part of the help does.
+    from speed_engine.diffusion.method import SHARED, options_of
+    from speed_engine.diffusion.methods import METHODS
 
-    stratified: bool | None = None
-    """Draw a batch's timesteps evenly spread instead of independently, from the same law."""
-    normalised: bool | None = None
-    """Scale the weights so that their mean under the law is 1."""
-    weight_on: Literal["definition", "prediction"] = "definition"
-    """Convert weights from the target they are defined on, or apply them to the prediction."""
-    weigh_bound: bool = False
-    """With a learned variance: weigh its bound, too."""
-    k: float | None = None
-    """SpeeD: how many times more often timesteps up to tau are drawn; at least 1 (paper: 5)."""
-    r: float | None = None
-    """SpeeD: signal suppression where the convergence area begins; above 1 (138.6: tau = 700)."""
-    tau: float | None = None
-    """SpeeD: that border as a timestep, counted from 1; overrides r."""
-    lam: float | None = None
-    """SpeeD: lambda of change-aware weighting, in [0.5, 1] (paper: 0.6)."""
-    gamma: float | None = None
-    """P2: exponent (1); Min-SNR: the cap (5)."""
-    p2_k: float | None = None
-    """P2: added to the signal-to-noise ratio (1)."""
-    mean: float | None = None
-    """Of log sigma (EDM: -1.2), of the logit of t (logit_normal: 0), of t / T (clts: 0.3)."""
-    std: float | None = None
-    """Of the same (1.2, 1, 0.2)."""
-    scale: float | None = None
-    """mode: how much more of the middle, in [-1, 1.75] (1.29)."""
-    shift: float | None = None
-    """shifted: factor of the noise-to-signal odds (3)."""
-    ramp_steps: int | None = None
-    """clts: steps until the law is the Gaussian alone; by default the whole run."""
-    clusters: int | None = None
-    """ant_uw, task_curriculum: intervals of timesteps (5, 20)."""
-    patience: int | None = None
-    """task_curriculum: steps without gain before the next stage (200)."""
-    floor: float | None = None
-    """adaptive: share of draws that stays uniform (0.1)."""
-
-    def given(self) -> dict[str, float]:
-        """The method's own arguments that were set."""
-        shared = ("stratified", "normalised", "weight_on", "weigh_bound")
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if value is not None and name not in shared
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where images come from."""
-
-    source: str = "digits"
-    """An embedded data set (digits), the path of a folder of shards (.tar), or its URL (https,
-    http, s3, gs)."""
-    members: tuple[str, ...] = ("npy", "cls")
-    """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
-    it: cls, tokens.npy, low.npy (low.png, ...)."""
-    image_shape: tuple[int, int, int] = (1, 8, 8)
-    """Channels, height, width of what the model draws."""
-    latents: bool = False
-    """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
-    vae: str | None = None
-    """That autoencoder, a diffusers AutoencoderKL (folder or hub name), to decode what is drawn."""
-    num_classes: int = 10
-    """Labels are 0 .. num_classes - 1."""
-    token_shape: tuple[int, int] = (77, 768)
-    """Tokens of a text and their width."""
-    low_shape: tuple[int, int, int] = (3, 64, 64)
-    """Channels, height, width of the low-resolution image."""
-    workers: int = 0
-    """Processes that read ahead; 0 reads in the training process."""
-    window: int = 8
-    """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
-    mode: Literal["exact", "stream"] = "exact"
-    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
-    exact and reads shards from end to end."""
-    flip: bool = False
-    """Mirror one image in two, left to right; of latents an approximation."""
-    resident: Literal["auto", "on", "off"] = "auto"
-    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well, and
-    on a CPU if it is small. The run is the same either way."""
-    on_bad_sample: Literal["skip", "stop"] = "skip"
-    """A damaged sample is replaced by another and counted, or ends the run."""
-    held_out: float = 0.0
-    """Share of the samples, in [0, 0.9], chosen by a hash of their keys, that is never trained on:
-    evaluation measures against both parts."""
-    exclude: Path | None = None
-    """Repair list of `speed-engine shards check`: what it names is left out."""
-    cache_gb: float = 100.0
-    """Disk space for shards that come from a URL, in 10^9 bytes."""
-
-    def __post_init__(self) -> None:
-        decodable = self.vae is None or self.latents
-        check("data.vae", str(self.vae), decodable, "is for data.latents True only")
-        check("data.cache_gb", self.cache_gb, self.cache_gb > 0, "must be positive")
-        check("data.held_out", self.held_out, 0 <= self.held_out <= 0.9, "is a share in [0, 0.9]")
-        if self.resident == "on" and self.mode == "stream":
-            raise UserError(
-                "data.resident=on keeps the exact order, which data.mode=stream gives up; "
-                "leave one of them at its default."
-            )
-        check("data.workers", self.workers, self.workers >= 0, "must be 0 or more")
-        check("data.window", self.window, self.window >= 1, "must be at least 1 shard")
-        check("data.num_classes", self.num_classes, self.num_classes >= 1, "must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """What updates the parameters, and the averages of them (EMA)."""
-
-    name: str = "adamw"
-    """The optimizer: adamw."""
-    learning_rate: float = 1e-3
-    """Step size after warm-up."""
-    warmup_steps: int = 100
-    """Optimizer steps over which the step size rises linearly."""
-    beta1: float = 0.9
-    """Decay of the first moment, in [0, 1)."""
-    momentum_decay: Literal["none", "demon", "geometric"] | None = None
-    """How beta1 falls over the run; demon compensates the rate; by default as the method does."""
-    beta2: float = 0.999
-    """Decay of the second moment, in [0, 1)."""
-    weight_decay: float = 0.0
-    """Decoupled decay per step, in units of the learning rate."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; inf never clips."""
-    update: Literal["auto", "separate", "one_sweep"] = "auto"
-    """Clip, optimizer and averages one after the other, or AdamW with both in one sweep over
-    memory."""
-    ema_decay: float = 0.999
-    """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
-    averages: tuple[str, ...] = ()
-    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay, and
-    power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1) (EDM2). --average generates from one."""
-
-    def __post_init__(self) -> None:
-        lr = self.learning_rate
-        check("optimizer.learning_rate", lr, lr > 0, "must be positive")
-        known = ("auto", "separate", "one_sweep")
-        continued = (
-            f"choose from {', '.join(known)}; a run of one_sweep_bf16, which is no more, continues "
-            "with one_sweep in its config.json"
-        )
-        check("optimizer.update", self.update, self.update in known, continued)
-        once = len(set(self.averages)) == len(self.averages)
-        check("optimizer.averages", self.averages, once, "name each average once")
-        check("optimizer.warmup_steps", self.warmup_steps, self.warmup_steps >= 0, "must be >= 0")
-        check("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, "must be >= 0")
-        check("optimizer.grad_clip", self.grad_clip, self.grad_clip > 0, "must be positive")
-        for name in ("beta1", "beta2", "ema_decay"):
-            value = getattr(self, name)
-            check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
-
-
-SolverName = Literal["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "ddpm_large"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Images generated by the averaged model, and how far they are from the data."""
-
-    every: int = 500
-    """Optimizer steps between evaluations; one more follows the last step."""
-    num_images: int = 2000
-    """Images generated each time, classes in turn."""
-    solver: SolverName = "ddim"
-    """How images are generated; euler is ddim; ddpm takes what variance a model learned, if any."""
-    solver_steps: int = 25
-    """Model evaluations per image, at most the number of timesteps."""
-    guidance: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma / alpha between which guidance acts; by default at all."""
-    features: Literal["classifier", "inception", "none"] = "classifier"
-    """What FID compares: a classifier trained on these data, the standard Inception network, or
-    nothing: images are generated only."""
-    inception_weights: Path | None = None
-    """Its weights file; by default torch hub's cache is searched."""
-    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid")
-    clip_model: str | None = None
-    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
-
-    def __post_init__(self) -> None:
-        named = " ".join(self.metrics)
-        sound = bool(self.metrics) and METRICS.keys() >= set(self.metrics)
-        check("evaluation.metrics", named, sound, f"name one or more of {', '.join(METRICS)}")
-        for metric in self.metrics:
-            has_model = "clip" not in METRICS[metric].needs or self.clip_model is not None
-            check("evaluation.metrics", named, has_model, f"{metric} needs evaluation.clip_model")
-        for name in ("every", "num_images", "solver_steps"):
-            value = getattr(self, name)
-            check(f"evaluation.{name}", value, value >= 1, "must be at least 1")
-        check("evaluation.guidance", self.guidance, self.guidance >= 0, "must be >= 0")
-        low, high = self.guidance_interval or (0.0, math.inf)
-        rises = "needs two noise levels sigma / alpha, 0 or more, the lower one first"
-        check("evaluation.guidance_interval", self.guidance_interval, 0 <= low < high, rises)
+    own = {name: ", ".join(of for of in options_of(name) if of not in SHARED) for name in METHODS}
+    methods = "; ".join(f"{name} ({of})" if of else name for name, of in own.items())
+    return f"(default: {default}) Methods (options): {methods}. All: {', '.join(SHARED)}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that determines a run."""
 
-    method: str = "speed_paper"
-    """How timesteps are drawn and losses weighted: uniform, speed_paper, speed_official, p2,
-    min_snr, lognormal_edm, logit_normal, clts, clts_mdlrc, ant_uw, task_curriculum, speed_plus,
-    edm, mode, shifted, adaptive, learned_uncertainty."""
+    method: Annotated[str, tyro.conf.arg(help_behavior_hint=_methods)] = "speed_paper"
+    """How timesteps are drawn and losses weighted, METHOD[+OPTION=VALUE ...], such as
+    speed_paper+k=3; what is left out has the method's own default."""
     steps: int = 3000
     """Optimizer steps of the whole run."""
     batch_size: int = 128
@@ -279,22 +97,19 @@ class TrainConfig:
     """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
     hang_timeout: float = 900.0
     """Seconds without a step after which several processes stop and name the one that hangs."""
-    method_options: Annotated[MethodOptions, tyro.conf.arg(name="")] = field(
-        default_factory=MethodOptions
-    )
-    model: ModelConfig = field(default_factory=DiTConfig)
+    model: Annotated[ModelConfig, Discriminator("family")] = field(default_factory=DiTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "log_every", "checkpoint_every", "keep_checkpoints",
-                  "keep_every", "microbatch_size", "on_nonfinite")  # fmt: skip
-        for name in counts:
-            value = getattr(self, name)
-            check(name, value, value is None or value >= 1, "must be at least 1")
-        check("hang_timeout", self.hang_timeout, self.hang_timeout > 0, "must be positive")
-        check("num_timesteps", self.num_timesteps, self.num_timesteps >= 2, "must be at least 2")
+        object.__setattr__(self, "method", canonical(self.method))
+        counts = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every")
+        check_counts("", self, *counts, "microbatch_size", "on_nonfinite")
+        check_between("batch_size", self.batch_size, 1, 10**6)
+        timeout = self.hang_timeout
+        check("hang_timeout", timeout, 0 < timeout <= 1e9, "must be positive, at most 10^9 seconds")
+        check_between("num_timesteps", self.num_timesteps, 2, 10**6)
         check(
             "condition_dropout",
             self.condition_dropout,
@@ -352,42 +167,111 @@ class TrainConfig:
 
 
 def to_json(config: TrainConfig) -> str:
-    """The resolved configuration, every field, readable by ``from_json``."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+    """The resolved configuration, every field, readable by ``from_json``; infinity is 1e999.
 
-
-def from_json(text: str) -> TrainConfig:
-    """Inverse of ``to_json``.
+    JSON has no infinity, but numbers of any size: readers take this one for infinite.
 
     Raises:
-        UserError: not JSON, an unknown or missing field, or a value out of range.
+        UserError: a path or a name in it is no Unicode text.
     """
-    return _build(TrainConfig, json.loads(text), "config")
+    text = json.dumps(dataclasses.asdict(config), indent=2, default=str, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a path or name in the configuration is not UTF-8 ({error}); rename it."
+        ) from error
+    return _INFINITY.sub(r"\g<1>1e999", text)
 
 
-T = TypeVar("T")
+def from_json(text: str | bytes) -> TrainConfig:
+    """Inverse of ``to_json``; a field that is missing has its default, as the file may be older.
+
+    Raises:
+        UserError: not a JSON object in UTF-8, an unknown field, a value of another type than the
+            field's or out of its range, or a method, process or prediction that does not exist.
+    """
+    try:
+        config = strict.read(TrainConfig, _of_this_version(_parsed(text)))
+    except RecursionError:
+        raise UserError(
+            "the configuration is nested too deeply; a section holds values and lists only."
+        ) from None
+    _check_names(config)
+    return config
 
 
-def _build(cls: type[T], values: dict[str, Any], where: str) -> T:
-    hints = typing.get_type_hints(cls)
-    if unknown := sorted(set(values) - set(hints)):
-        raise UserError(f"{where} has unknown fields {unknown}; was it written by another version?")
-    return cls(
-        **{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()}
-    )
+_INFINITY = re.compile(r"^( *(?:\"\w+\": )?)Infinity(?=,?$)", re.MULTILINE)  # outside of texts
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if hint == ModelConfig:  # a file without the family was written when there was one only
-        family = value.get("family", DiTConfig.family)
-        if family not in MODEL_CONFIGS:
-            known = ", ".join(MODEL_CONFIGS)
-            raise UserError(f"{where}.family={family!r} is unknown; choose from {known}.")
-        return _build(MODEL_CONFIGS[family], value, where)
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _convert(typing.get_args(hint)[0], value, where)
-    return Path(value) if hint is Path else value
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    try:
+        text = text if isinstance(text, str) else text.decode()
+        values = json.loads(text, object_pairs_hook=_object)
+    except UserError:
+        raise
+    except ValueError as error:  # of UTF-8, of JSON, or a number of thousands of digits
+        raise UserError(f"a configuration is JSON in UTF-8, and this is not: {error}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"a configuration is a JSON object, not {shortened(json.dumps(values))}.")
+    return values
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python's own reader takes the last of equal names."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{shortened(twice)} is there twice in one object; leave one of them out.")
+    return values
+
+
+def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1 wrote, as it is written now.
+
+    It had one field for every option that some method has, in ``method_options``. Before it had
+    families of models, a file did not name one.
+    """
+    values = dict(values)
+    if isinstance(model := values.get("model"), dict):
+        values["model"] = {"family": DiTConfig.family} | model
+    if isinstance(of := values.get("optimizer"), dict) and of.get("update") == "one_sweep_bf16":
+        raise UserError(
+            "optimizer.update=one_sweep_bf16: choose from auto, separate, one_sweep; a run of "
+            "one_sweep_bf16, which is no more, continues with one_sweep in its config.json."
+        )
+    if "method_options" not in values:
+        return values
+    options = strict.read(dict[str, Value], values.pop("method_options"), "method_options")
+    from speed_engine.diffusion.method import options_of  # needs torch
+    from speed_engine.diffusion.methods import METHODS
+
+    known = {name: None for method in METHODS for name in options_of(method)}
+    unset = known | {"weight_on": "definition", "weigh_bound": False}
+    for name in options:
+        if name not in known:
+            raise unknown("option of method_options", name, known)
+    given = {
+        name: value
+        for name, value in options.items()
+        if (type(value), value) != (type(unset[name]), unset[name])
+    }
+    method = strict.read(str, values.get("method", TrainConfig.method), "method")
+    spelling = read_spelling(method)
+    values["method"] = str(Spelling(spelling.method, {**spelling.options, **given}))
+    return values
+
+
+def _check_names(config: TrainConfig) -> None:
+    """Of the method with its options, the process and the prediction."""
+    # Not at the top: they need torch, which the command line starts without.
+    from speed_engine.diffusion.method import check_options
+    from speed_engine.diffusion.prediction import PREDICTIONS
+    from speed_engine.diffusion.processes import SCHEDULES
+
+    check_options(read_spelling(config.method))
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
+    if config.prediction is not None and config.prediction not in PREDICTIONS:
+        raise unknown("prediction", config.prediction, PREDICTIONS)

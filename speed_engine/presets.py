@@ -20,8 +20,11 @@ Expected results are FID of 10,000 images as the paper states them; none is repr
 
 import math
 
-from speed_engine.config import DataConfig, EvaluationConfig, OptimizerConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
+from speed_engine.training.config import OptimizerConfig
 
 RECIPE = OptimizerConfig(
     learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=math.inf, ema_decay=0.9999

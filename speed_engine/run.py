@@ -62,8 +62,9 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
         )
     trainer, config = build_trainer(config, folder, console, world, config.init_from)
     if world.is_first:
+        text = to_json(config)
         folder.mkdir(parents=True)
-        write_durably(folder / CONFIG_FILE, to_json(config).encode())
+        write_durably(folder / CONFIG_FILE, text.encode())
     trainer.train()
 
 
@@ -186,12 +187,15 @@ def read_config(run: Path) -> TrainConfig:
     """The resolved configuration of a run.
 
     Raises:
-        UserError: the folder is not a run.
+        UserError: the folder is not a run, or what is wrong with its configuration.
     """
     path = run / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run} is not a run folder: it has no {CONFIG_FILE}.")
-    return from_json(path.read_text())
+    try:
+        return from_json(path.read_bytes())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_average(

@@ -30,7 +30,8 @@ from speed_engine.arena.paces import in_time
 from speed_engine.arena.results import Contestant, Results, write_results
 from speed_engine.arena.runs import Run, execute, failure, is_complete
 from speed_engine.arena.tuning import best, contenders
-from speed_engine.config import TrainConfig, to_json
+from speed_engine.config import TrainConfig, from_json, to_json
+from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
@@ -166,7 +167,7 @@ class Comparison:
             tuning = {}
         return Contestant(
             name=name,
-            method=config.method,
+            method=read_spelling(name).method,
             schedule=config.schedule,
             prediction=str(config.prediction),
             options=options(name),
@@ -246,7 +247,11 @@ class Comparison:
         if not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
-        elif differing := _differences(json.loads(path.read_text()), now):
+            return
+        before = json.loads(path.read_text())
+        # Read and written again it is as this version writes it.
+        before["config"] = json.loads(to_json(from_json(json.dumps(before["config"]))))
+        if differing := _differences(before, now):
             raise UserError(
                 f"{self.out} holds a comparison under other conditions: {'; '.join(differing)}. "
                 "Only contestants and seeds can be added to it; name another folder with --out."

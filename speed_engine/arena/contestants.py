@@ -8,21 +8,20 @@ have other seeds then. The same method twice, once with other seeds, is the fals
 comparison: neither may come out faster.
 """
 
-import dataclasses
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from speed_engine.build import build_process
-from speed_engine.config import MethodOptions, OptimizerConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
+from speed_engine.diffusion.method import options_of
 from speed_engine.diffusion.methods import METHODS
+from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
+from speed_engine.training.config import OptimizerConfig
 
-GRAMMAR = re.compile(
-    r"(?P<method>\w+)(@(?P<schedule>\w+))?(:(?P<prediction>\w+))?(?P<options>(\+[\w.]+=[^+]+)*)"
-)
+SEED_OFFSET = "seed_offset"
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.
@@ -47,40 +46,27 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
     Raises:
         UserError: the name does not parse, or a part of it is unknown or does not fit.
     """
-    match = GRAMMAR.fullmatch(name)
-    if match is None:
-        raise UserError(
-            f"contestant {name!r}: write METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...], such as "
-            "speed_paper@linear:v+k=3."
-        )
-    given = dict(part.split("=", 1) for part in match["options"].split("+")[1:])
-    schedule = match["schedule"] or base.schedule
-    own_target = base.prediction if schedule == base.schedule else None
     try:
+        spelling = read_spelling(name)
+        method, optimizer, seed_offset = _parts(spelling)
+        schedule = spelling.schedule or base.schedule
+        own_target = base.prediction if schedule == base.schedule else None
         config = replace(
             base,
-            method=match["method"],
+            method=str(Spelling(spelling.method, method)),
             schedule=schedule,
-            prediction=match["prediction"] or own_target,
-            method_options=_with(base.method_options, _of(given, MethodOptions, "")),
-            optimizer=_with(base.optimizer, _of(given, OptimizerConfig, "optimizer.")),
-            seed=base.seed + _whole(given.pop("seed_offset", "0")),
+            prediction=spelling.prediction or own_target,
+            optimizer=strict.read(OptimizerConfig, vars(base.optimizer) | optimizer, "optimizer"),
+            seed=base.seed + seed_offset,
         )
-        if given:
-            raise UserError(
-                f"there is no option {', '.join(given)}; there are those of the method, "
-                "optimizer.NAME and seed_offset. What else differs would not be the same "
-                "comparison."
-            )
         return replace(config, prediction=build_process(config).prediction)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"contestant {name!r}: {error}") from error
 
 
 def options(name: str) -> dict[str, Any]:
     """What the name sets beyond method, process and target."""
-    parts = name.split("+")[1:]
-    return {key: _value(text) for key, text in (part.split("=", 1) for part in parts)}
+    return dict(read_spelling(name).options)
 
 
 def every_method(base: TrainConfig) -> tuple[str, ...]:
@@ -111,25 +97,21 @@ def expand(names: Sequence[str], base: TrainConfig) -> tuple[str, ...]:
     return tuple(chosen.values())
 
 
-def _of(given: dict[str, str], kind: type, prefix: str) -> dict[str, Any]:
-    """Takes what belongs to one part of the configuration out of the given options."""
-    names = {prefix + field.name: field.name for field in dataclasses.fields(kind)}
-    return {names[key]: _value(given.pop(key)) for key in list(given) if key in names}
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise UserError(f"seed_offset={text} must be a whole number, 0 or more.")
-    return int(text)
-
-
-def _with(part: Any, values: dict[str, Any]) -> Any:
-    return replace(part, **values)
-
-
-def _value(text: str) -> Any:
-    """A number or truth value as JSON or Python writes it, or else the text."""
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except json.JSONDecodeError:
-        return text
+def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int]:
+    """Options of the method, those of the optimizer by their field, and the offset of the seed."""
+    method, optimizer = dict(spelling.options), dict[str, Value]()
+    offset = method.pop(SEED_OFFSET, 0)
+    if type(offset) is not int or offset < 0:
+        raise UserError(f"{SEED_OFFSET}={offset} must be a whole number, 0 or more.")
+    for option in spelling.options:
+        section, _, field = option.rpartition(".")
+        if section == "optimizer":
+            optimizer[field] = method.pop(option)
+    for option in method:
+        if option not in options_of(spelling.method):
+            raise UserError(
+                f"there is no option {option}; there are those of {spelling.method} "
+                f"({', '.join(options_of(spelling.method))}), optimizer.NAME and {SEED_OFFSET}. "
+                "What else differs would not be the same comparison."
+            )
+    return method, optimizer, offset

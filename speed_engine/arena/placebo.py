@@ -8,6 +8,7 @@ some of the runs trained shows in seconds.
 import dataclasses
 from typing import get_args
 
+from speed_engine.arena.contestants import SEED_OFFSET
 from speed_engine.arena.results import Contestant, Results
 from speed_engine.arena.speedup import Unit, speed_up
 from speed_engine.arena.summary import interval_in_words, written
@@ -25,9 +26,9 @@ def false_alarm_tests(results: Results) -> list[str]:
 
 def _twin(results: Results, placebo: Contestant) -> str | None:
     """Name of the contestant that differs in its seeds alone; None for others."""
-    if "seed_offset" not in placebo.options:
+    if SEED_OFFSET not in placebo.options:
         return None
-    options = {name: value for name, value in placebo.options.items() if name != "seed_offset"}
+    options = {name: value for name, value in placebo.options.items() if name != SEED_OFFSET}
     unlike = {"name": "", "learning_rate": 0.0, "tuning": {}}
     wanted = dataclasses.replace(placebo, options=options, **unlike)
     found = (c.name for c in results.contestants if dataclasses.replace(c, **unlike) == wanted)

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from speed_engine.commands.configured import configured
 from speed_engine.config import TrainConfig
 from speed_engine.presets import PRESETS
 from speed_engine.runtime.checks import UserError
@@ -55,9 +56,7 @@ def run(arguments: list[str], console: Console) -> None:
         for name, (text, config) in PRESETS.items()
         if config.evaluation.features != "none"
     }
-    command = tyro.extras.overridable_config_cli(
-        presets, args=arguments, prog="speed-engine compare", config=(tyro.conf.AvoidSubcommands,)
-    )
+    command = configured(presets, arguments, "speed-engine compare")
     from speed_engine.arena.compare import Comparison, Plan
     from speed_engine.arena.report import write_report
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
-from speed_engine.config import SolverName, TrainConfig
+from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
+from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.image_set import ImageSet

@@ -9,6 +9,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from speed_engine.diffusion.grammar import Spelling
+from speed_engine.diffusion.method import SHARED, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report
@@ -61,6 +63,22 @@ def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) ->
     console.print(table, highlight=False)
     for number, reason in enumerate(reasons, 1):
         console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
-    for method, recipe in METHODS.items():
-        summary = (recipe.__doc__ or "").splitlines()[0]
-        console.print(f"{method:20} {summary}", highlight=False, markup=False, soft_wrap=True)
+    lines = [
+        (_with_defaults(method), (recipe.__doc__ or "").splitlines()[0])
+        for method, recipe in METHODS.items()
+    ]
+    for method, summary in lines:
+        console.print(f"{method}: {summary}", highlight=False, markup=False, soft_wrap=True)
+    shared = "".join(f"+{name}={of.default}" for name, of in SHARED.items())
+    console.print(
+        f"every method: {shared}, where None is as the method does.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _with_defaults(method: str) -> str:
+    """A method as it is spelled with all options of its own, at their defaults."""
+    own = {name: of for name, of in options_of(method).items() if name not in SHARED}
+    return str(Spelling(method, {name: of.default for name, of in own.items()}))

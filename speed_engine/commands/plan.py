@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from speed_engine.commands.configured import configured
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
 from speed_engine.presets import PRESETS
@@ -35,9 +36,7 @@ def run(arguments: list[str], console: Console) -> None:
         name: (text, PlanCommand(preset=name, config=config))
         for name, (text, config) in PRESETS.items()
     }
-    command = tyro.extras.overridable_config_cli(
-        presets, args=arguments, prog="speed-engine plan", config=(tyro.conf.AvoidSubcommands,)
-    )
+    command = configured(presets, arguments, "speed-engine plan")
     lines = cluster.describe(
         command.config, command.gpus, command.gpu, command.per_node, command.efficiency
     )

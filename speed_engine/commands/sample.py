@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from speed_engine import build, build_evaluation
-from speed_engine.config import SolverName, TrainConfig
+from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
+from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from speed_engine.commands.configured import configured
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
 from speed_engine.presets import PRESETS
@@ -50,12 +51,7 @@ def run(arguments: list[str], console: Console) -> None:
         name: (text, TrainCommand(preset=name, config=config))
         for name, (text, config) in PRESETS.items()
     }
-    command = tyro.extras.overridable_config_cli(
-        presets,
-        args=arguments,
-        prog="speed-engine train",
-        config=(tyro.conf.AvoidSubcommands,),  # the preset has chosen the family of the model
-    )
+    command = configured(presets, arguments, "speed-engine train")
     config = command.config
     if command.dry_run:
         from speed_engine.planning import cost
@@ -65,5 +61,6 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine import run as runs
 
-    folder = command.run or Path("runs") / f"{command.preset}-{config.method}-{config.seed}"
+    method = config.method.replace("+", "-")
+    folder = command.run or Path("runs") / f"{command.preset}-{method}-{config.seed}"
     runs.start(config, folder, console)

@@ -9,21 +9,22 @@ Without this library's trainer, a method takes two lines of someone else's loop:
 
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from speed_engine.diffusion import weighting
 from speed_engine.diffusion.distributions import Distribution
-from speed_engine.diffusion.methods import METHODS
+from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
+from speed_engine.diffusion.methods import METHODS, Recipe
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import TimestepSampler, independent
 from speed_engine.diffusion.timesteps import stratified as stratified_words
 from speed_engine.diffusion.uncertainty import MeanLoss
-from speed_engine.diffusion.weighting import LossWeighting
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import UserError, nearest, shortened, unknown
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Method:
         timesteps: the sampler; its module state is the method's.
         weight: (T,) float64 weight of the target's MSE.
         table: the same with the linear form of process and target, for any timestep.
+        weigh_bound: whether the weight multiplies the bound of a learned variance, too.
         batch_loss: from per-image losses to one; its parameters are learned.
         momentum_decay: the optimizer's part.
         seed: () int64, root of ``draw``.
@@ -48,6 +50,7 @@ class Method:
     timesteps: TimestepSampler
     weight: Tensor
     table: TimestepTable
+    weigh_bound: bool
     batch_loss: MeanLoss
     momentum_decay: str
     seed: Tensor
@@ -62,13 +65,6 @@ class Method:
         """Whether P and weights stay what they are at the first step."""
         return (
             type(self.timesteps.distribution) is Distribution and type(self.batch_loss) is MeanLoss
-        )
-
-    @property
-    def epsilon_weight(self) -> Tensor:
-        """(T,) float64 the weight as one of the epsilon-MSE."""
-        return weighting.converted(
-            LossWeighting(self.weight, self.prediction), self.schedule, "epsilon"
         )
 
     def draw(
@@ -97,55 +93,87 @@ class Method:
         return self.schedule.model_time(t), weights
 
 
-def method_options(name: str) -> list[str]:
-    """What may be tuned of a method.
+def build_method(
+    method: str,
+    schedule: NoiseSchedule,
+    prediction: str | None = None,
+    *,
+    seed: int = 0,
+    **options: Value,
+) -> Method:
+    """The named method for a process and a target.
+
+    Args:
+        method: a key of ``METHODS``; options may follow, as in ``speed_paper+k=3``.
+        schedule: the process.
+        prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
+        seed: root of ``Method.draw``.
+        options: further ones: arguments of the method's recipe, and for every method
+
+            - stratified: draw a batch's timesteps evenly spread instead of independently, from the
+              same P; by default as the method does.
+            - normalised: scale the weights such that E_P[w] = 1 (P of the first step); by default
+              as the method does.
+            - weight_on: "definition", the default, converts the weight from the target that it is
+              defined on, so that the loss stays the same; "prediction" applies its values to the
+              model's target as they are, which is a different method.
+            - weigh_bound: with a learned variance, multiply its bound by the weight, too.
+
+    Raises:
+        UserError: an unknown name, an option that the method does not have, or one of another type
+            or out of range.
+    """
+    spelling = read_spelling(method)
+    name = spelling.method
+    given = check_options(Spelling(name, {**spelling.options, **options}))
+    shared = {option: given.pop(option) for option in list(given) if option in SHARED}
+    recipe = METHODS[name](schedule, **given)
+    return _fitted(recipe, name, schedule, prediction or schedule.prediction, seed, **shared)
+
+
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """What may be set of a method: its own options, then those that every method has.
 
     Raises:
         UserError: an unknown name.
     """
     if name not in METHODS:
-        raise UserError(f"method {name!r} is unknown; choose from {', '.join(METHODS)}.")
-    return list(inspect.signature(METHODS[name]).parameters)[1:]
+        raise unknown("method", name, METHODS)
+    return dict(list(inspect.signature(METHODS[name]).parameters.items())[1:]) | SHARED
 
 
-def build_method(
+def check_options(spelling: Spelling) -> dict[str, Any]:
+    """A method's options as arguments of its recipe; ranges are the recipe's own to check.
+
+    Raises:
+        UserError: an unknown method or option, or a value of another type.
+    """
+    name, known = spelling.method, options_of(spelling.method)
+    for option in spelling.options:
+        if option not in known:
+            raise UserError(
+                f"method {name!r} has no option {shortened(option)}, the nearest is "
+                f"{nearest(option, known)}; it has {', '.join(known)}."
+            )
+    return {
+        option: strict.read(known[option].annotation, value, f"method {name!r}: {option}")
+        for option, value in spelling.options.items()
+    }
+
+
+def _fitted(
+    recipe: Recipe,
     name: str,
     schedule: NoiseSchedule,
-    prediction: str | None = None,
+    prediction: str,
+    seed: int,
     *,
     stratified: bool | None = None,
     normalised: bool | None = None,
     weight_on: Literal["definition", "prediction"] = "definition",
-    seed: int = 0,
-    **tuned: float,
+    weigh_bound: bool = False,
 ) -> Method:
-    """The named method for a process and a target.
-
-    Args:
-        name: a key of ``METHODS``.
-        schedule: the process.
-        prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
-        stratified: draw a batch's timesteps evenly spread instead of independently, from the same
-            P; by default as the method does.
-        normalised: scale the weights such that E_P[w] = 1 (P of the first step); by default as the
-            method does.
-        weight_on: "definition" converts the weight from the target that it is defined on, so that
-            the loss stays the same; "prediction" applies its values to the model's target as they
-            are, which is a different method.
-        seed: root of ``Method.draw``.
-        tuned: overrides the method's own arguments.
-
-    Raises:
-        UserError: an unknown name, an argument that the method does not have, or one out of range.
-    """
-    known = method_options(name)
-    for argument in tuned:
-        if argument not in known:
-            raise UserError(
-                f"method {name!r} has no {argument}; it takes {', '.join(known) or 'no arguments'}."
-            )
-    recipe = METHODS[name](schedule, **tuned)
-    prediction = prediction or schedule.prediction
+    """A recipe for one target; keyword arguments are the options of every method."""
     timesteps = recipe.timesteps
     if stratified is not None:
         timesteps.words = stratified_words if stratified else independent
@@ -156,6 +184,13 @@ def build_method(
         weight = weight / (timesteps.probabilities(0) * weight).sum()
     return Method(
         name, schedule, prediction, timesteps, weight,
-        TimestepTable(schedule, prediction, weight),
+        TimestepTable(schedule, prediction, weight), weigh_bound,
         recipe.batch_loss, recipe.momentum_decay, torch.tensor(seed),
     )  # fmt: skip
+
+
+SHARED = {
+    name: parameter
+    for name, parameter in inspect.signature(_fitted).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+}

@@ -1,6 +1,8 @@
 """Recipes: what each named method does, for any process.
 
-A recipe is a function of the process; its keyword arguments are what a user may tune.
+A recipe is a function of the process. Its further arguments are the options of the method, as in
+``speed_paper+k=3``: their names, types and defaults stand in its signature alone, what they mean in
+its docstring, and their ranges are checked where they are used.
 """
 
 import logging
@@ -119,7 +121,13 @@ def speed_official(
 
 
 def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe:
-    """P2 weighting, 1 / (k + SNR)**gamma (Choi et al. 2022), uniform timesteps."""
+    """P2 weighting, 1 / (k + SNR)**gamma (Choi et al. 2022), uniform timesteps.
+
+    Args:
+        schedule: the process.
+        gamma: the exponent, 0 or more.
+        p2_k: k, added to the signal-to-noise ratio, 0 or more.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.p2(schedule, gamma, p2_k),
@@ -127,7 +135,12 @@ def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe
 
 
 def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
-    """Min-SNR weighting (Hang et al. 2023), uniform timesteps."""
+    """Min-SNR weighting (Hang et al. 2023), uniform timesteps.
+
+    Args:
+        schedule: the process.
+        gamma: the largest signal-to-noise ratio that counts, above 0.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.min_snr(schedule, gamma),
@@ -137,7 +150,12 @@ def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
 def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
     """EDM's distribution of noise levels, on any process, weight one on its own target.
 
-    Karras et al. 2022; EDM2 has mean -0.4 and std 1.0.
+    Karras et al. 2022.
+
+    Args:
+        schedule: the process.
+        mean: of log sigma; EDM2 has -0.4.
+        std: standard deviation of log sigma, above 0; EDM2 has 1.0.
     """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
@@ -146,7 +164,13 @@ def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2)
 
 
 def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
-    """EDM's distribution and weighting, on any process; large where one is nearly pure noise."""
+    """EDM's distribution and weighting, on any process; large where one is nearly pure noise.
+
+    Args:
+        schedule: the process.
+        mean: of log sigma.
+        std: standard deviation of log sigma, above 0.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
         weighting=weighting.edm(schedule),
@@ -154,7 +178,13 @@ def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe
 
 
 def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
-    """SD3's distribution of times, weight one on the process's own target (Esser et al. 2024)."""
+    """SD3's distribution of times, weight one on the process's own target (Esser et al. 2024).
+
+    Args:
+        schedule: the process.
+        mean: of the logit of the time.
+        std: standard deviation of the logit of the time, above 0.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.logit_normal(schedule.num_timesteps, mean, std)),
         weighting=weighting.constant(schedule),
@@ -162,7 +192,12 @@ def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -
 
 
 def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Recipe:
-    """SD3's mode sampling with heavy tails, weight one (Esser et al. 2024)."""
+    """SD3's mode sampling with heavy tails, weight one (Esser et al. 2024).
+
+    Args:
+        schedule: the process.
+        scale: how much more of the middle is drawn, in [-1, 1.75]; 0 is uniform.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.mode(schedule.num_timesteps, scale)),
         weighting=weighting.constant(schedule),
@@ -170,7 +205,12 @@ def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Recipe:
 
 
 def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Recipe:
-    """Uniform time moved towards noise, weight one (Esser et al. 2024, Eq. 23)."""
+    """Uniform time moved towards noise, weight one (Esser et al. 2024, Eq. 23).
+
+    Args:
+        schedule: the process.
+        shift: factor of the ratio of noise to signal, above 0; 1 moves nothing.
+    """
     return Recipe(
         timesteps=_sampler(schedule, probabilities.shifted(schedule.num_timesteps, shift)),
         weighting=weighting.constant(schedule),
@@ -205,7 +245,12 @@ def clts_mdlrc(
 
 
 def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
-    """ANT-UW: intervals drawn in turn, with one learned weight each (Go et al. 2023)."""
+    """ANT-UW: intervals drawn in turn, with one learned weight each (Go et al. 2023).
+
+    Args:
+        schedule: the process.
+        clusters: number of intervals of timesteps, at most as many as timesteps.
+    """
     num_timesteps = schedule.num_timesteps
     distribution = Distribution(probabilities.uniform(num_timesteps))
     return Recipe(
@@ -216,7 +261,13 @@ def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
 
 
 def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int = 200) -> Recipe:
-    """From the noisiest timesteps to all, as the loss stops improving (Kim et al. 2024)."""
+    """From the noisiest timesteps to all, as the loss stops improving (Kim et al. 2024).
+
+    Args:
+        schedule: the process.
+        clusters: number of intervals of timesteps, each a stage.
+        patience: steps without a better loss until the next stage begins, at least 1.
+    """
     return Recipe(
         timesteps=TimestepSampler(
             schedule, TaskCurriculum(schedule.num_timesteps, clusters, patience)
@@ -226,7 +277,12 @@ def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int =
 
 
 def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
-    """Importance sampling by the observed loss, with a uniform floor (Nichol and Dhariwal 2021)."""
+    """Importance sampling by the observed loss, with a uniform floor (Nichol and Dhariwal 2021).
+
+    Args:
+        schedule: the process.
+        floor: share of the timesteps that is drawn uniformly, in (0, 1].
+    """
     return Recipe(
         timesteps=TimestepSampler(
             schedule, AdaptiveDistribution(schedule.num_timesteps, floor=floor)
@@ -251,6 +307,11 @@ def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) ->
     Like SpeeD it draws the noisy end of the process less. Chosen among fifteen candidates on the
     digits, by runs with seeds that no report uses: asymmetric sampling, change-aware weights, x0
     and v as targets, learned and adaptive weights and momentum decay did not add to it on a flow.
+
+    Args:
+        schedule: the process.
+        mean: of the logit of the time.
+        std: standard deviation of the logit of the time, above 0.
     """
     recipe = logit_normal(schedule, mean, std)
     recipe.timesteps.words = stratified

@@ -69,7 +69,6 @@ class SquaredErrorAndBound(SquaredError):
 
     Args:
         method: on a variance-preserving discrete process, predicting epsilon.
-        weigh_bound: whether the method's weight multiplies the bound, too.
 
     Raises:
         UserError: another process or prediction.
@@ -77,7 +76,7 @@ class SquaredErrorAndBound(SquaredError):
 
     bound_rows: Tensor
 
-    def __init__(self, method: Method, weigh_bound: bool = False) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         if method.prediction != "epsilon":
             raise UserError(
@@ -85,7 +84,7 @@ class SquaredErrorAndBound(SquaredError):
             )
         rows = bound_rows(method.schedule).float()
         scale = torch.full_like(rows[:, :1], method.schedule.num_timesteps / 1000)
-        weight = scale * method.table.coefficients[:, 4:] if weigh_bound else scale
+        weight = scale * method.table.coefficients[:, 4:] if method.weigh_bound else scale
         self.register_buffer("bound_rows", torch.cat([rows, weight], dim=1), persistent=False)
 
     def forward(self, seen: Pass) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ model. Using its values on another target unchanged is a different method, see `
 Letters: T cells; values are (T,) float64, non-negative.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,10 +62,10 @@ def p2(schedule: NoiseSchedule, gamma: float = 1.0, k: float = 1.0) -> LossWeigh
     """1 / (k + SNR)**gamma (Choi et al. 2022, jychoi118/P2-weighting).
 
     Raises:
-        UserError: gamma or k is negative.
+        UserError: gamma or k is negative or infinite.
     """
-    if not (gamma >= 0 and k >= 0):
-        raise UserError(f"gamma={gamma}, k={k}: P2 needs both to be at least 0.")
+    if not (0 <= gamma < math.inf and 0 <= k < math.inf):
+        raise UserError(f"gamma={gamma}, k={k}: P2 needs both to be at least 0, and finite.")
     return LossWeighting((k + _snr(schedule)) ** -gamma, "epsilon")
 
 

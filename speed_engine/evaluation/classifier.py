@@ -128,14 +128,14 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0) -> tuple[Cla
 
 
 def classifier_for(
-    images: Tensor, labels: Tensor, cache_folder: Path | str, fingerprint: str
+    images: Tensor, labels: Tensor, folder: Path | str, fingerprint: str
 ) -> ClassifierFeatures:
-    """The classifier of one data set: read from ``cache_folder``, else trained and put there.
+    """The classifier of one data set: read from ``folder``, else trained and put there.
 
     Args:
         images: (N, C, H, W) uint8, the real images.
         labels: (N,) integer classes, 0 and up.
-        cache_folder: made if it does not exist.
+        folder: made if it does not exist.
         fingerprint: names the data set; letters, digits, ``.``, ``_`` and ``-``.
 
     Raises:
@@ -147,7 +147,7 @@ def classifier_for(
             "use letters, digits, '.', '_' and '-' only."
         )
     _check_labelled_images(images, labels)
-    path = Path(cache_folder) / f"classifier-v{FEATURES_VERSION}-{fingerprint}.safetensors"
+    path = Path(folder) / f"classifier-v{FEATURES_VERSION}-{fingerprint}.safetensors"
     if path.exists():
         return _load(path, channels=images.shape[1], num_classes=int(labels.max()) + 1)
     seed = 0

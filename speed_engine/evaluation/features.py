@@ -15,9 +15,9 @@ from types import ModuleType
 
 import torch
 
-from speed_engine.evaluation.metrics import INCEPTION
 from speed_engine.runtime.checks import UserError
 
+INCEPTION = "inception-v3-compat"  # the extractor of published FID, KID and IS
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"

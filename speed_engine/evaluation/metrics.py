@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from speed_engine.evaluation.image_set import ImageSet
 
 HELD_OUT = "held_out_"  # begins the names of figures that compare with held-out images
-INCEPTION = "inception-v3-compat"  # the extractor of published FID, KID and IS
 ENOUGH = 10_000  # images with which FID's bias no longer matters much
 
 
@@ -203,6 +202,8 @@ def title(field: str, extractor: str | None) -> str:
     if figure is None:
         return field
     words = f"held-out {figure.title}" if field.startswith(HELD_OUT) else figure.title
+    from speed_engine.evaluation.features import INCEPTION
+
     if not figure.published or extractor in (None, INCEPTION):
         return words
     of = "classifier" if extractor.startswith("speed-classifier-") else extractor

@@ -4,19 +4,25 @@ The families themselves are built in ``families.py``.
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import tyro
 
-from speed_engine.runtime.checks import UserError, check
+from speed_engine.runtime.checks import UserError, check, shortened
+
+_WIDEST = 2**16  # channels, blocks, heads, multipliers, heights in pixels
 
 
-def _check_positive(config: object, names: tuple[str, ...]) -> None:
+def _check_positive(config: object, *names: str) -> None:
+    """Of sizes, or tuples of sizes; None is allowed."""
     for name in names:
         value = getattr(config, name)
-        check(f"model.{name}", value, value > 0, "must be positive")
+        sizes = value if isinstance(value, tuple) else () if value is None else (value,)
+        sound = all(0 < size <= _WIDEST for size in sizes)
+        check(f"model.{name}", value, sound, f"must be positive, and at most {_WIDEST:,}")
 
 
 def _check_model(config: Any) -> None:
@@ -29,8 +35,8 @@ def _check_model(config: Any) -> None:
         value = getattr(config, field_.name)
         if field_.name in config.SIZED and value != field_.default:
             raise UserError(
-                f"model.{field_.name}={value}: model.size={config.size} sets it; use --model.size "
-                f"None to set {', '.join(config.SIZED)} one by one."
+                f"model.{field_.name}={shortened(value)}: model.size={shortened(config.size)} sets "
+                f"it; use --model.size None to set {', '.join(config.SIZED)} one by one."
             )
 
 
@@ -66,7 +72,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+        _check_positive(self, "patch_size", "dim", "depth", "num_heads", "mlp_ratio")
+        shift = self.frequency_shift
+        check("model.frequency_shift", shift, math.isfinite(shift), "must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +111,9 @@ class MDTConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _check_positive(self, ("patch_size", "dim", "depth", "num_heads", "mlp_ratio"))
+        sizes = ("patch_size", "dim", "depth", "num_heads", "decode_layers", "mlp_ratio")
+        _check_positive(self, *sizes)
+        check("model.mask_ratio", self.mask_ratio, 0 < self.mask_ratio < 1, "must lie in (0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,9 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _check_positive(self, ("model_channels", "num_res_blocks", "num_heads"))
+        sizes = ("model_channels", "channel_mult", "num_res_blocks", "attention_resolutions")
+        _check_positive(self, *sizes, "num_heads", "num_head_channels")
+        check("model.channel_mult", self.channel_mult, bool(self.channel_mult), "needs a level")
         check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
 
 
@@ -178,7 +190,9 @@ class EdmUNetConfig:
 
     def __post_init__(self) -> None:
         _check_model(self)
-        _check_positive(self, ("model_channels", "num_blocks"))
+        sizes = ("model_channels", "channel_mult", "num_blocks", "attention_resolutions")
+        _check_positive(self, *sizes)
+        check("model.channel_mult", self.channel_mult, bool(self.channel_mult), "needs a level")
         check("model.dropout", self.dropout, 0 <= self.dropout < 1, "must lie in [0, 1)")
         check("model.learn_sigma", self.learn_sigma, not self.learn_sigma, "has no output for it")
 

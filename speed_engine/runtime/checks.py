@@ -1,5 +1,12 @@
 """How bad input is refused: one exception and one sentence for all of it."""
 
+import difflib
+import math
+from collections.abc import Iterable
+
+_MOST = 10**12  # of steps, images, files: no run comes near
+_SHOWN = 60  # characters of a value in a message
+
 
 class UserError(ValueError):
     """Input that cannot be used; the message names it, what is needed, and the next move.
@@ -22,4 +29,60 @@ def check(name: str, value: object, valid: bool, need: str) -> None:
         UserError: it is not valid.
     """
     if not valid:
-        raise UserError(f"{name}={value}: {need}.")
+        raise UserError(f"{name}={shortened(value)}: {need}.")
+
+
+def check_between(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a number outside [low, high], and NaN.
+
+    Raises:
+        UserError: it lies outside.
+    """
+    check(name, value, value >= low, f"must be at least {low:,}")
+    check(name, value, value <= high, f"must be at most {high:,}")
+
+
+def check_counts(section: str, config: object, *names: str) -> None:
+    """Refuse fields that count something and are not from 1 to 10^12; None is allowed.
+
+    Args:
+        section: what their names begin with, such as ``evaluation.``.
+        config: what they are attributes of.
+        names: of the fields.
+
+    Raises:
+        UserError: a number outside.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            check_between(section + name, value, 1, _MOST)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a number that is zero, negative, infinite or NaN.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    check(name, value, 0 < value < math.inf, "must be positive and finite")
+
+
+def shortened(value: object) -> str:
+    """A value as a message shows it: its text, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Which of the known names, at least one, is most like the given one."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """What to raise where a name is not among the known ones, at least one."""
+    known = list(known)
+    return UserError(
+        f"{kind} {shortened(name)!r} is unknown, the nearest is {nearest(name, known)!r}; choose "
+        f"from {', '.join(known)}."
+    )

@@ -1,4 +1,4 @@
-"""Files that a crash cannot leave half written."""
+"""Files that a crash cannot leave half written, and the folder of those that can be made again."""
 
 import os
 import uuid

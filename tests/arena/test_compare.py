@@ -65,7 +65,7 @@ def test_contestants_are_paired_and_measured_where_the_plan_says(finished):
         assert 0 < curve.points[0].seconds < curve.points[1].seconds
     configs = [json.loads((out / c.run / "config.json").read_text()) for c in complete]
     for config in configs:
-        for differs in ("method", "schedule", "prediction", "method_options", "optimizer"):
+        for differs in ("method", "schedule", "prediction", "optimizer"):
             config.pop(differs)
     assert configs[0] == configs[1] == configs[2]
 

@@ -4,6 +4,7 @@ import pytest
 
 from speed_engine.arena.contestants import ABLATION, expand, options, resolve
 from speed_engine.config import TrainConfig
+from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.methods import METHODS
 
 BASE = TrainConfig(steps=400)
@@ -11,12 +12,12 @@ BASE = TrainConfig(steps=400)
 
 def test_a_name_sets_method_process_target_and_options():
     config = resolve("speed_paper@cosine:v+k=3+stratified=True+optimizer.ema_decay=0.9", BASE)
-    assert (config.method, config.schedule, config.prediction) == ("speed_paper", "cosine", "v")
-    assert config.method_options.k == 3 and config.method_options.stratified is True
+    assert config.method == "speed_paper+k=3+stratified=True"
+    assert (config.schedule, config.prediction) == ("cosine", "v")
     assert config.optimizer.ema_decay == 0.9
     assert dataclasses.replace(
         config, method=BASE.method, schedule=BASE.schedule, prediction=BASE.prediction,
-        method_options=BASE.method_options, optimizer=BASE.optimizer,
+        optimizer=BASE.optimizer,
     ) == BASE  # fmt: skip
 
 
@@ -32,10 +33,15 @@ def test_what_is_left_out_is_the_comparisons_own():
     [
         ("speed paper", "write METHOD"),
         ("", "write METHOD"),
-        ("nonsense", "unknown; choose from uniform"),
+        ("nonsense", "is unknown, the nearest is"),
         ("uniform@nowhere", "nowhere"),
         ("uniform:nothing", "nothing"),
-        ("uniform+k=3", "has no k"),
+        ("uniform+k=3", "there is no option k; there are those of uniform (stratified"),
+        ("speed_paper+k=many", 'k="many": should be a valid number'),
+        ("speed_paper+stratified=2", "stratified=2: should be a valid boolean"),
+        ("speed_paper+k=3+k=4", "sets k twice"),
+        ("uniform+optimizer.ema_deca=0.9", "the nearest is optimizer.ema_decay"),
+        ("uniform+optimizer.ema_decay=much", 'optimizer.ema_decay="much": should be a valid'),
         ("speed_paper+k=0", "k"),
         ("speed_paper+seed=3", "there is no option seed"),
         ("speed_paper+steps=9", "would not be the same comparison"),
@@ -61,7 +67,7 @@ def test_the_same_method_with_other_seeds_is_a_contestant_of_its_own():
 
 def test_all_is_every_method_and_the_baselines_join_once():
     names = expand(["all", "uniform"], BASE)
-    methods = [resolve(name, BASE).method for name in names]
+    methods = [resolve(name, BASE).method.partition("+")[0] for name in names]
     assert methods[: len(METHODS)] == list(METHODS)
     assert names[len(METHODS) :] == ("logit_normal@flow:velocity", "uniform@flow:velocity")
 
@@ -79,8 +85,8 @@ def test_uniform_on_the_process_and_target_of_each_contestant_joins():
 
 def test_the_shortest_task_curriculum_takes_half_of_the_run():
     (name,) = [name for name in expand(["all"], BASE) if name.startswith("task_curriculum")]
-    patience = resolve(name, BASE).method_options.patience
-    assert patience is not None and patience * 20 == BASE.steps // 2
+    patience = read_spelling(resolve(name, BASE).method).options["patience"]
+    assert isinstance(patience, int) and patience * 20 == BASE.steps // 2
 
 
 def test_every_contestant_of_the_ablation_resolves_and_differs():

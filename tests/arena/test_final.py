@@ -6,7 +6,8 @@ from torch import nn
 
 from speed_engine.arena.final import LOG_SNRS, denoising_errors, times_at
 from speed_engine.build import build_process
-from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 
 
 class Silent(nn.Module):

@@ -6,7 +6,8 @@ import pytest
 
 from speed_engine.arena.paces import in_time, seconds_per_step
 from speed_engine.arena.runs import Run
-from speed_engine.config import EvaluationConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
 
 BASE = TrainConfig(steps=400, evaluation=EvaluationConfig(every=40))
 

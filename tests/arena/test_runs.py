@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from speed_engine.arena.runs import Run, execute, failure, is_complete
-from speed_engine.config import EvaluationConfig, OptimizerConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.training import checkpoint
+from speed_engine.training.config import OptimizerConfig
 
 TINY = TrainConfig(
     steps=40,

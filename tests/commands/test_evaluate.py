@@ -17,7 +17,9 @@ from speed_engine import cli
 from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.commands.evaluate import show
-from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start

@@ -7,7 +7,8 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
 from speed_engine import build, cli
-from speed_engine.config import EvaluationConfig, TrainConfig, to_json
+from speed_engine.config import TrainConfig, to_json
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import set_frequency_shift
 from speed_engine.run import load_average, read_config

@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.config import EvaluationConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import start
 

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -18,9 +19,9 @@ from speed_engine.diffusion.discrete import (
     from_betas,
     linear,
 )
-from speed_engine.diffusion.method import build_method
+from speed_engine.diffusion.method import SHARED, Method, build_method, options_of
 from speed_engine.diffusion.methods import METHODS
-from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
+from speed_engine.diffusion.prediction import PREDICTIONS, linear_form, weight_conversion
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.timesteps import MirroredSampler
 
@@ -32,10 +33,16 @@ def golden(name: str) -> torch.Tensor:
     return torch.tensor(GOLDEN[name], dtype=torch.float64)
 
 
+def epsilon_weight(method: Method) -> torch.Tensor:
+    """The weight as one of the epsilon-MSE."""
+    own = weighting.LossWeighting(method.weight, method.prediction)
+    return weighting.converted(own, method.schedule, "epsilon")
+
+
 def test_speed_paper_equals_the_reference_values():
     method = build_method("speed_paper", linear())
     weights = golden("w_paper_lam0.6")
-    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(epsilon_weight(method)[INDICES], weights, rtol=0, atol=1e-6)
     probabilities = golden("P_paper_k5_tau700")
     torch.testing.assert_close(method.probabilities[INDICES], probabilities, rtol=0, atol=1e-12)
 
@@ -43,7 +50,7 @@ def test_speed_paper_equals_the_reference_values():
 def test_speed_official_equals_the_reference_values():
     method = build_method("speed_official", linear())
     weights = golden("w_official_lam0.6_tau700")
-    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(epsilon_weight(method)[INDICES], weights, rtol=0, atol=1e-6)
     mirrored = 2 * method.probabilities - method.timesteps.distribution.probabilities(0)
     component = golden("P_dual_component")
     torch.testing.assert_close(mirrored[INDICES], component, rtol=0, atol=1e-12)
@@ -65,7 +72,7 @@ BANDS = (0, 100, 220, 350, 500, 642, 700, 850, 1000)
 )  # fmt: skip
 def test_the_gradient_s_share_per_band(name, options, shares):
     method = build_method(name, linear(), **options)
-    measure = method.probabilities * method.epsilon_weight
+    measure = method.probabilities * epsilon_weight(method)
     measure = (measure / measure.sum()).cumsum(0)
     found = np.diff([0.0, *(float(measure[end - 1]) for end in BANDS[1:])])
     np.testing.assert_allclose(found, shares, atol=6e-4)
@@ -178,7 +185,7 @@ def test_a_method_is_the_same_objective_on_every_target(name, prediction, proces
         return
     other = build_method(name, schedule, prediction, normalised=False)
     own = build_method(name, schedule, normalised=False)
-    torch.testing.assert_close(own.epsilon_weight, other.epsilon_weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(epsilon_weight(own), epsilon_weight(other), rtol=1e-6, atol=0)
 
 
 def test_weights_may_be_applied_unconverted():
@@ -186,8 +193,11 @@ def test_weights_may_be_applied_unconverted():
     method = build_method("speed_paper", schedule, weight_on="prediction")
     assert torch.equal(method.weight, weighting.change_aware(schedule).values)
     converted = build_method("speed_paper", schedule)
-    rows = linear_form(schedule, "velocity", schedule.timesteps)
-    torch.testing.assert_close(converted.weight, method.weight * from_epsilon_weight(rows))
+    epsilon, velocity = (
+        linear_form(schedule, name, schedule.timesteps) for name in ("epsilon", "velocity")
+    )
+    factor = weight_conversion(epsilon, velocity)
+    torch.testing.assert_close(converted.weight, method.weight * factor)
 
 
 @pytest.mark.parametrize("name", ["speed_paper", "speed_official", "p2", "min_snr", "speed_plus"])
@@ -213,9 +223,13 @@ def test_a_process_without_convergence_area_says_so_and_is_sampled_uniformly(cap
         ("speed_paper", {"tau": 1001.0}, r"tau=1001.0 is outside \[1, 1000\]"),
         ("speed_paper", {"lam": 0.4}, r"lambda=0.4 is outside \[0.5, 1\]"),
         ("speed_official", {"lam": 5.0}, r"lambda=5.0 is outside \[0.5, 1\]"),
-        ("uniform", {"k": 5.0}, "'uniform' has no k; it takes no arguments"),
-        ("min_snr", {"k": 5.0}, "'min_snr' has no k; it takes gamma"),
-        ("sped", {}, "choose from uniform, speed_paper"),
+        ("uniform", {"k": 5.0}, "'uniform' has no option k, .* it has stratified, normalised"),
+        ("min_snr", {"gama": 5.0}, "no option gama, the nearest is gamma; it has gamma, strat"),
+        ("speed_official", {"tau": 500.5}, "'speed_official': tau=500.5: should be a valid int"),
+        ("speed_paper", {"k": True}, "k=true: should be a valid number"),
+        ("uniform", {"weight_on": "x0"}, "should be 'definition' or 'prediction'"),
+        ("p2", {"gamma": math.inf}, "P2 needs both to be at least 0, and finite"),
+        ("speed_papr", {}, "the nearest is 'speed_paper'; choose from uniform, speed_paper"),
     ],
 )
 def test_options_out_of_range_are_named(name, options, message):
@@ -250,3 +264,21 @@ def test_two_lines_train_in_someone_else_s_loop():
     ids = torch.arange(5 * 64, 6 * 64)
     for whole, part in zip(method.draw(64, 5), method.draw(ids, 5), strict=True):
         assert torch.equal(whole, part)
+
+
+def test_options_may_be_spelled_or_given():
+    spelled = build_method("speed_paper+k=3+normalised=True", linear(), lam=0.7)
+    given = build_method("speed_paper", linear(), k=3, lam=0.7, normalised=True)
+    assert torch.equal(spelled.probabilities, given.probabilities)
+    assert torch.equal(spelled.weight, given.weight)
+    assert not torch.equal(given.weight, build_method("speed_paper", linear(), k=3).weight)
+    assert spelled.name == "speed_paper"
+
+
+def test_an_option_is_what_the_recipe_declares_and_nothing_else():
+    assert list(options_of("clts")) == ["ramp_steps", "mean", "std", *SHARED]
+    assert list(SHARED) == ["stratified", "normalised", "weight_on", "weigh_bound"]
+    kinds = {of.annotation for name in METHODS for of in options_of(name).values()}
+    assert kinds <= {
+        float, int, float | None, bool | None, bool, Literal["definition", "prediction"],
+    }  # fmt: skip

@@ -8,11 +8,11 @@ import gaussian
 import pytest
 import torch
 
-from speed_engine.config import SolverName
 from speed_engine.diffusion.discrete import linear
 from speed_engine.diffusion.prediction import PREDICTIONS
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.solvers import SOLVERS, solver_named
+from speed_engine.evaluation.config import SolverName
 
 STEPS = {"ddim": 250, "heun": 101, "dpmpp_2m": 100, "ddpm": 250, "ddpm_large": 250}
 STOCHASTIC = ("ddpm", "ddpm_large")

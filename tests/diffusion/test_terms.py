@@ -90,15 +90,15 @@ def test_the_bound_trains_the_variance_only():
     )
 
 
-def hybrid_of(method: Method, weigh_bound: bool = False) -> tuple[Objective, torch.Tensor]:
+def hybrid_of(method: Method) -> tuple[Objective, torch.Tensor]:
     """The objective, and the rows of its bound."""
-    error = SquaredErrorAndBound(method, weigh_bound)
+    error = SquaredErrorAndBound(method)
     return Objective(method, 3, error=error), error.bound_rows
 
 
 @pytest.mark.parametrize("weigh_bound", [False, True])
 def test_the_hybrid_loss_adds_the_bound(weigh_bound):
-    hybrid, table = hybrid_of(build_method("p2", linear()), weigh_bound)
+    hybrid, table = hybrid_of(build_method("p2", linear(), weigh_bound=weigh_bound))
     images, ids = torch.rand(8, 1, 2, 2), torch.arange(8)
     model = lambda x, t: torch.cat([0.5 * x, 0.1 * x], dim=1)
     output = hybrid(model, images, {}, ids, 0)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.encoders.clip import ClipScore
+from speed_engine.evaluation.config import EvaluationConfig
 
 WORDS = ["a</w>", "b</w>", "c</w>", "<|startoftext|>", "<|endoftext|>"]
 DEVICE = torch.device("cpu")

@@ -81,10 +81,10 @@ def measured(*names: str, **changes) -> dict:
 
 def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     """The definition, for covariances C: tr (C_x C_y)^(1/2) is the sum of roots of eigenvalues."""
-    x, y = x.flatten(1).double().numpy(), y.flatten(1).double().numpy()
-    s_x, s_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    a, b = x.flatten(1).double().numpy(), y.flatten(1).double().numpy()
+    s_x, s_y = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     cross = np.sqrt(np.linalg.eigvals(s_x @ s_y).real).sum()
-    return ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s_x) + np.trace(s_y) - 2 * cross
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s_x) + np.trace(s_y) - 2 * cross
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def measure(generated, real, extractor, metrics=("fid",)) -> dict[str, float]:
     """The figures of some metrics of two sets of images."""
     logits = "isc" in metrics
     ours = ImageSet(generated, len(generated), extractor, logits=logits)
-    given = {"generated": ours, "real": ImageSet(real, len(real), extractor)}
+    given: dict[str, Any] = {"generated": ours, "real": ImageSet(real, len(real), extractor)}
     given["logits"] = ours.logits if logits else None
     figures = {}
     for metric in (METRICS[name] for name in metrics):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from speed_engine import build, build_evaluation
-from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.data.format.writer import ShardWriter
+from speed_engine.evaluation.config import EvaluationConfig
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from speed_engine import cli
 from speed_engine.build import build_model
 from speed_engine.commands.train import TrainCommand
-from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.gpus import GPUS, Gpu

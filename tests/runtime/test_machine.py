@@ -7,7 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from speed_engine.config import DataConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.run import machine_choices
 from speed_engine.runtime.machine import (
     choose_attention,

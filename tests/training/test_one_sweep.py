@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.build import build_model, build_objective, build_process
-from speed_engine.config import OptimizerConfig, TrainConfig, from_json, to_json
+from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_update
 from speed_engine.training.checkpoint import Checkpoints, load, newest
+from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.one_sweep import OneSweep

@@ -15,19 +15,13 @@ import torch
 from rich.console import Console
 
 import fault_harness
-from speed_engine.config import (
-    EvaluationConfig,
-    MethodOptions,
-    OptimizerConfig,
-    TrainConfig,
-    from_json,
-    to_json,
-)
+from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import (
     build_trainer,
@@ -38,6 +32,7 @@ from speed_engine.run import (
     start,
 )
 from speed_engine.training import checkpoint
+from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.trainer import Trainer
 
 TINY = TrainConfig(
@@ -87,12 +82,12 @@ STATEFUL = ("adaptive", "ant_uw", "clts_mdlrc", "learned_uncertainty", "speed_pa
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"method": name}, marks=[] if name in STATEFUL else [pytest.mark.long])
+        pytest.param({"method": name}, marks=[pytest.mark.long] * (name not in STATEFUL))
         for name in METHODS
     ]
     + [
-        {"method": "task_curriculum", "method_options": MethodOptions(clusters=5, patience=2)},
-        {"method": "speed_paper", "method_options": MethodOptions(stratified=True)},
+        {"method": "task_curriculum+clusters=5+patience=2"},
+        {"method": "speed_paper+stratified=True"},
         {"model": dataclasses.replace(TINY.model, learn_sigma=True)},
         {"optimizer": OptimizerConfig(momentum_decay="geometric")},
     ],

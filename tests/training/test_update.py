@@ -17,10 +17,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from speed_engine import run
-from speed_engine.config import EvaluationConfig, OptimizerConfig, TrainConfig
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
+from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import DECAYS, Ema, power, warming_up
 from speed_engine.training.one_sweep import OneSweep
 from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speed_engine.config import DataConfig
+from speed_engine.data.config import DataConfig
 from speed_engine.data.format.held_out import Part, in_part, is_held_out
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning

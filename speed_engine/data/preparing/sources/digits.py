@@ -3,7 +3,6 @@
 ``digits.npz`` holds images (1797, 8, 8) uint8 in 0..16, and labels; its licence lies beside it.
 """
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from speed_engine.data.format.index import VERSION
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.preparing.source import Record, Source
+from speed_engine.runtime.files import cache_folder
 
 _FILE = Path(__file__).with_name("digits.npz")
 
@@ -57,10 +57,9 @@ def digits_folder(cache: str | Path | None = None) -> Path:
     """The folder of the digits' shards, written at the first call.
 
     Args:
-        cache: parent folder; None means $SPEED_ENGINE_CACHE or else ~/.cache/speed_engine.
+        cache: parent folder; by default ``cache_folder()``.
     """
-    cache = Path(cache or os.environ.get("SPEED_ENGINE_CACHE") or "~/.cache/speed_engine")
-    cache = cache.expanduser()
+    cache = cache_folder() if cache is None else Path(cache).expanduser()
     folder = cache / f"digits-{VERSION}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

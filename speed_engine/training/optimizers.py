@@ -6,7 +6,7 @@ checkpoint can be loaded into it, and it consists of tensors that lie where thei
 that the device alone can decide whether a step changes them (see update.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def _moments(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(
-    module: nn.Module, optimizers: list[torch.optim.Optimizer]
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """The state that belongs to a module's parameters, ``parameter/name`` -> tensor."""
     return {

@@ -11,7 +11,7 @@ time its parameters and its state are held twice.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Update:
         self,
         model: nn.Module,
         loss: nn.Module,
-        optimizers: list[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.Optimizer],
         averages: Mapping[str, Ema],
         *,
         learning_rate: Callable[[int], float],

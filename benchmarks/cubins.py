@@ -129,17 +129,17 @@ def noised(x0: str, noise: str | None = None) -> Case:
     return Case(noising._noised_input_kernel, arguments)
 
 
-def squared_error(prediction: str, noise: str | None = None, mask: str | None = None) -> Case:
+def squared_error(prediction: str, noise: str | None = None) -> Case:
     """Against a float32 x0."""
-    pointers = (prediction, FP32, FP32, *DRAW, noise, mask, prediction, FP32)
-    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    pointers = (prediction, FP32, FP32, *DRAW, noise, prediction, FP32)
+    sizes = (MULTIPLE, "i32", philox.BLOCK)
     return Case(weighted_mse._squared_error_kernel, (*pointers, *sizes))
 
 
-def hybrid(answer: str, noise: str | None = None, mask: str | None = None) -> Case:
+def hybrid(answer: str, noise: str | None = None) -> Case:
     """Against a float32 x0."""
-    pointers = (answer, FP32, FP32, *DRAW, noise, mask, answer, FP32)
-    sizes = (MULTIPLE, "i32", MULTIPLE, philox.BLOCK)
+    pointers = (answer, FP32, FP32, *DRAW, noise, answer, FP32)
+    sizes = (MULTIPLE, "i32", philox.BLOCK)
     return Case(variational_bound._hybrid_kernel, (*pointers, *sizes))
 
 
@@ -162,11 +162,9 @@ CASES = {
     "squared_error": squared_error(BF16),
     "squared_error fp32": squared_error(FP32),
     "squared_error stored noise": squared_error(BF16, noise=FP32),
-    "squared_error masked": squared_error(BF16, mask=BYTES),
     "hybrid": hybrid(BF16),
     "hybrid fp32": hybrid(FP32),
     "hybrid stored noise": hybrid(BF16, noise=FP32),
-    "hybrid masked": hybrid(BF16, mask=BYTES),
     "clean_images pixels": cleaned(BYTES, None, False),
     "clean_images posterior": cleaned("*fp16", None, True),
     "clean_images flipped posterior": cleaned("*fp16", BYTES, True),

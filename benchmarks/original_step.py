@@ -126,7 +126,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 
-def stored_attention(q: Tensor, k: Tensor, v: Tensor, lengths: None = None) -> Tensor:
+def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, heads, N, K) each: attention whose weights, (B, heads, N, N), lie in memory."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.softmax(dim=-1) @ v

@@ -29,8 +29,19 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, inside functions as well."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Dotted names that a file imports, inside functions too; not those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    blocks = (n for n in ast.walk(tree) if isinstance(n, ast.If))
+    for_types = {
+        inner
+        for block in blocks
+        if ast.unparse(block.test) == "TYPE_CHECKING"
+        for statement in block.body
+        for inner in ast.walk(statement)
+    }
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,6 +1,6 @@
-"""What a run draws and measures, made from its configuration.
+"""What a run generates and measures, made from its configuration.
 
-Evaluation in training and afterwards, drawing and comparisons all build through here.
+Evaluation in training and afterwards, generation and comparisons all build through here.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,7 @@ from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import BatchReader, read_all
-from speed_engine.diffusion.conditions import (
-    Conditions,
-)
+from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.method import Method
 from speed_engine.encoders.clip import ClipScore
 from speed_engine.encoders.text import TextEncoder
@@ -27,6 +25,7 @@ from speed_engine.encoders.vae import decode_latents, load_vae
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import Extractor, inception_features
+from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
@@ -41,38 +40,44 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         UserError: there are too few images for a metric, or what it needs is missing.
     """
     settings = config.evaluation
-    reference, held_out, clip, texts = None, None, None, ()
+    training, held_out, clip, texts = None, None, None, ()
     if settings.features != "none":
-        reference, held_out = references(config)
+        training, held_out = real_images(config)
     if "clip" in settings.metrics and settings.clip_model is not None:
         clip = ClipScore(settings.clip_model, machine.torch_device(config.device))
-        texts = drawn_texts(config)
+        texts = generation_texts(config)
     return Evaluator(
-        schedule=process.schedule,
         table=process.table,
-        reference=reference,
-        extractor=None if reference is None else reference.extractor,
+        settings=generation_settings(config),
+        training=training,
+        extractor=None if training is None else training.extractor,
         metrics=settings.metrics,
         held_out=held_out,
         clip=clip,
         texts=texts,
-        conditions=drawn_conditions(config),
+        conditions=generation_conditions(config),
         null=null_conditions(config),
         image_shape=config.data.image_shape,
         latents=config.data.latents,
         decode=build_decoder(config),
         num_images=settings.num_images,
-        solver_steps=settings.solver_steps,
-        solver=settings.solver,
-        guidance=settings.guidance,
-        guidance_interval=settings.guidance_interval,
         seed=config.seed,
         world=world,
     )
 
 
+def generation_settings(config: TrainConfig) -> GenerationSettings:
+    """The configured solver and guidance."""
+    return GenerationSettings(
+        solver=config.evaluation.solver,
+        steps=config.evaluation.solver_steps,
+        guidance=config.evaluation.guidance,
+        interval=config.evaluation.guidance_interval,
+    )
+
+
 def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
-    """Drawn latents to pictures, by the configured VAE; None where there is none.
+    """Generated latents to pictures, by the configured VAE; None where there is none.
 
     Raises:
         UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
@@ -90,8 +95,8 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
     return partial(decode_latents, vae, scale=scale, shift=shift)
 
 
-def drawn_conditions(config: TrainConfig) -> Conditions:
-    """(num_images, ...) each, of the images that an evaluation draws.
+def generation_conditions(config: TrainConfig) -> Conditions:
+    """(num_images, ...) each, of the images that an evaluation generates.
 
     Classes come in turn; texts and smaller images are those of the first samples, with their
     classes: of samples that are held out, where some are, since others could be known by heart.
@@ -105,8 +110,8 @@ def drawn_conditions(config: TrainConfig) -> Conditions:
     return Cleaning(torch.tensor(config.seed)).batch(stored).conditions
 
 
-def drawn_texts(config: TrainConfig) -> tuple[str, ...]:
-    """(num_images,) the texts whose tokens ``drawn_conditions`` are.
+def generation_texts(config: TrainConfig) -> tuple[str, ...]:
+    """(num_images,) the texts whose tokens ``generation_conditions`` are.
 
     Raises:
         UserError: the data have tokens only.
@@ -123,12 +128,12 @@ def prompted(
     """(num_images, ...) of prompts in turn, and what hides them.
 
     Raises:
-        UserError: the model is not told texts alone, or not those of this encoder.
+        UserError: the model is not conditioned on texts alone, or not those of this encoder.
     """
     if told_names(config) != ("tokens",):
         raise UserError(
-            f"this model is told {', '.join(told_names(config)) or 'nothing'}; a prompt needs one "
-            "that is told texts alone (data.members with tokens.npy)."
+            f"this model is conditioned on {', '.join(told_names(config)) or 'nothing'}; a prompt "
+            "needs one conditioned on texts alone (data.members with tokens.npy)."
         )
     if text_encoder is None:
         raise UserError(
@@ -146,7 +151,7 @@ def prompted(
     return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}
 
 
-def references(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
+def real_images(config: TrainConfig) -> tuple[ImageSet, ImageSet | None]:
     """The images that are trained on, and those that are held out, if any, in one feature space."""
     image = config.data.members[0]
     reader = open_data(config, [m for m in config.data.members if m in (image, "cls")], part=None)
@@ -175,7 +180,7 @@ def _extractor(config: TrainConfig, reader: ShardReader, read: Callable[[], Any]
     if "cls" not in reader.keys:
         raise UserError(
             "evaluation.features=classifier needs the labels of the images (member cls); use "
-            "inception, or none to draw images only."
+            "inception, or none to generate images only."
         )
     pixels, conditions = read()
     images, labels = torch.from_numpy(pixels), torch.from_numpy(conditions["labels"])

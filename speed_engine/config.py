@@ -17,6 +17,7 @@ from pydantic import Discriminator
 from speed_engine.data.config import DataConfig
 from speed_engine.diffusion.grammar import canonical, read_spelling
 from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.metrics import METRICS
 from speed_engine.models.config import DiTConfig, ModelConfig
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import (
@@ -148,25 +149,21 @@ class TrainConfig:
         return dataclasses.replace(self, evaluation=dataclasses.replace(self.evaluation, **given))
 
     def _check_metrics(self) -> None:
-        metrics, named = self.evaluation.metrics, " ".join(self.evaluation.metrics)
-        check(
-            "evaluation.metrics",
-            named,
-            "copies" not in metrics or self.data.held_out > 0,
-            "copies needs images that were never trained on; set data.held_out, such as to 0.1",
-        )
-        check(
-            "evaluation.metrics",
-            named,
-            "clip" not in metrics or any(m.startswith("tokens") for m in self.data.members),
-            "clip needs a model that is told texts (tokens.npy among data.members)",
-        )
-        check(
-            "evaluation.metrics",
-            named,
-            "clip" not in metrics or not self.data.latents or self.data.vae is not None,
-            "clip needs pictures; set data.vae to decode latents",
-        )
+        data, named = self.data, " ".join(self.evaluation.metrics)
+        there = {
+            "held_out": data.held_out > 0,
+            "texts": any(member.startswith("tokens") for member in data.members),
+            "images": not data.latents or data.vae is not None,
+        }
+        remedy = {
+            "held_out": "images that were never trained on; set data.held_out, such as to 0.1",
+            "texts": "a model that is conditioned on texts (tokens.npy among data.members)",
+            "images": "pictures; set data.vae to decode latents",
+        }
+        for metric in self.evaluation.metrics:
+            for need in sorted(METRICS[metric].needs, reverse=True):
+                met = there.get(need, True)
+                check("evaluation.metrics", named, met, f"{metric} needs {remedy.get(need)}")
 
 
 _INFINITY = re.compile(r"^( *(?:\"\w+\": )?)Infinity(?=,?$)", re.MULTILINE)  # outside of texts

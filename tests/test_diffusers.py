@@ -24,7 +24,10 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "train_with_diffusers.py"
 
 
-@pytest.mark.parametrize("options", [[], ["--scheduler", "flow", "--method", "logit_normal"]])
+FLOW = ["--scheduler", "flow", "--method", "logit_normal"]
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(FLOW, marks=pytest.mark.long)])
 def test_a_diffusers_loop_trains_with_two_added_lines(options, tmp_path):
     run = tmp_path / "run"
     small = ["--steps", "40", "--sampling-steps", "5", "--out", str(run)]

@@ -9,10 +9,10 @@ and the bound is KL(posterior || reverse step), or at t = 0 the negative log-lik
 pixels, bins of width 2/255 on [-1, 1]. Both means differ by gap times the error of the predicted
 noise, so that x0 is read at t = 0 only. The bound trains v alone.
 
-    forward     error_i = epsilon_i - noise_i, 0 where the mask drops i
-                loss    = w mean of error_i^2 + u mean of bits_i      over the K kept elements
-    backward    depsilon_i = dloss w (2 / K) error_i
-                dv_i       = dloss u (log beta - log posterior_variance) / (2 K ln 2) slope_i,
+    forward     error_i = epsilon_i - noise_i
+                loss    = w mean of error_i^2 + u mean of bits_i
+    backward    depsilon_i = dloss w (2 / N) error_i
+                dv_i       = dloss u (log beta - log posterior_variance) / (2 N ln 2) slope_i,
                              slope_i = dnats_i / dlog variance
 
 Letters: B images, C channels, N elements per image of the clean data; an answer has 2N, epsilon
@@ -35,14 +35,7 @@ from torch.library import custom_op
 from speed_kernels.language import chunk, multiply, runs_kernels, store, tl, triton
 from speed_kernels.noising import DTYPES, check_arguments, noise_of_chunk
 from speed_kernels.philox import BLOCK, normal
-from speed_kernels.weighted_mse import (
-    check_noise_and_mask,
-    dense,
-    keep,
-    kept_of_chunk,
-    mean_of_kept,
-    num_kept,
-)
+from speed_kernels.weighted_mse import check_noise
 
 BOUND_COLUMNS = 5  # per row
 _COLUMNS = tl.constexpr(BOUND_COLUMNS)
@@ -56,16 +49,15 @@ def hybrid_loss_reference(
     seed: Tensor,
     ids: Tensor,
     noise: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition of ``hybrid_loss`` in plain PyTorch."""
     dtype = torch.promote_types(answer.dtype, torch.float32)
     epsilon, variance = (half.flatten(1).to(dtype) for half in answer.chunk(2, dim=1))
     drawn = normal(seed, ids, epsilon.shape[1]) if noise is None else noise.flatten(1)
-    error = keep(epsilon - drawn.to(dtype), mask)
-    squared_error = mean_of_kept(error.square(), mask)
-    nats = bound_reference(error.detach(), keep(variance, mask), x0.flatten(1), bound_rows)
-    bits = mean_of_kept(keep(nats, mask), mask) / math.log(2)
+    error = epsilon - drawn.to(dtype)
+    squared_error = error.square().mean(dim=1)
+    nats = bound_reference(error.detach(), variance, x0.flatten(1), bound_rows)
+    bits = nats.mean(dim=1) / math.log(2)
     loss = coefficients[:, 4] * squared_error + bound_rows[:, 4] * bits
     return loss, squared_error.detach()
 
@@ -120,7 +112,6 @@ def hybrid_loss(
     seed: Tensor,
     ids: Tensor,
     noise: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-image loss and squared error of a model that learns its variance.
 
@@ -132,7 +123,6 @@ def hybrid_loss(
         seed: () int64.
         ids: (B,) int64 image counters, those of the noised input.
         noise: as in ``weighted_mse``.
-        mask: as in ``weighted_mse``; it holds for both halves.
 
     Returns:
         (B,) float32 ``w * mean((epsilon - noise)**2) + u * bound``, the bound in bits per element,
@@ -152,10 +142,10 @@ def hybrid_loss(
             f"hybrid_loss: bound_rows must be float32 of shape {rows}; got {bound_rows.dtype} of "
             f"shape {tuple(bound_rows.shape)}."
         )
-    check_noise_and_mask("hybrid_loss", x0, noise, mask)
+    check_noise("hybrid_loss", x0, noise)
     kernel = answer.dtype in DTYPES and x0.dtype in DTYPES and runs_kernels(x0)
     if not kernel:
-        return hybrid_loss_reference(answer, x0, coefficients, bound_rows, seed, ids, noise, mask)
+        return hybrid_loss_reference(answer, x0, coefficients, bound_rows, seed, ids, noise)
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (x0, coefficients, bound_rows)
     ):
@@ -163,8 +153,8 @@ def hybrid_loss(
             "hybrid_loss: only the answer has a gradient here; detach x0, coefficients and "
             "bound_rows or use hybrid_loss_reference."
         )
-    squares, nats, _ = _hybrid_sums(answer, x0, bound_rows, seed, ids, noise, mask)
-    count = num_kept(x0, mask)
+    squares, nats, _ = _hybrid_sums(answer, x0, bound_rows, seed, ids, noise)
+    count = x0.shape[1:].numel()
     squared_error = squares / count
     bits = nats / count / math.log(2)
     loss = coefficients[:, 4] * squared_error + bound_rows[:, 4] * bits
@@ -176,15 +166,14 @@ def hybrid_loss(
 
 @triton.jit
 def _hybrid_kernel(
-    answer_ptr, x0_ptr, bound_rows_ptr, seed_ptr, ids_ptr, noise_ptr, mask_ptr,
+    answer_ptr, x0_ptr, bound_rows_ptr, seed_ptr, ids_ptr, noise_ptr,
     slopes_ptr, partial_ptr,
-    num_elements, num_chunks, num_positions,
+    num_elements, num_chunks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     image, first, offset = chunk(tl.program_id(0), num_elements, num_chunks, BLOCK)
     elements = tl.arange(0, BLOCK)
     exists = first + elements < num_elements
-    kept = kept_of_chunk(mask_ptr, image, first, num_elements, num_positions, BLOCK)
     row_ptr = bound_rows_ptr + image * _COLUMNS
     log_posterior, log_beta = tl.load(row_ptr), tl.load(row_ptr + 1)
     gap, is_first = tl.load(row_ptr + 2), tl.load(row_ptr + 3)
@@ -193,7 +182,7 @@ def _hybrid_kernel(
 
     epsilon = tl.load(epsilon_ptr + elements, mask=exists, other=0.0).to(tl.float32)
     noise = noise_of_chunk(noise_ptr, seed_ptr, ids_ptr, image, first, offset, exists, BLOCK)
-    error = tl.where(kept, epsilon - noise, 0.0)
+    error = tl.where(exists, epsilon - noise, 0.0)
     store(slopes_ptr + halves + elements, error, mask=exists)
     tl.store(
         partial_ptr + 2 * tl.program_id(0).to(tl.int64), tl.sum(multiply(error, error), axis=0)
@@ -210,10 +199,10 @@ def _hybrid_kernel(
         square = between * between * tl.exp(-log_posterior) * ratio
         nats = (excess - 1.0 + ratio + square) * 0.5
         slope = (1.0 - ratio - square) * 0.5
-    store(slopes_ptr + halves + num_elements + elements, tl.where(kept, slope, 0.0), mask=exists)
+    store(slopes_ptr + halves + num_elements + elements, slope, mask=exists)
     tl.store(
         partial_ptr + 2 * tl.program_id(0).to(tl.int64) + 1,
-        tl.sum(tl.where(kept, nats, 0.0), axis=0),
+        tl.sum(tl.where(exists, nats, 0.0), axis=0),
     )
 
 
@@ -250,12 +239,11 @@ def _hybrid_sums(
     seed: Tensor,
     ids: Tensor,
     noise: Tensor | None,
-    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) sum of squares, (B,) sum of nats, (B, 2C, ...) errors and slopes."""
     answer, x0 = answer.contiguous(), x0.contiguous()
     bound_rows, ids = bound_rows.contiguous(), ids.contiguous()
-    noise, mask, num_positions = dense(noise, mask)
+    noise = None if noise is None else noise.contiguous()
     num_elements = x0.shape[1:].numel()
     num_chunks = -(-num_elements // BLOCK)
     slopes = torch.empty_like(answer)
@@ -263,8 +251,8 @@ def _hybrid_sums(
     if partial.numel():
         with torch.cuda.device_of(x0):
             _hybrid_kernel[(len(x0) * num_chunks,)](
-                answer, x0, bound_rows, seed, ids, noise, mask, slopes, partial,
-                num_elements, num_chunks, num_positions,
+                answer, x0, bound_rows, seed, ids, noise, slopes, partial,
+                num_elements, num_chunks,
                 BLOCK=BLOCK,
             )  # fmt: skip
     sums = partial.sum(dim=1)
@@ -272,7 +260,7 @@ def _hybrid_sums(
 
 
 @_hybrid_sums.register_fake
-def _(answer, x0, bound_rows, seed, ids, noise, mask):
+def _(answer, x0, bound_rows, seed, ids, noise):
     squares = answer.new_empty(len(answer), dtype=torch.float32)
     return squares, torch.empty_like(squares), answer.new_empty(answer.shape)
 
@@ -309,7 +297,7 @@ def _backward(ctx, dsquares, dnats, _dslopes):
     scale = _scale_of_slopes(dsquares, dnats, bound_rows).unsqueeze(2)
     size = slopes.shape[1:].numel() // 2
     scaled = scale * slopes.view(-1, 2, size)
-    return scaled.to(slopes.dtype).view(slopes.shape), *(None,) * 6
+    return scaled.to(slopes.dtype).view(slopes.shape), *(None,) * 5
 
 
 _hybrid_sums.register_autograd(_backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 CONFIDENCE = 0.95
 MANY = 2_000  # resamples: all there are up to this number, else so many random ones
 _TAIL = (1 - CONFIDENCE) / 2
-_NORMAL = 1.959964  # 97.5 % of the normal law lie below it
+_NORMAL = 1.959964  # 97.5 % of the normal distribution lie below it
 
 Array = NDArray[np.float64]
 

@@ -7,8 +7,8 @@ OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``
 OUT/results.json                   see results.py
 
 Contestants are paired by seed: runs of one seed have the same initial weights, order of data, noise
-and images drawn. Called again, a comparison goes on where it stopped; contestants and seeds may be
-added to it.
+and generated images. Called again, a comparison goes on where it stopped; contestants and seeds may
+be added to it.
 """
 
 import json

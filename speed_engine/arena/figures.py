@@ -44,7 +44,7 @@ def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
         _line_with_band(axes, x, quality, name, colour, style)
 
     label = {"images": "images trained on", "seconds": "seconds of training"}[unit]
-    return _panels(results, folder, f"quality-{unit}", line, label, results.metric, log_y=True)
+    return _panels(results, folder, f"quality-{unit}", line, label, results.title, log_y=True)
 
 
 def draw_denoising(results: Results, folder: Path) -> list[Panel]:
@@ -77,7 +77,7 @@ def draw_speedups(
             _draw_speedup(axes, speedups[name], colour, style)
 
     number = results.baselines.index(baseline) + 1
-    label = f"{results.metric} (right: better)"
+    label = f"{results.title} (right: better)"
     panels = _panels(results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True)
     return panels if speedups else []
 

@@ -104,5 +104,6 @@ def _quality(
     config: TrainConfig, process: Method, model: torch.nn.Module, steps: int, metric: str
 ) -> float:
     evaluation = replace(config.evaluation, solver_steps=steps)
-    _, fidelity = build_evaluator(replace(config, evaluation=evaluation), process)(model)
-    return getattr(fidelity, metric)
+    _, found = build_evaluator(replace(config, evaluation=evaluation), process)(model)
+    assert found is not None  # this process is alone
+    return found.figures[metric]

@@ -8,25 +8,20 @@ from typing import Any
 
 from speed_engine.arena.final import FINAL_FILE
 from speed_engine.arena.results import Curve, Point
+from speed_engine.evaluation.metrics import is_figure
 from speed_engine.runtime.checks import UserError
-
-KEPT = ("fid", "kid", "isc", "precision", "recall", "copied_share")  # with or without held_out_
+from speed_engine.runtime.records import read_records
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """Records of a run's evaluations in training, oldest first; half a line at the end is none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    records = [json.loads(line) for line in lines]
-    return [r for r in records if "extractor" in r and not r.get("evaluated")]
+    """Records of a run's evaluations in training, oldest first."""
+    return [r for r in read_records(run) if "extractor" in r and not r.get("evaluated")]
 
 
 def final_value(run: Path, metric: str) -> float:
     """The metric that a run ended with; infinite where it was not measured."""
-    records = evaluations(run)
-    return records[-1][metric] if records else math.inf
+    value = records[-1][metric] if (records := evaluations(run)) else None
+    return math.inf if value is None else value
 
 
 def curve_of(contestant: str, seed: int, run: Path, out: Path, failure: str | None) -> Curve:
@@ -37,7 +32,7 @@ def curve_of(contestant: str, seed: int, run: Path, out: Path, failure: str | No
         Point(
             images=record["images"],
             seconds=record["seconds"],
-            values={k: v for k, v in record.items() if k.removeprefix("held_out_") in KEPT},
+            values={k: v for k, v in record.items() if is_figure(k) and v is not None},
         )
         for record in evaluations(run)
     )

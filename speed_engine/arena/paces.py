@@ -3,7 +3,6 @@
 The length of a run must be known when it begins: curricula and decays follow it.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from speed_engine.arena.runs import Run, failure, is_complete
 from speed_engine.config import TrainConfig
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.records import read_records
 
 STEPS, INTERVAL = 60, 20  # the first interval warms up and is left out
 
@@ -48,8 +48,7 @@ def in_time(
 
 def seconds_per_step(run: Path) -> float:
     """Median over the intervals of a short run."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
+    records = [record for record in read_records(run) if "loss" in record]
     paces = [
         (after["seconds"] - before["seconds"]) / (after["step"] - before["step"])
         for before, after in zip(records, records[1:], strict=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from speed_engine.evaluation import metrics
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
@@ -51,7 +52,7 @@ class Curve:
     # From the final model, empty where the run failed:
     by_solver_steps: dict[str, float] = field(default_factory=dict)  # "8": metric
     denoising: dict[str, float] = field(default_factory=dict)  # log-SNR: MSE of the clean image
-    copied_share: float | None = None  # of drawn images nearer to the training set than 95 % of
+    copied_share: float | None = None  # of generated images nearer to the training set than 95 % of
     # held-out images are; 0.05 is no copying
 
 
@@ -71,6 +72,11 @@ class Results:
     config: dict[str, Any]  # what all runs share
     environment: dict[str, Any]  # versions, hardware
     command: str
+
+    @property
+    def title(self) -> str:
+        """Of the metric that decides, such as ``held-out FID (classifier features)``."""
+        return metrics.title(self.metric, self.extractor)
 
 
 def write_results(results: Results, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from speed_engine.arena.results import Contestant, Curve, Results
 from speed_engine.arena.speedup import Ratio, SpeedUp, complete_runs, speed_up, why_unusable
+from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
 CANDIDATE = "speed_plus"  # the method that the goals are about
 
@@ -122,7 +123,7 @@ def written_interval(ratio: Ratio) -> str:
 def contestants_table(results: Results) -> Table:
     """Who took part, and where it ended; the best first."""
     solver_steps = sorted({k for c in results.curves for k in c.by_solver_steps}, key=int)
-    header = ["contestant", "process", "target", "learning rate", "seeds", results.metric]
+    header = ["contestant", "process", "target", "learning rate", "seeds", results.title]
     header += [f"{steps} steps" for steps in solver_steps] + ["copied share"]
     rows = []
     for contestant in sorted(results.contestants, key=lambda c: _final(results, c)):
@@ -152,7 +153,14 @@ def other_metrics_table(results: Results) -> Table | None:
         ends = [run.points[-1].values for run in complete_runs(results, contestant.name).values()]
         cells = [_mean_and_deviation([end[k] for end in ends if k in end]) for k in names]
         rows.append([contestant.name, *cells])
-    return Table(["contestant", *names], rows) if names else None
+    heads = [_head(name, results.extractor) for name in names]
+    return Table(["contestant", *heads], rows) if names else None
+
+
+def _head(field: str, extractor: str) -> str:
+    """A figure's title and which way is better."""
+    better = FIGURES[field.removeprefix(HELD_OUT)].better if is_figure(field) else ""
+    return f"{title(field, extractor)}{f', {better} is better' * bool(better)}"
 
 
 def speedup_table(speedups: dict[str, SpeedUp]) -> Table:

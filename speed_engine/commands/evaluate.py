@@ -1,51 +1,47 @@
 """``speed-engine evaluate``: measure the averaged model of a run, once for each setting.
 
 Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluated": true``. What
-was measured before with the same settings, in training or here, is found there and not drawn again.
+was measured before with the same settings, in training or here, is found there and not generated
+again.
 """
 
-import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.config import TrainConfig
+from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.config import SolverName
-from speed_engine.evaluation.copies import Nearest
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
-from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts
+from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, title, written
+from speed_engine.evaluation.metrics import HELP as METRICS_HELP
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts
 from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress
-from speed_engine.runtime.records import RECORDS, append_record, read_records
+from speed_engine.runtime.records import RECORDS, append_record, as_json, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
 from speed_engine.training.ema import EMA
 
-PART = 500  # images drawn at a time, and what a kill costs at most
+PART = 500  # images generated at a time, and what a kill costs at most
 
-# What the table names its lines: (of the training images, of the held-out images)
-LINES = {
-    "FID": ("fid", "held_out_fid"),
-    "KID": ("kid", "held_out_kid"),
-    "precision": ("precision", "held_out_precision"),
-    "recall": ("recall", "held_out_recall"),
-    "copied share": ("copied_share", None),
-    "inception score": ("isc", None),
-    "CLIP score": ("clip_score", None),
-}
+# What begins the names of figures -> the real images that they compare with, and their number
+PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
 
 @dataclass(frozen=True)
@@ -55,11 +51,11 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images drawn; default that of the run, as for all below but the average."""
+    """Images generated; default that of the run, as for all below but the average."""
     average: str = EMA
     """Which average of the run to measure: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
-    """How they are drawn; euler is ddim."""
+    """How they are generated; euler is ddim."""
     solver_steps: int | None = None
     """Model evaluations per image."""
     guidance: float | None = None
@@ -70,10 +66,9 @@ class EvaluateCommand:
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
     """Its weights file; by default torch hub's cache is searched."""
-    metrics: tuple[str, ...] | None = None
-    """Any of fid, kid, isc, prc (precision and recall), copies (nearest training images), clip."""
+    metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
     clip_model: str | None = None
-    """Of clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
     json: bool = False
     """Print the record as JSON, in place of the table."""
 
@@ -94,7 +89,7 @@ def run(arguments: list[str], console: Console) -> None:
     )
     record = evaluate(command.run, config, command.average)
     if record is not None and command.json:
-        console.print_json(json.dumps(record))
+        console.print_json(as_json(record))
     elif record is not None:
         show(record, console)
 
@@ -123,34 +118,35 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     model, step = load_average(run, config, machine.torch_device(config.device, world), average)
-    drawing = _drawn(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
+    parts = _generated(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
     if not world.is_first:
         return None
-    images = drawing.images()
+    images = parts.images()
     found = evaluator.measure(images)
     assert found is not None  # some field is measured
-    drawing.remove()
+    parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
     record |= {} if average == EMA else {"average": average}
     append_record(run, record | {"evaluated": True})
-    if found.nearest is not None and evaluator.reference is not None:
+    if "copied_share" in found.figures:
+        assert found.generated is not None and evaluator.training is not None  # it compares them
         path = run / "samples" / f"step-{step:08d}-copies.png"
-        _draw_copies(images, evaluator.reference.images, found.nearest, path)
+        _save_copies(found.generated, evaluator.training, path)
         _note(f"the most copied images, above their nearest training images: {path}")
     return record
 
 
-def _drawn(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> Drawing:
-    """The images, on disk while they are drawn: a measurement that was killed goes on there."""
-    total, told = evaluator.num_images, evaluator.conditions
+def _generated(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> ImageParts:
+    """The images, on disk until all are there: a measurement that was killed goes on there."""
+    total = evaluator.num_images
     settings = evaluator.circumstances() | {
-        "weights": digest(model.state_dict()),
-        "conditions": digest(told),
+        "weights": sha256_of(model.state_dict()),
+        "conditions": sha256_of(evaluator.conditions),
         "seed": evaluator.seed,
     }
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        draw = partial(evaluator.draw_some, model)
-        return draw_in_parts(draw, total, PART, folder, settings, world, progress.advance)
+        generate = partial(evaluator.generate_some, model)
+        return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 
 
 def show(record: dict[str, Any], console: Console) -> None:
@@ -161,13 +157,34 @@ def show(record: dict[str, Any], console: Console) -> None:
         console.print(f"features of {record['extractor']}", highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
-    for part, count in {"training": "num_reference", "held-out": "num_held_out"}.items():
+    for part, count in PARTS.values():
         table.add_column(f"{part}\n{record[count]:,} images" if count in record else "")
-    for name, fields in LINES.items():
+    for name in FIGURES:
+        fields = [prefix + name for prefix in PARTS]
         if any(field in record for field in fields):
-            cells = [f"{record[field]:.4g}" if field in record else "" for field in fields]
-            table.add_row(name, *cells)
+            cells = [written(field, record[field]) if field in record else "" for field in fields]
+            table.add_row(title(name, record.get("extractor")), *cells)
     console.print(table, highlight=False)
+    for line in _notes(record):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _notes(record: dict[str, Any]) -> Iterator[str]:
+    """What the figures do not say by themselves: how far few images bias them."""
+    biased = [
+        (prefix + name, prefix, figure)
+        for metric in METRICS.values()
+        if metric.bias is not None
+        for name, figure in metric.figures.items()
+        for prefix in PARTS
+    ]
+    for field, prefix, figure in biased:
+        part, counted = PARTS[prefix]
+        if field in record and min(record["num_generated"], record[counted]) < ENOUGH:
+            within = record.get(f"{field}_within")
+            sets = f"two random sets of {record.get(f'{field}_within_images')} {part} images"
+            example = "" if within is None else f": {sets} have {written(field, within)}"
+            yield f"fewer than {ENOUGH:,} images bias {figure.title} upwards{example}"
 
 
 def _known(run: Path, step: int, evaluator: Evaluator, average: str) -> dict[str, Any] | None:
@@ -181,12 +198,13 @@ def _known(run: Path, step: int, evaluator: Evaluator, average: str) -> dict[str
     return None
 
 
-def _draw_copies(images: Tensor, training: Tensor, found: Nearest, path: Path) -> None:
-    """The drawn images nearest to training images, above those, in pairs of rows."""
+def _save_copies(generated: ImageSet, training: ImageSet, path: Path) -> None:
+    """The generated images nearest to training images, above those, in pairs of rows."""
+    found = generated.nearest_in(training)
     pairs = GRID_COLUMNS * (GRID_ROWS // 2)
     ids = found.distances.argsort()[:pairs]
     row = 2 * (torch.arange(len(ids)) // GRID_COLUMNS)
-    both = torch.cat([images[ids], training[found.ids[ids]]])
+    both = torch.cat([generated.images[ids], training.images[found.ids[ids]]])
     save_grid(both, torch.cat([row, row + 1]), path)
 
 

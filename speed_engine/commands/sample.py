@@ -1,4 +1,4 @@
-"""Drawing from a trained model into files: ``speed-engine sample``.
+"""Images of a trained model in files: ``speed-engine sample``.
 
 Several processes, started by torchrun, share the images; the first one writes the files.
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from speed_engine import build, build_evaluation
 from speed_engine.config import TrainConfig
+from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
 from speed_engine.evaluation.image_files import write_archive, write_pictures
-from speed_engine.evaluation.parts import Drawing, digest, draw_in_parts, is_begun
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average, read_config
 from speed_engine.runtime import machine
@@ -32,7 +33,7 @@ from speed_engine.training.ema import EMA
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Draw images from the averaged model of a run."""
+    """Generate images from the averaged model of a run."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -41,7 +42,7 @@ class SampleCommand:
     average: str = EMA
     """Which average of the run to generate from: ema, or one of its optimizer.averages."""
     solver: SolverName | None = None
-    """How they are drawn; euler is ddim; default that of the run, as for the three below."""
+    """How they are generated; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
     """Model evaluations per image."""
     guidance: float | None = None
@@ -49,11 +50,11 @@ class SampleCommand:
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts."""
     prompt: tuple[str, ...] = ()
-    """Texts to draw in turn, one row of the picture each; default those of the run's data."""
+    """Texts to generate from, in turn, one row of the picture each; default those of the data."""
     text_encoder: str | None = None
     """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
     seed: int = 0
-    """Root of the noise; image i depends on seed, i and what it is told only."""
+    """Root of the noise; image i depends on seed, i and its conditions only."""
     batch_size: int = 500
     """Images at a time and process."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -74,7 +75,7 @@ def run(arguments: list[str], console: Console) -> None:
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
     )
-    draw(
+    generate_files(
         config,
         command.run,
         command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
@@ -88,7 +89,7 @@ def run(arguments: list[str], console: Console) -> None:
     )
 
 
-def draw(
+def generate_files(
     config: TrainConfig,
     run: Path,
     out: Path,
@@ -101,13 +102,13 @@ def draw(
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
-    """Draw ``evaluation.num_images`` images of an averaged model of a run.
+    """Generate ``evaluation.num_images`` images of an averaged model of a run.
 
-    They are kept in ``OUT.parts`` while they are drawn, and a drawing that was interrupted
-    continues from there.
+    They are kept in ``OUT.parts`` until all are there; what was interrupted continues from
+    there.
 
     Args:
-        config: of the run; its evaluation says how to draw.
+        config: of the run; its evaluation says how.
         run: folder.
         out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
             replaces the one before; else a folder of pictures.
@@ -116,28 +117,28 @@ def draw(
         seed: root of the noise.
         batch_size: images at a time and process.
         compile: the model; auto does so where that was measured to pay.
-        prompts: texts to draw in turn; none draws the conditions of the run.
+        prompts: texts to generate from in turn; none takes the conditions of the run.
         text_encoder: of the prompts.
 
     Raises:
-        UserError: before anything is drawn, for what does not fit the model, a file that is there
-            already, or the beginning of another drawing.
+        UserError: before anything is generated, for what does not fit the model, a file that is
+            there already, or the first parts of other images.
     """
     world = join(machine.torch_device(config.device).type)
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
     conditions, null = (
-        build_evaluation.drawn_conditions(config),
+        build_evaluation.generation_conditions(config),
         build.null_conditions(config),
     )
     if prompts:
         conditions, null = build_evaluation.prompted(config, prompts, text_encoder)
-    settings = config.evaluation
+    total, settings = config.evaluation.num_images, build_evaluation.generation_settings(config)
     check_guidance(settings.guidance, conditions, null)
     device = machine.choose_device(config.device).value
-    batches = -(-settings.num_images // (batch_size * world.size))
-    how = machine.choose_compile(compile, device, batches * settings.solver_steps).value
+    batches = -(-total // (batch_size * world.size))
+    how = machine.choose_compile(compile, device, batches * settings.steps).value
     model, step = load_average(run, config, machine.torch_device(config.device, world), average)
     process, decode = build.build_process(config), build_evaluation.build_decoder(config)
     forward: Any = compiled(model, how)
@@ -145,41 +146,34 @@ def draw(
     def part(ids: Tensor) -> Tensor:
         images = generate(
             forward,
-            process.schedule,
             process.table,
             {name: value[ids] for name, value in conditions.items()},
             ids,
+            settings,
             image_shape=config.data.image_shape,
             null=null,
             seed=seed,
-            num_steps=settings.solver_steps,
-            solver=settings.solver,
-            guidance=settings.guidance,
-            guidance_interval=settings.guidance_interval,
             latents=config.data.latents,
             batch_size=batch_size,
         )
         return images if decode is None else decode(images)
 
-    total = settings.num_images
     decides = {
         "step": step,
-        "weights": digest(model.state_dict()),
-        "conditions": digest(conditions | {f"null {name}": null[name] for name in null}),
-        "solver": settings.solver,
-        "solver_steps": settings.solver_steps,
-        "guidance": settings.guidance,
-        "guidance_interval": settings.guidance_interval,
+        "weights": sha256_of(model.state_dict()),
+        "conditions": sha256_of(conditions | {f"null {name}": null[name] for name in null}),
+        **settings.record(),
         "seed": seed,
         "device": device,
         "compile": how,
     }
     with SampleProgress(console, -(-total // world.size)) as progress:
-        drawing = draw_in_parts(part, total, batch_size, folder, decides, world, progress.advance)
+        advance = progress.advance
+        images = generate_in_parts(part, total, batch_size, folder, decides, world, advance)
     if world.is_first:
         rows = torch.arange(total) % len(prompts) if prompts else grid_rows(total, conditions)
-        where = _write(drawing, rows, conditions.get("labels"), out)
-        drawing.remove()
+        where = _write(images, rows, conditions.get("labels"), out)
+        images.remove()
         console.print(f"{total} images of step {step}: {where}", highlight=False, soft_wrap=True)
 
 
@@ -188,19 +182,19 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
         return
     if config.data.latents and config.data.vae is None:
         raise UserError(
-            f"{out} is to hold pictures, and this run draws latents; its data.vae is not set. "
+            f"{out} is to hold pictures, and this run generates latents; its data.vae is not set. "
             "--out FILE.png writes the latents themselves, as FILE.npy."
         )
     if out.exists() and not is_begun(folder):
         raise UserError(f"{out} exists already; delete it or choose another --out.")
 
 
-def _write(drawing: Drawing, rows: Tensor, labels: Tensor | None, out: Path) -> Path:
+def _write(images: ImageParts, rows: Tensor, labels: Tensor | None, out: Path) -> Path:
     if out.suffix == ".png":
-        return save_images(drawing.images(), rows, out)
+        return save_images(images.images(), rows, out)
     classes = None if labels is None else labels.numpy()
     if out.suffix == ".npz":
-        write_archive(drawing, classes, out)
+        write_archive(images, classes, out)
     else:
-        write_pictures(drawing, classes, out)
+        write_pictures(images, classes, out)
     return out

@@ -23,7 +23,6 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import TimestepSampler, independent
 from speed_engine.diffusion.timesteps import stratified as stratified_words
 from speed_engine.diffusion.uncertainty import MeanLoss
-from speed_engine.diffusion.weighting import LossWeighting
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, nearest, shortened, unknown
 
@@ -66,13 +65,6 @@ class Method:
         """Whether P and weights stay what they are at the first step."""
         return (
             type(self.timesteps.distribution) is Distribution and type(self.batch_loss) is MeanLoss
-        )
-
-    @property
-    def epsilon_weight(self) -> Tensor:
-        """(T,) float64 the weight as one of the epsilon-MSE."""
-        return weighting.converted(
-            LossWeighting(self.weight, self.prediction), self.schedule, "epsilon"
         )
 
     def draw(

@@ -88,11 +88,6 @@ def weight_conversion(here: Rows, there: Rows) -> Tensor:
     return (here.determinant / there.determinant).square()
 
 
-def from_epsilon_weight(rows: Rows) -> Tensor:
-    """(N,) factor that turns a weight of the epsilon-MSE into one of this target's MSE."""
-    return (rows.a_x / rows.determinant).square()
-
-
 def solve(rows: Rows, x_in: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """(x0, noise) that explain a model input and an answer; rows broadcast against both."""
     clean = (rows.b_e * x_in - rows.a_e * target) / rows.determinant

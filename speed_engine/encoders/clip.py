@@ -1,4 +1,4 @@
-"""CLIP score: whether pictures show what the texts say that they were drawn from.
+"""CLIP score: whether pictures show what the texts say that they were generated from.
 
     mean over pictures of 100 max(cos(E_image, E_text), 0)    (Hessel et al. 2021, there times 2.5)
 

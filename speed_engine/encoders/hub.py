@@ -2,10 +2,11 @@
 
 import hashlib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from speed_engine.runtime.checks import UserError
 
@@ -41,9 +42,19 @@ def load_model(library: str, kind: str, name: str, device: torch.device, **optio
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of names, shapes and values."""
+    """SHA-256 of a model's weights, as data sets and records of version 0.1 hold it."""
+    return sha256_of(model.state_dict(), head="{name} {shape} {dtype}")
+
+
+def sha256_of(tensors: Mapping[str, Tensor], head: str = "{name} {dtype} {shape}\n") -> str:
+    """SHA-256 of names, types, shapes and values, 64 hexadecimal digits.
+
+    Args:
+        tensors: by name, in any order.
+        head: what is hashed before a tensor's values.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(head.format(name=name, dtype=value.dtype, shape=tuple(value.shape)).encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -7,10 +7,7 @@ Letters: N images, C channels, H height, W width, K classes.
 """
 
 import copy
-import hashlib
-import os
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +17,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import write_durably
 
 FEATURES_VERSION = 1  # raise it with any change to the network or its training
 FEATURE_DIM = 64
@@ -224,7 +223,7 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _as_features(network: Classifier, accuracy: float) -> ClassifierFeatures:
-    digest = _weights_sha256(network)
+    digest = sha256_of(network.state_dict())
     return ClassifierFeatures(
         name=f"speed-classifier-v{FEATURES_VERSION}-{digest[:16]}",
         weights_sha256=digest,
@@ -235,28 +234,15 @@ def _as_features(network: Classifier, accuracy: float) -> ClassifierFeatures:
     )
 
 
-def _weights_sha256(network: Classifier) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _save(path: Path, network: Classifier, accuracy: float, seed: int) -> None:
+    facts = {
+        "accuracy": repr(accuracy),
+        "seed": str(seed),
+        "torch": torch.__version__,
+        "weights_sha256": sha256_of(network.state_dict()),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        facts = {
-            "accuracy": repr(accuracy),
-            "seed": str(seed),
-            "torch": torch.__version__,
-            "weights_sha256": _weights_sha256(network),
-        }
-        save_file(network.state_dict(), temporary, metadata=facts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_durably(path, save(network.state_dict(), metadata=facts), shared=True)
 
 
 def _load(path: Path, channels: int, num_classes: int) -> ClassifierFeatures:

@@ -1,9 +1,9 @@
-"""Consistency: how alike the images are that two models draw from the same noise.
+"""Consistency: how alike the images are that two models generate from the same noise.
 
-Models of one data set draw similar images from the same noise, whatever their seed or architecture
-(Xu et al. 2024, arXiv 2404.07946). "Similar" needs a yardstick, since all images of a class are
-somewhat alike: pairs are the two models' images of one noise and one class; partners are images of
-the same class, but of different noise.
+Models of one data set generate similar images from the same noise, whatever their seed or
+architecture (Xu et al. 2024, arXiv 2404.07946). "Similar" needs a yardstick, since all images of a
+class are somewhat alike: pairs are the two models' images of one noise and one class; partners are
+images of the same class, but of different noise.
 
     distance   mean squared difference of two images, pixels from -1 to 1, or of their features
     cosine     of two images, or features, minus the mean of all images of both models
@@ -11,18 +11,14 @@ the same class, but of different noise.
 Letters: N images, C, H, W as usual, D features, K classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS
 from speed_engine.runtime.checks import UserError
-
-_BATCH = 256  # images through the extractor at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,37 +87,6 @@ def partners_of(labels: Tensor | None, count: int) -> Tensor:
             )
         partners[members] = members.roll(1)
     return partners
-
-
-def feature_extraction(extractor: Extractor) -> Callable[[Tensor], Tensor]:
-    """The function from (N, C, H, W) uint8 images to their (N, D) float64 features.
-
-    Raises:
-        ImportError: if torch-fidelity or torchvision cannot be imported.
-    """
-    import_torch_fidelity()
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-    from torch_fidelity.utils import create_feature_extractor
-
-    extractor.register()
-    layer_for = FEATURE_EXTRACTORS_REGISTRY[extractor.name].get_default_feature_layer_for_metric
-    cuda = torch.cuda.is_available()
-    with torch.random.fork_rng(devices=[]):  # Inception draws its first weights
-        network = create_feature_extractor(
-            extractor.name,
-            [layer_for("fid")],
-            cuda=cuda,
-            verbose=False,
-            feature_extractor_weights_path=extractor.weights_path,
-        )
-
-    @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        images = images.expand(-1, extractor.channels, -1, -1)
-        parts = images.cuda().split(_BATCH) if cuda else images.split(_BATCH)
-        return torch.cat([network(part)[0].double().cpu() for part in parts])
-
-    return features
 
 
 def side_by_side(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """Whether a model repeats what it was trained on: distances to the nearest training image.
 
-    copied share   of the drawn images, those as near to a training image as the nearest 5 % of
-                   held-out images are; 0.05 where drawn images are as new as held-out ones
+    copied share   of the generated images, those as near to a training image as the nearest 5 %
+                   of held-out images are; 0.05 where they are as new as held-out ones
 
-Letters: N drawn images, H held-out images, M training images, D features.
+Letters: N generated images, H held-out images, M training images, D features.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A model's quality: images drawn under given conditions, compared with the data."""
+"""A model's quality: images generated under given conditions, compared with the data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,88 +9,75 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions
-from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.encoders.clip import ClipScore
-from speed_engine.evaluation.copies import Nearest, nearest
 from speed_engine.evaluation.features import Extractor
-from speed_engine.evaluation.fidelity import METRICS, check_channels, check_counts, compare
-from speed_engine.evaluation.generate import check_guidance, generate
+from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.evaluation.metrics import ENOUGH, HELD_OUT, METRICS, fields, title, written
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE, World
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured of drawn images, and what it depends on; None means not asked for.
+    """What was measured of generated images, and how.
 
-    Fields without a prefix compare with the images that were trained on.
+    Attributes:
+        figures: by their names in records, see metrics.py; of FID also ``fid_within``, that of two
+            random sets of ``fid_within_images`` real images, where so few bias it.
+        circumstances: what they depend on: ``Evaluator.circumstances``.
+        generated: the images, with the features that were compared; None without an extractor.
     """
 
-    fid: float | None = None
-    kid: float | None = None
-    isc: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    held_out_fid: float | None = None
-    held_out_kid: float | None = None
-    held_out_precision: float | None = None
-    held_out_recall: float | None = None
-    copied_share: float | None = None  # see copies.py
-    clip_score: float | None = None  # see clip.py
-    extractor: str | None = None
-    weights_sha256: str | None = None  # of the extractor
-    feature_dim: int | None = None
-    num_generated: int
-    num_reference: int | None = None
-    num_held_out: int | None = None
-    clip_weights_sha256: str | None = None
-    solver: str
-    solver_steps: int
-    guidance: float
-    guidance_interval: list[float] | None
-    nearest: Nearest | None = field(default=None, repr=False, compare=False)
+    figures: Mapping[str, float]
+    circumstances: Mapping[str, Any]
+    generated: ImageSet | None = field(default=None, repr=False, compare=False)
 
     def record(self) -> dict[str, Any]:
         """What is known, by name, for metrics.jsonl."""
-        return {k: v for k, v in vars(self).items() if v is not None and k != "nearest"}
+        known = {**self.figures, **self.circumstances}
+        return {name: value for name, value in known.items() if value is not None}
+
+    def headline(self) -> str:
+        """The figure that was asked for first, such as ``FID (classifier features) 0.436``."""
+        name, value = next(iter(self.figures.items()))
+        return f"{title(name, self.circumstances.get('extractor'))} {written(name, value)}"
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Draws and measures the same images, by seed, each time it is called.
+    """Generates and measures the same images, by seed, each time it is called.
 
     Attributes:
-        reference: the images that are trained on; None compares with nothing.
-        extractor: of the features that are compared; None with no reference.
-        metrics: fid, kid, isc, prc, copies, clip.
+        table: the linear form of the process that the model was trained on.
+        settings: how images are generated.
+        training: the images that are trained on; None compares with none.
+        extractor: of the features that are compared; None with no images to compare with.
+        metrics: keys of ``METRICS``; those that lack what they need are not measured.
         held_out: real images that are not trained on, of the same extractor; None if there are
             none.
         clip: of the metric of that name.
         texts: (num_images,) what it compares with.
-        conditions: (num_images, ...) each, of the images drawn.
+        conditions: (num_images, ...) each, of the images generated.
         null: what hides them for guidance.
-        decode: latents to pictures; None leaves what is drawn as it is.
+        decode: latents to pictures; None leaves what is generated as it is.
 
     Raises:
         UserError: too few images for a metric with this extractor, images of other channels than
-            it takes, or guidance on a model that is told nothing that can be hidden.
+            it takes, or guidance on a model that is conditioned on nothing that can be hidden.
     """
 
-    schedule: NoiseSchedule
     table: TimestepTable
-    reference: ImageSet | None
+    settings: GenerationSettings
+    training: ImageSet | None
     extractor: Extractor | None
     conditions: Conditions
     null: Mapping[str, Tensor]
     image_shape: tuple[int, int, int]
     latents: bool
     num_images: int
-    solver_steps: int
-    guidance: float
     seed: int
-    solver: str = "ddim"
-    guidance_interval: tuple[float, float] | None = None
     world: World = ALONE
     decode: Callable[[Tensor], Tensor] | None = None
     metrics: tuple[str, ...] = ("fid", "kid")
@@ -99,79 +86,83 @@ class Evaluator:
     texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_guidance(self.guidance, self.conditions, self.null)
+        check_guidance(self.settings.guidance, self.conditions, self.null)
         if self.extractor is None:
             return
-        check_channels(self.image_shape[0], self.extractor)
-        metrics = self._compared(METRICS)
-        for real in (self.reference, self.held_out):
-            if real is not None:
-                check_counts(self.num_images, len(real), self.extractor, metrics)
+        _check_channels(self.image_shape[0], self.extractor)
+        for metric in self._measured():
+            for real in self._real().values():
+                _check_counts(metric, self.num_images, len(real), self.extractor)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, Evaluation | None]:
         """Images (N, C, H, W), decoded or as ``generate`` returns them, and what was measured.
 
-        Every process draws its part of the images and gets all; the first one measures them, the
-        others have None.
+        Every process generates its part of the images and gets all; the first one measures them,
+        the others have None.
         """
-        images = self.draw(model)
+        images = self.generate(model)
         return images, self.measure(images) if self.world.is_first else None
 
-    def draw(self, model: nn.Module) -> Tensor:
+    def generate(self, model: nn.Module) -> Tensor:
         """The images alone, on every process."""
-        # Each process draws equally many, for sharded models compute together: the last image again
-        # where there is none left.
+        # Each process generates equally many, for sharded models compute together: the last image
+        # again where there is none left.
         share = -(-self.num_images // self.world.size)
         first = self.world.rank * share
         ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
-        return self.world.gather_on_host(self.draw_some(model, ids))[: self.num_images]
+        return self.world.gather_on_host(self.generate_some(model, ids))[: self.num_images]
 
-    def draw_some(self, model: nn.Module, ids: Tensor) -> Tensor:
+    def generate_some(self, model: nn.Module, ids: Tensor) -> Tensor:
         """(B,) int64 -> (B, C, H, W): these of the images, on this process alone."""
         images = generate(
             model,
-            self.schedule,
             self.table,
             {name: value[ids] for name, value in self.conditions.items()},
             ids,
+            self.settings,
             image_shape=self.image_shape,
             null=self.null,
             seed=self.seed,
-            num_steps=self.solver_steps,
-            solver=self.solver,
-            guidance=self.guidance,
-            guidance_interval=self.guidance_interval,
             latents=self.latents,
         )
         return images if self.decode is None else self.decode(images)
 
     def measure(self, images: Tensor) -> Evaluation | None:
-        """What is to be measured of images that were drawn; None if that is nothing."""
-        figures: dict[str, Any] = {}
-        if self.extractor is not None and self.reference is not None:
-            logits = "isc" in self.metrics
-            drawn = ImageSet(images, len(images), self.extractor, logits=logits)
-            figures |= compare(drawn, self.reference, self._compared(METRICS))
-            figures |= self._held_out_figures(drawn)
-        if self.clip is not None:
-            figures["clip_score"] = self.clip(images, self.texts)
-        return Evaluation(**figures, **self.circumstances()) if figures else None
+        """What is to be measured of images that were generated; None if that is nothing."""
+        measured = [METRICS[name] for name in self._measured()]
+        if not measured:
+            return None
+        given: dict[str, Any] = {
+            "images": images,
+            "training": self.training,
+            "held_out": self.held_out,
+            "texts": self.texts,
+            "clip": self.clip,
+        }
+        if self.extractor is not None:
+            logits = any("logits" in metric.needs for metric in measured)
+            generated = ImageSet(images, len(images), self.extractor, logits=logits)
+            given |= {"generated": generated, "logits": generated.logits if logits else None}
+        figures: dict[str, float] = {}
+        for metric in measured:
+            for prefix, real in self._parts(metric.needs):
+                values = metric.compute(*((given | {"real": real})[need] for need in metric.needs))
+                figures |= {prefix + name: values[name] for name in metric.figures}
+        return Evaluation(
+            figures=figures | self._bias,
+            circumstances=self.circumstances(),
+            generated=given.get("generated"),
+        )
 
     def circumstances(self) -> dict[str, Any]:
-        """The fields of an evaluation that say what was measured and how."""
-        facts: dict[str, Any] = {
-            "num_generated": self.num_images,
-            "solver": self.solver,
-            "solver_steps": self.solver_steps,
-            "guidance": self.guidance,
-            "guidance_interval": self.guidance_interval and list(self.guidance_interval),
-        }
-        if self.extractor is not None and self.reference is not None:
+        """The fields of a record that say what was measured and how."""
+        facts: dict[str, Any] = {"num_generated": self.num_images, **self.settings.record()}
+        if self.extractor is not None and self.training is not None:
             facts |= {
                 "extractor": self.extractor.name,
                 "weights_sha256": self.extractor.weights_sha256,
                 "feature_dim": self.extractor.feature_dim,
-                "num_reference": len(self.reference),
+                "num_reference": len(self.training),
             }
         if self.held_out is not None:
             facts["num_held_out"] = len(self.held_out)
@@ -180,32 +171,62 @@ class Evaluator:
         return facts
 
     def fields(self) -> set[str]:
-        """The fields of an evaluation that are measured."""
-        names = {name for metric in self._compared(METRICS) for name in METRICS[metric]}
-        if self.held_out is not None:
-            names |= {f"held_out_{name}" for name in names - {"isc"}}
-        if "copies" in self.metrics:
-            names.add("copied_share")
-        names = names if self.reference is not None else set()
-        return names | ({"clip_score"} if self.clip is not None else set())
+        """The fields of a record that are measured."""
+        held_out = self.held_out is not None
+        return {name for metric in self._measured() for name in fields(metric, held_out)}
 
-    def _held_out_figures(self, drawn: ImageSet) -> dict[str, Any]:
-        if self.held_out is None or self.reference is None:
-            return {}
-        against = self._compared(("fid", "kid", "prc"))  # isc compares with nothing
-        figures: dict[str, Any] = {
-            f"held_out_{name}": value
-            for name, value in compare(drawn, self.held_out, against).items()
-        }
-        if "copies" in self.metrics:
-            figures["nearest"] = nearest(drawn.features, self.reference.features)
-            figures["copied_share"] = figures["nearest"].copied_share(self._nearest_of_held_out)
-        return figures
+    def _measured(self) -> tuple[str, ...]:
+        """The metrics whose needs are there."""
+        there = {"images"}
+        if self.extractor is not None and self.training is not None:
+            there |= {"generated", "logits", "real", "training"}
+        there |= {"held_out"} if self.held_out is not None else set()
+        there |= {"texts", "clip"} if self.clip is not None else set()
+        return tuple(name for name in self.metrics if there >= set(METRICS[name].needs))
+
+    def _real(self) -> dict[str, ImageSet]:
+        """What begins the names of figures -> the real images that they compare with."""
+        parts = {"": self.training, HELD_OUT: self.held_out}
+        return {prefix: real for prefix, real in parts.items() if real is not None}
+
+    def _parts(self, needs: tuple[str, ...]) -> list[tuple[str, ImageSet | None]]:
+        return list(self._real().items()) if "real" in needs else [("", None)]
 
     @cached_property
-    def _nearest_of_held_out(self) -> Nearest:
-        assert self.held_out is not None and self.reference is not None
-        return nearest(self.held_out.features, self.reference.features)
+    def _bias(self) -> dict[str, float]:
+        """Of metrics that few images bias, the figure of two sets of as few real images.
 
-    def _compared(self, among: Mapping[str, Any] | tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(metric for metric in self.metrics if metric in among)
+        Those that were not read for another figure are not read for this one.
+        """
+        found: dict[str, float] = {}
+        for name in self._measured():
+            metric = METRICS[name]
+            for prefix, real in self._parts(metric.needs):
+                if metric.bias is None or real is None or not real.has_features:
+                    continue
+                count = min(self.num_images, len(real) // 2)
+                if count < ENOUGH and count >= metric.least(real.extractor.feature_dim):
+                    figure = prefix + next(iter(metric.figures))
+                    found[f"{figure}_within"] = metric.bias(real, count)
+                    found[f"{figure}_within_images"] = count
+        return found
+
+
+def _check_channels(channels: int, extractor: Extractor) -> None:
+    if channels != extractor.channels and (channels, extractor.channels) != (1, 3):
+        raise UserError(
+            f"images have {channels} channels, {extractor.name} takes {extractor.channels}; "
+            "use an extractor trained on images like these."
+        )
+
+
+def _check_counts(name: str, num_generated: int, num_real: int, extractor: Extractor) -> None:
+    """Whether so many images suffice for a metric, to be known before they are generated."""
+    metric = METRICS[name]
+    least = metric.least(extractor.feature_dim)
+    if min(num_generated, num_real) < least:
+        raise UserError(
+            f"{name} with {extractor.name} ({extractor.feature_dim} features) needs {least} "
+            f"images or more on both sides, {metric.why}; got {num_generated} generated, "
+            f"{num_real} real. Use more images or another extractor or metric."
+        )

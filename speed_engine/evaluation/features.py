@@ -17,6 +17,7 @@ import torch
 
 from speed_engine.runtime.checks import UserError
 
+INCEPTION = "inception-v3-compat"  # the extractor of published FID, KID and IS
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
@@ -68,7 +69,7 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
             f"{INCEPTION_SHA256}; it was not opened. Delete it and fetch {INCEPTION_URL}."
         )
     return Extractor(
-        name="inception-v3-compat",
+        name=INCEPTION,
         weights_sha256=digest,
         feature_dim=2048,
         channels=3,

@@ -7,8 +7,10 @@ Letters: N images, B images per batch.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,51 +18,70 @@ from PIL import Image
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions, hidden
-from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.solvers import Denoising, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.sharding import autocast
 
 GRID_COLUMNS, GRID_ROWS = 10, 10
 GRID_IMAGE_PIXELS = 48  # smallest side of one image in a grid, by enlarging whole pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How images are generated.
+
+    Attributes:
+        solver: a key of ``SOLVERS``.
+        steps: model evaluations per image; twice as many with guidance.
+        guidance: scale of classifier-free guidance; answers are extrapolated from unconditional to
+            conditional ones by this factor, so that 1 is none. A learned variance is taken from
+            the conditional answer.
+        interval: guide where sigma / alpha is above the first and at most the second
+            (Kynkaanniemi et al. 2024), and ask the model once elsewhere; None guides everywhere.
+    """
+
+    solver: str = "ddim"
+    steps: int = 25
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """As records and unfinished images hold them, JSON-like."""
+        return {
+            "solver": self.solver,
+            "solver_steps": self.steps,
+            "guidance": self.guidance,
+            "guidance_interval": None if self.interval is None else list(self.interval),
+        }
+
+
 @torch.no_grad()  # sharded models cannot gather their parameters in inference mode
 def generate(
     model: nn.Module,
-    schedule: NoiseSchedule,
     table: TimestepTable,
     conditions: Conditions,
     ids: Tensor,
+    settings: GenerationSettings,
     *,
     image_shape: tuple[int, int, int],
     null: Mapping[str, Tensor],
     seed: int,
-    num_steps: int,
-    solver: str = "ddim",
-    guidance: float = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
     latents: bool = False,
     batch_size: int = 500,
 ) -> Tensor:
-    """Draw images.
+    """Generate images, computing in the precision that the model is trained in on its device.
 
     Args:
         model: ``model(x_in, t, **conditions)``, in evaluation mode.
-        schedule: the process the model was trained on.
-        table: its linear form.
+        table: the linear form of the process that the model was trained on.
         conditions: (N, ...) each, by the name of the model's argument.
         ids: (N,) int64, which images these are.
+        settings: how.
         image_shape: (C, H, W).
         null: value of one row of the conditions that guidance hides.
         seed: root of the noise.
-        num_steps: model evaluations per image; twice as many with guidance.
-        solver: a key of ``SOLVERS``.
-        guidance: answers are extrapolated from not told to told by this factor; 1 is none. A
-            learned variance is taken from the told answer.
-        guidance_interval: guide where sigma / alpha is above the first and at most the second
-            (Kynkaanniemi et al. 2024), and ask the model once elsewhere; None guides everywhere.
         latents: images are not bounded by [-1, 1] and are returned as they are.
         batch_size: B, images at a time; changes nothing but memory.
 
@@ -70,47 +91,51 @@ def generate(
     Raises:
         UserError: an unknown solver, too many steps, or guidance on what cannot be hidden.
     """
-    device = next(model.parameters()).device
+    device, schedule = next(model.parameters()).device, table.schedule
     root = torch.tensor(seed, device=device)
-    solve = solver_named(solver)
-    check_guidance(guidance, conditions, null)
-    low, high = guidance_interval or (0.0, math.inf)
+    solve = solver_named(settings.solver)
+    check_guidance(settings.guidance, conditions, null)
+    low, high = settings.interval or (0.0, math.inf)
+
+    def ask(x: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        with autocast(device.type):
+            return model(x, times, **conditions).float()  # solvers sum in float32 or more
 
     def predict(x: Tensor, t: float) -> Tensor:
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
         times = schedule.model_time(time).to(device).expand(len(x))
-        answer = model(x, times, **told)
-        if guidance == 1 or not low < schedule.sigma(time) / schedule.alpha(time) <= high:
+        answer = ask(x, times, given)
+        if settings.guidance == 1 or not low < schedule.sigma(time) / schedule.alpha(time) <= high:
             return answer
         channels = x.shape[1]
-        untold = model(x, times, **hidden(told, null))[:, :channels]
-        guided = untold + guidance * (answer[:, :channels] - untold)
+        unconditional = ask(x, times, hidden(given, null))[:, :channels]
+        guided = unconditional + settings.guidance * (answer[:, :channels] - unconditional)
         return torch.cat([guided, answer[:, channels:]], dim=1)
 
     images = []
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
-        told = {name: value[part].to(device) for name, value in conditions.items()}
+        given = {name: value[part].to(device) for name, value in conditions.items()}
         noise = partial(_noise, root, ids[part].to(device), image_shape)
         problem = Denoising(
             predict, table, lambda step, noise=noise: noise(Stream.SOLVER, step), clip=not latents
         )
-        x = solve(problem, noise(Stream.GENERATION), num_steps)
+        x = solve(problem, noise(Stream.GENERATION), settings.steps)
         images.append(x.cpu() if latents else ((x + 1) * 127.5).round().to(torch.uint8).cpu())
     return torch.cat(images)
 
 
 def check_guidance(guidance: float, conditions: Conditions, null: Mapping[str, Tensor]) -> None:
-    """Whether guidance has something to hide, to be known before anything is drawn.
+    """Whether guidance has something to hide, to be known before anything is generated.
 
     Raises:
         UserError: it has not.
     """
     if guidance != 1 and not conditions.keys() & null.keys():
-        told = ", ".join(conditions) or "nothing"
+        given = ", ".join(conditions) or "nothing"
         raise UserError(
-            f"guidance={guidance:g} compares a model that is told a class or a text with itself "
-            f"when it is not; this one is told {told}: set the guidance to 1."
+            f"guidance={guidance:g} compares a model conditioned on a class or a text with itself "
+            f"without it; this one is conditioned on {given}: set the guidance to 1."
         )
 
 
@@ -127,7 +152,7 @@ def grid_rows(num_images: int, conditions: Conditions) -> Tensor:
 
 
 def save_images(images: Tensor, rows: Tensor, path: Path) -> Path:
-    """Write what was drawn, a grid of pixels or an array of latents, and return where.
+    """Write what was generated, a grid of pixels or an array of latents, and return where.
 
     Args:
         images: (N, C, H, W) as ``generate`` returns them.

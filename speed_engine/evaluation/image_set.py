@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from speed_engine.evaluation.copies import Nearest, nearest
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
@@ -51,6 +52,7 @@ class ImageSet:
     ) -> None:
         self._read, self._count, self.extractor = images, count, extractor
         self._file, self._metrics = statistics_file, ["fid", "isc"] if logits else ["fid"]
+        self._nearest: dict[ImageSet, Nearest] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -59,6 +61,11 @@ class ImageSet:
     def images(self) -> Tensor:
         """(N, C, H, W) uint8."""
         return self._read if isinstance(self._read, Tensor) else self._read()
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the features are known, so that they cost nothing."""
+        return "_layers" in vars(self)
 
     @property
     def features(self) -> Tensor:
@@ -73,19 +80,31 @@ class ImageSet:
     @cached_property
     def statistics(self) -> Statistics:
         """Mean and covariance of the features."""
-        from torch_fidelity.metric_fid import fid_features_to_statistics
-
         dim = self.extractor.feature_dim
         if self._file is not None and (known := _load_statistics(self._file, dim)) is not None:
             return known
-        statistics = fid_features_to_statistics(self.features)
+        statistics = statistics_of(self.features)
         if self._file is not None:
             _save_statistics(self._file, statistics)
         return statistics
 
+    def nearest_in(self, training: "ImageSet") -> Nearest:
+        """To each image the nearest training image; computed once."""
+        if training not in self._nearest:
+            self._nearest[training] = nearest(self.features, training.features)
+        return self._nearest[training]
+
     @cached_property
     def _layers(self) -> list[Tensor]:
         return extract(self.images, self.extractor, self._metrics)
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """(N, D) -> their mean and covariance."""
+    import_torch_fidelity()
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    return fid_features_to_statistics(features)
 
 
 def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> list[Tensor]:
@@ -177,6 +196,6 @@ def _save_statistics(path: Path, statistics: Statistics) -> None:
     np.savez(content, mu=statistics["mu"], sigma=statistics["sigma"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, content.getvalue())
+        write_durably(path, content.getvalue(), shared=True)
     except OSError as error:
         log.warning("%s could not be kept: %s", path, error)

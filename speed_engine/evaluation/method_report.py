@@ -1,4 +1,4 @@
-"""Methods and processes at a glance: which go together, what they draw and how they weigh.
+"""Methods and processes at a glance: which go together, what they sample and how they weigh.
 
     table     process x method: it works, or why not
     arrays    P and w of every method on one process, for other programs
@@ -22,9 +22,9 @@ from speed_engine.diffusion.schedule import NoiseSchedule
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up
 SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
-_LATE_STEP = 10**9  # when laws that follow the step have arrived
+_LATE_STEP = 10**9  # when distributions that follow the step have arrived
 _TALLEST = 5.0  # what is higher is cut off, and its maximum written in the panel
-_INK, _LAW, _WEIGHT, _SHARE = "0.25", "#1f77b4", "#d95f02", "0.8"
+_INK, _DISTRIBUTION, _WEIGHT, _SHARE = "0.25", "#1f77b4", "#d95f02", "0.8"
 
 
 def compatibility(num_timesteps: int) -> dict[str, dict[str, str | None]]:
@@ -38,9 +38,9 @@ def compatibility(num_timesteps: int) -> dict[str, dict[str, str | None]]:
 def arrays(process: str, num_timesteps: int) -> dict[str, dict[str, Any]]:
     """P and w of every method on one process, as JSON holds them.
 
-    ``P`` is the law of the first step and ``w`` the weight of the MSE of ``prediction``, both by
-    timestep from clean to noisy; ``changes_in_training`` says that they do not stay so. A method
-    that the process does not allow has ``why_not`` instead.
+    ``P`` is the distribution at the first step and ``w`` the weight of the MSE of ``prediction``,
+    both by timestep from clean to noisy; ``changes_in_training`` says that they do not stay so. A
+    method that the process does not allow has ``why_not`` instead.
     """
     schedule = build_schedule(process, num_timesteps)
     return {name: _arrays(name, schedule) for name in METHODS}
@@ -99,32 +99,34 @@ def _draw_methods(process: str, num_timesteps: int):
         panel.tick_params(labelbottom=True)
     figure.supxlabel("timestep, from clean to noisy", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    handles.append(Line2D([], [], color=_LAW, linestyle="--"))
+    handles.append(Line2D([], [], color=_DISTRIBUTION, linestyle="--"))
     figure.legend(handles, [*labels, "P at the end"], loc="outside upper right", ncols=4)
-    title = f"{process}: what each method draws, and how it weighs the MSE of {schedule.prediction}"
+    title = (
+        f"{process}: what each method samples, and how it weighs the MSE of {schedule.prediction}"
+    )
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 
 
 def _draw_method(panel, name: str, method: Method, num_timesteps: int) -> None:
     t = torch.arange(num_timesteps)
-    law = method.probabilities * num_timesteps
+    p = method.probabilities * num_timesteps
     weight = method.weight / (method.probabilities * method.weight).sum()
     bands = (t * BANDS // num_timesteps).clamp(max=BANDS - 1)
-    share = torch.zeros(BANDS).double().index_add(0, bands, law * weight)
+    share = torch.zeros(BANDS).double().index_add(0, bands, p * weight)
     share /= torch.bincount(bands, minlength=BANDS)
     width = num_timesteps / BANDS
     left = (torch.arange(BANDS) * width).numpy()
     panel.bar(left, share.numpy(), width, align="edge", color=_SHARE, label="P·w, by tenth")
-    panel.plot(t, law, color=_LAW, linewidth=3.5, label="P, uniform = 1")
+    panel.plot(t, p, color=_DISTRIBUTION, linewidth=3.5, label="P, uniform = 1")
     panel.plot(t, weight, color=_WEIGHT, linewidth=1.5, label="w, mean under P = 1")
     last = method.timesteps.probabilities(_LATE_STEP) * num_timesteps
-    if not torch.equal(last, law):
-        panel.plot(t, last, "--", color=_LAW)
+    if not torch.equal(last, p):
+        panel.plot(t, last, "--", color=_DISTRIBUTION)
     suffix = "" if method.is_fixed else " (at the first step; changes)"
     panel.set_title(name + suffix, loc="left", fontsize=9)
     panel.set_xlim(0, num_timesteps)
-    highest = {"P": float(law.max()), "w": float(weight.max()), "P·w": float(share.max())}
+    highest = {"P": float(p.max()), "w": float(weight.max()), "P·w": float(share.max())}
     panel.set_ylim(0, min(_TALLEST, 1.1 * max(*highest.values(), float(last.max()))))
     beyond = [f"{curve} up to {top:,.0f}" for curve, top in highest.items() if top > _TALLEST]
     panel.text(0.03, 0.97, "\n".join(beyond), transform=panel.transAxes, va="top", fontsize=8)

@@ -1,18 +1,17 @@
-"""Images drawn in parts on disk: what was interrupted continues where it stopped.
+"""Images generated in parts on disk: what was interrupted continues where it stopped.
 
     FOLDER/settings.json     all that decides the images
     FOLDER/00000500.npy      images 500 and following, one batch (B, C, H, W)
 
-A part appears when it is complete. It is the same batch whichever process draws it, so that any
+A part appears when it is complete. It is the same batch whichever process generates it, so that any
 number of processes, and any interruptions, give the same bits.
 
 Letters: N images, B images of a batch, C channels, H x W pixels.
 """
 
-import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ImageParts:
     """Images on disk.
 
     Attributes:
@@ -82,69 +81,60 @@ class Drawing:
 
     def remove(self) -> None:
         """The parts, once their images are elsewhere."""
-        (self.folder / SETTINGS).unlink()  # first: parts without it are never taken for a drawing
+        (self.folder / SETTINGS).unlink()  # first: parts without it are never taken up
         _empty(self.folder)
         self.folder.rmdir()
 
 
-def draw_in_parts(
-    draw: Callable[[Tensor], Tensor],
+def generate_in_parts(
+    generate: Callable[[Tensor], Tensor],
     num_images: int,
     batch_size: int,
     folder: Path,
     settings: dict[str, Any],
     world: World = ALONE,
-    advance: Callable[[int], object] = lambda images: None,
-) -> Drawing:
-    """Draw what is missing in a folder; the processes share it.
+    advance: Callable[[int], object] = lambda count: None,
+) -> ImageParts:
+    """Generate what is missing in a folder; the processes share it.
 
     Args:
-        draw: (B,) int64 images on the CPU -> (B, C, H, W) on the CPU, a function of these ids.
+        generate: (B,) int64 images on the CPU -> (B, C, H, W) on the CPU, a function of these ids.
         num_images: N.
         batch_size: B.
         folder: of the parts, made or continued.
         settings: JSON-like, all that decides the images, beside those above.
         world: the processes; each calls this, and returns when all parts are there.
-        advance: told the images of each part that this process has drawn.
+        advance: called with the number of images of each part that this process generated.
 
     Raises:
         UserError: the folder holds images of other settings.
     """
-    drawing = Drawing(folder, num_images, batch_size)
+    images = ImageParts(folder, num_images, batch_size)
     settings = {"num_images": num_images, "batch_size": batch_size, **settings}
-    missing: list[int] = world.from_first(lambda: _begin(drawing, settings))
+    missing: list[int] = world.from_first(lambda: _begin(images, settings))
     for start in missing[world.rank :: world.size]:
-        ids = drawing.ids(start)
-        _write(drawing.path(start), draw(ids).numpy())
+        ids = images.ids(start)
+        _write(images.path(start), generate(ids).numpy())
         advance(len(ids))
     world.barrier()
-    return drawing
+    return images
 
 
 def is_begun(folder: Path) -> bool:
-    """Whether a folder holds parts that a drawing may continue."""
+    """Whether a folder holds parts that can be continued."""
     return (folder / SETTINGS).is_file()
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, hexadecimal: what a drawing depends on, in its settings."""
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        sha.update(value.cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
-def _begin(drawing: Drawing, settings: dict[str, Any]) -> list[int]:
-    """Make the folder, or check that it is of these settings; the parts to draw."""
-    folder, settings = drawing.folder, json.loads(json.dumps(settings))
+def _begin(images: ImageParts, settings: dict[str, Any]) -> list[int]:
+    """Make the folder, or check that it is of these settings; the parts to generate."""
+    folder, settings = images.folder, json.loads(json.dumps(settings))
     if is_begun(folder):
         _check_settings(folder, settings)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         _empty(folder)
         write_durably(folder / SETTINGS, json.dumps(settings, indent=2).encode() + b"\n")
-    return [start for start in drawing.starts if not drawing.path(start).exists()]
+    return [start for start in images.starts if not images.path(start).exists()]
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -157,7 +147,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
             f"{name} {there.get(name)} (now {settings.get(name)})" for name in differing
         )
         raise UserError(
-            f"{folder} holds the beginning of a drawing with {changes}; finish that one with its "
+            f"{folder} holds the first of other images, with {changes}; finish those with their "
             "own settings, delete the folder, or write elsewhere."
         )
 
@@ -176,4 +166,4 @@ def _empty(folder: Path) -> None:
 
 
 def _unreadable(path: Path, cause: str) -> UserError:
-    return UserError(f"{path} cannot be used: {cause}. Delete it and run again; it is redrawn.")
+    return UserError(f"{path} cannot be used: {cause}. Delete it; the same command makes it again.")

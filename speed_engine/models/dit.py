@@ -320,32 +320,3 @@ def dit_size(name: str) -> dict[str, Any]:
         "variant": "modern" if match[3] else "original",
         **DIT_SIZES[match[1]]._asdict(),
     }
-
-
-def build_dit(
-    name: str,
-    *,
-    input_size: tuple[int, int],
-    channels: int,
-    num_classes: int | None,
-    **options: Any,
-) -> DiT:
-    """A DiT by its name: ``DiT-S/2`` to ``DiT-XL/8``, ``DiT-XL/2-modern``.
-
-    Args:
-        name: size, patch size and variant.
-        input_size: (H, W); each a multiple of the patch size.
-        channels: C.
-        num_classes: labels.
-        options: further arguments of ``DiT``.
-
-    Raises:
-        UserError: another name.
-    """
-    return DiT(
-        input_size=input_size,
-        channels=channels,
-        num_classes=num_classes,
-        **dit_size(name),
-        **options,
-    )

@@ -1,23 +1,45 @@
 """Files that a crash cannot leave half written, and the folder of those that can be made again."""
 
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_durably(path: Path, data: bytes | bytearray) -> None:
+def write_durably(path: Path, data: bytes | bytearray, *, shared: bool = False) -> None:
     """Under its final name the file is complete and on disk, or it is not there at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        data: its content.
+        shared: as in ``replacing``.
 
     Raises:
         OSError: the disk is full or read-only; nothing is left behind.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    with replacing(path, shared=shared) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` to write a file to, which takes its place when the block ends.
+
+    After an exception nothing is left behind, and what was at ``path`` is still there.
+
+    Args:
+        path: of the file.
+        shared: whether several processes may write it at the same time, as in a cache; each then
+            writes under a name of its own, which a kill leaves behind.
+    """
+    own = f".{uuid.uuid4().hex}" if shared else ""
+    temporary = path.with_name(f"{path.name}{own}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.rename(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)

@@ -1,11 +1,13 @@
 """Figures of a run: averaged on the device, read once per interval, recorded in two forms.
 
-metrics.jsonl    one object per record, for programs; a resumed run cuts it back to its checkpoint
+metrics.jsonl    one JSON object per record, for programs; null is a figure that was not finite; a
+                 resumed run cuts the file back to its checkpoint
 tensorboard/     the same figures as curves
 """
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -132,7 +134,7 @@ class RunLog:
 
     def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
         """Record figures at a step."""
-        self._append(json.dumps({"step": step, **figures}).encode() + b"\n", step)
+        self._append(as_json({"step": step, **figures}).encode() + b"\n", step)
         if self._curves is None:
             return
         try:
@@ -171,8 +173,22 @@ class RunLog:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """Those of metrics.jsonl, oldest first; half a line that a kill left is not one."""
-    return [json.loads(line) for line in _lines(run / RECORDS)]
+    """Those of metrics.jsonl, oldest first, figures that are not finite as None.
+
+    Half a line that a kill left is no record. NaN and Infinity, which older versions wrote and JSON
+    does not have, are None, too.
+    """
+    lines = _lines(run / RECORDS)
+    return [json.loads(line, parse_constant=lambda name: None) for line in lines]
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """One line of JSON; a figure that is not finite is null, for JSON has no NaN."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False)
 
 
 def append_record(run: Path, record: Mapping[str, Any]) -> None:
@@ -183,7 +199,7 @@ def append_record(run: Path, record: Mapping[str, Any]) -> None:
         complete = known.rfind(b"\n") + 1
         if complete < len(known):
             file.truncate(complete)
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(as_json(record).encode() + b"\n")
 
 
 def _lines(path: Path) -> list[str]:

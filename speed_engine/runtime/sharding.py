@@ -12,6 +12,7 @@ Letters: W processes.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,20 @@ LAYOUTS: dict[str, Callable[[World], tuple[int, int]]] = {
     "fsdp": lambda world: (1, world.size),
     "hsdp": lambda world: (world.size // world.local_size, world.local_size),
 }
+
+
+# By type of device; elsewhere models compute in float32, where bfloat16 is no faster at this size.
+COMPUTE_DTYPES = {"cuda": torch.bfloat16}
+
+
+def autocast(device_type: str) -> AbstractContextManager[object]:
+    """Inside, a model on such a device computes matrix products in the device's compute type.
+
+    Training and generation both run their models in it. A model that ``distribute`` laid out needs
+    it: its parameters are of that type while they are used, and its inputs are not.
+    """
+    dtype = COMPUTE_DTYPES.get(device_type)
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
 def distribute(
@@ -47,7 +62,8 @@ def distribute(
         model: equal on every process.
         world: this process among all.
         layout: a key of ``LAYOUTS``.
-        device_type: cuda computes in bfloat16, with float32 parameters and gradient sums.
+        device_type: a key of ``COMPUTE_DTYPES`` computes in that type, with float32 parameters and
+            gradient sums; its inputs are cast by ``autocast``.
         reshard_after_forward: drop gathered parameters between forward and backward: less memory,
             one more gathering.
         offload: keep parameters, gradients and optimizer state on the host.
@@ -57,9 +73,9 @@ def distribute(
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy()
-    if device_type == "cuda":
+    if dtype := COMPUTE_DTYPES.get(device_type):
         # Inputs stay as they are: a timestep of 999 is 1000 in bfloat16.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {"mesh": mesh(world, layout, device_type), "mp_policy": policy}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")

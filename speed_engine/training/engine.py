@@ -6,7 +6,6 @@ number of steps done.
 Letters: B images of one process.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from speed_engine.data.batch import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.ops import Stream, random_bits
+from speed_engine.runtime.sharding import autocast
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.update import Update
 
@@ -86,7 +86,7 @@ class Engine:
         for i, part in enumerate(parts):
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
-            with self._autocast():
+            with autocast(self._device_type):
                 output = self.objective(
                     self.forward,
                     part.images,
@@ -114,12 +114,6 @@ class Engine:
         self.objective.observe(before, output._replace(t=t, weighted_error=errors))
         for now, was in zip(state, previous, strict=True):
             now.copy_(torch.where(finite, now, was))
-
-    def _autocast(self) -> AbstractContextManager:
-        """bf16 matrix products on CUDA; float32 elsewhere, where bf16 is no faster at this size."""
-        if self._device_type == "cuda":
-            return torch.autocast("cuda", dtype=torch.bfloat16)
-        return nullcontext()
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

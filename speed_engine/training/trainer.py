@@ -108,7 +108,7 @@ class Trainer:
         self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(device)
         self.clock = TrainingClock()
-        self.newest_evaluation: tuple[float | None, Path] | None = None
+        self.newest_evaluation: tuple[str, Path] | None = None
         self.events: list[tuple[int, Callable[[], None]]] = [
             (loop.log_every, self._log),
             (loop.evaluate_every, self._evaluate),
@@ -290,13 +290,12 @@ class Trainer:
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.folder / "samples" / f"step-{step:08d}.png"
         where = self._try_to_write(where, lambda: save_images(images, rows, where))
-        figure = ""
+        quality = ""
         if found is not None:
             self._record(found.record())
-        if found is not None and found.fid is not None:
-            figure = f"FID {found.fid:.3f}  "
-        self.newest_evaluation = found and found.fid, where
-        self.progress.say(f"step {step}/{self.loop.steps}  {figure}{where}")
+            quality = f"{found.headline()}  "
+        self.newest_evaluation = quality, where
+        self.progress.say(f"step {step}/{self.loop.steps}  {quality}{where}")
 
     def _try_to_write(self, path: Path, write: Callable[[], Path | None]) -> Path:
         """What a full disk may cost without ending the run, and the path that was written."""
@@ -346,7 +345,7 @@ class Trainer:
         if temporary.exists():
             temporary.rename(self.folder / EMA_FILE)
         if self.newest_evaluation is not None:
-            fid, samples = self.newest_evaluation
-            if fid is not None:
-                self._say(f"FID       {fid:.3f}  (all in {self.folder / 'metrics.jsonl'})")
+            quality, samples = self.newest_evaluation
+            if quality:
+                self._say(f"quality   {quality}(all in {self.folder / 'metrics.jsonl'})")
             self._say(f"samples   {samples}")

@@ -100,7 +100,7 @@ def test_training_records_both_parts_with_their_circumstances(trained):
     assert (record["solver_steps"], record["guidance"], record["num_generated"]) == (2, 1, 100)
 
 
-def test_what_training_measured_is_found_and_not_drawn_again(run, capsys, monkeypatch):
+def test_what_training_measured_is_found_and_not_generated_again(run, capsys, monkeypatch):
     monkeypatch.setattr("speed_engine.commands.evaluate.load_average", None)
     before = (run / "metrics.jsonl").read_bytes()
     shown = evaluate(run, capsys, "--json")
@@ -138,16 +138,16 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):
     assert (run / "metrics.jsonl").read_bytes() == before
     (run / "metrics.jsonl").write_bytes(before + b'{"step": 4, "fi')  # killed while writing
 
-    drawn = []
-    draw_some = Evaluator.draw_some
+    generated = []
+    generate_some = Evaluator.generate_some
 
     def counted(self, model, ids):
-        drawn.extend(ids.tolist())
-        return draw_some(self, model, ids)
+        generated.extend(ids.tolist())
+        return generate_some(self, model, ids)
 
-    monkeypatch.setattr(Evaluator, "draw_some", counted)
+    monkeypatch.setattr(Evaluator, "generate_some", counted)
     record = json.loads(evaluate(run, capsys, *options).out)
-    assert len(drawn) == 1100 and min(drawn) == 500
+    assert len(generated) == 1100 and min(generated) == 500
     assert read_records(run)[-1] == {**record, "evaluated": True}
     assert (run / "metrics.jsonl").read_bytes().startswith(before + b'{"step": 4, "images"')
     assert not first.parent.exists()
@@ -159,7 +159,7 @@ def test_the_table_has_a_column_for_each_part(run, capsys):
     shown = evaluate(run, capsys).out
     for words in ("training", "held-out", "FID", "recall", "copied share", "2 steps", "guidance 1"):
         assert words in shown
-    assert f"{read_records(run)[-1]['held_out_fid']:.4g}" in shown
+    assert f"{read_records(run)[-1]['held_out_fid']:.3f}" in shown
 
 
 @pytest.mark.long
@@ -186,7 +186,7 @@ def test_two_processes_measure_as_one(run, capsys):
         (["--num-images", "64"], "needs 65 images or more"),
         (["--features", "inception", "--inception-weights", "/no"], "/no"),
         (["--metrics", "clip"], "clip needs evaluation.clip_model"),
-        (["--metrics", "clip", "--clip-model", "x"], "needs a model that is told texts"),
+        (["--metrics", "clip", "--clip-model", "x"], "needs a model that is conditioned on texts"),
     ],
 )
 def test_bad_input_is_one_message(run, capsys, options, message):
@@ -216,7 +216,7 @@ def test_the_extractor_is_one_whatever_is_held_out(cache):
         settings = dataclasses.replace(TINY.evaluation, metrics=("fid",))
         config = dataclasses.replace(TINY, data=data, evaluation=settings)
         evaluator = build_evaluator(config, build_process(config))
-        assert evaluator.extractor is not None and evaluator.reference is not None
+        assert evaluator.extractor is not None and evaluator.training is not None
         extractors.add(evaluator.extractor.weights_sha256)
         assert (evaluator.held_out is None) == (share == 0)
     assert len(extractors) == 1

@@ -39,7 +39,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(run) -> bytes:
-    """The archive of a drawing that nothing disturbed."""
+    """The archive of images whose generation nothing disturbed."""
     out = run.parent / "straight.npz"
     cli.main(["sample", str(run), "--out", str(out), *HOW])
     return out.read_bytes()
@@ -52,7 +52,7 @@ def fails(capsys, *arguments: object) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def test_a_drawing_killed_by_sigkill_continues_where_it_stopped(run, straight, tmp_path, capsys):
+def test_generation_killed_by_sigkill_continues_where_it_stopped(run, straight, tmp_path, capsys):
     out, parts = tmp_path / "x.npz", tmp_path / "x.npz.parts"
     stuck = (  # after three parts, so that the kill falls between two
         "import time; from speed_engine.commands import sample; from speed_engine.cli import main\n"
@@ -76,7 +76,7 @@ def test_a_drawing_killed_by_sigkill_continues_where_it_stopped(run, straight, t
 
 
 @pytest.mark.long
-def test_two_processes_draw_the_images_of_one(run, straight, tmp_path):
+def test_two_processes_generate_the_images_of_one(run, straight, tmp_path):
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --".split()
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "speed_engine", "sample", run, "--out",
@@ -108,7 +108,7 @@ def test_the_batch_size_moves_no_pixel_by_more_than_one_level(run, straight, tmp
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_a_finished_drawing_is_not_overwritten_but_the_picture_is(run, tmp_path, capsys):
+def test_finished_images_are_not_overwritten_but_the_picture_is(run, tmp_path, capsys):
     two = ["sample", str(run), "--count", "2", "--out"]
     for out in (tmp_path / "x.npz", tmp_path / "folder"):
         cli.main([*two, str(out)])
@@ -125,7 +125,7 @@ def test_a_finished_drawing_is_not_overwritten_but_the_picture_is(run, tmp_path,
         (["--guidance-interval", "3", "1"], "guidance_interval=(3.0, 1.0): needs two noise levels"),
     ],
 )
-def test_bad_options_are_named_before_anything_is_drawn(run, tmp_path, capsys, options, message):
+def test_bad_options_are_named_before_generation(run, tmp_path, capsys, options, message):
     out = tmp_path / "x.npz"
     with pytest.raises(SystemExit):
         cli.main(["sample", str(run), "--out", str(out), *options])

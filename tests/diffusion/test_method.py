@@ -19,9 +19,9 @@ from speed_engine.diffusion.discrete import (
     from_betas,
     linear,
 )
-from speed_engine.diffusion.method import SHARED, build_method, options_of
+from speed_engine.diffusion.method import SHARED, Method, build_method, options_of
 from speed_engine.diffusion.methods import METHODS
-from speed_engine.diffusion.prediction import PREDICTIONS, from_epsilon_weight, linear_form
+from speed_engine.diffusion.prediction import PREDICTIONS, linear_form, weight_conversion
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.timesteps import MirroredSampler
 
@@ -33,10 +33,16 @@ def golden(name: str) -> torch.Tensor:
     return torch.tensor(GOLDEN[name], dtype=torch.float64)
 
 
+def epsilon_weight(method: Method) -> torch.Tensor:
+    """The weight as one of the epsilon-MSE."""
+    own = weighting.LossWeighting(method.weight, method.prediction)
+    return weighting.converted(own, method.schedule, "epsilon")
+
+
 def test_speed_paper_equals_the_reference_values():
     method = build_method("speed_paper", linear())
     weights = golden("w_paper_lam0.6")
-    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(epsilon_weight(method)[INDICES], weights, rtol=0, atol=1e-6)
     probabilities = golden("P_paper_k5_tau700")
     torch.testing.assert_close(method.probabilities[INDICES], probabilities, rtol=0, atol=1e-12)
 
@@ -44,7 +50,7 @@ def test_speed_paper_equals_the_reference_values():
 def test_speed_official_equals_the_reference_values():
     method = build_method("speed_official", linear())
     weights = golden("w_official_lam0.6_tau700")
-    torch.testing.assert_close(method.epsilon_weight[INDICES], weights, rtol=0, atol=1e-6)
+    torch.testing.assert_close(epsilon_weight(method)[INDICES], weights, rtol=0, atol=1e-6)
     mirrored = 2 * method.probabilities - method.timesteps.distribution.probabilities(0)
     component = golden("P_dual_component")
     torch.testing.assert_close(mirrored[INDICES], component, rtol=0, atol=1e-12)
@@ -66,7 +72,7 @@ BANDS = (0, 100, 220, 350, 500, 642, 700, 850, 1000)
 )  # fmt: skip
 def test_the_gradient_s_share_per_band(name, options, shares):
     method = build_method(name, linear(), **options)
-    measure = method.probabilities * method.epsilon_weight
+    measure = method.probabilities * epsilon_weight(method)
     measure = (measure / measure.sum()).cumsum(0)
     found = np.diff([0.0, *(float(measure[end - 1]) for end in BANDS[1:])])
     np.testing.assert_allclose(found, shares, atol=6e-4)
@@ -179,7 +185,7 @@ def test_a_method_is_the_same_objective_on_every_target(name, prediction, proces
         return
     other = build_method(name, schedule, prediction, normalised=False)
     own = build_method(name, schedule, normalised=False)
-    torch.testing.assert_close(own.epsilon_weight, other.epsilon_weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(epsilon_weight(own), epsilon_weight(other), rtol=1e-6, atol=0)
 
 
 def test_weights_may_be_applied_unconverted():
@@ -187,8 +193,11 @@ def test_weights_may_be_applied_unconverted():
     method = build_method("speed_paper", schedule, weight_on="prediction")
     assert torch.equal(method.weight, weighting.change_aware(schedule).values)
     converted = build_method("speed_paper", schedule)
-    rows = linear_form(schedule, "velocity", schedule.timesteps)
-    torch.testing.assert_close(converted.weight, method.weight * from_epsilon_weight(rows))
+    epsilon, velocity = (
+        linear_form(schedule, name, schedule.timesteps) for name in ("epsilon", "velocity")
+    )
+    factor = weight_conversion(epsilon, velocity)
+    torch.testing.assert_close(converted.weight, method.weight * factor)
 
 
 @pytest.mark.parametrize("name", ["speed_paper", "speed_official", "p2", "min_snr", "speed_plus"])

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from speed_engine.diffusion.prediction import (
     PREDICTIONS,
-    from_epsilon_weight,
     linear_form,
     solve,
     weight_conversion,
 )
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
+from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 
 PROCESSES = {name: build_schedule(name) for name in SCHEDULES}
@@ -28,6 +28,12 @@ cases = given(
 def randn(count: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 5, dtype=torch.float64, generator=generator)
+
+
+def from_epsilon(schedule: NoiseSchedule, prediction: str, t: torch.Tensor) -> torch.Tensor:
+    """The factor that turns a weight of the epsilon-MSE into one of a target's MSE."""
+    epsilon, target = (linear_form(schedule, name, t) for name in ("epsilon", prediction))
+    return weight_conversion(epsilon, target)
 
 
 @cases
@@ -51,7 +57,8 @@ def test_converting_a_weight_commutes_with_the_loss(name, prediction, cell, seed
     clean, implied = solve(rows, rows.a_x * x0 + rows.a_e * noise, answer)
     in_target = error.square().mean()
     in_epsilon = (implied - noise).square().mean()
-    torch.testing.assert_close(in_epsilon, from_epsilon_weight(rows) * in_target, rtol=1e-5, atol=0)
+    factor = from_epsilon(schedule, prediction, schedule.timesteps[cell])
+    torch.testing.assert_close(in_epsilon, factor * in_target, rtol=1e-5, atol=0)
     for other in PREDICTIONS:
         there = linear_form(schedule, other, schedule.timesteps[cell])
         wrong = there.b_x * (clean - x0) + there.b_e * (implied - noise)
@@ -68,14 +75,13 @@ def test_the_conversions_are_the_published_ones(name):
     if name != "edm":
         expected["v"] = snr / (1 + snr)
     for prediction, factor in expected.items():
-        rows = linear_form(schedule, prediction, t)
-        torch.testing.assert_close(from_epsilon_weight(rows), factor)
+        torch.testing.assert_close(from_epsilon(schedule, prediction, t), factor)
 
 
 def test_a_flow_s_velocity_takes_the_square_of_the_signal():
     schedule = PROCESSES["flow"]
-    rows = linear_form(schedule, "velocity", schedule.timesteps)
-    torch.testing.assert_close(from_epsilon_weight(rows), (1 - schedule.timesteps).square())
+    t = schedule.timesteps
+    torch.testing.assert_close(from_epsilon(schedule, "velocity", t), (1 - t).square())
 
 
 def test_f_is_edm_s_preconditioning():

@@ -75,9 +75,9 @@ def test_what_is_no_picture_or_has_no_text_is_refused(folder):
         score(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["a"])
 
 
-def test_models_that_are_told_no_texts_have_no_score():
+def test_models_that_are_conditioned_on_no_texts_have_no_score():
     clip = EvaluationConfig(metrics=("clip",), clip_model="somewhere")
-    with pytest.raises(ValueError, match="needs a model that is told texts"):
+    with pytest.raises(ValueError, match="needs a model that is conditioned on texts"):
         TrainConfig(evaluation=clip)
     with pytest.raises(ValueError, match="set data.vae to decode"):
         TrainConfig(

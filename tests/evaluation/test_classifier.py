@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation import classifier
 from speed_engine.evaluation.classifier import FEATURE_DIM, classifier_for, train_classifier
 
@@ -60,7 +61,7 @@ def test_training_is_bitwise_reproducible_for_any_thread_count(short_training):
 
 def test_another_seed_is_another_classifier(short_training):
     networks = [train_classifier(*blobs(), seed=seed)[0] for seed in (0, 1)]
-    assert len({classifier._weights_sha256(network) for network in networks}) == 2
+    assert len({sha256_of(network.state_dict()) for network in networks}) == 2
 
 
 def test_training_never_sees_the_held_out_images(short_training, monkeypatch):
@@ -151,7 +152,7 @@ def test_an_interrupted_write_leaves_no_file(short_training, tmp_path, monkeypat
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(KeyboardInterrupt):
         classifier_for(*blobs(), tmp_path, "blobs")
     assert not list(tmp_path.iterdir())

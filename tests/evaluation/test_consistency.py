@@ -3,11 +3,11 @@ import torch
 
 from speed_engine.evaluation.classifier import Classifier, ClassifierFeatures
 from speed_engine.evaluation.consistency import (
-    feature_extraction,
     likeness,
     partners_of,
     side_by_side,
 )
+from speed_engine.evaluation.image_set import ImageSet
 
 
 def pixels(count: int, seed: int) -> torch.Tensor:
@@ -56,7 +56,7 @@ def test_features_are_those_of_the_extractor_and_nothing_is_printed(capfd):
         name="consistency-test", weights_sha256="0" * 64, feature_dim=64, channels=1,
         accuracy=0.5, network=network,
     )  # fmt: skip
-    ours = feature_extraction(extractor)(images)
+    ours = ImageSet(images, 300, extractor).features
     assert ours.shape == (300, 64) and capfd.readouterr() == ("", "")
     torch.testing.assert_close(ours, network.features(images).double().detach())
 

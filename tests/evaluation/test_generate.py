@@ -1,4 +1,9 @@
-"""Image i is a function of the seed, i and what the model is told; guidance acts where asked."""
+"""Image i is a function of the seed, i and its conditions; guidance acts where asked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import gaussian
 import pytest
@@ -8,57 +13,67 @@ from torch import nn
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
 from speed_engine.diffusion.table import TimestepTable
-from speed_engine.evaluation.generate import generate
+from speed_engine.evaluation.generate import GenerationSettings, generate
 
 SHAPE = (1, 2, 2)
 
 
 class Exact(nn.Module):
-    """The best denoiser of Gaussian data; what it is told shifts its answer, and it counts."""
+    """The best denoiser of Gaussian data; a condition shifts its answer, and it counts."""
 
     def __init__(self, table: TimestepTable) -> None:
         super().__init__()
         self.anchor = nn.Parameter(torch.zeros(()))
-        self.table, self.told = table, []
+        self.table, self.asked = table, []
 
     def forward(self, x, t, labels=None):
         t = float(t[0]) / 1000 if self.table.schedule.name == "flow" else int(t[0])
-        self.told.append(None if labels is None else labels.tolist())
+        self.asked.append(None if labels is None else labels.tolist())
         answer = gaussian.exact(self.table)(x.double(), t).float()
         return answer if labels is None else answer + 0.01 * labels.view(-1, 1, 1, 1)
 
 
-def drawn(process="linear", ids=None, labels=None, **options):
+def images_of(
+    process="linear", ids=None, labels=None, *, seed=5, batch_size=500, network=Exact, **settings
+):
     schedule = build_schedule(process)
     table = TimestepTable(schedule, schedule.prediction, torch.ones(1000))
-    model = Exact(table)
-    settings = {"num_steps": 10, "seed": 5, "latents": True, "null": {"labels": torch.tensor(9)}}
+    model = network(table)
     ids = torch.arange(8) if ids is None else ids
     conditions = {} if labels is None else {"labels": labels}
     images = generate(
-        model, schedule, table, conditions, ids, image_shape=SHAPE, **{**settings, **options}
-    )  # type: ignore[arg-type]
-    return images, model.told
+        model,
+        table,
+        conditions,
+        ids,
+        GenerationSettings(**{"steps": 10, **settings}),
+        image_shape=SHAPE,
+        null={"labels": torch.tensor(9)},
+        seed=seed,
+        latents=True,
+        batch_size=batch_size,
+    )
+    return images, model.asked
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_is_the_same_in_any_batch_and_order(solver):
-    together, _ = drawn(solver=solver)
-    alone, _ = drawn(solver=solver, batch_size=3)
-    backwards, _ = drawn(solver=solver, ids=torch.arange(8).flip(0))
+    together, _ = images_of(solver=solver)
+    alone, _ = images_of(solver=solver, batch_size=3)
+    backwards, _ = images_of(solver=solver, ids=torch.arange(8).flip(0))
     torch.testing.assert_close(alone, together)
     torch.testing.assert_close(backwards.flip(0), together)
-    other, _ = drawn(solver=solver, seed=6)
+    other, _ = images_of(solver=solver, seed=6)
     assert (other - together).abs().amax((1, 2, 3)).min() > 0.01
     assert len(together.flatten(1).unique(dim=0)) == 8
 
 
 @pytest.mark.parametrize("process", ["linear", "flow"])
 @pytest.mark.parametrize("solver, steps", [("heun", 51), ("dpmpp_2m", 50), ("ddpm", 250)])
-def test_noise_by_counters_draws_the_gaussian(process, solver, steps):
+def test_noise_by_counters_gives_the_gaussian(process, solver, steps):
     count = 4000
-    images, _ = drawn(
-        process, torch.arange(count), solver=solver, num_steps=steps, batch_size=count
+    images, _ = images_of(
+        process, torch.arange(count), solver=solver, steps=steps, batch_size=count
     )
     centred = images.double().flatten(1) - gaussian.MEAN
     scale = gaussian.POWER.sqrt()
@@ -72,17 +87,53 @@ def test_guidance_asks_twice_only_inside_its_interval():
     schedule, labels = build_schedule("linear"), torch.zeros(8, dtype=torch.int64)
     times = torch.tensor(schedule.solver_times(10))
     inside = ((schedule.sigma(times) / schedule.alpha(times)) > 0.5).sum()
-    _, told = drawn(labels=labels, guidance=2.0, guidance_interval=(0.5, float("inf")))
-    assert sum(labels == [9] * 8 for labels in told) == inside < 10 == len(told) - inside
-    everywhere, asked = drawn(labels=labels, guidance=2.0)
+    _, asked = images_of(labels=labels, guidance=2.0, interval=(0.5, float("inf")))
+    assert sum(labels == [9] * 8 for labels in asked) == inside < 10 == len(asked) - inside
+    everywhere, asked = images_of(labels=labels, guidance=2.0)
     assert len(asked) == 20
-    wide, _ = drawn(labels=labels, guidance=2.0, guidance_interval=(0.0, 1e9))
-    nowhere, _ = drawn(labels=labels, guidance=2.0, guidance_interval=(1e6, 1e9))
-    plain, _ = drawn(labels=labels)
+    wide, _ = images_of(labels=labels, guidance=2.0, interval=(0.0, 1e9))
+    nowhere, _ = images_of(labels=labels, guidance=2.0, interval=(1e6, 1e9))
+    plain, _ = images_of(labels=labels)
     assert torch.equal(wide, everywhere) and torch.equal(nowhere, plain)
     assert not torch.equal(everywhere, plain)
 
 
-def test_guidance_of_a_model_that_is_told_nothing_is_refused_before_it_is_asked():
-    with pytest.raises(ValueError, match="guidance=2 compares a model .* this one is told nothing"):
-        drawn(guidance=2.0)
+def test_guidance_of_an_unconditional_model_is_refused_before_it_is_asked():
+    with pytest.raises(ValueError, match="guidance=2 compares .* conditioned on nothing"):
+        images_of(guidance=2.0)
+
+
+class Rounding(Exact):
+    """Answers in bfloat16, or with the same values in float32."""
+
+    answer_dtype = torch.bfloat16
+
+    def forward(self, x, t, labels=None):
+        return super().forward(x, t, labels).bfloat16().to(self.answer_dtype)
+
+
+def test_solvers_compute_in_float32_whatever_the_model_answers_in(monkeypatch):
+    labels = torch.arange(8)
+    in_bfloat16, _ = images_of(labels=labels, guidance=3.0, network=Rounding)
+    monkeypatch.setattr(Rounding, "answer_dtype", torch.float32)
+    in_float32, _ = images_of(labels=labels, guidance=3.0, network=Rounding)
+    assert in_bfloat16.dtype == torch.float32 and torch.equal(in_bfloat16, in_float32)
+
+
+def test_models_sharded_as_on_gpus_generate_the_images_of_float32(tmp_path):
+    """Their parameters are bfloat16 while they are used; two processes on a CPU stand for GPUs."""
+    script = Path(__file__).with_name("sharded_generation.py")
+    command = [sys.executable, str(script)]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    distances = json.loads(said[0][0])
+    assert len(distances) == 5
+    # bfloat16 holds 8 bits: 0.4 % of each of some sums. Zero would mean that nothing was cast.
+    assert all(0 < distance < 0.02 for distance in distances.values()), distances

@@ -1,4 +1,4 @@
-"""Drawings continue where they stopped, with the same settings or not at all."""
+"""Generation continues where it stopped, with the same settings or not at all."""
 
 from pathlib import Path
 
@@ -8,84 +8,84 @@ import torch
 from PIL import Image
 
 from speed_engine.evaluation.image_files import write_archive, write_pictures
-from speed_engine.evaluation.parts import Drawing, draw_in_parts, is_begun
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 
 
-class Artist:
-    """Draws images full of their number, and stops after some parts."""
+class Model:
+    """Generates images full of their number, and stops after some parts."""
 
     def __init__(self, parts: int = 1000, channels: int = 3) -> None:
-        self.parts, self.channels, self.drawn = parts, channels, []
+        self.parts, self.channels, self.generated = parts, channels, []
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         if self.parts == 0:
             raise KeyboardInterrupt
         self.parts -= 1
-        self.drawn += ids.tolist()
+        self.generated += ids.tolist()
         return ids.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, self.channels, 2, 4)
 
 
-def draw(folder: Path, artist: Artist, **settings) -> Drawing:
-    return draw_in_parts(artist, 10, 3, folder, {"seed": 0, "interval": (0.1, 2.0), **settings})
+def generate(folder: Path, model: Model, **settings) -> ImageParts:
+    return generate_in_parts(model, 10, 3, folder, {"seed": 0, "interval": (0.1, 2.0), **settings})
 
 
-def test_what_is_there_is_not_drawn_again(tmp_path):
-    first, second = Artist(parts=2), Artist()
+def test_what_is_there_is_not_generated_again(tmp_path):
+    first, second = Model(parts=2), Model()
     with pytest.raises(KeyboardInterrupt):
-        draw(tmp_path / "parts", first)
-    drawing = draw(tmp_path / "parts", second)
-    assert (first.drawn, second.drawn) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
-    assert drawing.images()[:, 0, 0, 0].tolist() == list(range(10))
-    drawing.remove()
+        generate(tmp_path / "parts", first)
+    images = generate(tmp_path / "parts", second)
+    assert (first.generated, second.generated) == ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9])
+    assert images.images()[:, 0, 0, 0].tolist() == list(range(10))
+    images.remove()
     assert not (tmp_path / "parts").exists()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
-    draw(tmp_path / "parts", Artist())
+    generate(tmp_path / "parts", Model())
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), solver None \(now heun\); finish"):
-        draw(tmp_path / "parts", Artist(), seed=1, solver="heun")
+        generate(tmp_path / "parts", Model(), seed=1, solver="heun")
     assert is_begun(tmp_path / "parts")
 
 
 def test_a_damaged_part_is_named(tmp_path):
-    drawing = draw(tmp_path / "parts", Artist())
-    drawing.path(3).write_bytes(drawing.path(3).read_bytes()[:-20])
-    with pytest.raises(ValueError, match="00000003.npy cannot be used.*it is redrawn"):
-        drawing.images()
-    drawing.path(3).unlink()
-    assert draw(tmp_path / "parts", again := Artist()).images()[4, 0, 0, 0] == 4
-    assert again.drawn == [3, 4, 5]
+    images = generate(tmp_path / "parts", Model())
+    images.path(3).write_bytes(images.path(3).read_bytes()[:-20])
+    with pytest.raises(ValueError, match="00000003.npy cannot be used.*makes it again"):
+        images.images()
+    images.path(3).unlink()
+    assert generate(tmp_path / "parts", again := Model()).images()[4, 0, 0, 0] == 4
+    assert again.generated == [3, 4, 5]
 
 
 def test_parts_without_settings_are_the_rest_of_a_removal(tmp_path):
-    draw(tmp_path / "parts", Artist())
+    generate(tmp_path / "parts", Model())
     (tmp_path / "parts" / "settings.json").unlink()
     (tmp_path / "parts" / "notes.txt").write_text("somebody's")
-    draw(tmp_path / "parts", again := Artist(), seed=1)
-    assert len(again.drawn) == 10 and (tmp_path / "parts" / "notes.txt").exists()
+    generate(tmp_path / "parts", again := Model(), seed=1)
+    assert len(again.generated) == 10 and (tmp_path / "parts" / "notes.txt").exists()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_archive_is_that_of_adm(tmp_path, channels):
-    drawing, labels = draw(tmp_path / "parts", Artist(channels=channels)), np.arange(10) % 4
-    write_archive(drawing, labels, tmp_path / "deep" / "x.npz")
+    images, labels = generate(tmp_path / "parts", Model(channels=channels)), np.arange(10) % 4
+    write_archive(images, labels, tmp_path / "deep" / "x.npz")
     with np.load(tmp_path / "deep" / "x.npz") as archive:
         assert archive["arr_0"].dtype == np.uint8 and archive["arr_0"].shape == (10, 2, 4, 3)
         assert (archive["arr_0"] == np.arange(10)[:, None, None, None]).all()
         assert archive["arr_1"].dtype == np.int64 and (archive["arr_1"] == labels).all()
-    write_archive(drawing, None, tmp_path / "y.npz")
+    write_archive(images, None, tmp_path / "y.npz")
     with np.load(tmp_path / "y.npz") as archive:
         assert archive.files == ["arr_0"]
 
 
 @pytest.mark.parametrize("channels, size", [(1, (2, 4)), (3, (2, 4, 3))])
 def test_pictures_are_numbered_and_named_by_class(tmp_path, channels, size):
-    drawing = draw(tmp_path / "parts", Artist(channels=channels))
-    write_pictures(drawing, np.arange(10) % 4, tmp_path / "out")
+    images = generate(tmp_path / "parts", Model(channels=channels))
+    write_pictures(images, np.arange(10) % 4, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir())[:2] == [
         "000000-class-0.png", "000001-class-1.png",
     ]  # fmt: skip
     picture = np.asarray(Image.open(tmp_path / "out" / "000007-class-3.png"))
     assert picture.shape == size and (picture == 7).all()
-    write_pictures(drawing, None, tmp_path / "plain")
+    write_pictures(images, None, tmp_path / "plain")
     assert (tmp_path / "plain" / "000009.png").is_file()

@@ -1,6 +1,7 @@
 """The DiT against one assembled from timm's layers, as the original is, and the paper's tables."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from speed_engine.models.dit import DIT_SIZES, DiT, build_dit
+from speed_engine.models.dit import DIT_SIZES, DiT, dit_size
 from speed_engine.planning.flops import forward_flops
 
 # Tables 1 and 4 of Peebles and Xie 2022, latents of 32 x 32 x 4: millions of parameters, and
@@ -76,7 +77,8 @@ class TimmDiT(nn.Module):
 def pair(name: str, size: int) -> tuple[TimmDiT, DiT]:
     letter, patch = name.removeprefix("DiT-").split("/")
     dim, depth, heads = DIT_SIZES[letter]
-    model = build_dit(name, input_size=(size, size), channels=4, num_classes=1000, learn_sigma=True)
+    shape: dict[str, Any] = {"input_size": (size, size), "channels": 4, "num_classes": 1000}
+    model = DiT(**shape, **dit_size(name), learn_sigma=True)
     return TimmDiT(dim, depth, heads, int(patch), size), model
 
 

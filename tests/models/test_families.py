@@ -257,7 +257,7 @@ def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, 
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["stats"]
     step = torch.compile(lambda *b: objective(model, *b).loss, fullgraph=True, backend="aot_eager")
-    conditions = build_evaluation.drawn_conditions(config)
+    conditions = build_evaluation.generation_conditions(config)
     before, graphs = counted["unique_graphs"], []
     for done in range(3):
         ids = torch.arange(20) + 20 * done

@@ -57,7 +57,10 @@ def test_microbatches_gather_again_and_keep_less():
     assert parts.sent_bytes > whole.sent_bytes
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.long] * (name != "digits")) for name in PRESETS],
+)
 def test_every_preset_can_be_planned(capsys, name):
     cli.main(["plan", name, "--gpus", "8", "--gpu", "a100", "--batch-size", "256"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())

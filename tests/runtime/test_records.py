@@ -1,4 +1,6 @@
 import errno
+import json
+import math
 import threading
 import time
 
@@ -6,7 +8,7 @@ import pytest
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from speed_engine.runtime.records import RunLog, TrainingClock, read_records
+from speed_engine.runtime.records import RunLog, TrainingClock, append_record, read_records
 
 
 def test_the_clock_counts_training_only_and_goes_on_from_where_it_was(monkeypatch):
@@ -47,3 +49,32 @@ def test_a_full_disk_costs_the_curves_and_neither_records_nor_the_end(
     assert read_records(tmp_path) == [{"step": step, "loss": 0.5} for step in range(steps)]
     (message,) = caplog.messages
     assert "TensorBoard's curves end" in message and "No space left" in message
+
+
+def strict(line: str) -> dict:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    figures = {"loss": math.nan, "grad_norm": math.inf, "rate": 2.5, "images": 3, "solver": "ddim"}
+    records = RunLog(tmp_path, resume_step=0)
+    records.write(1, figures)
+    records.close()
+    append_record(tmp_path, {"step": 2, "kid": -math.inf})
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert strict(first) == {"step": 1, **figures, "loss": None, "grad_norm": None}
+    assert strict(second) == {"step": 2, "kid": None}
+    assert read_records(tmp_path) == [strict(first), strict(second)]
+
+
+def test_records_with_nan_of_older_versions_are_read_and_kept(tmp_path):
+    old = '{"step": 1, "loss": NaN, "grad_norm": Infinity, "images": 64}\n'
+    (tmp_path / "metrics.jsonl").write_text(old)
+    assert read_records(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "images": 64}]
+    RunLog(tmp_path, resume_step=1).close()
+    assert len(read_records(tmp_path)) == 1
+    RunLog(tmp_path, resume_step=0).close()
+    assert not read_records(tmp_path)

@@ -57,28 +57,17 @@ def run(operator, answer, *rest, **options):
     return {"loss": loss.detach(), "error": error, "epsilon": epsilon, "v": v}
 
 
-def draw_mask(kind: str | None, x0: torch.Tensor) -> torch.Tensor | None:
-    if kind is None:
-        return None
-    shape = x0.shape if kind == "elements" else (len(x0), *x0.shape[2:])
-    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    mask[0] = False
-    return mask.to(x0.device)
-
-
 @settings(max_examples=20)
 @given(
     timesteps=st.lists(st.sampled_from([0, 0, 1, 2, 50, 999]), min_size=1, max_size=3),
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(DTYPES),
-    kind=st.sampled_from([None, "elements", "positions"]),
 )
-def test_matches_float64_as_well_as_eager_does(timesteps, shape, dtype, kind, assert_accurate):
+def test_matches_float64_as_well_as_eager_does(timesteps, shape, dtype, assert_accurate):
     answer, *rest = draw(timesteps, *shape, dtype=dtype)
-    mask = draw_mask(kind, rest[0])
-    truth = run(hybrid_loss_reference, answer.double(), *rest, mask=mask)
-    eager = run(hybrid_loss_reference, answer, *rest, mask=mask)
-    fused = run(hybrid_loss, answer, *rest, mask=mask)
+    truth = run(hybrid_loss_reference, answer.double(), *rest)
+    eager = run(hybrid_loss_reference, answer, *rest)
+    fused = run(hybrid_loss, answer, *rest)
     for name in truth:
         assert fused[name].dtype == eager[name].dtype
         # Half precision rounds a gradient where it is saved and again where it is scaled, which
@@ -111,39 +100,13 @@ def test_clean_data_is_read_at_the_first_timestep_only():
         assert torch.equal(before[name][1:], after[name][1:])
 
 
-@pytest.mark.parametrize("operator", [hybrid_loss, hybrid_loss_reference])
-def test_what_a_mask_drops_has_no_say_and_no_gradient(operator):
-    answer, x0, *rest = draw([0, 0, 500], 3, 4, 5)
-    mask = draw_mask("positions", x0)
-    assert mask is not None
-    dropped = ~mask[:, None].expand_as(answer)
-    before = run(operator, answer, x0, *rest, mask=mask)
-    answer[dropped] = float("nan")
-    after = run(operator, answer, x0, *rest, mask=mask)
-    assert before["loss"][0] == 0 and before["loss"][1:].all()
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    gradient = torch.cat([after["epsilon"], after["v"]], dim=1)
-    assert not gradient[dropped].any() and gradient[~dropped].all()
-    corner = torch.zeros_like(mask)
-    corner[..., :2] = True
-    answer[answer.isnan()] = 0
-    coefficients, rows, seed, ids = rest
-    noise = normal(seed, ids, 60).view_as(x0)
-    cut, x0_cut, noise_cut = (tensor[..., :2].contiguous() for tensor in (answer, x0, noise))
-    masked, _ = operator(answer, x0, *rest, mask=corner)
-    part, _ = operator(cut, x0_cut, coefficients, rows, seed, ids, noise=noise_cut)
-    torch.testing.assert_close(masked, part)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stored_and_regenerated_noise_give_the_same_bits(dtype):
     answer, x0, coefficients, rows, seed, ids = draw([0, 300], 2, BLOCK // 2 + 4, dtype=dtype)
     _, noise = noised_input_and_noise(x0, coefficients, seed, ids, dtype)
-    for mask in (None, draw_mask("positions", x0)):
-        arguments = (answer, x0, coefficients, rows, seed, ids)
-        drawn = run(hybrid_loss, *arguments, mask=mask)
-        read = run(hybrid_loss, *arguments, noise=noise, mask=mask)
-        assert all(torch.equal(drawn[name], read[name]) for name in drawn)
+    arguments = (answer, x0, coefficients, rows, seed, ids)
+    drawn, read = run(hybrid_loss, *arguments), run(hybrid_loss, *arguments, noise=noise)
+    assert all(torch.equal(drawn[name], read[name]) for name in drawn)
 
 
 def test_repeated_and_strided_calls_give_the_same_bits():
@@ -164,22 +127,20 @@ def test_an_impossible_prediction_has_a_finite_loss_and_no_gradient_at_the_first
         torch.testing.assert_close(figures[name], plain[name])
 
 
-@pytest.mark.parametrize("kind", [None, "positions"])
-def test_float64_passes_gradcheck_in_v(kind):
+def test_float64_passes_gradcheck_in_v():
     """In v: the bound holds epsilon fixed, which a finite difference would not."""
     answer, *rest = draw([0, 0, 3, 600], 2, 3)
     epsilon, v = answer.double().chunk(2, dim=1)
-    mask = draw_mask(kind, rest[0])
     assert torch.autograd.gradcheck(
-        lambda half: hybrid_loss(torch.cat([epsilon, half], dim=1), *rest, mask=mask)[0],
+        lambda half: hybrid_loss(torch.cat([epsilon, half], dim=1), *rest)[0],
         v.contiguous().requires_grad_(),
     )
 
 
 def test_the_operator_is_registered_soundly():
     answer, x0, _, *rest = draw([0, 5], 3, 5)
-    for noise, mask in ((None, None), (x0, draw_mask("elements", x0))):
-        torch.library.opcheck(_hybrid_sums, (answer.requires_grad_(), x0, *rest, noise, mask))
+    for noise in (None, x0):
+        torch.library.opcheck(_hybrid_sums, (answer.requires_grad_(), x0, *rest, noise))
 
 
 def test_an_empty_batch_is_fine():
@@ -207,7 +168,7 @@ def test_more_than_two_to_the_31_elements():
     _, x0, coefficients, rows, seed, ids = draw([0, 5, 600], 1, 2)
     x0, answer = x0.new_zeros(3, 1, 2**29), x0.new_zeros(3, 2, 2**29, dtype=torch.bfloat16)
     _, error = hybrid_loss(answer, x0, coefficients, rows, seed, ids)
-    _, _, slopes = _hybrid_sums(answer, x0, rows, seed, ids, None, None)
+    _, _, slopes = _hybrid_sums(answer, x0, rows, seed, ids, None)
     assert torch.allclose(error, torch.ones_like(error), atol=1e-3)
     last = normal(seed, ids[2:], 64)
     torch.testing.assert_close(slopes[2, 0, :64].float(), -last[0], rtol=1e-2, atol=1e-2)

@@ -82,7 +82,7 @@ STATEFUL = ("adaptive", "ant_uw", "clts_mdlrc", "learned_uncertainty", "speed_pa
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"method": name}, marks=[] if name in STATEFUL else [pytest.mark.long])
+        pytest.param({"method": name}, marks=[pytest.mark.long] * (name not in STATEFUL))
         for name in METHODS
     ]
     + [

@@ -3,7 +3,7 @@
 Letters: B images, H heads, N tokens, D width, K = D / H width of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,30 +12,24 @@ from torch import Tensor, nn
 from speed_engine.ops import block_operators_for, qk_norm_rope
 from speed_engine.runtime.checks import UserError
 
-# (q, k, v, lengths) -> attended, each (B, H, N, K); see ``sdpa`` for lengths.
-Attend = Callable[[Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
+# (q, k, v) -> attended, each (B, H, N, K).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 NORM_EPS = 1e-6  # of queries and keys
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's ``scaled_dot_product_attention``, which picks its kernel itself.
 
     Args:
         q: (B, H, N, K) queries.
         k: (B, H, N, K) keys.
         v: (B, H, N, K) values.
-        lengths: tokens of each of several sequences that are packed one after the other, B = 1 and
-            sum(lengths) = N; tokens attend within their sequence. None: all N are one sequence.
     """
-    if lengths is None:
-        few = k.shape[2] <= k.shape[3]  # the scores are no larger than the queries
-        wide = q.dtype.itemsize >= 4  # else the scores would be rounded
-        if few and wide and q.device.type == "cpu" and torch.compiler.is_compiling():
-            return _two_products(q, k, v)
-        return F.scaled_dot_product_attention(q, k, v)
-    _check_packed(q, lengths)
-    sequences = zip(*(x.split(list(lengths), dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*one) for one in sequences], dim=2)
+    few = k.shape[2] <= k.shape[3]  # the scores are no larger than the queries
+    wide = q.dtype.itemsize >= 4  # else the scores would be rounded
+    if few and wide and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return _two_products(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -44,8 +38,8 @@ def _two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(dim=-1) @ v
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-    """xFormers' ``memory_efficient_attention``; packed sequences take one call.
+def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """xFormers' ``memory_efficient_attention``.
 
     Arguments as of ``sdpa``.
 
@@ -54,19 +48,15 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int] | None = No
     """
     from xformers.ops import fmha
 
-    mask = None
-    if lengths is not None:
-        _check_packed(q, lengths)
-        mask = fmha.BlockDiagonalMask.from_seqlens(list(lengths), device=q.device)
-    tokens_first = (x.transpose(1, 2) for x in (q, k, v))
-    return fmha.memory_efficient_attention(*tokens_first, attn_bias=mask).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # tokens first
+    return fmha.memory_efficient_attention(q, k, v).transpose(1, 2)
 
 
 BACKENDS: dict[str, Attend] = {"sdpa": sdpa, "xformers": xformers}
 
 
 class SelfAttention(nn.Module):
-    """Scaled dot-product attention, all tokens of a sequence to all.
+    """Scaled dot-product attention, all tokens of an image to all.
 
     Args:
         dim: width D.
@@ -90,17 +80,17 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, *rotation: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``lengths`` of packed sequences as in ``sdpa``."""
-        return self.proj(self._mix(x, *rotation, lengths=lengths))
+    def forward(self, x: Tensor, *rotation: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D); rotation as a subclass takes it."""
+        return self.proj(self._mix(x, *rotation))
 
     def open(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, Tensor | None]:
         """The answer, and the bias of ``BlockOperators.linear``."""
         return block_operators_for(x.device).linear(self.proj, self._mix(x, *rotation))
 
-    def _mix(self, x: Tensor, *, lengths: Sequence[int] | None = None) -> Tensor:
+    def _mix(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), before the last projection."""
-        return self.attend(*self._heads(x), lengths).transpose(1, 2).flatten(2)
+        return self.attend(*self._heads(x)).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, D) -> queries, keys and values, each (B, H, N, K)."""
@@ -121,9 +111,7 @@ class RotaryAttention(SelfAttention):
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS)
 
-    def _mix(
-        self, x: Tensor, cos: Tensor, sin: Tensor, *, lengths: Sequence[int] | None = None
-    ) -> Tensor:
+    def _mix(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(B, N, D), (N, K), (N, K) -> (B, N, D); cos and sin from ``embeddings.rotary_grid``.
 
         They are (B, N, K) where tokens stand at other positions in every image.
@@ -131,12 +119,4 @@ class RotaryAttention(SelfAttention):
         q, k, v = self._heads(x)
         tables = cos.float(), sin.float()  # cast where the model was cast as a whole
         q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, *tables, NORM_EPS)
-        return self.attend(q, k, v, lengths).transpose(1, 2).flatten(2)
-
-
-def _check_packed(q: Tensor, lengths: Sequence[int]) -> None:
-    if len(q) != 1 or sum(lengths) != q.shape[2]:
-        raise UserError(
-            f"{len(lengths)} packed sequences with {sum(lengths)} tokens together do not fit a "
-            f"tensor of shape {tuple(q.shape)}; it must be (1, heads, tokens, width)."
-        )
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)

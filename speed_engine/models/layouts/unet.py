@@ -31,16 +31,11 @@ INNER_NAMES: dict[type[nn.Module], dict[str, str]] = {
 }
 
 
-def from_ldm(tensors: Mapping[str, Tensor], head_channels: int | None = None) -> dict[str, Tensor]:
+def from_ldm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What ``UNet`` loads, from a checkpoint of latent-diffusion or guided-diffusion.
 
     Parts that are not of the U-Net are left out. There is no row for "no label" in these: the one
     added is zero, so that it changes nothing in the embedding of t.
-
-    Args:
-        tensors: by their names there.
-        head_channels: of an attention head, where all queries stand before all keys: what
-            guided-diffusion calls the new attention order, and has in its ImageNet-64 checkpoint.
     """
     prefixed = any(name.startswith(LDM_PREFIX) for name in tensors)
     prefix = LDM_PREFIX if prefixed else ""
@@ -52,10 +47,6 @@ def from_ldm(tensors: Mapping[str, Tensor], head_channels: int | None = None) ->
     if "label_emb.weight" in ours:
         rows = ours["label_emb.weight"]
         ours["label_emb.weight"] = torch.cat([rows, torch.zeros_like(rows[:1])])
-    if head_channels is not None:
-        for name in [name for name in ours if ".qkv." in name]:
-            rows = ours[name].unflatten(0, (3, -1, head_channels))
-            ours[name] = rows.transpose(0, 1).flatten(0, 2)
     return ours
 
 
@@ -80,24 +71,6 @@ def from_edm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name != "map_augment.weight":
             ours[name] = value
     return ours
-
-
-def to_diffusers(model: UNet) -> dict[str, Tensor]:
-    """The weights as ``UNet2DModel``, or with tokens ``UNet2DConditionModel``, loads them.
-
-    The same function where it is built with ``freq_shift=0``, ``norm_eps=1e-5``,
-    ``attn_norm_num_groups=32``, one class more
-    than ``model`` has, and the resampling and scale-shift of ``model``.
-    """
-    tensors, theirs = model.state_dict(), {}
-    for match in _matches(model):
-        value = tensors[match.ours]
-        parts = [value.squeeze(-1) if value.ndim == 3 else value]  # theirs is linear there
-        if len(match.theirs) > 1:
-            heads = parts[0].unflatten(0, (match.num_heads, 3, -1)).unbind(1)
-            parts = [part.flatten(0, 1) for part in heads]
-        theirs |= dict(zip(match.theirs, parts, strict=True))
-    return theirs
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], model: UNet) -> dict[str, Tensor]:

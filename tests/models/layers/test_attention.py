@@ -1,14 +1,11 @@
-"""Attention backends agree; packed sequences keep to themselves; rotation is relative."""
+"""Attention backends agree; rotation is relative."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from xformers.ops import fmha
 
-from speed_engine.models.dit import DiT, build_dit
+from speed_engine.models.dit import DiT, dit_size
 from speed_engine.models.layers.attention import (
     BACKENDS,
     RotaryAttention,
@@ -22,17 +19,6 @@ from speed_engine.ops import qk_norm_rope
 def heads(tokens: int, batch: int = 1, width: int = 8) -> list[Tensor]:
     torch.manual_seed(tokens)
     return [torch.randn(batch, 3, tokens, width, dtype=torch.float64) for _ in range(3)]
-
-
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_packed_sequences_are_dense_attention_under_a_block_diagonal_mask(lengths):
-    q, k, v = (x.requires_grad_() for x in heads(sum(lengths)))
-    mask = fmha.BlockDiagonalMask.from_seqlens(lengths).materialize((sum(lengths), sum(lengths)))
-    dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.double())
-    packed = sdpa(q, k, v, lengths)
-    torch.testing.assert_close(packed, dense)
-    expected = torch.autograd.grad(dense.square().sum(), (q, k, v))
-    torch.testing.assert_close(torch.autograd.grad(packed.square().sum(), (q, k, v)), expected)
 
 
 @pytest.mark.parametrize(
@@ -55,42 +41,24 @@ def test_compiled_for_a_cpu_few_keys_are_attended_to_by_the_definition(keys, dty
     torch.testing.assert_close(*gradients)
 
 
-def test_packed_images_of_different_lengths_answer_as_if_alone():
-    torch.manual_seed(0)
-    attention = SelfAttention(16, 2)
-    images = [torch.randn(1, length, 16) for length in (3, 7, 1)]
-    packed = attention(torch.cat(images, dim=1), lengths=[3, 7, 1])
-    torch.testing.assert_close(packed, torch.cat([attention(x) for x in images], dim=1))
-
-
-def test_lengths_that_do_not_fit_are_named():
-    for q, lengths in ((heads(5)[0], [3, 3]), (heads(6, batch=2)[0], [3, 3])):
-        with pytest.raises(ValueError, match=r"2 packed sequences with 6 tokens.*\(1, heads"):
-            sdpa(q, q, q, lengths)
-
-
 def test_xformers_says_why_it_cannot():
     """The library itself, which has operators for CUDA only."""
     with pytest.raises(NotImplementedError, match="cutlassF.*is not supported because"):
         q, k, v = heads(4)
-        BACKENDS["xformers"](q, k, v, None)
+        BACKENDS["xformers"](q, k, v)
 
 
-@pytest.mark.parametrize("lengths", [None, [2, 5]])
-def test_xformers_gets_its_own_order_of_axes_and_mask(monkeypatch, lengths):
+def test_xformers_gets_its_own_order_of_axes(monkeypatch):
     """With its documented formula in place of its CUDA operators."""
 
-    def formula(query: Tensor, key: Tensor, value: Tensor, attn_bias=None) -> Tensor:
+    def formula(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         logits = q @ k.transpose(-2, -1) * query.shape[-1] ** -0.5
-        if attn_bias is not None:
-            assert isinstance(attn_bias, fmha.BlockDiagonalMask)
-            logits = logits + attn_bias.materialize(logits.shape[-2:])
         return (logits.softmax(-1) @ v).transpose(1, 2)
 
     monkeypatch.setattr(fmha, "memory_efficient_attention", formula)
-    q, k, v = heads(7, batch=1 if lengths else 2)
-    torch.testing.assert_close(BACKENDS["xformers"](q, k, v, lengths), sdpa(q, k, v, lengths))
+    q, k, v = heads(7, batch=2)
+    torch.testing.assert_close(BACKENDS["xformers"](q, k, v), sdpa(q, k, v))
 
 
 def test_an_unknown_backend_lists_the_known_ones():
@@ -131,9 +99,9 @@ def test_the_logits_of_rotary_attention_stay_bounded():
     attention, tokens = RotaryAttention(32, 2), 1e4 * torch.randn(1, 6, 32)
     seen: list[Tensor] = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, lengths) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5)
-        return sdpa(q, k, v, lengths)
+        return sdpa(q, k, v)
 
     attention.attend = attend
     attention(tokens, *rotary_grid(2, 3, 16))
@@ -144,7 +112,7 @@ def test_the_modern_variant_costs_what_the_original_does():
     """Names as in LightningDiT; parameters within 0.2 %."""
     with torch.device("meta"):
         sizes = {"input_size": (32, 32), "channels": 4, "num_classes": 1000}
-        modern, original = (build_dit(f"DiT-L/2{v}", **sizes) for v in ("-modern", ""))
+        modern, original = (DiT(**sizes, **dit_size(f"DiT-L/2{v}")) for v in ("-modern", ""))
     counts = [sum(p.numel() for p in net.parameters()) for net in (modern, original)]
     assert counts[0] == pytest.approx(counts[1], rel=2e-3)
     added = modern.state_dict().keys() - original.state_dict().keys()
@@ -182,4 +150,4 @@ def test_heads_that_cannot_turn_on_two_axes_are_named():
 @pytest.mark.parametrize("name", ["DiT-M/2", "DiT-XL", "DiT-XL/0", "dit-xl/2", "DiT-B/2-old"])
 def test_a_name_of_no_dit_is_refused(name):
     with pytest.raises(ValueError, match=f"'{name}' names no DiT.*S, B, L, XL"):
-        build_dit(name, input_size=(32, 32), channels=4, num_classes=10)
+        dit_size(name)

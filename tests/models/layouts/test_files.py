@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from speed_engine.models.dit import DiT
@@ -18,7 +19,7 @@ from speed_engine.models.layouts.files import (
     load_pretrained,
     save_pretrained,
 )
-from speed_engine.models.layouts.unet import to_diffusers
+from speed_engine.models.layouts.unet import from_diffusers
 from speed_engine.models.unet import UNet
 
 SMALL = {
@@ -193,8 +194,18 @@ SMALL_UNET: dict[str, Any] = {
 def test_unets_load_from_their_own_files_latent_diffusions_and_diffusers(tmp_path):
     torch.manual_seed(0)
     ours, rows = UNet(**SMALL_UNET), torch.randn(5, 128)
+    diffusers = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        attention_head_dim=64,
+        num_class_embeds=6,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).state_dict()
+    ours.load_state_dict(from_diffusers(diffusers, ours))
     save_pretrained(ours, tmp_path / "own.safetensors", "original")
-    save_file(to_diffusers(ours), tmp_path / "diffusers.safetensors")
+    save_file(diffusers, tmp_path / "diffusers.safetensors")
     theirs = {f"model.diffusion_model.{name}": value for name, value in ours.state_dict().items()}
     theirs["model.diffusion_model.label_emb.weight"] = rows
     torch.save({"state_dict": theirs, "global_step": 7}, tmp_path / "ldm.ckpt")

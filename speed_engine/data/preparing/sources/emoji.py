@@ -56,13 +56,13 @@ class Emoji(Source):
                     f"{path} does not exist; on Debian and Ubuntu: apt-get install "
                     "fonts-noto-color-emoji unicode-data"
                 )
-        self._font = _open(font)
+        self._font, facts = _open(font), _font_facts(font)
         text = sequences.read_text(encoding="utf-8")
         self._sequences = self._drawn(read_sequences(text))
         if not self._sequences:
             raise UserError(f"{sequences} lists no emoji that {font} has a drawing of.")
         self.classes = tuple(dict.fromkeys(sequence.group for sequence in self._sequences))
-        self.metadata = {**_font_facts(font), "unicode": _unicode_version(text)}
+        self.metadata = {**facts, "unicode": _unicode_version(text)}
         content = hashlib.sha256(font.read_bytes()).hexdigest()
         self.identity = digest(("emoji", content, *self.classes), self._sequences)
 

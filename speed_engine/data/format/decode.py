@@ -32,7 +32,7 @@ Buffer = bytes | bytearray | memoryview
 
 MAX_BYTES = 2**28  # of one array
 MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
-_DTYPES = {np.dtype(name) for name in ("uint8", "float16", "float32", "int64", "uint16")}
+_DTYPES = {np.dtype(name): name for name in ("uint8", "float16", "float32", "int64", "uint16")}
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
 _GREY_MODES = {"1", "L", "LA"}
@@ -150,7 +150,7 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
     try:
         if kind == "npy":
             dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
-            return {"dtype": str(dtype), "shape": list(shape)}
+            return {"dtype": _DTYPES[dtype], "shape": list(shape)}
         if kind == "cls":
             return {"classes": decode_label(data) + 1}
         if kind in _PILLOW_FORMATS:

@@ -218,7 +218,7 @@ def train(
 
 def resume(run: Path, world: int = 2, **environment: str) -> Training:
     """The same run again."""
-    return Training(run, ["--resume", str(run)], world, **environment)
+    return Training(run, ["--resume", str(run)], world, None, None, **environment)
 
 
 def steps(run: Path) -> int:

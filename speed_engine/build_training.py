@@ -109,7 +109,7 @@ def build_engine(
     Args:
         config: of the run.
         process: its method.
-        choices: as ``environment.choices`` gives them.
+        choices: of the machine.
         world: the processes that train together.
         device: of this one.
         init_from: weights to start from; None initialises from the seed.

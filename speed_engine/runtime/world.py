@@ -50,7 +50,7 @@ class World:
         return self.rank == 0
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Mean over processes, in place; the device is not waited for."""
+        """Mean over processes, each counting alike, in place; the device is not waited for."""
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
             tensor /= self.size

@@ -115,7 +115,7 @@ def _step_where(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
             "not take back and a resumed run would lack; give it that state by `with_state`."
         )
     for place, tensor in after.items():
-        tensor.copy_(torch.where(finite, tensor, before[place]))
+        torch.where(finite, tensor, before[place], out=tensor)
 
 
 def _changed_by(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], Tensor]:

@@ -24,6 +24,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
 from speed_engine.runtime.records import append_record, read_records
+from speed_engine.training.config import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
 TINY = TrainConfig(
@@ -33,6 +34,7 @@ TINY = TrainConfig(
     checkpoint_every=2,
     device="cpu",
     data=DataConfig(held_out=0.2),
+    optimizer=OptimizerConfig(averages=("power=1",)),
     model=DiTConfig(dim=16, depth=1, num_heads=2),
     evaluation=EvaluationConfig(
         every=1000, num_images=100, solver_steps=2, metrics=("fid", "kid", "isc", "prc", "copies")
@@ -122,6 +124,16 @@ def test_other_settings_are_measured_once_and_survive_a_resumption(run, capsys):
     resume(run, Console(file=io.StringIO()), steps=6)
     assert {**record, "evaluated": True} in read_records(run)
     assert [r["step"] for r in read_records(run) if "evaluated" in r] == [4]
+
+
+def test_another_average_is_measured_by_its_name(run, capsys):
+    record = json.loads(evaluate(run, capsys, "--average", "power=1", "--json").out)
+    (trained,) = [r for r in read_records(run) if "fid" in r and "evaluated" not in r]
+    assert record["average"] == "power=1" and record["fid"] != trained["fid"]
+    again = evaluate(run, capsys, "--average", "power=1", "--json")
+    assert "measured before" in again.err and json.loads(again.out)["fid"] == record["fid"]
+    first = evaluate(run, capsys, "--json")
+    assert "measured before" in first.err and json.loads(first.out) == trained
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from safetensors.torch import load_file
 
 from speed_engine import build, cli
 from speed_engine.config import TrainConfig, to_json
@@ -41,6 +42,7 @@ def run(tmp_path):
         torch.nn.init.normal_(parameter)
     checkpoints = Checkpoints(folder / "checkpoints")
     tensors = {f"ema/{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema:power=1/{name}": -value for name, value in model.state_dict().items()}
     checkpoints.save(7, tensors, {"step": 7})
     checkpoints.wait()
     return folder
@@ -55,6 +57,15 @@ def test_a_run_is_exported_and_answers_the_same_in_diffusers(run, tmp_path, caps
     ours, _ = load_average(run, CONFIG, torch.device("cpu"))
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 871]), torch.tensor([0, 10])
     torch.testing.assert_close(theirs(*inputs).sample, ours(*inputs), rtol=1e-5, atol=1e-4)
+
+
+def test_another_average_is_exported_by_its_name(run, tmp_path):
+    for average in ("ema", "power=1"):
+        out = str(tmp_path / average)
+        cli.main(["export", str(run), "--average", average, "--out", f"{out}.safetensors"])
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("ema", "power=1"))
+    assert any(tensor.any() for tensor in first.values())
+    assert all(torch.equal(second[name], -tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -17,10 +17,12 @@ from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import start
+from speed_engine.training.config import OptimizerConfig
 
 TINY = TrainConfig(
     steps=20,
     batch_size=16,
+    optimizer=OptimizerConfig(averages=("power=1",)),
     model=DiTConfig(dim=16, depth=1, num_heads=2),
     evaluation=EvaluationConfig(every=1000, num_images=100, solver_steps=2),
 )
@@ -86,6 +88,17 @@ def test_two_processes_generate_the_images_of_one(run, straight, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "x.npz").read_bytes() == straight
     assert done.stdout.count("30 images of step 20") == 1
+
+
+def test_images_come_from_the_average_that_is_named(run, straight, tmp_path, capsys):
+    archives = {}
+    for average in ("ema", "power=1"):
+        out = tmp_path / f"{average}.npz"
+        cli.main(["sample", str(run), "--average", average, "--out", str(out), *HOW])
+        archives[average] = out.read_bytes()
+    assert archives["ema"] == straight != archives["power=1"]
+    message = fails(capsys, "sample", run, "--average", "swa", "--out", tmp_path / "x.npz", *HOW)
+    assert "holds no average 'swa'; this run keeps ema, power=1" in message
 
 
 def test_pictures_and_archive_hold_the_same_images(run, straight, tmp_path):

@@ -173,6 +173,21 @@ def test_state_that_the_first_step_would_make_is_asked_for():
         update.step(1)
 
 
+def test_an_optimizer_that_cannot_bear_nan_never_sees_any():
+    class Decomposing(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in group["params"])
+
+    update = make_update("sgd")
+    update.optimizers = [Decomposing([update.model.get_parameter("head.bias")], lr=0.1)]
+    backward(update, 1)
+    gradient = update.model.get_parameter("head.bias").grad
+    assert gradient is not None
+    gradient[0] = math.nan
+    assert not bool(update.step(1)[1])
+
+
 def test_every_parameter_has_one_optimizer():
     update = make_update("muon")
     optimized = [p for o in update.optimizers for g in o.param_groups for p in g["params"]]

@@ -15,7 +15,7 @@ import tyro
 from pydantic import Discriminator
 
 from speed_engine.data.config import DataConfig
-from speed_engine.diffusion.grammar import Spelling, Value, canonical, read_spelling
+from speed_engine.diffusion.grammar import canonical, read_spelling
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.metrics import METRICS
 from speed_engine.models.config import DiTConfig, ModelConfig
@@ -166,6 +166,9 @@ class TrainConfig:
                 check("evaluation.metrics", named, met, f"{metric} needs {remedy.get(need)}")
 
 
+_INFINITY = re.compile(r"^( *(?:\"\w+\": )?)Infinity(?=,?$)", re.MULTILINE)  # outside of texts
+
+
 def to_json(config: TrainConfig) -> str:
     """The resolved configuration, every field, readable by ``from_json``; infinity is 1e999.
 
@@ -199,9 +202,6 @@ def from_json(text: str | bytes) -> TrainConfig:
         ) from None
     _check_names(config)
     return config
-
-
-_INFINITY = re.compile(r"^( *(?:\"\w+\": )?)Infinity(?=,?$)", re.MULTILINE)  # outside of texts
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:
@@ -243,7 +243,8 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
         )
     if "method_options" not in values:
         return values
-    options = strict.read(dict[str, Value], values.pop("method_options"), "method_options")
+    kind = bool | int | float | Literal["definition", "prediction"] | None
+    options = strict.read(dict[str, kind], values.pop("method_options"), "method_options")
     from speed_engine.diffusion.method import options_of  # needs torch
     from speed_engine.diffusion.methods import METHODS
 
@@ -259,7 +260,7 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     }
     method = strict.read(str, values.get("method", TrainConfig.method), "method")
     spelling = read_spelling(method)
-    values["method"] = str(Spelling(spelling.method, {**spelling.options, **given}))
+    values["method"] = str(dataclasses.replace(spelling, options={**spelling.options, **given}))
     return values
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from speed_engine import cli
+from speed_engine.diffusion.methods import METHODS
 from speed_engine.runtime.world import join
 
 
@@ -124,3 +125,25 @@ def test_the_module_runs_like_the_command():
         capture_output=True, text=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.returncode == 0 and "train PRESET" in done.stdout
+
+
+def test_the_help_lists_every_method_with_its_options(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "digits", "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "METHOD[+OPTION=VALUE ...]" in shown and "speed_paper (k, r, tau, lam);" in shown
+    assert all(method in shown for method in METHODS)
+
+
+def test_the_methods_are_listed_as_they_are_spelled(capsys):
+    cli.main(["methods"])
+    shown = capsys.readouterr().out
+    assert "min_snr+gamma=5: Min-SNR weighting" in shown
+    assert "+stratified=None+normalised=None+weight_on=definition+weigh_bound=False" in shown
+
+
+def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monkeypatch):
+    started = []
+    monkeypatch.setattr("speed_engine.run.start", lambda config, folder, _: started.append(folder))
+    cli.main(["train", "digits", "--method", "speed_paper+lam=0.70+k=3.0", "--seed", "4"])
+    assert started == [Path("runs/digits-speed_paper-k=3-lam=0.7-4")]

@@ -244,6 +244,7 @@ def test_options_of_a_method_as_0_1_wrote_them_are_read(method, options, spelled
         ({"mean": [1]}, "method_options.mean=[1]: should be a valid boolean or a valid integer or"),
         ({"kk": None}, "option of method_options 'kk' is unknown, the nearest is 'k'"),
         ([], "method_options=[]: should be an object"),
+        ({"k": "3+r=2"}, 'method_options.k="3+r=2": should be a valid boolean'),
     ],
 )
 def test_options_that_0_1_would_not_have_written_are_refused(options, message):

@@ -1,11 +1,16 @@
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from speed_engine.arena.compare import Comparison, Plan
 from speed_engine.arena.contestants import ABLATION, expand, options, resolve
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, from_json
 from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.methods import METHODS
+from speed_engine.runtime.checks import UserError
 
 BASE = TrainConfig(steps=400)
 
@@ -92,3 +97,22 @@ def test_the_shortest_task_curriculum_takes_half_of_the_run():
 def test_every_contestant_of_the_ablation_resolves_and_differs():
     assert len({resolve(name, BASE) for name in ABLATION}) == len(ABLATION)
     assert options("speed_paper+k=2+stratified=True") == {"k": 2, "stratified": True}
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji32-reduced"])
+def test_a_comparison_of_version_0_1_goes_on_under_its_conditions(tmp_path, name):
+    kept = Path(__file__).parents[2] / "docs" / "results" / name / "compare.json"
+    (tmp_path / "compare.json").write_bytes(kept.read_bytes())
+    then = json.loads(kept.read_text())
+    plan = Plan(
+        config=from_json(json.dumps(then["config"])),
+        contestants=("uniform",),
+        seeds=1,
+        learning_rates=tuple(then["learning_rates"]),
+        solver_steps=tuple(then["solver_steps"]),
+        budget_seconds=then["budget_seconds"],
+    )
+    Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+    shorter = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=7))
+    with pytest.raises(UserError, match="config.steps was .*, is 7"):
+        Comparison(shorter, tmp_path, 1, 1, Console(quiet=True))

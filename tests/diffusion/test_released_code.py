@@ -88,7 +88,7 @@ def test_the_constructor_s_defaults_ascend_on_a_third_of_the_timesteps():
     negative = np.flatnonzero(w < 0)
     assert len(negative) == 315 and w.min() == pytest.approx(-3.676, abs=5e-4) and w.max() == 5
     assert set(negative) == {*range(58), *range(443, TAU)}
-    with pytest.raises(ValueError, match=r"lambda=5 is outside \[0.5, 1\]"):
+    with pytest.raises(ValueError, match=r"lambda=5.0 is outside \[0.5, 1\]"):
         build_method("speed_official", LINEAR, k=1, lam=5)
 
 

@@ -144,3 +144,12 @@ def test_the_gauges_see_faults():
     assert figures["strides of no known unit"]["narrow"] > BUDGETS["qk_norm_rope"][2]
     assert figures["few registers"]["spills"] > 0
     assert figures["same code without fusion"]
+
+
+def test_drift_fails_where_it_was_counted_and_is_told_elsewhere(monkeypatch):
+    with pytest.raises(AssertionError, match="52 registers"):
+        toolchain.hold({toolchain.HERE}, ["52 registers"])
+    monkeypatch.setattr(toolchain, "HERE", toolchain.Toolchain("9.9", "9.9"))
+    assert toolchain.nearest(MOVED) == toolchain.TORCH_2_14_TRITON_3_8
+    with pytest.warns(UserWarning, match="torch 9.9, triton 9.9 drift .*\n52 registers"):
+        toolchain.hold(MOVED, ["52 registers"])

@@ -190,7 +190,8 @@ def test_an_optimizer_that_cannot_bear_nan_never_sees_any():
                 assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in group["params"])
 
     update = make_update("sgd")
-    update.optimizers = [Decomposing([update.model.get_parameter("head.bias")], lr=0.1)]
+    decomposing = Decomposing([update.model.get_parameter("head.bias")], lr=0.1)
+    update.optimizers = [decomposing]  # pyright: ignore[reportAttributeAccessIssue]
     backward(update, 1)
     gradient = update.model.get_parameter("head.bias").grad
     assert gradient is not None

@@ -32,11 +32,9 @@ Buffer = bytes | bytearray | memoryview
 
 MAX_BYTES = 2**28  # of one array
 MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
-_DTYPES = {np.dtype(name) for name in ("uint8", "float16", "float32", "int64", "uint16")}
+_DTYPES = {np.dtype(name): name for name in ("uint8", "float16", "float32", "int64", "uint16")}
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
-_JPEG_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
-_JPEG_SEGMENTS = {0xDB, 0xC4, 0xDD, 0xFE, *range(0xE0, 0xF0)}  # tables, comments, applications'
 _GREY_MODES = {"1", "L", "LA"}
 _COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
 
@@ -82,7 +80,7 @@ def decode_pictures(
     shape: tuple[int, ...],
     allocate: Callable[[int], np.ndarray],
 ) -> np.ndarray | None:
-    """Many pictures at once, each straight into its place.
+    """Many pictures at once, each in its place.
 
     Args:
         members: B of them.
@@ -96,14 +94,11 @@ def decode_pictures(
     """
     depth, size = shape[0], shape[1:]
     places = allocate(len(members) * math.prod(shape)).reshape(len(members), *size, depth)
-    is_jpeg = _PILLOW_FORMATS.get(extension.rpartition(".")[2]) == "JPEG"
-    done = _decode_jpegs(members, places, channels) if is_jpeg else [False] * len(members)
-    for data, place, is_there in zip(members, places, done, strict=True):
-        if not is_there:
-            picture = decode_image(data, extension, channels, size)
-            if picture.shape != shape:
-                return None
-            place[:] = picture.transpose(1, 2, 0)
+    for data, place in zip(members, places, strict=True):
+        picture = decode_image(data, extension, channels, size)
+        if picture.shape != shape:
+            return None
+        place[:] = picture.transpose(1, 2, 0)
     return places.transpose(0, 3, 1, 2)
 
 
@@ -155,7 +150,7 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
     try:
         if kind == "npy":
             dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
-            return {"dtype": str(dtype), "shape": list(shape)}
+            return {"dtype": _DTYPES[dtype], "shape": list(shape)}
         if kind == "cls":
             return {"classes": decode_label(data) + 1}
         if kind in _PILLOW_FORMATS:
@@ -213,54 +208,6 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
             f"{', '.join(sorted(map(str, _DTYPES)))} in C order."
         )
     return dtype, shape
-
-
-def _decode_jpegs(members: Sequence[Buffer], places: np.ndarray, channels: int) -> list[bool]:
-    """Which of ``members`` are put into their row of ``places``, (B, H, W, C): those of its shape.
-
-    Headers go first, and the loops hold little: what is done again and again stays in the
-    processor's caches. Pictures that one program wrote begin alike: that is parsed once.
-    """
-    library = jpeg_library()
-    if library is None:
-        return [False] * len(members)
-    height, width, depth = places.shape[1:]
-    mode, colours = ("GRAY", {"Gray"}) if depth == 1 else ("RGB", _JPEG_COLOURS)
-    if depth == 3 and channels == 1:  # where grey is kept, others are of colour
-        colours = colours - {"Gray"}
-    beginning, is_fit, decode, done = b"", False, library.decode_jpeg, []
-    for data in members:
-        if not beginning or bytes(data[: len(beginning)]) != beginning:
-            beginning = _jpeg_beginning(data)
-            try:
-                found = library.decode_jpeg_header(data)
-                is_fit = found[0] == height and found[1] == width and found[2] in colours
-            except (ValueError, KeyError):  # as in ``_decode_jpeg``
-                beginning, is_fit = b"", False
-        done.append(is_fit)
-    for i, place in enumerate(places):
-        if done[i]:
-            try:
-                decode(members[i], mode, buffer=place)
-            except ValueError:  # as in ``_decode_jpeg``
-                done[i] = False
-    return done
-
-
-def _jpeg_beginning(data: Buffer) -> bytes:
-    """Up to the end of its frame header (ITU-T T.81, B.2.2), which has size and components.
-
-    What follows can only tell whether three components are RGB or YCbCr, or fail to decode. Empty
-    if anything but common segments comes before it.
-    """
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker, at = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        if marker in _JPEG_FRAMES:
-            return bytes(data[:at])
-        if marker not in _JPEG_SEGMENTS:
-            break
-    return b""
 
 
 def _decode_jpeg(data: Buffer, channels: int, size: tuple[int, ...] | None) -> np.ndarray | None:

@@ -112,7 +112,7 @@ class _Header(tarfile.TarInfo):
         tar: Any = archive.fileobj
         at = tar.tell()
         member = super().fromtarfile(archive)
-        if tar[at + 156 : at + 157] == b"x":
+        if tar[at + 156] == ord("x"):
             start = at + BLOCK
             _check_records(tar[start : start + int(tar[at + 124 : at + 136].strip(b" \0"), 8)])
         return member
@@ -132,9 +132,10 @@ def _regular_members(path: Path, tar: mmap.mmap) -> Iterator[tuple[int, str, int
     at = 0
     try:
         with tarfile.open(fileobj=tar, mode="r:", tarinfo=_Header, encoding="utf-8") as archive:
+            of_all, kept = archive.pax_headers, vars(archive)["members"]
             while (member := archive.next()) is not None:
-                vars(archive)["members"].clear()  # which nobody reads, and which would grow
-                if archive.pax_headers.keys() & {"path", "size"} or member.sparse is not None:
+                kept.clear()  # nobody reads them, and they would grow
+                if "path" in of_all or "size" in of_all or member.sparse is not None:
                     raise tarfile.ReadError("a path or size of all members, or a sparse file")
                 if member.isreg():
                     _check(member, len(tar))

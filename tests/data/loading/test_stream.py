@@ -65,6 +65,17 @@ def test_a_stream_of_nothing_but_damage_ends(tmp_path):
         batches.collect(stream_samples(reader, FEED, worker=0), np.arange(8))
 
 
+def test_only_damage_in_a_row_ends_a_stream(make_shards, monkeypatch):
+    monkeypatch.setattr("speed_engine.data.loading.decoding.BAD_IN_A_ROW", 1)
+    reader = ShardReader(make_shards(1, per_shard=1))
+    good, bad = next(reader.stream([0])), ShardError("bad")
+    batches = BatchReader(reader, SHAPE, on_bad_sample="skip")
+    batch = batches.collect(iter([("x", good), ("x", bad)] * 3), np.arange(3))
+    assert batch.replaced == ("bad", "bad")
+    with pytest.raises(ShardError, match="bad"):
+        batches.collect(iter([("x", good), ("x", bad), ("x", bad)]), np.arange(2))
+
+
 def test_a_streamed_sample_unlike_the_others_is_named(tmp_path):
     with ShardWriter(tmp_path, "x", 5) as writer:
         for i, dtype in enumerate((np.uint8, np.float16)):

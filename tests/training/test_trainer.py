@@ -334,7 +334,8 @@ def poison(trainer: Trainer, steps: range) -> None:
 
     def poisoned(batch):
         bad = trainer.engine.steps_done + 1 in steps
-        return step(batch._replace(images=batch.images * torch.nan) if bad else batch)
+        nan = dataclasses.replace(batch, images=batch.images * torch.nan)
+        return step(nan if bad else batch)
 
     trainer.engine.step = poisoned
 

@@ -102,7 +102,7 @@ def _draw_methods(process: str, num_timesteps: int):
     handles.append(Line2D([], [], color=_DISTRIBUTION, linestyle="--"))
     figure.legend(handles, [*labels, "P at the end"], loc="outside upper right", ncols=4)
     title = (
-        f"{process}: what each method samples, and how it weighs the MSE of {schedule.prediction}"
+        f"{process}: what each method samples and how it weighs the MSE of {schedule.prediction}"
     )
     figure.suptitle(title, x=0.01, ha="left")
     return figure

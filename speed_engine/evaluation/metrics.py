@@ -198,12 +198,12 @@ def title(field: str, extractor: str | None) -> str:
         field: of a record; one that no metric writes is its own title.
         extractor: name of the extractor of the features; None if there is none.
     """
+    from speed_engine.evaluation.features import INCEPTION
+
     figure = FIGURES.get(field.removeprefix(HELD_OUT))
     if figure is None:
         return field
     words = f"held-out {figure.title}" if field.startswith(HELD_OUT) else figure.title
-    from speed_engine.evaluation.features import INCEPTION
-
     if not figure.published or extractor in (None, INCEPTION):
         return words
     of = "classifier" if extractor.startswith("speed-classifier-") else extractor

@@ -78,9 +78,9 @@ def launch_and_stop_after_one_part(run, *options):
     code = (
         "import time; from speed_engine.cli import main\n"
         "from speed_engine.evaluation.evaluator import Evaluator\n"
-        "def one(*a, f=Evaluator.draw_some, left=[1]):\n"
+        "def one(*a, f=Evaluator.generate_some, left=[1]):\n"
         "    left.pop() if left else time.sleep(1000); return f(*a)\n"
-        f"Evaluator.draw_some = one; main({['evaluate', str(run), *options]})"
+        f"Evaluator.generate_some = one; main({['evaluate', str(run), *options]})"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -159,7 +159,10 @@ def test_the_table_has_a_column_for_each_part(run, capsys):
     shown = evaluate(run, capsys).out
     for words in ("training", "held-out", "FID", "recall", "copied share", "2 steps", "guidance 1"):
         assert words in shown
-    assert f"{read_records(run)[-1]['held_out_fid']:.3f}" in shown
+    record = read_records(run)[-1]
+    assert f"{record['held_out_fid']:.3f}" in shown and "FID (classifier features)" in shown
+    note = f"two random sets of 100 training images have {record['fid_within']:.3f}"
+    assert f"fewer than 10,000 images bias FID upwards: {note}" in " ".join(shown.split())
 
 
 @pytest.mark.long
@@ -227,6 +230,7 @@ def test_a_record_of_one_extractor_shows_no_figure_of_another(capsys):
           "extractor": "inception", "fid": 3.25, "num_reference": 9}, Console())  # fmt: skip
     shown = capsys.readouterr().out
     assert "features of inception" in shown and "3.25" in shown and "held-out" not in shown
+    assert "bias FID upwards" in shown  # a record of version 0.1 does not say how far
 
 
 def test_half_a_record_does_not_spoil_the_next(tmp_path):

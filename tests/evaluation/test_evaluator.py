@@ -17,7 +17,7 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.evaluation import evaluator as evaluator_module
 from speed_engine.evaluation import metrics
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.features import Extractor
+from speed_engine.evaluation.features import INCEPTION, Extractor
 from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import FIGURES, METRICS, Figure, Metric
@@ -193,7 +193,7 @@ def test_enough_images_come_without_and_real_ones_are_not_read_for_it(monkeypatc
 
 
 def test_titles_say_whose_features_a_published_figure_is_of():
-    assert metrics.title("fid", metrics.INCEPTION) == "FID"
+    assert metrics.title("fid", INCEPTION) == "FID"
     assert metrics.title("fid", "speed-classifier-v1-0a") == "FID (classifier features)"
     assert metrics.title("held_out_kid", "dino") == "held-out KID (dino features)"
     assert metrics.title("recall", "dino") == "recall"

@@ -91,3 +91,12 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, caplog)
     (tmp_path / "file").write_bytes(b"")
     assert fid(REAL, path_of(tmp_path / "file")) == fid(REAL, None)
     assert "could not be kept" in caplog.text
+
+
+def test_the_nearest_training_images_are_found_once():
+    generated, training = ImageSet(GENERATED, 40, EXTRACTOR), ImageSet(REAL, 40, EXTRACTOR)
+    found = generated.nearest_in(training)
+    assert generated.nearest_in(training) is found
+    distances = torch.cdist(generated.features.double(), training.features.double())
+    assert torch.equal(found.ids, distances.argmin(1))
+    assert (generated.nearest_in(generated).distances == 0).all()

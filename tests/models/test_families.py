@@ -368,7 +368,7 @@ def test_prompts_for_a_model_without_texts_are_refused(tmp_path, clip):
     run = tmp_path / "run"
     trained(dataclasses.replace(CONFIG, steps=5), run)
     config = read_config(run)
-    with pytest.raises(ValueError, match="is told labels; a prompt needs one"):
+    with pytest.raises(ValueError, match="is conditioned on labels; a prompt needs one"):
         build_evaluation.prompted(config, ["three"], str(clip))
 
 

@@ -58,10 +58,9 @@ def adaln_forward(has_branch: bool) -> Case:
     block_d = triton.next_power_of_2(1152)
     pointers, strides = (*[BF16] * 7, FP32, FP32), (MULTIPLE,) * 3
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, "fp32")  # tokens, chunks, dim, eps
-    constants = (has_branch, adaln.TOKENS_FORWARD, block_d)
-    return Case(
-        adaln._forward_kernel, (*pointers, *strides, *sizes, *constants), adaln.num_warps(block_d)
-    )
+    constants = (has_branch, adaln.TOKENS_FORWARD, adaln.STAGES_FORWARD, block_d)
+    num_warps = adaln.num_warps(block_d, adaln.ELEMENTS_FORWARD)
+    return Case(adaln._adaln_forward_kernel, (*pointers, *strides, *sizes, *constants), num_warps)
 
 
 def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
@@ -69,8 +68,10 @@ def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     block_d, has_branch = triton.next_power_of_2(dim), num_sums > 2
     pointers = (*[dtype] * 6, FP32, FP32, dtype, dtype, FP32)
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
-    constants = (has_branch, has_branch, num_sums, adaln.TOKENS_BACKWARD, block_d)
-    return Case(adaln._backward_kernel, (*pointers, *sizes, *constants), adaln.num_warps(block_d))
+    walk = (adaln.TOKENS_BACKWARD, adaln.STAGES_BACKWARD)
+    constants = (has_branch, has_branch, num_sums, *walk, block_d)
+    num_warps = adaln.num_warps(block_d, adaln.ELEMENTS_BACKWARD)
+    return Case(adaln._adaln_backward_kernel, (*pointers, *sizes, *constants), num_warps)
 
 
 def qk_rotation(
@@ -86,7 +87,7 @@ def qk_rotation(
     tokens = qk_norm_rope.TOKENS_BACKWARD if backward else qk_norm_rope.TOKENS_FORWARD
     constants = (unit, dim, shape["HEADS"], tokens, shape["BLOCK"], per_image)
     return Case(
-        qk_norm_rope._backward_kernel if backward else qk_norm_rope._forward_kernel,
+        getattr(qk_norm_rope, f"_qk_norm_rope_{'backward' if backward else 'forward'}_kernel"),
         (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
         num_warps,
     )
@@ -112,7 +113,7 @@ def group_norm(kernel: str, channels_last: bool) -> Case:
             BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
         ),
     }  # fmt: skip
-    return Case(getattr(group_norm_silu, f"_{kernel}_kernel"), arguments[kernel], num_warps)
+    return Case(getattr(group_norm_silu, f"_group_norm_{kernel}_kernel"), arguments[kernel], num_warps)
 
 
 def adamw(horizons: int) -> Case:
@@ -176,8 +177,11 @@ CASES = {
     "gated_residual_adaln_backward": adaln_backward(num_sums=4),
     "gated_residual_adaln_backward widest": adaln_backward(4, FP32, adaln.MAX_DIM),
     "gelu_backward": Case(
-        gelu._backward_kernel,
-        (BF16, BF16, BF16, FP32, MULTIPLE, MULTIPLE, gelu.ROWS, gelu.TILE_ROWS, gelu.TILE_COLUMNS),
+        gelu._gelu_backward_kernel,
+        (
+            *(BF16, BF16, BF16, FP32, MULTIPLE, MULTIPLE),
+            *(gelu.ROWS, gelu.TILE_ROWS, gelu.TILE_COLUMNS, gelu.STAGES),
+        ),
     ),
     "pack_heads": Case(
         heads._pack_kernel,

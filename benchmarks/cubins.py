@@ -113,7 +113,9 @@ def group_norm(kernel: str, channels_last: bool) -> Case:
             BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
         ),
     }  # fmt: skip
-    return Case(getattr(group_norm_silu, f"_group_norm_{kernel}_kernel"), arguments[kernel], num_warps)
+    return Case(
+        getattr(group_norm_silu, f"_group_norm_{kernel}_kernel"), arguments[kernel], num_warps
+    )
 
 
 def adamw(horizons: int) -> Case:

@@ -118,7 +118,7 @@ def test_what_cannot_be_swept_is_named():
 
 def test_the_choice_says_what_runs_and_why():
     assert choose_update("auto", "cuda").value == "separate"
-    assert "no GPU has measured it" in choose_update("auto", "cuda").reason
+    assert "1 % faster on an H200" in choose_update("auto", "cuda").reason
     assert choose_update("separate", "cpu") == ("separate", "asked for")
     assert choose_update("one_sweep", "cpu").reason.endswith("since the kernel needs CUDA")
 

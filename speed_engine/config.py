@@ -74,6 +74,9 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
     PyTorch."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Whether operators run by the Triton kernels: auto tests each on the GPU first and runs the
+    PyTorch reference where one fails, which on refuses; off runs references only."""
     init_from: Path | None = None
     """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50

@@ -109,6 +109,7 @@ def machine_choices(
         steps=config.steps,
         compile=config.compile,
         attention=config.attention,
+        kernels=config.kernels,
         parallel=config.parallel,
         update=config.optimizer.update,
         resident=config.data.resident,
@@ -143,6 +144,7 @@ def build_trainer(
     """
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
+    machine.settle_kernels(config.kernels, device.type, world)
     data = TrainingData(config, world, device)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
@@ -227,6 +229,8 @@ def load_average_of(
     if not tensors:
         kept = ", ".join((EMA, *config.optimizer.averages))
         raise UserError(f"{path} holds no average {name!r}; this run keeps {kept}.")
+    # What a run asked for where it was trained need not be there where it is used.
+    machine.settle_kernels("off" if config.kernels == "off" else "auto", device.type)
     model = build_model(config)
     load_parameters(model, tensors, path)
     step = checkpoint.read_state(path)["step"]

@@ -31,6 +31,7 @@ from speed_engine.run import (
     resume,
     start,
 )
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.trainer import Trainer
@@ -184,6 +185,16 @@ def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
         for run in (killed, straight)
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_kernels_are_demanded_where_a_run_trains_and_not_where_it_is_used(tmp_path):
+    demanding = dataclasses.replace(TINY, steps=1, device="cpu", kernels="on")
+    with pytest.raises(UserError, match="kernels=on, but the kernels need CUDA"):
+        start(demanding, tmp_path / "refused", quiet())
+    assert not (tmp_path / "refused").exists()
+    start(dataclasses.replace(demanding, kernels="auto"), tmp_path / "run", quiet())
+    _, step = load_average(tmp_path / "run", demanding, torch.device("cpu"))
+    assert step == 1
 
 
 def test_a_finished_run_can_be_trained_longer(tmp_path):

@@ -76,6 +76,14 @@ def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
     assert [step for step, *_ in losses(tmp_path / "a")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
 
 
+def test_a_deterministic_run_finds_a_deterministic_algorithm_for_everything(tmp_path):
+    short = dataclasses.replace(TINY, steps=2, log_every=1, deterministic=True)
+    for name in ("a", "b"):
+        start(short, tmp_path / name, quiet())
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert read_config(tmp_path / "a").deterministic
+
+
 # Of those that keep nothing of their own, one stands for all.
 STATEFUL = ("adaptive", "ant_uw", "clts_mdlrc", "learned_uncertainty", "speed_paper")
 

@@ -42,7 +42,7 @@ __all__ = [
     "HAS_TRITON", "NO_KERNELS", "REFERENCE", "SPECIFICATION", "BlockOperators", "Kernels",
     "NormOperators", "Operators", "RandomOperators", "Stream", "UpdateOperators", "adamw_ema",
     "block_operators_for", "from_pixels", "gated_residual", "group_norm_silu", "kernels_on",
-    "normal", "operators_for", "qk_norm_rope", "random_bits", "use_kernels",
+    "normal", "operators_for", "qk_norm_rope", "random_bits", "register_fallbacks", "use_kernels",
 ]  # fmt: skip
 
 
@@ -74,6 +74,21 @@ def use_kernels(wanted: Kernels) -> None:
 def kernels_on(device: torch.device) -> Kernels:
     """Which families run by kernel there."""
     return _on_cuda if device.type == "cuda" else NO_KERNELS
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor, before it compiles, that it has no code of its own for our operators.
+
+    It finds that out by itself, but torch 2.11 then describes the operator with all that it was
+    computed from, which in the last block of a deep model is text of gigabytes.
+    """
+    from torch._inductor.lowering import make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch.ops.speed_kernels:
+        operator = getattr(torch.ops.speed_kernels, name).default
+        tag = get_layout_constraint_tag(operator, with_default=True)
+        make_fallback(operator, layout_constraint=tag_to_layout_constraint(tag), warn=False)
 
 
 class RandomOperators(NamedTuple):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import fault_harness
 from speed_engine.config import TrainConfig, from_json, to_json
@@ -82,6 +83,21 @@ def test_a_deterministic_run_finds_a_deterministic_algorithm_for_everything(tmp_
         start(short, tmp_path / name, quiet())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert read_config(tmp_path / "a").deterministic
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+def test_deterministic_runs_are_bitwise_equal_on_a_gpu(tmp_path, compile):
+    """In processes of their own: cuBLAS reads its workspace from the environment once."""
+    options = "--deterministic --steps 40 --log-every 10 --evaluation.features none".split()
+    for name in ("a", "b"):
+        where = ["--run", tmp_path / name, "--compile", compile]
+        done = run_cli("train", "digits", *options, *where)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    averages = [load_file(tmp_path / name / "ema.safetensors") for name in ("a", "b")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
 # Of those that keep nothing of their own, one stands for all.

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from speed_engine.ops import register_fallbacks
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.sharding import blocks
 
 aten = torch.ops.aten
 # What is dear to compute for the bytes it takes to keep: matrix products and attention.
@@ -84,7 +86,13 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
         model: stays as it is, but for its blocks under ``blocks``.
         how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
     """
-    return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+    return {"on": compiled_whole, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+
+
+def compiled_whole(model: nn.Module) -> Callable[..., Any]:
+    """The model as one compiled graph, whose compilation grows with the depth."""
+    register_fallbacks()
+    return torch.compile(model, dynamic=False)
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
@@ -96,18 +104,21 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
     Raises:
         UserError: the model has no blocks.
     """
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
+    found = blocks(model)
+    if not found:
         raise UserError(
             f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
             "choose on or off."
         )
-    compile_each(blocks, fullgraph=True)
+    compile_each(found, fullgraph=True)
     return model
 
 
 def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     """Compile modules in place, one by one, with options of ``torch.compile``.
+
+    Shapes are compiled as they come: a last batch or microbatch of another size is compiled anew,
+    instead of all of them once more with a size that may change.
 
     PyTorch counts the compilations of all of them together, since they share the code of
     ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
@@ -118,4 +129,4 @@ def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     for block in blocks:
-        block.compile(**options)
+        block.compile(dynamic=False, **options)

@@ -75,9 +75,23 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
-        return Choice("on", "the step is then a few large kernels")
+        return Choice("blocks", "as long to compile for many blocks as for one; not yet timed here")
     measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+
+
+def choose_generation(compile: str, device: str) -> Choice:
+    """``blocks`` or ``off``, of the averaged model that is evaluated.
+
+    Args:
+        compile: the run's own choice, or its option.
+        device: ``cuda`` or ``cpu``.
+    """
+    if compile == "off":
+        return Choice("off", "not compiled, as in training")
+    if device == "cuda":
+        return Choice("blocks", "the averaged model is compiled as blocks in training are")
+    return Choice("off", "the averaged model stays eager on a CPU, where compiling rarely pays")
 
 
 def choose_attention(wanted: str, device: str) -> Choice:
@@ -228,6 +242,7 @@ class Choices:
     parallel: Choice
     precision: Choice
     compile: Choice
+    generation: Choice
     attention: Choice
     kernels: Choice
     block_kernels: Choice
@@ -286,11 +301,13 @@ def choose(
     """
     chosen = choose_device(device)
     kind = chosen.value
+    compiling = choose_compile(compile, kind, steps)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),
         precision=choose_precision(kind),
-        compile=choose_compile(compile, kind, steps),
+        compile=compiling,
+        generation=choose_generation(compiling.value, kind),
         attention=choose_attention(attention, kind),
         kernels=choose_kernels(kind),
         block_kernels=choose_block_kernels(kind),

@@ -2,7 +2,8 @@
 
 Usage: ``sharded_generation.py RANK STORE``. Rank 0 prints, for a model of each family, how far the
 images are from those of one process that computes in float32: the root of the mean squared
-difference over the standard deviation of the images.
+difference over the standard deviation of the images. Between a first generation and this one the
+parameters change, as those of an average do in training.
 """
 
 import json
@@ -34,7 +35,7 @@ FAMILIES: dict[str, ModelConfig] = {
 def make(config: ModelConfig) -> nn.Module:
     torch.manual_seed(0)
     shape = Shape(input_size=(8, 8), channels=3, num_classes=CLASSES)
-    model = build_network(config, shape).eval()
+    model = build_network(config, shape).eval().requires_grad_(False)
     for parameter in model.parameters():  # away from gates of zero
         if not bool(parameter.any()):
             nn.init.normal_(parameter, std=0.05)
@@ -61,10 +62,15 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     distances = {}
     for name, config in FAMILIES.items():
-        model, whole = make(config), images(make(config))
+        model, alone = make(config), make(config)
         with_cuda_policy(model, World(rank, WORLD, rank, WORLD))
+        shards = [sharding.local(parameter) for parameter in model.parameters()]
+        images(model)
+        for parameter in (*shards, *alone.parameters()):
+            parameter.mul_(1.1)
         sharded = images(model)
         sharding.COMPUTE_DTYPES.pop("cpu")
+        whole = images(alone)
         assert sharded.dtype == torch.float32
         distances[name] = ((sharded - whole).square().mean().sqrt() / whole.std()).item()
     if rank == 0:

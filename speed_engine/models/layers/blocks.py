@@ -1,7 +1,7 @@
 """What is done to a model's repeated blocks: recomputing activations, compiling one by one.
 
-A model that has them keeps them in ``model.blocks``. Both change how a block is run, neither its
-parameters, their names, nor (but for rounding in compiled code) what it computes.
+Both change how a block is run, neither its parameters, their names, nor (but for rounding in
+compiled code) what it computes.
 """
 
 import functools
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from speed_engine.runtime import sharding
 from speed_engine.runtime.checks import UserError
 
 aten = torch.ops.aten
@@ -29,7 +30,7 @@ DEAR = [
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
 ]
-VARIANTS = 4  # of a compiled block: for training and for drawing, other strides, other inputs
+VARIANTS = 4  # of a compiled block: in training and generation, of other strides, batch sizes
 # What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.
 RECOMPUTE: dict[str, dict[str, Any] | None] = {
     "nothing": None,
@@ -81,23 +82,24 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
     """What to call in place of the model.
 
     Args:
-        model: stays as it is, but for its blocks under ``blocks``.
+        model: stays as it is, but for its blocks under ``blocks``, which is then what to call.
         how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
     """
     return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
-    """The model itself, each of its blocks compiled in place.
+    """The model itself, each of its blocks (``sharding.blocks``) compiled in place.
 
-    Equal blocks share one compilation, but for the first, which has no branch to add (see
-    ``open_sum``), so that its time does not grow with the depth.
+    Equal blocks share one compilation, also those of an average, but for the first of a DiT, which
+    has no branch to add (see ``open_sum``), so that its time does not grow with the depth. In a
+    U-Net nearly every block has a shape of its own.
 
     Raises:
         UserError: the model has no blocks.
     """
-    blocks = getattr(model, "blocks", None)
-    if blocks is None:
+    blocks = sharding.blocks(model)
+    if not blocks:
         raise UserError(
             f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
             "choose on or off."
@@ -109,13 +111,14 @@ def compiled_blocks(model: nn.Module) -> nn.Module:
 def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     """Compile modules in place, one by one, with options of ``torch.compile``.
 
-    PyTorch counts the compilations of all of them together, since they share the code of
-    ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
-    a shape of its own.
+    PyTorch takes all of them for one function, since they share the code of ``nn.Module``. It
+    counts their compilations together, and beyond its limit runs the rest uncompiled. It would also
+    take shapes that differ between blocks, or between training and generation, for changing ones,
+    and compile slower code for any size: hence code for each shape.
     """
     config: Any = torch._dynamo.config  # its attributes are made when it is imported
     limit = VARIANTS * len(blocks)
     config.recompile_limit = max(config.recompile_limit, limit)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
     for block in blocks:
-        block.compile(**options)
+        block.compile(dynamic=False, **options)

@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +52,7 @@ def interleaved(
 
 def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
     """Store figures with the command, the machine and the versions they were measured with."""
-    facts = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = facts_of_run()
     path = result_path(benchmark)
     path.parent.mkdir(parents=True, exist_ok=True)
     before = regression.committed(path)
@@ -58,6 +60,28 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
     for line in regression.compared(before, json.loads(path.read_text())):
         print(line)
     return path
+
+
+def facts_of_run() -> dict[str, Any]:
+    """Command, machine and versions; with a GPU its clocks, driver and power limit."""
+    facts = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if torch.cuda.is_available() and shutil.which("nvidia-smi"):
+        facts["gpu"] = _gpu_facts()
+    return facts
+
+
+def _gpu_facts() -> dict[str, str]:
+    """As nvidia-smi has them."""
+    names = (
+        "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit",
+        "temperature.gpu",
+    )  # fmt: skip
+    asked = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return dict(zip(names, asked.stdout.strip().split(", "), strict=False))
 
 
 def result_path(benchmark: str) -> Path:

@@ -91,7 +91,8 @@ def make_engine(
         update: as ``optimizer.update``.
         memory_format: of the weights of convolutions.
     """
-    model = build_model(config).to(device)
+    with device:  # a large model is initialised faster there
+        model = build_model(config)
     if memory_format is not None:
         model = model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     objective = build_objective(config, build_process(config), model, device.type == "cpu")

@@ -39,8 +39,23 @@ __all__ = [
     "BLOCK_COMPILED", "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE",
     "SPECIFICATION", "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for",
     "from_pixels", "gated_residual", "group_norm_silu", "norm_kernels_run_on", "normal",
-    "operators_for", "qk_norm_rope", "random_bits",
+    "operators_for", "qk_norm_rope", "random_bits", "register_fallbacks",
 ]  # fmt: skip
+
+
+def register_fallbacks() -> None:
+    """Tell Inductor, before it compiles, that it has no code of its own for our operators.
+
+    It finds that out by itself, but torch 2.11 then describes the operator with all that it was
+    computed from, which in the last block of a deep model is text of gigabytes.
+    """
+    from torch._inductor.lowering import make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch.ops.speed_kernels:
+        operator = getattr(torch.ops.speed_kernels, name).default
+        tag = get_layout_constraint_tag(operator, with_default=True)
+        make_fallback(operator, layout_constraint=tag_to_layout_constraint(tag), warn=False)
 
 
 class Operators(NamedTuple):

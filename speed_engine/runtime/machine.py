@@ -75,7 +75,7 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
-        return Choice("blocks", "as long to compile for many blocks as for one; not yet timed here")
+        return Choice("blocks", "equal blocks share a compilation, so its time does not grow")
     measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
 
@@ -88,9 +88,9 @@ def choose_generation(compile: str, device: str) -> Choice:
         device: ``cuda`` or ``cpu``.
     """
     if compile == "off":
-        return Choice("off", "not compiled, as in training")
+        return Choice("off", "the averaged model is not compiled, as training is not")
     if device == "cuda":
-        return Choice("blocks", "the averaged model is compiled as blocks in training are")
+        return Choice("blocks", "the averaged model is compiled block by block")
     return Choice("off", "the averaged model stays eager on a CPU, where compiling rarely pays")
 
 

@@ -1,7 +1,7 @@
 """What is done to a model's repeated blocks: recomputing activations, compiling one by one.
 
-Both change how a block is run, neither its parameters, their names, nor (but for rounding in
-compiled code) what it computes.
+Both change how a block (``sharding.blocks``) is run, neither its parameters, their names, nor (but
+for rounding in compiled code) what it computes.
 """
 
 import functools
@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from speed_engine.runtime import sharding
+from speed_engine.ops import register_fallbacks
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.sharding import blocks
 
 aten = torch.ops.aten
 # What is dear to compute for the bytes it takes to keep: matrix products and attention.
@@ -85,36 +86,44 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
         model: stays as it is, but for its blocks under ``blocks``, which is then what to call.
         how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
     """
-    return {"on": torch.compile, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+    return {"on": compiled_whole, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+
+
+def compiled_whole(model: nn.Module) -> Callable[..., Any]:
+    """The model as one compiled graph, whose compilation grows with the depth."""
+    register_fallbacks()
+    return torch.compile(model, dynamic=False)
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
-    """The model itself, each of its blocks (``sharding.blocks``) compiled in place.
+    """The model itself, each of its blocks compiled in place.
 
-    Equal blocks share one compilation, also those of an average, but for the first of a DiT, which
-    has no branch to add (see ``open_sum``), so that its time does not grow with the depth. In a
-    U-Net nearly every block has a shape of its own.
+    Equal blocks share one compilation, but for the first of a DiT, which has no branch to add (see
+    ``open_sum``), so that its time does not grow with the depth. Generation takes another one for
+    all of them, since it computes no gradients.
 
     Raises:
         UserError: the model has no blocks.
     """
-    blocks = sharding.blocks(model)
-    if not blocks:
+    found = blocks(model)
+    if not found:
         raise UserError(
             f"compile=blocks needs a model with blocks, and {type(model).__name__} has none; "
             "choose on or off."
         )
-    compile_each(blocks, fullgraph=True)
+    compile_each(found, fullgraph=True)
     return model
 
 
 def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     """Compile modules in place, one by one, with options of ``torch.compile``.
 
-    PyTorch takes all of them for one function, since they share the code of ``nn.Module``. It
-    counts their compilations together, and beyond its limit runs the rest uncompiled. It would also
-    take shapes that differ between blocks, or between training and generation, for changing ones,
-    and compile slower code for any size: hence code for each shape.
+    Shapes are compiled as they come: a last batch or microbatch of another size is compiled anew,
+    instead of all of them once more with a size that may change.
+
+    PyTorch counts the compilations of all of them together, since they share the code of
+    ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
+    a shape of its own.
     """
     config: Any = torch._dynamo.config  # its attributes are made when it is imported
     limit = VARIANTS * len(blocks)

@@ -1,0 +1,52 @@
+"""Rows of measurements that end in time and are kept one by one."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from harness import facts_of_run
+
+
+class Rows:
+    """A result file that is rewritten after every row, so that a kill loses one row at most.
+
+    Args:
+        path: of the JSON file.
+        seconds: from now on; a row that would not end in them is left out.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.begin, self.seconds = path, time.monotonic(), seconds
+        self.figures: dict[str, Any] = {"environment": facts_of_run(), "rows": {}}
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.begin + self.seconds - time.monotonic()
+
+    def row(self, name: str, needs: float, measure: Callable[[], dict[str, Any]]) -> None:
+        """Measure, print and keep; an error is a row, too, since the others go on.
+
+        Args:
+            name: of the row.
+            needs: seconds that it may take.
+            measure: returns what JSON can hold.
+        """
+        start = time.monotonic()
+        if self.left() < needs:
+            found: dict[str, Any] = {"left_out": f"needs {needs:.0f} s, {self.left():.0f} s left"}
+        else:
+            try:
+                found = measure()
+            except Exception as error:  # whatever a first contact brings
+                traceback.print_exc()
+                found = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+        found["seconds"] = round(time.monotonic() - start, 1)
+        self.figures["rows"][name] = found
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.figures, indent=1) + "\n")
+        partial.replace(self.path)
+        print(f"[{self.seconds - self.left():5.0f} s] {name}: {json.dumps(found)[:900]}", flush=True)

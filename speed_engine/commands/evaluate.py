@@ -153,7 +153,8 @@ def _generated(
     if how != "off":
         settings["compile"] = how
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        generate = partial(evaluator.generate_some, compiled(model, how))
+        forward: Any = compiled(model, how)
+        generate = partial(evaluator.generate_some, forward)
         return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 
 

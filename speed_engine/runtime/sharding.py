@@ -44,6 +44,15 @@ def autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
+def exact_float32() -> AbstractContextManager[None]:
+    """Inside, convolutions in float32 are exact, as matrix products are everywhere.
+
+    Networks that metrics are computed with run in it. PyTorch lets cuDNN round what a convolution
+    multiplies to the 10 bits of TF32, and features would then be those of one kind of GPU.
+    """
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def distribute(
     model: nn.Module,
     world: World,

@@ -79,6 +79,20 @@ def choose_compile(wanted: str, device: str, steps: int) -> Choice:
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
 
 
+def choose_generation(compile: str, device: str) -> Choice:
+    """``blocks`` or ``off``, of the averaged model that is evaluated.
+
+    Args:
+        compile: the run's own choice, or its option.
+        device: ``cuda`` or ``cpu``.
+    """
+    if compile == "off":
+        return Choice("off", "the averaged model is not compiled, as training is not")
+    if device == "cuda":
+        return Choice("blocks", "the averaged model is compiled block by block")
+    return Choice("off", "the averaged model stays eager on a CPU, where compiling rarely pays")
+
+
 def choose_attention(wanted: str, device: str) -> Choice:
     """``sdpa``, PyTorch's, or ``xformers``.
 
@@ -283,6 +297,7 @@ class Choices:
     parallel: Choice
     precision: Choice
     compile: Choice
+    generation: Choice
     attention: Choice
     random_kernels: Choice
     objective_kernels: Choice
@@ -345,11 +360,13 @@ def choose(
     chosen = choose_device(device)
     kind = chosen.value
     by_family = choose_kernels(kernels, kind, world)
+    compiling = choose_compile(compile, kind, steps)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),
         precision=choose_precision(kind),
-        compile=choose_compile(compile, kind, steps),
+        compile=compiling,
+        generation=choose_generation(compiling.value, kind),
         attention=choose_attention(attention, kind),
         random_kernels=by_family["random"],
         objective_kernels=by_family["objective"],

@@ -14,6 +14,7 @@ from speed_engine.runtime.machine import (
     choose_attention,
     choose_checksums,
     choose_compile,
+    choose_generation,
     choose_jpeg_decoder,
     choose_noise,
     choose_resident,
@@ -89,6 +90,15 @@ def test_xformers_is_used_where_it_runs_and_was_asked_for(monkeypatch):
     monkeypatch.setattr(fmha, "memory_efficient_attention", lambda q, k, v: q + k + v)
     assert choose_attention("xformers", "meta").value == "xformers"
     assert choose_attention("auto", "meta") == ("sdpa", "PyTorch's; xFormers would run, too")
+
+
+@pytest.mark.parametrize(
+    "compile, on_cuda", [("auto", "blocks"), ("on", "blocks"), ("blocks", "blocks"), ("off", "off")]
+)
+def test_the_average_is_compiled_by_blocks_on_cuda_unless_compilation_is_off(compile, on_cuda):
+    assert choose_compile("auto", "cuda", 1).value == "blocks"
+    assert choose_generation(compile, "cuda").value == on_cuda
+    assert choose_generation(compile, "cpu").value == "off"
 
 
 @pytest.mark.parametrize("wanted", ["on", "blocks", "off"])

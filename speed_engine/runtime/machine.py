@@ -69,8 +69,17 @@ def choose_precision(device: str) -> Choice:
     return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
 
 
-def choose_compile(wanted: str, device: str, steps: int) -> Choice:
-    """``on``, ``blocks`` or ``off``."""
+def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -> Choice:
+    """``on``, ``graphs``, ``blocks`` or ``off``.
+
+    Raises:
+        UserError: CUDA graphs were asked for and cannot be made here.
+    """
+    if wanted == "graphs" and (device != "cuda" or world.size > 1):
+        where = "a CPU has none" if device != "cuda" else f"there are {world.size} processes"
+        raise UserError(
+            f"compile=graphs replays CUDA graphs of one process, and {where}; use blocks or auto."
+        )
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
@@ -360,7 +369,7 @@ def choose(
     chosen = choose_device(device)
     kind = chosen.value
     by_family = choose_kernels(kernels, kind, world)
-    compiling = choose_compile(compile, kind, steps)
+    compiling = choose_compile(compile, kind, steps, world)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),

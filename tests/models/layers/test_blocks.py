@@ -155,6 +155,17 @@ def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, d
     assert compilations.frame_count == 2  # the first has no branch to add
 
 
+def test_only_graphs_are_replayed_and_shapes_are_compiled_as_they_come(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options) or f)
+    for how in ("on", "graphs", "off"):
+        assert isinstance(compiled(nn.Linear(2, 2), how), nn.Linear)
+    assert modes == [
+        {"dynamic": False, "mode": None},
+        {"dynamic": False, "mode": "reduce-overhead"},
+    ]
+
+
 def test_blocks_of_many_shapes_are_compiled_every_one():
     """PyTorch's own limit is 8."""
     torch._dynamo.reset()

@@ -84,8 +84,8 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
 
     Args:
         model: stays as it is, but for its blocks under ``blocks``, which is then what to call.
-        how: ``on`` compiles it whole, ``graphs`` also replays CUDA graphs of it, ``blocks`` compiles
-            each block by itself, ``off`` nothing.
+        how: ``on`` compiles it whole, ``graphs`` so, and replays CUDA graphs of it, ``blocks`` each
+            block by itself, ``off`` nothing.
     """
     ways: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
         "on": compiled_whole,

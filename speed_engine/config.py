@@ -54,7 +54,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images per optimizer step, all ranks together."""
     seed: int = 0
-    """Root of every random choice; runs with equal seeds are equal."""
+    """Root of every random choice; runs with equal seeds are equal, on a GPU bit for bit only if
+    deterministic."""
     schedule: str = "linear"
     """Noise process: linear, quadratic, cosine, scaled_linear, vp, ve, edm, fdm, flow,
     shifted_flow."""
@@ -74,6 +75,12 @@ class TrainConfig:
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
     PyTorch."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Whether operators run by the Triton kernels: auto tests each on the GPU first and runs the
+    PyTorch reference where one fails, which on refuses; off runs references only."""
+    deterministic: bool = False
+    """On a GPU, compute by deterministic algorithms only, so that equal runs have equal bits, as on
+    a CPU; some are slower."""
     init_from: Path | None = None
     """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50
@@ -136,6 +143,12 @@ class TrainConfig:
             "latents are no pictures that could be compared; choose none",
         )
         self._check_metrics()
+        check(
+            "attention",
+            self.attention,
+            not self.deterministic or self.attention != "xformers",
+            "has no deterministic backward pass that is known; choose sdpa",
+        )
         check(
             "evaluation.guidance",
             self.evaluation.guidance,

@@ -13,6 +13,7 @@ import torch
 
 import regression
 import tables
+from speed_engine import ops
 from speed_engine.build import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -109,3 +110,17 @@ def test_the_other_loop_trains_a_network_of_equal_work(case):
     flops = train_cases.training_flops(ours, train_cases.model_inputs(config))
     other = train_cases.training_flops(theirs, diffusers_step.inputs(config))
     assert flops == pytest.approx(other, rel=0.03)
+
+
+def test_without_kernels_a_benchmark_runs_the_definitions_and_then_kernels_again():
+    import train_cases
+
+    cuda = torch.device("cuda")
+    before = ops.kernels_on(cuda)
+    with train_cases.kernels(False):
+        assert ops.operators_for(cuda) is ops.REFERENCE
+        assert ops.block_operators_for(cuda) is ops.BLOCK_REFERENCE
+        assert ops.kernels_on(cuda) == ops.NO_KERNELS._replace(random=before.random)
+    with train_cases.kernels(True):
+        assert ops.kernels_on(cuda) == before
+    assert ops.kernels_on(cuda) == before

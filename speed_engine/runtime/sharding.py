@@ -6,7 +6,8 @@ They are laid out by FSDP2 (``fully_shard``) on a mesh of (replicas, shards):
     fsdp    (1, W)                  every process holds a W-th
     hsdp    (nodes, per node)       sharded inside a node, repeated across nodes
 
-so that gradients are summed in one fixed order whatever the layout, and runs repeat bit for bit.
+so that gradients are summed in one fixed order whatever the layout, and runs on CPUs repeat bit for
+bit; on GPUs see ``determinism.py``.
 
 Letters: W processes.
 """

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_rows import Rows
+from gpu_xl import timed_steps
 from harness import interleaved, matrix_product
 from speed_engine.config import TrainConfig
-from speed_engine.models.layers.blocks import compiled_blocks
+from speed_engine.models.layers.blocks import compiled
 from speed_engine.ops import Stream, normal, random_bits
 from speed_engine.training.engine import Engine
 from train_cases import gpu_cases, make_engine, synthetic_batch
-from gpu_xl import timed_steps
 
 TOKENS, WIDTH = 256 * 256, 1152  # of DiT-XL/2 at 256 images
 PRODUCTS = {"qkv": (3456, 1152), "proj": (1152, 1152), "fc1": (4608, 1152), "fc2": (1152, 4608)}
@@ -126,8 +126,9 @@ def noise_bits() -> dict[str, Any]:
     """Whether the kernels draw the very bits that the definition draws on a CPU."""
     root, ids = torch.tensor(7), torch.arange(64) * 1_000_003
     here = random_bits(root, ids, 4096, Stream.NOISE), normal(root, ids, 4096)
-    there = random_bits(root.to(GPU), ids.to(GPU), 4096, Stream.NOISE), normal(
-        root.to(GPU), ids.to(GPU), 4096
+    there = (
+        random_bits(root.to(GPU), ids.to(GPU), 4096, Stream.NOISE),
+        normal(root.to(GPU), ids.to(GPU), 4096),
     )
     normals = there[1].cpu()
     return {
@@ -138,8 +139,8 @@ def noise_bits() -> dict[str, Any]:
     }
 
 
-def engine_of(config: TrainConfig, **options: Any) -> Engine:
-    return make_engine(config, GPU, forward=compiled_blocks, **options)
+def engine_of(config: TrainConfig, how: str = "blocks", **options: Any) -> Engine:
+    return make_engine(config, GPU, forward=partial(compiled, how=how), **options)
 
 
 def no_waiting() -> dict[str, Any]:
@@ -167,6 +168,7 @@ def repeats() -> dict[str, Any]:
         torch.backends.cuda.enable_cudnn_sdp(not wanted)
         sums = []
         for _ in range(2):
+            torch.cuda.manual_seed(0)  # of its first parameters
             engine = engine_of(config)
             for _ in range(20):
                 engine.step(batch)
@@ -181,14 +183,14 @@ def repeats() -> dict[str, Any]:
 
 
 def unet() -> dict[str, Any]:
-    """The U-Net's step with either layout of images."""
-    config = replace(gpu_cases()["unet"], batch_size=64)
+    """The U-Net's step with either layout of images, eager: its many blocks take a minute each."""
+    config = replace(gpu_cases()["unet"], batch_size=256)
     batch = synthetic_batch(config, GPU)
     found: dict[str, Any] = {}
     for name, layout in (("contiguous", None), ("channels last", torch.channels_last)):
         torch._dynamo.reset()
         torch.cuda.reset_peak_memory_stats()
-        engine = engine_of(config, memory_format=layout)
+        engine = engine_of(config, "off", memory_format=layout)
         for _ in range(3):
             engine.step(batch)
         found[name] = timed_steps(partial(engine.step, batch), 8)

@@ -18,8 +18,14 @@ from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.planning.gpus import GPUS
-from train_cases import gpu_cases, kernels, make_engine, model_inputs, synthetic_batch
-from train_cases import training_flops
+from train_cases import (
+    gpu_cases,
+    kernels,
+    make_engine,
+    model_inputs,
+    synthetic_batch,
+    training_flops,
+)
 
 GPU = torch.device("cuda")
 STEPS = 12

@@ -22,12 +22,16 @@ from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from speed_kernels.deferred_bias import with_bias_gradient
-from speed_kernels.language import rounded, runs_kernels, store, tl, triton
+from speed_kernels.language import rounded, runs_kernels, store, tl, triton, two_sums
 
 MAX_DIM = 4096  # a program holds a whole token in registers, which spill beyond
 # Tokens of one image that a program walks through, so that it loads the modulation once and writes
-# one partial sum. Not tuned on a GPU.
-TOKENS_FORWARD, TOKENS_BACKWARD = 4, 32
+# one partial sum; of STAGES of them the memory is read ahead. Tuned on an H200 at DiT-XL/2's width:
+# benchmarks/results/nvidia-h200/gpu_tune.json.
+TOKENS_FORWARD, TOKENS_BACKWARD = 8, 32
+STAGES_FORWARD, STAGES_BACKWARD = 3, 4
+READ_AHEAD = 80 * 2**10  # bytes of shared memory that this may take: all have 99 KiB from sm_80 on
+ELEMENTS_FORWARD, ELEMENTS_BACKWARD = 16, 8  # per thread
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
 
 
@@ -146,10 +150,10 @@ def _check(caller: str, x: Tensor, **modulation: Tensor) -> None:
 
 
 @triton.jit
-def _forward_kernel(
+def _adaln_forward_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, x_out_ptr, y_ptr, mean_ptr, rstd_ptr,
     gate_stride, shift_stride, scale_stride, num_tokens, num_chunks, dim, eps,
-    HAS_BRANCH: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // num_chunks).to(tl.int64)
     first = (tl.program_id(0) % num_chunks) * TOKENS
@@ -162,22 +166,23 @@ def _forward_kernel(
         gate = tl.load(gate_ptr + image * gate_stride + columns, mask=inside, other=0.0)
         gate = gate.to(tl.float32)
 
-    for i in range(TOKENS):
-        if first + i < num_tokens:
-            row = image * num_tokens + first + i
-            x = tl.load(x_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BRANCH:
-                branch = tl.load(branch_ptr + row * dim + columns, mask=inside, other=0.0)
-                x_out = rounded(x + gate * branch.to(tl.float32), x_out_ptr.dtype.element_ty)
-                tl.store(x_out_ptr + row * dim + columns, x_out, mask=inside)
-                x = x_out.to(tl.float32)  # as the backward will read it
+    for i in tl.range(0, TOKENS, num_stages=STAGES):
+        row = image * num_tokens + first + i
+        here = first + i < num_tokens
+        mask = inside & here
+        x = tl.load(x_ptr + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            branch = tl.load(branch_ptr + row * dim + columns, mask=mask, other=0.0)
+            x_out = rounded(x + gate * branch.to(tl.float32), x_out_ptr.dtype.element_ty)
+            tl.store(x_out_ptr + row * dim + columns, x_out, mask=mask)
+            x = x_out.to(tl.float32)  # as the backward will read it
 
-            mean = tl.sum(x, axis=0) / dim
-            centered = tl.where(inside, x - mean, 0.0)
-            rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / dim + eps)
-            store(y_ptr + row * dim + columns, centered * rstd * factor + shift, mask=inside)
-            tl.store(mean_ptr + row, mean)
-            tl.store(rstd_ptr + row, rstd)
+        mean = tl.sum(x, axis=0) / dim
+        centered = tl.where(inside, x - mean, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=0) / dim + eps)
+        store(y_ptr + row * dim + columns, centered * rstd * factor + shift, mask=mask)
+        tl.store(mean_ptr + row, mean, mask=here)
+        tl.store(rstd_ptr + row, rstd, mask=here)
 
 
 @custom_op("speed_kernels::adaln", mutates_args=())
@@ -223,11 +228,12 @@ def _launch_forward(
         num_chunks = -(-num_tokens // TOKENS_FORWARD)
         block_d = triton.next_power_of_2(dim)
         with torch.cuda.device_of(x):
-            _forward_kernel[(batch * num_chunks,)](
+            _adaln_forward_kernel[(batch * num_chunks,)](
                 x, branch, gate, shift, scale, x_out, y, mean, rstd,
                 gate.stride(0), shift.stride(0), scale.stride(0), num_tokens, num_chunks, dim, eps,
-                HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD, BLOCK_D=block_d,
-                num_warps=num_warps(block_d),
+                HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD,
+                STAGES=stages(STAGES_FORWARD, x, branch, block_d=block_d),
+                BLOCK_D=block_d, num_warps=num_warps(block_d, ELEMENTS_FORWARD),
             )  # fmt: skip
     return x_out, y, mean, rstd
 
@@ -237,12 +243,12 @@ def _launch_forward(
 
 
 @triton.jit
-def _backward_kernel(
+def _adaln_backward_kernel(
     dy_ptr, dx_out_ptr, x_out_ptr, branch_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr,
     dx_ptr, dbranch_ptr, partial_ptr,
     gate_stride, scale_stride, num_tokens, num_chunks, dim,
     HAS_BRANCH: tl.constexpr, HAS_DX_OUT: tl.constexpr, SUMS: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr, STAGES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(0) // num_chunks).to(tl.int64)
     first = (tl.program_id(0) % num_chunks) * TOKENS
@@ -259,32 +265,33 @@ def _backward_kernel(
     if SUMS > 3:
         dbias = tl.zeros((BLOCK_D,), dtype=tl.float32)
 
-    for i in range(TOKENS):
-        if first + i < num_tokens:
-            row = image * num_tokens + first + i
-            dy = tl.load(dy_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(x_out_ptr + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
-            mean = tl.load(mean_ptr + row)
-            rstd = tl.load(rstd_ptr + row)
+    for i in tl.range(0, TOKENS, num_stages=STAGES):
+        row = image * num_tokens + first + i
+        here = first + i < num_tokens
+        mask = inside & here
+        dy = tl.load(dy_ptr + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_out_ptr + row * dim + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DX_OUT:
+            dx_out = tl.load(dx_out_ptr + row * dim + columns, mask=mask, other=0.0)
+        if HAS_BRANCH:
+            branch = tl.load(branch_ptr + row * dim + columns, mask=mask, other=0.0)
+        mean = tl.load(mean_ptr + row, mask=here, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=here, other=0.0)
 
-            x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
-            g = dy * factor
-            mean_g = tl.sum(g, axis=0) / dim
-            mean_gx = tl.sum(g * x_hat, axis=0) / dim
-            dx = rstd * (g - mean_g - x_hat * mean_gx)
-            if HAS_DX_OUT:
-                dx += tl.load(dx_out_ptr + row * dim + columns, mask=inside, other=0.0).to(
-                    tl.float32
-                )
-            store(dx_ptr + row * dim + columns, dx, mask=inside)
-            dshift += dy
-            dscale += dy * x_hat
-            if HAS_BRANCH:
-                branch = tl.load(branch_ptr + row * dim + columns, mask=inside, other=0.0)
-                store(dbranch_ptr + row * dim + columns, gate * dx, mask=inside)
-                dgate += dx * branch.to(tl.float32)
-            if SUMS > 3:
-                dbias += gate * dx
+        x_hat = tl.where(inside, (x - mean) * rstd, 0.0)
+        g = dy * factor
+        sum_g, sum_gx = two_sums(g, g * x_hat)
+        dx = rstd * (g - sum_g / dim - x_hat * (sum_gx / dim))
+        if HAS_DX_OUT:
+            dx += dx_out.to(tl.float32)
+        store(dx_ptr + row * dim + columns, dx, mask=mask)
+        dshift += dy
+        dscale += dy * x_hat
+        if HAS_BRANCH:
+            store(dbranch_ptr + row * dim + columns, gate * dx, mask=mask)
+            dgate += dx * branch.to(tl.float32)
+        if SUMS > 3:
+            dbias += gate * dx
 
     sums_ptr = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * dim + columns
     tl.store(sums_ptr, dshift, mask=inside)
@@ -342,12 +349,14 @@ def _launch_backward(
     gate = scale if gate is None else _dense_rows(gate)
     block_d = triton.next_power_of_2(dim)
     with torch.cuda.device_of(x_out):
-        _backward_kernel[(batch * num_chunks,)](
+        _adaln_backward_kernel[(batch * num_chunks,)](
             dy, dx_out, x_out, branch, gate, scale, mean, rstd,
             dx, dx if dbranch is None else dbranch, partial,
             gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
             HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
-            TOKENS=TOKENS_BACKWARD, BLOCK_D=block_d, num_warps=num_warps(block_d),
+            TOKENS=TOKENS_BACKWARD,
+            STAGES=stages(STAGES_BACKWARD, dy, dx_out, x_out, branch, block_d=block_d),
+            BLOCK_D=block_d, num_warps=num_warps(block_d, ELEMENTS_BACKWARD),
         )  # fmt: skip
 
 
@@ -362,9 +371,15 @@ def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
-def num_warps(block_d: int) -> int:
-    """About 8 elements per thread."""
-    return min(max(block_d // 256, 1), 16)
+def stages(wanted: int, *row: Tensor, block_d: int) -> int:
+    """How many tokens of all these tensors may be in flight at once: of wide ones fewer."""
+    size = block_d * sum(tensor.element_size() for tensor in row)
+    return 1 + min(wanted - 1, READ_AHEAD // size)
+
+
+def num_warps(block_d: int, elements: int) -> int:
+    """So that a thread has that many elements."""
+    return min(max(block_d // (32 * elements), 1), 16)
 
 
 def _dense_rows(modulation: Tensor) -> Tensor:

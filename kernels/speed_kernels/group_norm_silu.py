@@ -169,7 +169,7 @@ def _slope(z, dy):
 
 
 @triton.jit
-def _moments_kernel(
+def _group_norm_moments_kernel(
     x_ptr, partial_ptr, channels, positions,
     CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,7 @@ def _moments_kernel(
 
 
 @triton.jit
-def _statistics_kernel(
+def _group_norm_statistics_kernel(
     partial_ptr, mean_ptr, rstd_ptr, channels, num_groups, positions, chunk_size, eps,
     NUM_CHUNKS: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +233,7 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _forward_kernel(
+def _group_norm_forward_kernel(
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     scale_stride, shift_stride, y_ptr, channels, num_groups, positions,
     HAS_SCALE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -277,12 +277,12 @@ def _group_norm_silu(
             (batch, num_chunks, 2, channels), dtype=torch.float32, device=x.device
         )
         with torch.cuda.device_of(x):
-            _moments_kernel[(programs,)](x, partial, channels, positions, **tile)
-            _statistics_kernel[(batch * num_groups,)](
+            _group_norm_moments_kernel[(programs,)](x, partial, channels, positions, **tile)
+            _group_norm_statistics_kernel[(batch * num_groups,)](
                 partial, mean, rstd, channels, num_groups, positions, chunk_size, eps,
                 **partials(num_chunks, channels // num_groups),
             )  # fmt: skip
-            _forward_kernel[(programs,)](
+            _group_norm_forward_kernel[(programs,)](
                 x, mean, rstd, *_modulation(weight, bias, scale, shift), y, channels, num_groups,
                 positions, HAS_SCALE=scale is not None, **tile,
             )  # fmt: skip
@@ -299,7 +299,7 @@ def _(x, num_groups, weight, bias, scale, shift, eps):
 
 
 @triton.jit
-def _backward_sums_kernel(
+def _group_norm_backward_sums_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr,
     scale_stride, shift_stride, partial_ptr, channels, num_groups, positions,
     HAS_SCALE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -334,7 +334,7 @@ def _backward_sums_kernel(
 
 
 @triton.jit
-def _backward_statistics_kernel(
+def _group_norm_backward_statistics_kernel(
     partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride,
     daffine_ptr, dmodulation_ptr, mean_g_ptr, mean_gx_ptr, batch, channels, num_groups, positions,
     HAS_SCALE: tl.constexpr, NUM_CHUNKS: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -378,7 +378,7 @@ def _backward_statistics_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _group_norm_backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, mean_g_ptr, mean_gx_ptr, weight_ptr, bias_ptr, scale_ptr,
     shift_ptr, scale_stride, shift_stride, dx_ptr, channels, num_groups, positions,
     HAS_SCALE: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -435,16 +435,16 @@ def _group_norm_silu_backward(
         means = torch.empty((2, batch, num_groups), dtype=torch.float32, device=x.device)
         modulation = _modulation(weight, bias, scale, shift)
         with torch.cuda.device_of(x):
-            _backward_sums_kernel[(programs,)](
+            _group_norm_backward_sums_kernel[(programs,)](
                 dy, x, mean, rstd, *modulation, partial, channels, num_groups, positions,
                 HAS_SCALE=has_scale, **tile,
             )  # fmt: skip
-            _backward_statistics_kernel[(batch * num_groups,)](
+            _group_norm_backward_statistics_kernel[(batch * num_groups,)](
                 partial, *modulation, daffine, dmodulation, means[0], means[1], batch, channels,
                 num_groups, positions, HAS_SCALE=has_scale,
                 **partials(num_chunks, channels // num_groups),
             )  # fmt: skip
-            _backward_kernel[(programs,)](
+            _group_norm_backward_kernel[(programs,)](
                 dy, x, mean, rstd, means[0], means[1], *modulation, dx, channels, num_groups,
                 positions, HAS_SCALE=has_scale, **tile,
             )  # fmt: skip

@@ -173,7 +173,7 @@ def _forward_rows(
 
 
 @triton.jit
-def _forward_kernel(
+def _qk_norm_rope_forward_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
     q_image, q_head, q_token, k_image, k_head, k_token, num_heads, num_tokens, eps,
     UNIT: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
@@ -201,7 +201,7 @@ def _qk_norm_rope(
         unit, strides = _strides(q, k)
         programs, blocks = _launch(q, TOKENS_FORWARD)
         with torch.cuda.device_of(q):
-            _forward_kernel[(programs, 2)](
+            _qk_norm_rope_forward_kernel[(programs, 2)](
                 q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(),
                 sin.contiguous(), q_out, k_out, *strides, q.shape[1], q.shape[2], eps,
                 UNIT=unit, TOKENS=TOKENS_FORWARD, PER_IMAGE=cos.dim() == 3, **blocks,
@@ -268,7 +268,7 @@ def _backward_rows(
 
 
 @triton.jit
-def _backward_kernel(
+def _qk_norm_rope_backward_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr,
     dq_ptr, dk_ptr, dq_partial_ptr, dk_partial_ptr,
     dq_out_image, dq_out_head, dq_out_token, dk_out_image, dk_out_head, dk_out_token,
@@ -302,7 +302,7 @@ def _qk_norm_rope_backward(
     if q.numel():
         unit, strides = _strides(dq_out, dk_out, q, k)
         with torch.cuda.device_of(q):
-            _backward_kernel[(programs, 2)](
+            _qk_norm_rope_backward_kernel[(programs, 2)](
                 dq_out, dk_out, q, k, q_weight.contiguous(), k_weight.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, partial[0], partial[1], *strides,
                 q.shape[1], q.shape[2], eps, UNIT=unit, TOKENS=TOKENS_BACKWARD,

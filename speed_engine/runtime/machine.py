@@ -69,14 +69,37 @@ def choose_precision(device: str) -> Choice:
     return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
 
 
-def choose_compile(wanted: str, device: str, steps: int) -> Choice:
-    """``on``, ``blocks`` or ``off``."""
+def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -> Choice:
+    """``on``, ``graphs``, ``blocks`` or ``off``.
+
+    Raises:
+        UserError: CUDA graphs were asked for and cannot be made here.
+    """
+    if wanted == "graphs" and (device != "cuda" or world.size > 1):
+        where = "a CPU has none" if device != "cuda" else f"there are {world.size} processes"
+        raise UserError(
+            f"compile=graphs replays CUDA graphs of one process, and {where}; use blocks or auto."
+        )
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
         return Choice("blocks", "equal blocks share a compilation, so its time does not grow")
     measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+
+
+def choose_generation(compile: str, device: str) -> Choice:
+    """``blocks`` or ``off``, of the averaged model that is evaluated.
+
+    Args:
+        compile: the run's own choice, or its option.
+        device: ``cuda`` or ``cpu``.
+    """
+    if compile == "off":
+        return Choice("off", "the averaged model is not compiled, as training is not")
+    if device == "cuda":
+        return Choice("blocks", "the averaged model is compiled block by block")
+    return Choice("off", "the averaged model stays eager on a CPU, where compiling rarely pays")
 
 
 def choose_attention(wanted: str, device: str) -> Choice:
@@ -288,6 +311,7 @@ class Choices:
     parallel: Choice
     precision: Choice
     compile: Choice
+    generation: Choice
     attention: Choice
     random_kernels: Choice
     objective_kernels: Choice
@@ -350,11 +374,13 @@ def choose(
     chosen = choose_device(device)
     kind = chosen.value
     by_family = choose_kernels(kernels, kind, world)
+    compiling = choose_compile(compile, kind, steps, world)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),
         precision=choose_precision(kind),
-        compile=choose_compile(compile, kind, steps),
+        compile=compiling,
+        generation=choose_generation(compiling.value, kind),
         attention=choose_attention(attention, kind),
         random_kernels=by_family["random"],
         objective_kernels=by_family["objective"],

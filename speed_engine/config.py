@@ -69,9 +69,10 @@ class TrainConfig:
     """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    compile: Literal["auto", "on", "graphs", "blocks", "off"] = "auto"
     """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
-    as for one; auto compiles where that was measured to pay."""
+    as for one; graphs also replays it as CUDA graphs, for small models on one GPU, which the host
+    would hold up; auto compiles where that was measured to pay."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
     PyTorch."""

@@ -114,7 +114,8 @@ def attention_problems(
     problems = []
     for shape in sorted(shapes):
         try:
-            _attend(shape, device, dtype)
+            with torch.enable_grad():
+                _attend(shape, device, dtype)
         except Exception as error:  # whatever a library of this machine may raise
             lines = str(error).strip().splitlines() or [type(error).__name__]
             sizes = f"{shape.heads} heads of {shape.width}, {shape.queries} to {shape.keys} tokens"

@@ -69,8 +69,17 @@ def choose_precision(device: str) -> Choice:
     return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
 
 
-def choose_compile(wanted: str, device: str, steps: int) -> Choice:
-    """``on``, ``blocks`` or ``off``."""
+def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -> Choice:
+    """``on``, ``graphs``, ``blocks`` or ``off``.
+
+    Raises:
+        UserError: CUDA graphs were asked for and cannot be made here.
+    """
+    if wanted == "graphs" and (device != "cuda" or world.size > 1):
+        where = "a CPU has none" if device != "cuda" else f"there are {world.size} processes"
+        raise UserError(
+            f"compile=graphs replays CUDA graphs of one process, and {where}; use blocks or auto."
+        )
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
@@ -146,15 +155,18 @@ def choose_kernels(wanted: str, device: str, world: World = ALONE) -> dict[str, 
         raise UserError(f"kernels=on, but {obstacle}; use kernels=auto or off.")
     obstacle = "asked for" if wanted == "off" else obstacle
     findings = [] if obstacle else world.from_first(lambda: kernel_findings(device))
-    failed = {f.family: f"{f.operator} {f.problem}" for f in findings if not f.passed}
+    failed: dict[str, list[str]] = {}
+    for finding in findings:
+        if not finding.passed:
+            failed.setdefault(finding.family, []).append(f"{finding.operator} {finding.problem}")
     if wanted == "on" and failed:
         raise UserError(
-            f"kernels=on, but {'; '.join(failed.values())}. Use kernels=auto, which computes these "
+            f"kernels=on, but {'; '.join(sum(failed.values(), []))}. Use kernels=auto, which computes these "
             "families by the PyTorch reference, or kernels=off."
         )
     choices = {}
     for family, (what, change) in KERNEL_FAMILIES.items():
-        if problem := obstacle or failed.get(family):
+        if problem := obstacle or "; ".join(failed.get(family, [])):
             choices[family] = Choice("PyTorch reference", f"{what}; {problem}")
         else:
             choices[family] = Choice("Triton", f"{what}; {change}")
@@ -188,13 +200,15 @@ def settle_kernels(wanted: str, device: str, world: World = ALONE) -> None:
         UserError: as of ``choose_kernels``.
     """
     choices = choose_kernels(wanted, device, world)
+    if device != "cuda":
+        return  # a model on the CPU says nothing of those on a GPU in the same process
     use_kernels(Kernels(**{name: choice.value == "Triton" for name, choice in choices.items()}))
     if wanted == "off" or kernel_obstacle(device) or not world.is_first:
         return
     for finding in kernel_findings(device):
         if not finding.passed:
             log.warning(
-                "kernel %s %s; %s run by the PyTorch reference",
+                "kernel %s %s; the PyTorch reference runs its family: %s",
                 finding.operator, finding.problem, KERNEL_FAMILIES[finding.family][0],
             )  # fmt: skip
 
@@ -364,7 +378,7 @@ def choose(
     chosen = choose_device(device)
     kind = chosen.value
     by_family = choose_kernels(kernels, kind, world)
-    compiling = choose_compile(compile, kind, steps)
+    compiling = choose_compile(compile, kind, steps, world)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),

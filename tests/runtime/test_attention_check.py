@@ -7,13 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.backends import cuda
 
+from speed_engine import run
 from speed_engine.build import attention_shapes
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig
+from speed_engine.ops import ALL_KERNELS, use_kernels
 from speed_engine.presets import PRESETS
 from speed_engine.runtime.attention_check import BACKENDS, AttentionShape, settle_attention
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.world import World
 
 CPU = torch.device("cpu")
 WIDE, NARROW = AttentionShape(1, 16, 16, 256, False), AttentionShape(2, 16, 8, 64, True)
@@ -78,23 +81,59 @@ def test_a_backend_without_a_plan_for_wide_heads_is_left_out_and_named_once(atte
     assert f"cuDNN fails here: {NO_PLAN} (1 heads of 256, 16 to 16 tokens)" in line
 
 
+@torch.no_grad()
+def test_attention_is_tried_backward_wherever_it_is_asked_for(attention):
+    settle()
+
+
 def test_of_several_processes_one_says_so(attention, caplog):
     attention[0]["cuDNN"] = NO_PLAN
     settle(quiet=True)
     assert "cuDNN" not in enabled() and not caplog.messages
 
 
-def test_a_backend_that_is_switched_off_stays_so(attention):
+def test_a_backend_that_is_switched_off_stays_so_and_is_not_tried(attention, caplog):
     cuda.enable_flash_sdp(False)
-    attention[0]["cuDNN"] = NO_PLAN
+    attention[0].update(dict.fromkeys(["cuDNN", "flash"], NO_PLAN))
     settle()
     assert enabled() == ["memory-efficient"]
+    assert "flash" not in caplog.text
+
+
+def test_a_backend_that_fails_backward_is_left_out(attention, monkeypatch, caplog):
+    choose = F.scaled_dot_product_attention
+
+    def refuse(_):
+        raise RuntimeError(NO_PLAN)
+
+    def attend(*given, **options):
+        by_cudnn, result = cuda.cudnn_sdp_enabled(), choose(*given, **options)
+        if by_cudnn:
+            result.register_hook(refuse)
+        return result
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    settle()
+    assert "cuDNN" not in enabled() and "cuDNN fails here" in caplog.text
 
 
 def test_attention_that_runs_by_no_backend_stops_the_run(attention):
     attention[0].update(dict.fromkeys([*BACKENDS, "math"], "an illegal instruction"))
     with pytest.raises(UserError, match="attention does not run on this GPU: an illegal instr"):
         settle()
+
+
+def test_on_a_gpu_a_model_s_attention_is_tried_in_the_dtype_of_its_training(monkeypatch):
+    tried: list[tuple] = []
+    monkeypatch.setattr(
+        run, "settle_attention", lambda *given, quiet: tried.append((*given, quiet))
+    )
+    config = TrainConfig(kernels="off")
+    for device, world in (("cpu", World()), ("cuda", World()), ("cuda", World(rank=1, size=2))):
+        run.settle_operators(config, "off", torch.device(device), world)
+    shapes, cuda_device = attention_shapes(config), torch.device("cuda")
+    assert tried == [(shapes, cuda_device, torch.bfloat16, quiet) for quiet in (False, True)]
+    use_kernels(ALL_KERNELS)
 
 
 def test_shapes_are_those_that_the_model_calls_attention_in():

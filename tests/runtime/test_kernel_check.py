@@ -14,6 +14,7 @@ from speed_engine.runtime import kernel_check, machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.kernel_check import CASES, Finding, check_kernels, relative_error
 from speed_engine.runtime.machine import choose_kernels, settle_kernels
+from speed_engine.runtime.world import World
 
 CUDA = torch.device("cuda")
 PASSED = Finding("adaln", "block", 0.001, None)
@@ -49,6 +50,12 @@ def test_every_kernel_agrees_with_its_definition(device):
     assert [f for f in findings if not f.passed] == []
     limits = {case.operator: case.limit for case in CASES}
     assert all(f.error <= limits[f.operator] for f in findings)
+
+
+@torch.no_grad()
+def test_kernels_are_tried_backward_wherever_it_is_asked_for(monkeypatch, device):
+    monkeypatch.setattr(kernel_check, "CASES", [c for c in CASES if c.operator == "gelu"])
+    assert [finding.problem for finding in check_kernels(device)] == [None]
 
 
 def test_every_operator_with_a_kernel_is_tried():
@@ -121,7 +128,7 @@ def test_a_family_with_a_wrong_kernel_runs_by_reference_and_the_log_says_so_once
     assert kernels_on(CUDA) == ALL_KERNELS._replace(block=False)
     (line,) = caplog.messages
     assert line.startswith("kernel gelu differs: relative error 0.5")
-    assert line.endswith("adaLN, gates, GELU and bias gradients run by the PyTorch reference")
+    assert line.endswith("PyTorch reference runs its family: adaLN, gates, GELU and bias gradients")
     choices = choose_kernels("auto", "cuda")
     assert (
         choices["block"].value == "PyTorch reference" and "gelu differs" in choices["block"].reason
@@ -136,14 +143,31 @@ def test_kernels_that_pass_run_without_a_word(gpu, caplog):
 
 
 def test_where_kernels_are_demanded_a_wrong_one_is_an_error_that_names_it(gpu):
-    gpu += [PASSED, WRONG]
-    with pytest.raises(UserError, match="kernels=on, but gelu differs.*kernels=auto.*kernels=off"):
+    gpu += [WRONG, PASSED, WRONG._replace(operator="adaln")]
+    text = "kernels=on, but gelu differs.*; adaln differs.*kernels=auto.*kernels=off"
+    with pytest.raises(UserError, match=text):
         settle_kernels("on", "cuda")
 
 
 def test_kernels_demanded_of_a_cpu_are_refused():
     with pytest.raises(UserError, match="kernels=on, but the kernels need CUDA; use kernels=auto"):
         choose_kernels("on", "cpu")
+
+
+def test_all_processes_follow_the_first_one_s_test_and_it_alone_logs(gpu, caplog):
+    class Second(World):
+        def from_first(self, compute):
+            return [PASSED, WRONG]
+
+    gpu.append(WRONG._replace(family="norms"))  # what this process would find
+    settle_kernels("auto", "cuda", Second(rank=1, size=2))
+    assert kernels_on(CUDA) == ALL_KERNELS._replace(block=False) and not caplog.messages
+
+
+def test_a_model_on_the_cpu_changes_nothing_of_those_on_a_gpu():
+    for wanted in ("auto", "off"):
+        settle_kernels(wanted, "cpu")
+        assert kernels_on(CUDA) == ALL_KERNELS
 
 
 def test_without_kernels_nothing_is_tried(gpu, monkeypatch):

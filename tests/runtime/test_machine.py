@@ -10,6 +10,7 @@ import torch
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.run import machine_choices
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import (
     choose_attention,
     choose_checksums,
@@ -19,6 +20,7 @@ from speed_engine.runtime.machine import (
     choose_noise,
     choose_resident,
 )
+from speed_engine.runtime.world import World
 
 GPU = "NVIDIA H200"
 
@@ -99,6 +101,14 @@ def test_the_average_is_compiled_by_blocks_on_cuda_unless_compilation_is_off(com
     assert choose_compile("auto", "cuda", 1).value == "blocks"
     assert choose_generation(compile, "cuda").value == on_cuda
     assert choose_generation(compile, "cpu").value == "off"
+
+
+def test_cuda_graphs_need_one_process_with_a_gpu():
+    assert choose_compile("graphs", "cuda", 1).value == "graphs"
+    with pytest.raises(UserError, match="a CPU has none; use blocks or auto"):
+        choose_compile("graphs", "cpu", 1)
+    with pytest.raises(UserError, match="there are 2 processes; use blocks"):
+        choose_compile("graphs", "cuda", 1, World(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize("wanted", ["on", "blocks", "off"])

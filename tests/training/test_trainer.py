@@ -16,6 +16,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import fault_harness
+from speed_engine import run as runs
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
@@ -211,12 +212,16 @@ def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
-def test_kernels_are_demanded_where_a_run_trains_and_not_where_it_is_used(tmp_path):
+def test_kernels_are_demanded_where_a_run_trains_and_not_where_it_is_used(tmp_path, monkeypatch):
     demanding = dataclasses.replace(TINY, steps=1, device="cpu", kernels="on")
     with pytest.raises(UserError, match="kernels=on, but the kernels need CUDA"):
         start(demanding, tmp_path / "refused", quiet())
     assert not (tmp_path / "refused").exists()
+    settled: list[str] = []
+    monkeypatch.setattr(runs, "settle_operators", lambda _, kernels, *__: settled.append(kernels))
     start(dataclasses.replace(demanding, kernels="auto"), tmp_path / "run", quiet())
+    assert settled == ["auto"]
+    monkeypatch.undo()
     _, step = load_average(tmp_path / "run", demanding, torch.device("cpu"))
     assert step == 1
 

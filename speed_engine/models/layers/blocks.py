@@ -84,15 +84,22 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
 
     Args:
         model: stays as it is, but for its blocks under ``blocks``, which is then what to call.
-        how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
+        how: ``on`` compiles it whole, ``graphs`` so, and replays CUDA graphs of it, ``blocks`` each
+            block by itself, ``off`` nothing.
     """
-    return {"on": compiled_whole, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+    ways: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+        "on": compiled_whole,
+        "graphs": functools.partial(compiled_whole, mode="reduce-overhead"),
+        "blocks": compiled_blocks,
+        "off": lambda same: same,
+    }
+    return ways[how](model)
 
 
-def compiled_whole(model: nn.Module) -> Callable[..., Any]:
+def compiled_whole(model: nn.Module, mode: str | None = None) -> Callable[..., Any]:
     """The model as one compiled graph, whose compilation grows with the depth."""
     register_fallbacks()
-    return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, mode=mode)
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:

@@ -83,7 +83,11 @@ def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
-        return Choice("blocks", "equal blocks share a compilation, so its time does not grow")
+        return Choice(
+            "blocks",
+            "equal blocks share a compilation; DiT-XL/2 on an H200: the step as fast as compiled "
+            "whole, the first one in 3 to 16 s instead of 46",
+        )
     measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
     return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
 
@@ -129,7 +133,7 @@ KERNEL_FAMILIES = {
     ),
     "norms": (
         "QK-norm with RoPE, group norm with SiLU",
-        "by count 10 and 8 tensors moved, forward and backward together; not yet timed on a GPU",
+        "by count 10 and 8 tensors moved, forward and backward together; not measured on a GPU",
     ),
     "update": ("AdamW and averages in one sweep, if asked for", "moves 36 bytes per parameter"),
 }
@@ -258,7 +262,7 @@ def choose_update(wanted: str, kernel: Choice) -> Choice:
         return Choice(
             "separate",
             "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
-            "36, but no GPU has measured it yet",
+            "36 and made DiT-XL/2's step 1 % faster on an H200, which is within its spread",
         )
     if wanted == "separate":
         return Choice(wanted, "asked for")

@@ -86,9 +86,8 @@ def main() -> None:
         sharding.COMPUTE_DTYPES.pop("cpu")
         whole = images(alone)
         assert sharded.dtype == torch.float32
-        distances[f"{name} {is_compiled}"] = (
-            (sharded - whole).square().mean().sqrt() / whole.std()
-        ).item()
+        distance = (sharded - whole).square().mean().sqrt() / whole.std()
+        distances[f"{name}, compiled" if is_compiled else name] = distance.item()
     if rank == 0:
         print(json.dumps(distances))
     dist.destroy_process_group()

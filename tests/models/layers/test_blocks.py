@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speed_engine import build_training
 from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.build_training import build_engine
 from speed_engine.config import TrainConfig
@@ -21,7 +22,8 @@ from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
 from speed_engine.run import machine_choices
 from speed_engine.runtime.machine import Choice
-from speed_engine.runtime.world import ALONE
+from speed_engine.runtime.world import ALONE, World
+from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
@@ -294,6 +296,37 @@ def test_the_average_that_generates_shares_compilations_between_blocks(compilati
     engines = [build_engine(config, process, choices, ALONE, CPU, None) for _ in range(2)]
     # The first block and the others, with and without gradients; not once more for another run.
     assert [generations(engine) for engine in engines] == [[4, 4, 4]] * 2
+
+
+@pytest.mark.parametrize("generating", ["blocks", "off"])
+def test_several_processes_compile_model_and_average_before_laying_them_out(
+    monkeypatch, generating
+):
+    config = TrainConfig(model=DiTConfig(**SIZES), optimizer=OptimizerConfig(averages=("ema=0.9",)))
+    choices = replace(
+        machine_choices(config), compile=Choice("on", ""), generation=Choice(generating, "")
+    )
+    done: list[tuple[str, nn.Module]] = []
+    monkeypatch.setattr(
+        build_training, "compile_each", lambda blocks: done.append(("compiled", blocks[0]))
+    )
+    monkeypatch.setattr(
+        build_training,
+        "distribute",
+        lambda model, *_, **__: done.append(("laid out", model.blocks[0])),
+    )
+    world = World(rank=0, size=2, local_size=2)
+    engine = build_engine(config, build_process(config), choices, world, CPU, None)
+    averages = engine.update.averages
+    trained, ema, other = (
+        model.get_submodule("blocks.0")
+        for model in (engine.model, averages[EMA].model, averages["ema=0.9"].model)
+    )
+    compiled_ones = [trained, ema] if generating == "blocks" else [trained]
+    assert done == [
+        *(("compiled", block) for block in compiled_ones),
+        *(("laid out", block) for block in (trained, ema, other)),
+    ]
 
 
 @VARIANTS

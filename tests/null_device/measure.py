@@ -1,0 +1,156 @@
+"""What presets ask of a GPU, measured on the null device; run by the tests beside this file.
+
+Usage: ``measure.py step PRESET``, ``measure.py memory DEPTH MODEL``, where MODEL is JSON of options
+of the model, or ``measure.py depths DEPTH...``. The result is JSON in the last line.
+"""
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import books
+import numpy as np
+import torch
+from torch._inductor.utils import clear_caches
+
+from speed_engine import build
+from speed_engine.build import build_process, condition_shapes, null_conditions
+from speed_engine.build_training import build_engine
+from speed_engine.config import TrainConfig
+from speed_engine.data.batch import Batch
+from speed_engine.evaluation.generate import GenerationSettings, generate
+from speed_engine.presets import PRESETS
+from speed_engine.run import machine_choices
+from speed_engine.runtime.world import ALONE
+from speed_engine.training.ema import EMA
+from speed_engine.training.engine import Engine
+
+CUDA = torch.device("cuda:0")
+BATCH = 8  # images; launches depend on it only where a kernel splits its work
+SOLVER_STEPS = 3
+XL = {"size": None, "patch_size": 2, "dim": 1152, "num_heads": 16, "depth": 2}
+
+
+def small(name: str, batch: int = BATCH, **model: Any) -> TrainConfig:
+    """A preset on a small batch, its blocks compiled; DiT-XL/2 with two of its 28 blocks.
+
+    Args:
+        name: of the preset.
+        batch: images per step.
+        model: options of the model to replace.
+    """
+    config = PRESETS[name][1]
+    if getattr(config.model, "size", None) == "DiT-XL/2":
+        model = XL | model
+    return replace(config, model=replace(config.model, **model), batch_size=batch, compile="blocks")
+
+
+def engine_of(config: TrainConfig) -> Engine:
+    process = build_process(config)
+    return build_engine(config, process, machine_choices(config), ALONE, CUDA, None)
+
+
+def batch_of(config: TrainConfig) -> Batch:
+    size = config.batch_size
+    ids = torch.arange(size, device=CUDA)
+    conditions = {
+        name: ids % config.data.num_classes
+        if name == "labels"
+        else torch.rand(size, *shape, device=CUDA)
+        for name, shape in condition_shapes(config).items()
+    }
+    return Batch(torch.rand(size, *config.data.image_shape, device=CUDA), conditions, ids)
+
+
+def figures_of(action: Callable[[], Any]) -> dict[str, Any]:
+    """What the books say of an action."""
+    books.reset()
+    action()
+    written = books.read()
+    return {
+        "launches": written.launches(),
+        "syncs": {entry.name: entry.count for entry in written if entry.kind == "sync"},
+        "host_copies": written.host_copies(),
+        "allocations": written.count("malloc", "free", "pinned"),
+        "most": [(entry.count, entry.kind, entry.name[:200]) for entry in written[:8]],
+    }
+
+
+def step(name: str) -> dict[str, Any]:
+    """A training step of a preset and a generation, when the same has been done before."""
+    config = small(name)
+    engine, batch = engine_of(config), batch_of(config)
+    train = lambda: engine.step(batch)
+    pictures = lambda: generation(config, engine, batch)
+    for action in (train, train, train, pictures):
+        action()
+    return {
+        "train": figures_of(train),
+        "generate": figures_of(pictures),
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+    }
+
+
+def generation(config: TrainConfig, engine: Engine, batch: Batch) -> None:
+    generate(
+        engine.update.averages[EMA].model,
+        build_process(config).table,
+        batch.conditions,
+        batch.ids,
+        GenerationSettings(steps=SOLVER_STEPS, guidance=config.evaluation.guidance),
+        image_shape=config.data.image_shape,
+        null=null_conditions(config),
+        seed=config.seed,
+        latents=config.data.latents,
+    )
+
+
+def memory(depth: int, model: dict[str, Any]) -> dict[str, Any]:
+    """Bytes that a step of imagenet256-dit-xl2 on 256 images has allocated at its peak."""
+    config = small("imagenet256-dit-xl2", 256, depth=depth, **model)
+    engine, data = engine_of(config), batch_of(config)
+    engine.step(data)
+    gc.collect()  # compiling leaves activations behind in cycles of references
+    torch.cuda.reset_peak_memory_stats()
+    engine.step(data)
+    return {"peak": torch.cuda.max_memory_allocated()}
+
+
+def depths(wanted: list[int]) -> dict[int, Any]:
+    """Of digits at each depth, compiled anew: graphs, and the size of Inductor's code."""
+    found = {}
+    for depth in wanted:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        config = small("digits", depth=depth)
+        with tempfile.TemporaryDirectory() as folder:
+            with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+                clear_caches()
+                engine_of(config).step(batch_of(config))
+            code = [path.stat().st_size for path in Path(folder).rglob("*.py")]
+        found[depth] = {
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "files": len(code),
+            "bytes": sum(code),
+        }
+    return found
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[Any, Any]]] = {
+    "step": step,
+    "memory": lambda depth, model: memory(int(depth), json.loads(model)),
+    "depths": lambda *wanted: depths([int(each) for each in wanted]),
+}
+
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    tokens = lambda config: np.zeros(config.data.token_shape, np.float32)
+    with patch.object(build, "_null_tokens", tokens):  # of no shards
+        print(json.dumps(MEASUREMENTS[command](*arguments)))

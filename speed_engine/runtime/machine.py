@@ -160,9 +160,10 @@ def choose_kernels(wanted: str, device: str, world: World = ALONE) -> dict[str, 
         if not finding.passed:
             failed.setdefault(finding.family, []).append(f"{finding.operator} {finding.problem}")
     if wanted == "on" and failed:
+        named = "; ".join(problem for problems in failed.values() for problem in problems)
         raise UserError(
-            f"kernels=on, but {'; '.join(sum(failed.values(), []))}. Use kernels=auto, which computes these "
-            "families by the PyTorch reference, or kernels=off."
+            f"kernels=on, but {named}. Use kernels=auto, which computes these families by the "
+            "PyTorch reference, or kernels=off."
         )
     choices = {}
     for family, (what, change) in KERNEL_FAMILIES.items():

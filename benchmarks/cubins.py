@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -53,12 +54,13 @@ MULTIPLE = ("i32", 16)
 DRAW = (INT64, INT64)  # seed, ids
 
 
-def adaln_forward(has_branch: bool) -> Case:
-    """At the width of DiT-XL, in bfloat16."""
-    block_d = triton.next_power_of_2(1152)
-    pointers, strides = (*[BF16] * 7, FP32, FP32), (MULTIPLE,) * 3
+def adaln_forward(has_branch: bool, dtype: str = BF16, dim: int = 1152) -> Case:
+    """At the width of DiT-XL and in bfloat16, unless said otherwise."""
+    block_d = triton.next_power_of_2(dim)
+    pointers, strides = (*[dtype] * 7, FP32, FP32), (MULTIPLE,) * 3
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, "fp32")  # tokens, chunks, dim, eps
-    constants = (has_branch, adaln.TOKENS_FORWARD, adaln.STAGES_FORWARD, block_d)
+    ahead = adaln.stages(adaln.STAGES_FORWARD, *_rows(dtype, 2), block_d=block_d)
+    constants = (has_branch, adaln.TOKENS_FORWARD, ahead, block_d)
     num_warps = adaln.num_warps(block_d, adaln.ELEMENTS_FORWARD)
     return Case(adaln._adaln_forward_kernel, (*pointers, *strides, *sizes, *constants), num_warps)
 
@@ -68,10 +70,14 @@ def adaln_backward(num_sums: int, dtype: str = BF16, dim: int = 1152) -> Case:
     block_d, has_branch = triton.next_power_of_2(dim), num_sums > 2
     pointers = (*[dtype] * 6, FP32, FP32, dtype, dtype, FP32)
     sizes = (MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE, MULTIPLE)  # strides, tokens, chunks, dim
-    walk = (adaln.TOKENS_BACKWARD, adaln.STAGES_BACKWARD)
-    constants = (has_branch, has_branch, num_sums, *walk, block_d)
+    ahead = adaln.stages(adaln.STAGES_BACKWARD, *_rows(dtype, 4), block_d=block_d)
+    constants = (has_branch, has_branch, num_sums, adaln.TOKENS_BACKWARD, ahead, block_d)
     num_warps = adaln.num_warps(block_d, adaln.ELEMENTS_BACKWARD)
     return Case(adaln._adaln_backward_kernel, (*pointers, *sizes, *constants), num_warps)
+
+
+def _rows(dtype: str, count: int) -> list[torch.Tensor]:
+    return [torch.empty(0, dtype=torch.bfloat16 if dtype == BF16 else torch.float32)] * count
 
 
 def qk_rotation(
@@ -113,7 +119,9 @@ def group_norm(kernel: str, channels_last: bool) -> Case:
             BF16, BF16, *statistics, *statistics, *modulation, BF16, *sizes, True, *tile.values()
         ),
     }  # fmt: skip
-    return Case(getattr(group_norm_silu, f"_group_norm_{kernel}_kernel"), arguments[kernel], num_warps)
+    return Case(
+        getattr(group_norm_silu, f"_group_norm_{kernel}_kernel"), arguments[kernel], num_warps
+    )
 
 
 def adamw(horizons: int) -> Case:
@@ -173,6 +181,7 @@ CASES = {
     "adamw_ema 2 horizons": adamw(horizons=2),
     "adaln": adaln_forward(has_branch=False),
     "gated_residual_adaln": adaln_forward(has_branch=True),
+    "gated_residual_adaln widest": adaln_forward(True, FP32, adaln.MAX_DIM),
     "adaln_backward": adaln_backward(num_sums=2),
     "gated_residual_adaln_backward": adaln_backward(num_sums=4),
     "gated_residual_adaln_backward widest": adaln_backward(4, FP32, adaln.MAX_DIM),
@@ -253,7 +262,7 @@ def report(compiled) -> Report:
     usage = _run("cuobjdump", "-res-usage", compiled.asm["cubin"])
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = machine_code(compiled)
-    accesses = [line for line in code if re.match(r"(LDG|STG)\b", line)]
+    accesses = [line for line in code if re.match(r"(LDG|LDGSTS|STG)\b", line)]
     wide = sum(".128" in line or ".256" in line for line in accesses)
     return Report(
         registers=resources["REG"],

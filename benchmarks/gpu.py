@@ -1,11 +1,12 @@
-"""Fifteen minutes on a rented GPU, in sections that each fit a lease's command.
+"""What the project needs to know of a GPU, in sections of a few minutes.
 
 Run: ``python benchmarks/gpu.py SECTION [--seconds N] [--folder FOLDER]``.
 
     first   what everything rests on: copy and product rates, attention by backend, noise bits,
             kernels against their references, no waiting, repeatability, a U-Net
     xl      a ladder of DiT-XL/2 at 256 images a step, and DiT-S/2
-    train   whole runs: digits with FID, kill and resume; CIFAR-10 by several methods
+    tune    launch parameters of adaLN's and GELU's kernels, at the sizes of DiT-XL/2
+    train   whole runs: one that is killed and resumed, and digits with FID
 
 Rows come in the order of their worth. One that would not end in the section's seconds is left out;
 the result file is rewritten after each, so that a kill loses one row at most.
@@ -19,6 +20,7 @@ import torch
 
 import gpu_first
 import gpu_train
+import gpu_tune
 import gpu_xl
 from gpu_rows import Rows
 from harness import RESULTS, machine_name
@@ -26,12 +28,13 @@ from harness import RESULTS, machine_name
 SECTIONS: dict[str, tuple[Callable[[Rows], None], int]] = {
     "first": (gpu_first.measure, 200),
     "xl": (gpu_xl.measure, 400),
+    "tune": (gpu_tune.measure, 60),
     "train": (gpu_train.measure, 150),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fifteen minutes on a rented GPU.")
+    parser = argparse.ArgumentParser(description="What the project needs to know of a GPU.")
     parser.add_argument("section", choices=list(SECTIONS))
     parser.add_argument("--seconds", type=float, help="that the section may take")
     parser.add_argument("--folder", type=Path, help="of the result; default results/GPU")

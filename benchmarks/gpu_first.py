@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu_rows import Rows
+from gpu_xl import timed_steps
 from harness import interleaved, matrix_product
 from speed_engine.config import TrainConfig
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.ops import Stream, normal, random_bits
 from speed_engine.training.engine import Engine
 from train_cases import gpu_cases, make_engine, synthetic_batch
-from gpu_xl import timed_steps
 
 TOKENS, WIDTH = 256 * 256, 1152  # of DiT-XL/2 at 256 images
 PRODUCTS = {"qkv": (3456, 1152), "proj": (1152, 1152), "fc1": (4608, 1152), "fc2": (1152, 4608)}
@@ -66,11 +66,11 @@ def products() -> dict[str, Any]:
         weight = torch.randn(out, into, device=GPU, dtype=torch.bfloat16)
         dy = torch.randn(TOKENS, out, device=GPU, dtype=torch.bfloat16)
         bias = torch.randn(out, device=GPU, dtype=torch.bfloat16)
-        calls: dict[str, Callable[[], Tensor]] = {
-            "forward": lambda: x @ weight.T,
-            "forward with bias": lambda: F.linear(x, weight, bias),
-            "input gradient": lambda: dy @ weight,
-            "weight gradient": lambda: dy.T @ x,
+        calls: dict[str, Callable[[], object]] = {
+            "forward": partial(torch.matmul, x, weight.T),
+            "forward with bias": partial(F.linear, x, weight, bias),
+            "input gradient": partial(torch.matmul, dy, weight),
+            "weight gradient": partial(torch.matmul, dy.T, x),
         }
         flops = 2.0 * TOKENS * out * into
         times = interleaved(calls, warmup=3, repeats=10)
@@ -118,7 +118,7 @@ def attention(width: int, heads: int = 16, batch: int = 256) -> dict[str, Any]:
             "repeats": all(torch.equal(both(backend), both(backend)) for _ in range(3)),
         }
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    chosen = torch._fused_sdp_choice(q, k, v)
+    chosen = torch._fused_sdp_choice(q, k, v)  # pyright: ignore[reportPrivateImportUsage]
     return {**found, "chosen": SDPBackend(chosen).name}
 
 
@@ -126,8 +126,9 @@ def noise_bits() -> dict[str, Any]:
     """Whether the kernels draw the very bits that the definition draws on a CPU."""
     root, ids = torch.tensor(7), torch.arange(64) * 1_000_003
     here = random_bits(root, ids, 4096, Stream.NOISE), normal(root, ids, 4096)
-    there = random_bits(root.to(GPU), ids.to(GPU), 4096, Stream.NOISE), normal(
-        root.to(GPU), ids.to(GPU), 4096
+    there = (
+        random_bits(root.to(GPU), ids.to(GPU), 4096, Stream.NOISE),
+        normal(root.to(GPU), ids.to(GPU), 4096),
     )
     normals = there[1].cpu()
     return {

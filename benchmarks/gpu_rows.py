@@ -49,4 +49,6 @@ class Rows:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.figures, indent=1) + "\n")
         partial.replace(self.path)
-        print(f"[{self.seconds - self.left():5.0f} s] {name}: {json.dumps(found)[:900]}", flush=True)
+        print(
+            f"[{self.seconds - self.left():5.0f} s] {name}: {json.dumps(found)[:900]}", flush=True
+        )

@@ -18,8 +18,14 @@ from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.planning.gpus import GPUS
-from train_cases import gpu_cases, kernels, make_engine, model_inputs, synthetic_batch
-from train_cases import training_flops
+from train_cases import (
+    gpu_cases,
+    kernels,
+    make_engine,
+    model_inputs,
+    synthetic_batch,
+    training_flops,
+)
 
 GPU = torch.device("cuda")
 STEPS = 12
@@ -56,7 +62,11 @@ SMALL = {
     "kernels off": Rung(kernels=False),
     "bf16 stream": Rung(model=BF16),
     "original loop, SDPA": Rung(original=True),
-    "whole, CUDA graphs": Rung(how="on", mode="reduce-overhead"),
+    "whole": Rung(how="on"),
+    "whole, CUDA graphs": Rung(mode="reduce-overhead"),
+    "whole, CUDA graphs, bf16 stream, one sweep": Rung(
+        mode="reduce-overhead", model=BF16, update="one_sweep"
+    ),
 }
 
 
@@ -105,7 +115,7 @@ def build(config: TrainConfig, rung: Rung) -> Callable[[], object]:
     if rung.original:
         with GPU:
             model = build_model(config)
-        return partial(OriginalStep(model, config, True), batch)
+        return partial(OriginalStep(model, config), batch)
     engine = make_engine(config, GPU, forward=partial(_forward, rung), update=rung.update)
     engine.microbatch_size = rung.microbatch
     return partial(engine.step, batch)

@@ -25,7 +25,7 @@ from speed_engine.data.loading.resident import Resident
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.training.engine import Engine
 from train_cases import cpu_cases, gpu_cases, synthetic_batch, tiny
-from train_rungs import ENGINE
+from train_providers import engine_of
 
 NUM_LATENTS, NUM_SHARDS = 4096, 4  # (4, 32, 32) float16, 33 MB
 GOAL = 0.97
@@ -66,7 +66,7 @@ def fed(
     name: str, config: TrainConfig, device: torch.device, workers: Workers, repeats: int, dry: bool
 ) -> dict[str, Any]:
     """One engine, fed in turn by the loader and by a batch that lies there."""
-    engine = ENGINE["eager" if dry else "compiled"].make_engine(config, device)
+    engine = engine_of("eager" if dry else "compiled", config, device)
     still = synthetic_batch(config, device)
     with batches(config, device, workers) as stream:
         providers = {

@@ -1,10 +1,10 @@
-"""The work of a training step as facebookresearch/DiT first did it: the ladder's lowest rung.
+"""The work of a training step as facebookresearch/DiT first did it, in bfloat16.
 
 Written anew from the paper and the behaviour of its public code, which it does not copy. Kept are
 the costs: timesteps drawn on the host; every coefficient a NumPy array that is copied to the device
-when it is needed, which waits for it; separate operations for noise, loss and bound; attention that
-stores its weights; an optimizer and an average that go from tensor to tensor; the loss read after
-every step.
+when it is needed, which waits for it; separate operations for noise, loss and bound; an
+optimizer and an average that go from tensor to tensor; the loss read after every step. Attention is
+the model's own.
 
 Letters: B images, C channels, H x W pixels, T timesteps.
 """
@@ -28,11 +28,10 @@ class OriginalStep:
     Args:
         model: answers (B, C or 2C, H, W); trained in place.
         config: its timesteps, learning rate and decay of the average.
-        bfloat16: compute under autocast.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, bfloat16: bool) -> None:
-        self.model, self.config, self.bfloat16 = model, config, bfloat16
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.model, self.config = model, config
         self.average = copy.deepcopy(model).requires_grad_(False)
         rate = config.optimizer.learning_rate
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0)
@@ -61,7 +60,7 @@ class OriginalStep:
         labels = torch.where(blank, self.config.data.num_classes, labels)
         noise = torch.randn_like(x0)
         x = self._row("signal", t) * x0 + self._row("noise", t) * noise
-        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(x0.device.type, torch.bfloat16):
             answer = self.model(x, t, labels=labels)
         loss = self._loss(answer.float(), x0, x, noise, t).mean()
         self.optimizer.zero_grad()
@@ -124,9 +123,3 @@ def _log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
-
-
-def stored_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, heads, N, K) each: attention whose weights, (B, heads, N, N), lie in memory."""
-    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return weights.softmax(dim=-1) @ v

@@ -1,10 +1,9 @@
 """What the benchmarks of the training step train: configurations, batches, engines, FLOPs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -117,6 +116,14 @@ def make_engine(
 
 @contextmanager
 def kernels(wanted: bool) -> Iterator[None]:
-    """Run operators by their kernels where they run, or by their definitions in PyTorch."""
-    with nullcontext() if wanted else patch.object(ops, "HAS_TRITON", False):
+    """Run operators by their kernels where they run, or by their definitions in PyTorch.
+
+    The random bits always run by their kernel: they are of the engine, not of what is compared.
+    """
+    before = ops.kernels_on(torch.device("cuda"))
+    if not wanted:
+        ops.use_kernels(ops.NO_KERNELS._replace(random=before.random))
+    try:
         yield
+    finally:
+        ops.use_kernels(before)

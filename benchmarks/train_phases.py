@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,8 +13,8 @@ from speed_engine.data.batch import Batch
 from speed_engine.training.engine import Engine
 
 PHASES = ("noised input", "forward", "loss", "backward", "optimizer and average")
-# What an operator of PyTorch, or a kernel on CUDA, is for; all others are elementwise work and
-# overhead. The first part that names it takes it.
+# What an operator of PyTorch is for; all others are elementwise work and overhead. The first part
+# that names it takes it.
 PARTS = {
     "attention": ("attention", "flash", "fmha"),
     "optimizer, clipping, average": ("adamw", "lerp", "vector_norm", "aten::mul_", "lpnorm"),
@@ -29,19 +28,13 @@ REST = "elementwise and overhead"
 
 
 class PhaseClock:
-    """Marks moments of an engine's step, on the device's own clock where it has one."""
+    """Marks moments of an engine's step on a CPU."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[Any] = []
+    def __init__(self) -> None:
+        self.marks: list[float] = []
 
     def mark(self) -> None:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
+        self.marks.append(time.perf_counter())
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, marked before and after."""
@@ -57,15 +50,12 @@ class PhaseClock:
     def milliseconds(self) -> list[float]:
         """Between neighbouring marks, which are then forgotten."""
         marks, self.marks = self.marks, []
-        if not self.on_gpu:
-            return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
 
 
 def phase_times(engine: Engine, batch: Batch, repeats: int) -> dict[str, Timing]:
     """Of every phase of the engine's own step, after it has been warmed up."""
-    clock = PhaseClock(batch.images.device)
+    clock = PhaseClock()
     forward, steps = engine.forward, []
     engine.forward = clock.around(forward)
     try:
@@ -83,20 +73,10 @@ def phase_times(engine: Engine, batch: Batch, repeats: int) -> dict[str, Timing]
 
 def shares(step: Callable[[], object], steps: int) -> dict[str, float]:
     """Share of the operators' own time by part, of several steps under the profiler."""
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as measured:
+    with profile(activities=[ProfilerActivity.CPU]) as measured:
         for _ in range(steps):
             step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    rows = measured.key_averages()
-    if torch.cuda.is_available():
-        on_gpu = [row for row in rows if row.device_type.name == "CUDA"]
-        times = {row.key: row.self_device_time_total for row in on_gpu}
-    else:
-        times = {row.key: row.self_cpu_time_total for row in rows}
+    times = {row.key: row.self_cpu_time_total for row in measured.key_averages()}
     found = dict.fromkeys([*PARTS, REST], 0.0)
     for key, value in times.items():
         found[_part(key)] += value / sum(times.values())

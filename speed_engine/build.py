@@ -30,10 +30,11 @@ from speed_engine.diffusion.conditions import (
 )
 from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.method import Method, build_method, options_of
-from speed_engine.diffusion.objective import Objective
+from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.terms import SquaredErrorAndBound
 from speed_engine.models.families import Shape, build_network
+from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
 
@@ -109,6 +110,33 @@ def condition_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
     data = config.data
     shapes = {"labels": (), "tokens": data.token_shape, "low_resolution": data.low_shape}
     return {name: shapes[name] for name in told_names(config)}
+
+
+def training_inputs(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
+    """The model's arguments in every forward pass of a step, on the current default device."""
+    conditions = {
+        name: torch.zeros(images, *shape, dtype=torch.int64 if name == "labels" else torch.float32)
+        for name, shape in condition_shapes(config).items()
+    }
+    inputs = {
+        "x": torch.zeros(images, *config.data.image_shape),
+        "t": torch.zeros(images),
+        **conditions,
+    }
+    return [
+        inputs
+        | {name: torch.zeros(images, count, dtype=torch.int64) for name, count in words.items()}
+        for words in training_passes(model)
+    ]
+
+
+def attention_shapes(config: TrainConfig) -> set[AttentionShape]:
+    """In which the configured model calls PyTorch's attention; nothing is computed."""
+    with torch.device("meta"), torch.no_grad(), AttentionShapes() as shapes:
+        model = build_model(config)
+        for inputs in training_inputs(model, config, 1):
+            model(**inputs)
+    return shapes.found
 
 
 def null_conditions(config: TrainConfig) -> dict[str, Tensor]:

@@ -175,11 +175,14 @@ def _build_model(
     if init_from is not None:
         load_pretrained(model, init_from)
     averages = {name: Ema(model, decay) for name, decay in decays.items()}
-    how = choices.compile.value
+    how, generating = choices.compile.value, choices.generation.value
     if world.size == 1:
+        compiled(averages[EMA].model, generating)
         return model, averages, compiled(model, how)
-    if how != "off":  # the gathering of parameters between blocks cannot be compiled
-        compile_each(blocks(model))
+    # The gathering of parameters between blocks cannot be compiled.
+    for called, chosen in ((model, how), (averages[EMA].model, generating)):
+        if chosen != "off":
+            compile_each(blocks(called))
     for laid_out in (model, *(average.model for average in averages.values())):
         distribute(
             laid_out,

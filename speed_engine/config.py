@@ -54,7 +54,8 @@ class TrainConfig:
     batch_size: int = 128
     """Images per optimizer step, all ranks together."""
     seed: int = 0
-    """Root of every random choice; runs with equal seeds are equal."""
+    """Root of every random choice; runs with equal seeds are equal, on a GPU bit for bit only if
+    deterministic."""
     schedule: str = "linear"
     """Noise process: linear, quadratic, cosine, scaled_linear, vp, ve, edm, fdm, flow,
     shifted_flow."""
@@ -68,12 +69,19 @@ class TrainConfig:
     """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
-    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    compile: Literal["auto", "on", "graphs", "blocks", "off"] = "auto"
     """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
-    as for one; auto compiles where that was measured to pay."""
+    as for one; graphs also replays it as CUDA graphs, for small models on one GPU, which the host
+    would hold up; auto compiles where that was measured to pay."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
     PyTorch."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Whether operators run by the Triton kernels: auto tests each on the GPU first and runs the
+    PyTorch reference where one fails, which on refuses; off runs references only."""
+    deterministic: bool = False
+    """On a GPU, compute by deterministic algorithms only, so that equal runs have equal bits, as on
+    a CPU; some are slower."""
     init_from: Path | None = None
     """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
     log_every: int = 50
@@ -136,6 +144,12 @@ class TrainConfig:
             "latents are no pictures that could be compared; choose none",
         )
         self._check_metrics()
+        check(
+            "attention",
+            self.attention,
+            not self.deterministic or self.attention != "xformers",
+            "has no deterministic backward pass that is known; choose sdpa",
+        )
         check(
             "evaluation.guidance",
             self.evaluation.guidance,

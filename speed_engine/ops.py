@@ -1,17 +1,20 @@
 """The operators that have a kernel. Only this module imports ``speed_kernels``.
 
-``Operators`` are the objective's. What models call (``qk_norm_rope``, ``group_norm_silu``) looks at
-its first tensor and runs the kernel on CUDA, the same definition in PyTorch elsewhere.
+They come in families, each a value with the definitions in PyTorch and one with the kernels, see
+``FAMILIES``. Kernels run on CUDA, except those of families that ``use_kernels`` has left out;
+elsewhere the definitions run.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_kernels import adamw_ema as _adamw_ema
 from speed_kernels import group_norm_silu as _group_norm_silu
+from speed_kernels import philox as _philox
 from speed_kernels import qk_norm_rope as _qk_norm_rope
 from speed_kernels.adaln import (
     adaln,
@@ -20,7 +23,6 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adaln import gated_residual_reference as gated_residual
-from speed_kernels.adamw_ema import adamw_ema
 from speed_kernels.clean_images import clean_images, clean_images_reference, from_pixels
 from speed_kernels.gelu import gelu, gelu_by_sigmoid, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
@@ -36,11 +38,42 @@ from speed_kernels.variational_bound import hybrid_loss, hybrid_loss_reference
 from speed_kernels.weighted_mse import weighted_mse, weighted_mse_reference
 
 __all__ = [
-    "BLOCK_COMPILED", "BLOCK_FUSED", "BLOCK_REFERENCE", "FUSED", "HAS_TRITON", "REFERENCE",
-    "SPECIFICATION", "BlockOperators", "Operators", "Stream", "adamw_ema", "block_operators_for",
-    "from_pixels", "gated_residual", "group_norm_silu", "norm_kernels_run_on", "normal",
-    "operators_for", "qk_norm_rope", "random_bits", "register_fallbacks",
+    "ALL_KERNELS", "BLOCK_COMPILED", "BLOCK_FUSED", "BLOCK_REFERENCE", "FAMILIES", "FUSED",
+    "HAS_TRITON", "NO_KERNELS", "REFERENCE", "SPECIFICATION", "BlockOperators", "Kernels",
+    "NormOperators", "Operators", "RandomOperators", "Stream", "UpdateOperators", "adamw_ema",
+    "block_operators_for", "from_pixels", "gated_residual", "group_norm_silu", "kernels_on",
+    "normal", "operators_for", "qk_norm_rope", "random_bits", "register_fallbacks", "use_kernels",
 ]  # fmt: skip
+
+
+class Kernels(NamedTuple):
+    """Which families of operators run by kernel on CUDA."""
+
+    random: bool  # Philox: random bits and normals
+    objective: bool  # ``Operators``
+    block: bool  # ``BlockOperators``
+    norms: bool  # ``NormOperators``
+    update: bool  # ``UpdateOperators``
+
+
+ALL_KERNELS = Kernels(*[True] * len(Kernels._fields))
+NO_KERNELS = Kernels(*[False] * len(Kernels._fields))
+_on_cuda = ALL_KERNELS if HAS_TRITON else NO_KERNELS
+
+
+def use_kernels(wanted: Kernels) -> None:
+    """From now on, in this process, run these families by kernel on CUDA.
+
+    The others run their definitions in PyTorch, as all do where Triton is not installed.
+    """
+    global _on_cuda
+    _on_cuda = wanted if HAS_TRITON else NO_KERNELS
+    _philox.use_kernel(_on_cuda.random)
+
+
+def kernels_on(device: torch.device) -> Kernels:
+    """Which families run by kernel there."""
+    return _on_cuda if device.type == "cuda" else NO_KERNELS
 
 
 def register_fallbacks() -> None:
@@ -56,6 +89,13 @@ def register_fallbacks() -> None:
         operator = getattr(torch.ops.speed_kernels, name).default
         tag = get_layout_constraint_tag(operator, with_default=True)
         make_fallback(operator, layout_constraint=tag_to_layout_constraint(tag), warn=False)
+
+
+class RandomOperators(NamedTuple):
+    """One implementation of the counter-based generator: (seed, ids, count, stream) -> (B, W)."""
+
+    random_bits: Callable[[Tensor, Tensor, int, int], Tensor]
+    normal: Callable[[Tensor, Tensor, int, int], Tensor]
 
 
 class Operators(NamedTuple):
@@ -80,12 +120,20 @@ FUSED = Operators(clean_images, noised_input, noised_input_and_noise, weighted_m
 
 def operators_for(device: torch.device) -> Operators:
     """Kernels where they run, on CUDA; the same definitions in PyTorch elsewhere."""
-    return FUSED if device.type == "cuda" and HAS_TRITON else REFERENCE
+    return FUSED if kernels_on(device).objective else REFERENCE
 
 
-def norm_kernels_run_on(device: torch.device) -> bool:
-    """Whether ``qk_norm_rope`` and ``group_norm_silu`` run their kernels there."""
-    return device.type == "cuda" and HAS_TRITON
+class NormOperators(NamedTuple):
+    """One implementation of the norms that models call."""
+
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor]]
+    group_norm_silu: Callable[..., Tensor]
+
+
+NORM_REFERENCE = NormOperators(
+    _qk_norm_rope.qk_norm_rope_reference, _group_norm_silu.group_norm_silu_reference
+)
+NORM_FUSED = NormOperators(_qk_norm_rope.qk_norm_rope, _group_norm_silu.group_norm_silu)
 
 
 def qk_norm_rope(
@@ -95,9 +143,8 @@ def qk_norm_rope(
 
     q and k are (B, H, N, D), weights (D,), cos and sin (N, D), or (B, N, D) of each image.
     """
-    module, on_kernel = _qk_norm_rope, norm_kernels_run_on(q.device)
-    run = module.qk_norm_rope if on_kernel else module.qk_norm_rope_reference
-    return run(q, k, q_weight, k_weight, cos, sin, eps)
+    op = NORM_FUSED if kernels_on(q.device).norms else NORM_REFERENCE
+    return op.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
 
 
 def group_norm_silu(
@@ -113,9 +160,8 @@ def group_norm_silu(
 
     x is (B, C, S...), weight and bias (C,), scale and shift (B, C) or None.
     """
-    module, on_kernel = _group_norm_silu, norm_kernels_run_on(x.device)
-    run = module.group_norm_silu if on_kernel else module.group_norm_silu_reference
-    return run(x, num_groups, weight, bias, scale, shift, eps)
+    op = NORM_FUSED if kernels_on(x.device).norms else NORM_REFERENCE
+    return op.group_norm_silu(x, num_groups, weight, bias, scale, shift, eps)
 
 
 class BlockOperators(NamedTuple):
@@ -157,7 +203,38 @@ def block_operators_for(device: torch.device) -> BlockOperators:
     So it is counted (``benchmarks/traffic.py``); ``bench_kernels.py`` times it on a GPU. Elsewhere
     the definitions, as ``torch.compile`` makes the fastest code of them where it traces.
     """
-    if device.type == "cuda" and HAS_TRITON:
+    if kernels_on(device).block:
         return BLOCK_FUSED
     traced = device.type == "cpu" and torch.compiler.is_compiling()
     return BLOCK_COMPILED if traced else BLOCK_REFERENCE
+
+
+class UpdateOperators(NamedTuple):
+    """One implementation of the optimizer's step with its averages, in place."""
+
+    adamw_ema: Callable[..., None]
+
+
+UPDATE_REFERENCE = UpdateOperators(_adamw_ema.adamw_ema_reference)
+UPDATE_FUSED = UpdateOperators(_adamw_ema.adamw_ema)
+
+
+def adamw_ema(parameters: Sequence[Tensor], *state: Any, **options: Any) -> None:
+    """AdamW and averages in one sweep; arguments as of ``speed_kernels.adamw_ema``."""
+    left_out = bool(parameters) and parameters[0].is_cuda and not _on_cuda.update
+    op = UPDATE_REFERENCE if left_out else UPDATE_FUSED
+    with torch.no_grad():
+        op.adamw_ema(parameters, *state, **options)
+
+
+# family, as in ``Kernels`` -> (its definitions in PyTorch, its kernels)
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "random": (
+        RandomOperators(_philox.random_bits_reference, _philox.normal_reference),
+        RandomOperators(_philox.random_bits_triton, _philox.normal_triton),
+    ),
+    "objective": (REFERENCE, FUSED),
+    "block": (BLOCK_REFERENCE, BLOCK_FUSED),
+    "norms": (NORM_REFERENCE, NORM_FUSED),
+    "update": (UPDATE_REFERENCE, UPDATE_FUSED),
+}

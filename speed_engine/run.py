@@ -18,15 +18,18 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine.build import build_model, build_process
+from speed_engine.build import attention_shapes, build_model, build_process
 from speed_engine.build_evaluation import build_evaluator
 from speed_engine.build_training import TrainingData, build_engine
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.models.layouts.files import require_shapes
 from speed_engine.runtime import machine
+from speed_engine.runtime.attention_check import settle_attention
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.runtime.sharding import COMPUTE_DTYPES
 from speed_engine.runtime.world import ALONE, World, join
 from speed_engine.training import checkpoint
 from speed_engine.training.ema import EMA, average_group
@@ -46,6 +49,11 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
     Raises:
         UserError: the folder exists, or the configuration does not fit the data.
     """
+    with deterministic(config.deterministic):
+        _start(config, folder, console)
+
+
+def _start(config: TrainConfig, folder: Path, console: Console) -> None:
     world = join(machine.torch_device(config.device).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world.from_first(folder.exists):
@@ -83,9 +91,10 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
     config = read_config(folder)
     if steps is not None:
         config = replace(config, steps=steps)
-    world = join(machine.torch_device(config.device).type)
-    world.from_first(lambda: str(newest_checkpoint(folder)))
-    _continue(config, folder, console, world)
+    with deterministic(config.deterministic):
+        world = join(machine.torch_device(config.device).type)
+        world.from_first(lambda: str(newest_checkpoint(folder)))
+        _continue(config, folder, console, world)
 
 
 def _continue(config: TrainConfig, folder: Path, console: Console, world: World) -> None:
@@ -109,6 +118,7 @@ def machine_choices(
         steps=config.steps,
         compile=config.compile,
         attention=config.attention,
+        kernels=config.kernels,
         parallel=config.parallel,
         update=config.optimizer.update,
         resident=config.data.resident,
@@ -144,6 +154,7 @@ def build_trainer(
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
     data = TrainingData(config, world, device)
+    settle_operators(config, config.kernels, device, world)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
     evaluator = build_evaluator(config, process, world)
@@ -181,6 +192,26 @@ def build_trainer(
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
+
+
+def settle_operators(
+    config: TrainConfig, kernels: str, device: torch.device, world: World = ALONE
+) -> None:
+    """Choose what computes a model's operators and its attention, by trying them on a GPU.
+
+    Args:
+        config: of the model.
+        kernels: ``auto``, ``on`` or ``off``.
+        device: of this process.
+        world: the processes of the run.
+
+    Raises:
+        UserError: kernels are demanded and fail, or attention does not run.
+    """
+    machine.settle_kernels(kernels, device.type, world)
+    if device.type == "cuda":
+        dtype = COMPUTE_DTYPES[device.type]
+        settle_attention(attention_shapes(config), device, dtype, quiet=not world.is_first)
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -227,6 +258,8 @@ def load_average_of(
     if not tensors:
         kept = ", ".join((EMA, *config.optimizer.averages))
         raise UserError(f"{path} holds no average {name!r}; this run keeps {kept}.")
+    # What a run asked for where it was trained need not be there where it is used.
+    settle_operators(config, "off" if config.kernels == "off" else "auto", device)
     model = build_model(config)
     load_parameters(model, tensors, path)
     step = checkpoint.read_state(path)["step"]

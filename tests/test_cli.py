@@ -1,5 +1,6 @@
 """The command line as a person meets it; every failure is one message and status 2."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import torch
 
 from speed_engine import cli
 from speed_engine.diffusion.methods import METHODS
+from speed_engine.runtime import machine
+from speed_engine.runtime.kernel_check import Finding
 from speed_engine.runtime.world import join
 
 
@@ -35,6 +38,21 @@ def test_doctor_says_what_will_be_used_and_why(capsys):
     topics += ("noise", "resident data", "data workers", "JPEG decoder", "checksums")
     for topic in topics:
         assert topic in shown
+
+
+def test_doctor_says_what_came_of_each_kernel(capsys, monkeypatch):
+    cli.main(["doctor"])
+    assert "kernels are not tested: the kernels need CUDA" in capsys.readouterr().out
+    findings = [
+        Finding("adaln", "block", 0.0021, None),
+        Finding("gelu", "block", math.nan, "does not run: [out of resource]"),
+    ]
+    monkeypatch.setattr(machine, "kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(machine, "kernel_findings", lambda device: findings)
+    cli.main(["doctor"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "adaln block passed 0.0021" in lines
+    assert "gelu block does not run: [out of resource] nan" in lines
 
 
 def test_process_groups_are_left_after_success_only(capsys, monkeypatch):

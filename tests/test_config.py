@@ -81,7 +81,11 @@ def test_a_field_that_is_missing_has_its_default():
     "path, value, message",
     [
         ("data.resident", "maybe", """data.resident="maybe": should be 'auto', 'on' or 'off'."""),
-        ("compile", "perhaps", """compile="perhaps": should be 'auto', 'on', 'blocks' or 'off'."""),
+        (
+            "compile",
+            "perhaps",
+            """compile="perhaps": should be 'auto', 'on', 'graphs', 'blocks' or 'off'.""",
+        ),
         ("steps", 2500.5, "steps=2500.5: should be a valid integer."),
         ("steps", 2500.0, "steps=2500.0: should be a valid integer."),
         ("steps", True, "steps=true: should be a valid integer."),

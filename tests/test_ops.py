@@ -1,25 +1,39 @@
-"""Which implementation a device gets, and that doctor says the same."""
+"""Which implementation a device gets, and what is left to the definitions."""
 
+import pytest
 import torch
 from torch import nn
 
+from speed_engine import ops
 from speed_engine.ops import (
+    ALL_KERNELS,
     BLOCK_COMPILED,
     BLOCK_FUSED,
     BLOCK_REFERENCE,
     FUSED,
     HAS_TRITON,
+    NO_KERNELS,
     REFERENCE,
+    Kernels,
     block_operators_for,
+    kernels_on,
     operators_for,
+    use_kernels,
 )
-from speed_engine.runtime.machine import choose_block_kernels, choose_kernels
+from speed_kernels import philox
+
+CUDA = torch.device("cuda", 3)
+
+
+@pytest.fixture(autouse=True)
+def kernels_as_before():
+    yield
+    use_kernels(ALL_KERNELS)
 
 
 def test_kernels_run_on_cuda_and_references_elsewhere():
-    cuda = torch.device("cuda", 3)
-    assert operators_for(cuda) is (FUSED if HAS_TRITON else REFERENCE)
-    assert block_operators_for(cuda) is (BLOCK_FUSED if HAS_TRITON else BLOCK_REFERENCE)
+    assert operators_for(CUDA) is (FUSED if HAS_TRITON else REFERENCE)
+    assert block_operators_for(CUDA) is (BLOCK_FUSED if HAS_TRITON else BLOCK_REFERENCE)
     for device in ("cpu", "mps", "meta"):
         assert operators_for(torch.device(device)) is REFERENCE
         assert block_operators_for(torch.device(device)) is BLOCK_REFERENCE
@@ -32,12 +46,43 @@ def test_code_compiled_for_a_cpu_is_made_of_what_inductor_makes_fast():
     assert torch.compile(traced, backend="eager", fullgraph=True)(torch.zeros(())) == 1
 
 
-def test_doctor_names_the_implementation_that_runs():
-    for device in ("cuda", "cpu"):
-        fused = operators_for(torch.device(device)) is FUSED
-        assert choose_kernels(device).value == ("Triton" if fused else "PyTorch reference")
-        fused = block_operators_for(torch.device(device)) is BLOCK_FUSED
-        assert choose_block_kernels(device).value == ("Triton" if fused else "PyTorch reference")
+def test_a_family_that_is_left_out_runs_its_definitions():
+    for family in Kernels._fields:
+        use_kernels(ALL_KERNELS._replace(**{family: False}))
+        assert getattr(kernels_on(CUDA), family) is False
+        assert (operators_for(CUDA) is REFERENCE) == (family == "objective")
+        assert (block_operators_for(CUDA) is BLOCK_REFERENCE) == (family == "block")
+    assert ops.FAMILIES.keys() == set(Kernels._fields)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_draws_on_cuda_run_the_definition_where_they_are_left_out(monkeypatch, wanted):
+    for name in ("random_bits", "normal"):
+        monkeypatch.setattr(philox, f"{name}_triton", lambda *_: "kernel")
+        monkeypatch.setattr(philox, f"{name}_reference", lambda *_: "definition")
+    use_kernels(NO_KERNELS._replace(random=wanted))
+    for draw in (philox._random_bits_cuda, philox._normal_cuda):
+        assert draw(torch.tensor(0), torch.zeros(1), 1, 0) == ("kernel" if wanted else "definition")
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_norms_and_the_update_of_cuda_tensors_follow_the_switch(monkeypatch, wanted):
+    class OnCuda:
+        device, is_cuda = CUDA, True
+
+    def named(kind: type, name: str):
+        return kind(*[lambda *_, _name=name, **__: called.append(_name)] * len(kind._fields))
+
+    called: list[str] = []
+    for prefix, kind in (("NORM", ops.NormOperators), ("UPDATE", ops.UpdateOperators)):
+        monkeypatch.setattr(ops, f"{prefix}_FUSED", named(kind, "kernel"))
+        monkeypatch.setattr(ops, f"{prefix}_REFERENCE", named(kind, "definition"))
+    use_kernels(ALL_KERNELS if wanted else NO_KERNELS)
+    x: torch.Tensor = OnCuda()  # pyright: ignore[reportAssignmentType]
+    ops.qk_norm_rope(x, x, x, x, x, x, 1e-6)
+    ops.group_norm_silu(x, 1, x, x, None, None, 1e-6)
+    ops.adamw_ema([x])
+    assert called == ["kernel" if wanted else "definition"] * 3
 
 
 def test_a_layer_leaves_the_gradient_of_a_bias_that_it_has_and_trains():

@@ -30,6 +30,7 @@ MAX_DIM = 4096  # a program holds a whole token in registers, which spill beyond
 # benchmarks/results/nvidia-h200/gpu_tune.json.
 TOKENS_FORWARD, TOKENS_BACKWARD = 8, 32
 STAGES_FORWARD, STAGES_BACKWARD = 3, 4
+READ_AHEAD = 80 * 2**10  # bytes of shared memory that this may take: all have 99 KiB from sm_80 on
 ELEMENTS_FORWARD, ELEMENTS_BACKWARD = 16, 8  # per thread
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
 
@@ -230,7 +231,8 @@ def _launch_forward(
             _adaln_forward_kernel[(batch * num_chunks,)](
                 x, branch, gate, shift, scale, x_out, y, mean, rstd,
                 gate.stride(0), shift.stride(0), scale.stride(0), num_tokens, num_chunks, dim, eps,
-                HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD, STAGES=STAGES_FORWARD,
+                HAS_BRANCH=has_branch, TOKENS=TOKENS_FORWARD,
+                STAGES=stages(STAGES_FORWARD, x, branch, block_d=block_d),
                 BLOCK_D=block_d, num_warps=num_warps(block_d, ELEMENTS_FORWARD),
             )  # fmt: skip
     return x_out, y, mean, rstd
@@ -352,8 +354,9 @@ def _launch_backward(
             dx, dx if dbranch is None else dbranch, partial,
             gate.stride(0), scale.stride(0), num_tokens, num_chunks, dim,
             HAS_BRANCH=has_branch, HAS_DX_OUT=has_dx_out, SUMS=num_sums,
-            TOKENS=TOKENS_BACKWARD, STAGES=STAGES_BACKWARD, BLOCK_D=block_d,
-            num_warps=num_warps(block_d, ELEMENTS_BACKWARD),
+            TOKENS=TOKENS_BACKWARD,
+            STAGES=stages(STAGES_BACKWARD, dy, dx_out, x_out, branch, block_d=block_d),
+            BLOCK_D=block_d, num_warps=num_warps(block_d, ELEMENTS_BACKWARD),
         )  # fmt: skip
 
 
@@ -366,6 +369,12 @@ def _partial_sums(x: Tensor, num_sums: int) -> Tensor:
     batch, num_tokens, dim = x.shape
     shape = batch, -(-num_tokens // TOKENS_BACKWARD), num_sums, dim
     return torch.empty(shape, dtype=torch.float32, device=x.device)
+
+
+def stages(wanted: int, *row: Tensor, block_d: int) -> int:
+    """How many tokens of all these tensors may be in flight at once: of wide ones fewer."""
+    size = block_d * sum(tensor.element_size() for tensor in row)
+    return 1 + min(wanted - 1, READ_AHEAD // size)
 
 
 def num_warps(block_d: int, elements: int) -> int:

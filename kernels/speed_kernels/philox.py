@@ -424,6 +424,25 @@ def _(seed: Tensor, ids: Tensor, num_elements: int, stream: int) -> Tensor:
     return ids.new_empty((len(ids), num_elements), dtype=torch.float32)
 
 
+_kernel_wanted = True
+
+
+def use_kernel(wanted: bool) -> None:
+    """Whether draws on CUDA run the kernel from now on, rather than the definition."""
+    global _kernel_wanted
+    _kernel_wanted = wanted
+
+
+def _random_bits_cuda(seed: Tensor, ids: Tensor, num_words: int, stream: int) -> Tensor:
+    run = random_bits_triton if _kernel_wanted else random_bits_reference
+    return run(seed, ids, num_words, stream)
+
+
+def _normal_cuda(seed: Tensor, ids: Tensor, num_elements: int, stream: int) -> Tensor:
+    run = normal_triton if _kernel_wanted else normal_reference
+    return run(seed, ids, num_elements, stream)
+
+
 if HAS_TRITON:
-    _random_bits.register_kernel("cuda")(random_bits_triton)
-    _normal.register_kernel("cuda")(normal_triton)
+    _random_bits.register_kernel("cuda")(_random_bits_cuda)
+    _normal.register_kernel("cuda")(_normal_cuda)

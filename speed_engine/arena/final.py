@@ -20,10 +20,12 @@ from speed_engine.data.batch import Batch, StoredBatch
 from speed_engine.data.loading.decoding import read_all
 from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
+from speed_engine.models.layers.blocks import compiled
 from speed_engine.ops import Stream, normal
 from speed_engine.run import load_average, read_config
 from speed_engine.runtime.files import write_durably
-from speed_engine.runtime.machine import torch_device
+from speed_engine.runtime.machine import choose_generation, torch_device
+from speed_engine.runtime.sharding import autocast
 
 FINAL_FILE = "final.json"
 LOG_SNRS = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
@@ -39,13 +41,15 @@ def measure_final(run: Path, solver_steps: tuple[int, ...], metric: str) -> None
         metric: what is measured of them.
     """
     config = read_config(run)
-    process = build_process(config)
-    model, _ = load_average(run, config, torch_device(config.device))
+    process, device = build_process(config), torch_device(config.device)
+    model, _ = load_average(run, config, device)
+    denoising = denoising_errors(config, process, model)  # too few answers to compile for
+    compiled(model, choose_generation(config.compile, device.type).value)
     measured = {
         "by_solver_steps": {
             str(steps): _quality(config, process, model, steps, metric) for steps in solver_steps
         },
-        "denoising": denoising_errors(config, process, model),
+        "denoising": denoising,
     }
     write_durably(run / FINAL_FILE, (json.dumps(measured, indent=1) + "\n").encode())
 
@@ -96,7 +100,9 @@ def _denoised(
     rows = process.table.rows_at(t)
     x_in = (rows.a_x * batch.images + rows.a_e * noise).float()
     time = process.schedule.model_time(torch.tensor(t, dtype=process.schedule.timesteps.dtype))
-    answer = model(x_in, time.to(x_in.device).expand(len(x_in)), **batch.conditions)
+    times = time.to(x_in.device).expand(len(x_in))
+    with autocast(x_in.device.type):
+        answer = model(x_in, times, **batch.conditions).float()
     return solve(rows, x_in, answer[:, : x_in.shape[1]])[0]
 
 

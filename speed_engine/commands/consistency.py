@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import tyro
@@ -24,6 +24,7 @@ from speed_engine.evaluation.consistency import (
 )
 from speed_engine.evaluation.generate import GenerationSettings, generate, save_images
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average_of, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
@@ -163,9 +164,11 @@ def _check_same_task(
 
 def _generate(config: TrainConfig, path: Path, conditions: Conditions, seed: int) -> Tensor:
     """(N, C, H, W) of one checkpoint, the same noise for image i whichever model generates it."""
-    process = build.build_process(config)
+    process, device = build.build_process(config), machine.torch_device(config.device)
+    model, _ = load_average_of(path, config, device)
+    forward: Any = compiled(model, machine.choose_generation(config.compile, device.type).value)
     images = generate(
-        load_average_of(path, config, machine.torch_device(config.device))[0],
+        forward,
         process.table,
         conditions,
         torch.arange(config.evaluation.num_images),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from speed_engine.presets import PRESETS
@@ -29,3 +30,17 @@ def run(arguments: list[str], console: Console) -> None:
         table.add_row(name, f"[bold]{value}[/bold]", reason)
     table.add_row("cache", "", str(cache_folder()))
     console.print(table, highlight=False)
+    console.print(_tested_kernels(machine.choose_device("auto").value), highlight=False)
+
+
+def _tested_kernels(device: str) -> Table | str:
+    """Whether each kernel agrees with its definition here, and its largest relative error."""
+    if obstacle := machine.kernel_obstacle(device):
+        return f"kernels are not tested: {obstacle}"
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("kernel", "family", "test", "error"):
+        table.add_column(head)
+    for finding in machine.kernel_findings(device):
+        outcome = "passed" if finding.passed else f"[red]{escape(finding.problem or '')}[/red]"
+        table.add_row(finding.operator, finding.family, outcome, f"{finding.error:.2g}")
+    return table

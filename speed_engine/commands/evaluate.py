@@ -29,6 +29,7 @@ from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, title, written
 from speed_engine.evaluation.metrics import HELP as METRICS_HELP
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts
+from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
@@ -118,7 +119,10 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     model, step = load_average(run, config, machine.torch_device(config.device, world), average)
-    parts = _generated(evaluator, model, run / "samples" / f"step-{step:08d}.parts", world)
+    device = machine.choose_device(config.device).value
+    how = machine.choose_generation(config.compile, device).value
+    folder = run / "samples" / f"step-{step:08d}.parts"
+    parts = _generated(evaluator, model, how, folder, world)
     if not world.is_first:
         return None
     images = parts.images()
@@ -136,7 +140,9 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     return record
 
 
-def _generated(evaluator: Evaluator, model: nn.Module, folder: Path, world: World) -> ImageParts:
+def _generated(
+    evaluator: Evaluator, model: nn.Module, how: str, folder: Path, world: World
+) -> ImageParts:
     """The images, on disk until all are there: a measurement that was killed goes on there."""
     total = evaluator.num_images
     settings = evaluator.circumstances() | {
@@ -144,8 +150,11 @@ def _generated(evaluator: Evaluator, model: nn.Module, folder: Path, world: Worl
         "conditions": sha256_of(evaluator.conditions),
         "seed": evaluator.seed,
     }
+    if how != "off":
+        settings["compile"] = how
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        generate = partial(evaluator.generate_some, model)
+        forward: Any = compiled(model, how)
+        generate = partial(evaluator.generate_some, forward)
         return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 
 

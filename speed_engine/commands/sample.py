@@ -57,8 +57,9 @@ class SampleCommand:
     """Root of the noise; image i depends on seed, i and its conditions only."""
     batch_size: int = 500
     """Images at a time and process."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model; auto does so where that was measured to pay."""
+    compile: Literal["auto", "on", "blocks", "off"] = "auto"
+    """torch.compile the model, or its blocks one by one; auto does so on a GPU, by blocks, and on a
+    CPU where that was measured to pay."""
     out: Path | None = None
     """FILE.png, one picture of the first images; FILE.npz, all of them as ADM's evaluator reads
     them; or a folder for a PNG of each. The same command continues what was interrupted. Default
@@ -98,7 +99,7 @@ def generate_files(
     average: str = EMA,
     seed: int = 0,
     batch_size: int = 500,
-    compile: Literal["auto", "on", "off"] = "auto",
+    compile: Literal["auto", "on", "blocks", "off"] = "auto",
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
@@ -116,7 +117,7 @@ def generate_files(
         average: which of the run's, by name.
         seed: root of the noise.
         batch_size: images at a time and process.
-        compile: the model; auto does so where that was measured to pay.
+        compile: the model or its blocks, see ``SampleCommand``.
         prompts: texts to generate from in turn; none takes the conditions of the run.
         text_encoder: of the prompts.
 

@@ -2,7 +2,7 @@
 
     E over (x0, t, noise) of  w(t) mean((model(x_in, t, conditions) - target)**2)  +  other terms
 
-All randomness is a function of (seed, image counter, step); evaluating twice gives the same bits.
+All randomness is a function of (seed, image counter, step), the same bits whenever it is evaluated.
 
 A network declares what it needs beyond one plain forward pass, by attributes that it may have:
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from speed_engine.encoders.hub import load_model, load_pretrained, weights_hash
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.sharding import exact_float32
 
 BATCH_SIZE = 64  # pictures at a time
 
@@ -66,6 +67,7 @@ class ClipScore:
             truncation=True,
             max_length=self._model.config.text_config.max_position_embeddings,
         )
-        answer = self._model(**inputs.to(self._device))
+        with exact_float32():
+            answer = self._model(**inputs.to(self._device))
         pairs = answer.image_embeds.double(), answer.text_embeds.double()
         return torch.nn.functional.cosine_similarity(*pairs).cpu()

@@ -1,6 +1,6 @@
 """Images from a trained model, and the grid that shows them.
 
-Image i is a function of (model, seed, i, its conditions): the same in any batch.
+Image i is a function of (model, seed, i, its conditions): the same in any batch, but for rounding.
 
 Letters: N images, B images per batch.
 """
@@ -83,7 +83,7 @@ def generate(
         null: value of one row of the conditions that guidance hides.
         seed: root of the noise.
         latents: images are not bounded by [-1, 1] and are returned as they are.
-        batch_size: B, images at a time; changes nothing but memory.
+        batch_size: B, images at a time; changes nothing but memory and rounding.
 
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
@@ -92,7 +92,8 @@ def generate(
         UserError: an unknown solver, too many steps, or guidance on what cannot be hidden.
     """
     device, schedule = next(model.parameters()).device, table.schedule
-    root = torch.tensor(seed, device=device)
+    root, ids = torch.full((), seed, device=device), ids.to(device)
+    null = {name: value.to(device) for name, value in null.items()}
     solve = solver_named(settings.solver)
     check_guidance(settings.guidance, conditions, null)
     low, high = settings.interval or (0.0, math.inf)
@@ -102,8 +103,11 @@ def generate(
             return model(x, times, **conditions).float()  # solvers sum in float32 or more
 
     def predict(x: Tensor, t: float) -> Tensor:
+        # The schedule is asked on the CPU, and its numbers travel in kernels' arguments: no step
+        # waits for the device.
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
-        times = schedule.model_time(time).to(device).expand(len(x))
+        at = schedule.model_time(time)
+        times = torch.full((len(x),), at.item(), dtype=at.dtype, device=device)
         answer = ask(x, times, given)
         if settings.guidance == 1 or not low < schedule.sigma(time) / schedule.alpha(time) <= high:
             return answer
@@ -116,7 +120,7 @@ def generate(
     for start in range(0, len(ids), batch_size):
         part = slice(start, start + batch_size)
         given = {name: value[part].to(device) for name, value in conditions.items()}
-        noise = partial(_noise, root, ids[part].to(device), image_shape)
+        noise = partial(_noise, root, ids[part], image_shape)
         problem = Denoising(
             predict, table, lambda step, noise=noise: noise(Stream.SOLVER, step), clip=not latents
         )

@@ -24,6 +24,7 @@ from speed_engine.evaluation.copies import Nearest, nearest
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.sharding import exact_float32
 
 BATCH_SIZE = 256  # images through the extractor at once
 Statistics = dict[str, np.ndarray]  # mu (D,), sigma (D, D), as torch-fidelity has them
@@ -110,7 +111,8 @@ def statistics_of(features: Tensor) -> Statistics:
 def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> list[Tensor]:
     """The layers that metrics read by default, each (N, ...) on the CPU.
 
-    Computed on the GPU if there is one; the global random state is left as it was.
+    Computed on the GPU if there is one, in float32, ``BATCH_SIZE`` images at a time; the global
+    random state is left as it was.
     """
     import_torch_fidelity()
     extractor.register()
@@ -126,7 +128,7 @@ def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> lis
     ]
     cuda = torch.cuda.is_available()
     # DataLoader draws a seed and Inception its first weights from the global generator.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), exact_float32():
         network = create_feature_extractor(
             extractor.name,
             list(dict.fromkeys(layers)),

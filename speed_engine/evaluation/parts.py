@@ -4,7 +4,7 @@
     FOLDER/00000500.npy      images 500 and following, one batch (B, C, H, W)
 
 A part appears when it is complete. It is the same batch whichever process generates it, so that any
-number of processes, and any interruptions, give the same bits.
+number of processes, and any interruptions, give the same images: the same bits on a CPU.
 
 Letters: N images, B images of a batch, C channels, H x W pixels.
 """

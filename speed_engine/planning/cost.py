@@ -20,9 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speed_engine.build import build_model, condition_shapes, told_names
+from speed_engine.build import build_model, told_names, training_inputs
 from speed_engine.config import TrainConfig
-from speed_engine.diffusion.objective import training_passes
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 
@@ -86,7 +85,7 @@ def estimate(config: TrainConfig) -> Estimate:
     """
     with torch.device("meta"):
         model = build_model(config)
-        flops = [forward_flops(model, inputs) for inputs in _passes(model, config, 1)]
+        flops = [forward_flops(model, inputs) for inputs in training_inputs(model, config, 1)]
     # Unlike the meta device, a fake one has autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -141,29 +140,11 @@ def _short(number: float) -> str:
     return f"{number:.4g} T"
 
 
-def _passes(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
-    """The model's arguments in every forward pass of a step, on the current default device."""
-    conditions = {
-        name: torch.zeros(images, *shape, dtype=torch.int64 if name == "labels" else torch.float32)
-        for name, shape in condition_shapes(config).items()
-    }
-    inputs = {
-        "x": torch.zeros(images, *config.data.image_shape),
-        "t": torch.zeros(images),
-        **conditions,
-    }
-    return [
-        inputs
-        | {name: torch.zeros(images, count, dtype=torch.int64) for name, count in words.items()}
-        for words in training_passes(model)
-    ]
-
-
 def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:
     """Of the storages made by a step's forward passes and alive after them, for the backward."""
     with _Storages(model) as storages:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            answers = [model(**inputs) for inputs in _passes(model, config, images)]
+            answers = [model(**inputs) for inputs in training_inputs(model, config, images)]
         kept = storages.bytes_alive()
     del answers
     return kept

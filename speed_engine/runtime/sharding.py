@@ -6,7 +6,8 @@ They are laid out by FSDP2 (``fully_shard``) on a mesh of (replicas, shards):
     fsdp    (1, W)                  every process holds a W-th
     hsdp    (nodes, per node)       sharded inside a node, repeated across nodes
 
-so that gradients are summed in one fixed order whatever the layout, and runs repeat bit for bit.
+so that gradients are summed in one fixed order whatever the layout, and runs on CPUs repeat bit for
+bit; on GPUs see ``determinism.py``.
 
 Letters: W processes.
 """
@@ -44,6 +45,15 @@ def autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
 
 
+def exact_float32() -> AbstractContextManager[None]:
+    """Inside, convolutions in float32 are exact, as matrix products are everywhere.
+
+    Networks that metrics are computed with run in it. PyTorch lets cuDNN round what a convolution
+    multiplies to the 10 bits of TF32, and features would then be those of one kind of GPU.
+    """
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def distribute(
     model: nn.Module,
     world: World,
@@ -56,7 +66,9 @@ def distribute(
     """Lay the parameters of a model out over the processes, in place; alone, nothing happens.
 
     Each of the model's ``blocks`` is gathered, used and, if told so, dropped by
-    itself; communication overlaps with the blocks beside it.
+    itself; communication overlaps with the blocks beside it. A model without gradients, an average,
+    drops all that it gathered after every use: only a backward pass would do so later, and without
+    one it would be used again with the parameters that it had first.
 
     Args:
         model: equal on every process.
@@ -64,8 +76,8 @@ def distribute(
         layout: a key of ``LAYOUTS``.
         device_type: a key of ``COMPUTE_DTYPES`` computes in that type, with float32 parameters and
             gradient sums; its inputs are cast by ``autocast``.
-        reshard_after_forward: drop gathered parameters between forward and backward: less memory,
-            one more gathering.
+        reshard_after_forward: drop a block's gathered parameters between forward and backward:
+            less memory, one more gathering.
         offload: keep parameters, gradients and optimizer state on the host.
     """
     if world.size == 1:
@@ -79,9 +91,11 @@ def distribute(
     options: dict[str, Any] = {"mesh": mesh(world, layout, device_type), "mp_policy": policy}
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device_type == "cuda")
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    drops = reshard_after_forward or not is_trained
     for block in blocks(model):
-        fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
-    fully_shard(model, reshard_after_forward=False, **options)
+        fully_shard(block, reshard_after_forward=drops, **options)
+    fully_shard(model, reshard_after_forward=not is_trained, **options)
 
 
 def mesh(world: World, layout: str, device_type: str) -> "DeviceMesh":

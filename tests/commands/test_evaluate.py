@@ -16,6 +16,7 @@ from rich.console import Console
 from speed_engine import cli
 from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
+from speed_engine.commands import evaluate as commands
 from speed_engine.commands.evaluate import show
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
@@ -23,9 +24,12 @@ from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
+from speed_engine.runtime import machine
+from speed_engine.runtime.machine import Choice
 from speed_engine.runtime.records import append_record, read_records
 from speed_engine.training.config import OptimizerConfig
 
+BY_BLOCKS = Choice("blocks", "")
 ROOT = Path(__file__).parents[2]
 TINY = TrainConfig(
     steps=4,
@@ -134,6 +138,26 @@ def test_another_average_is_measured_by_its_name(run, capsys):
     assert "measured before" in again.err and json.loads(again.out)["fid"] == record["fid"]
     first = evaluate(run, capsys, "--json")
     assert "measured before" in first.err and json.loads(first.out) == trained
+
+
+def test_images_are_generated_as_the_run_and_the_device_choose_to_compile(run, capsys, monkeypatch):
+    asked, parts = [], []
+    monkeypatch.setattr(
+        machine, "choose_generation", lambda *asked_for: asked.append(asked_for) or BY_BLOCKS
+    )
+    monkeypatch.setattr(commands, "compiled", lambda model, how: asked.append(how) or model)
+    generate_in_parts = commands.generate_in_parts
+
+    def in_parts(generate, total, size, folder, settings, *others):
+        parts.append(settings)
+        return generate_in_parts(generate, total, size, folder, settings, *others)
+
+    monkeypatch.setattr(commands, "generate_in_parts", in_parts)
+    evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid")
+    assert asked == [("off", "cpu"), "blocks"] and parts[0]["compile"] == "blocks"
+    monkeypatch.setattr(machine, "choose_generation", lambda *_: Choice("off", ""))
+    evaluate(run, capsys, "--solver-steps", 4, "--metrics", "fid")
+    assert "compile" not in parts[1]  # parts that an earlier release left are gone on with
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):

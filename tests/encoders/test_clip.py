@@ -56,6 +56,13 @@ def test_the_score_is_the_mean_of_clipped_cosines(folder):
     assert 0 < min(cosines) < max(cosines) and len(score.weights_sha256) == 64
 
 
+def test_clip_computes_in_exact_float32(folder):
+    score, exact = ClipScore(str(folder), DEVICE), []
+    score._model.register_forward_hook(lambda *_: exact.append(not torch.backends.cudnn.allow_tf32))
+    score(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), ["a"])
+    assert exact == [True] and torch.backends.cudnn.allow_tf32
+
+
 def test_pictures_of_the_opposite_score_nothing(folder, tmp_path):
     subprocess.run(["cp", "-r", folder, tmp_path / "opposite"], check=True)
     model = CLIPModel.from_pretrained(folder)

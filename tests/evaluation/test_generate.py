@@ -8,7 +8,10 @@ from pathlib import Path
 import gaussian
 import pytest
 import torch
-from torch import nn
+from sharded_generation import FAMILIES, make
+from sharded_generation import images as images_of_network
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
@@ -83,6 +86,73 @@ def test_noise_by_counters_gives_the_gaussian(process, solver, steps):
     assert (covariance - torch.eye(4)).abs().max() < 4.5 * (2 / count) ** 0.5 + 0.02
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_of_another_batch_size_differ_by_rounding_only(family):
+    model, ids = make(FAMILIES[family]), torch.arange(8)
+
+    def generated(batch_size: int, latents: bool) -> Tensor:
+        return images_of_network(model, ids, batch_size=batch_size, latents=latents)
+
+    for latents in (True, False):
+        together, alone = generated(8, latents), generated(3, latents)
+        difference = together.double() - alone.double()
+        if latents:
+            assert difference.square().mean().sqrt() < 1e-5 * together.std()
+        else:
+            assert difference.abs().max() <= 1
+
+
+class Transfers(TorchFunctionMode):
+    """Counts tensors that go from the CPU to the device, here a device without data.
+
+    What is fetched from there is zeros, and a number that is asked of it an error.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.cpu:
+            return torch.zeros(args[0].shape, dtype=args[0].dtype)
+        out = func(*args, **(kwargs or {}))
+        if func in (Tensor.to, Tensor.copy_, torch.tensor):
+            come = isinstance(args[0], Tensor) and args[0].is_meta
+            self.count += int(out.is_meta and not come)
+        return out
+
+
+class Plain(nn.Module):
+    """Answers with its input, on whatever device it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros((), device="meta"))
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return x + (t + labels).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_step_of_a_solver_copies_to_the_device_or_waits_for_it(solver):
+    def transfers(steps: int) -> int:
+        schedule = build_schedule("linear")
+        with Transfers() as counted:
+            generate(
+                Plain(),
+                TimestepTable(schedule, schedule.prediction, torch.ones(1000)),
+                {"labels": torch.zeros(4, dtype=torch.int64)},
+                torch.arange(4),
+                GenerationSettings(solver=solver, steps=steps, guidance=2.0, interval=(0.1, 5.0)),
+                image_shape=SHAPE,
+                null={"labels": torch.tensor(9)},
+                seed=5,
+            )
+        return counted.count
+
+    assert transfers(5) == transfers(11) == 3  # ids, labels and what hides them
+
+
 def test_guidance_asks_twice_only_inside_its_interval():
     schedule, labels = build_schedule("linear"), torch.zeros(8, dtype=torch.int64)
     times = torch.tensor(schedule.solver_times(10))
@@ -134,6 +204,6 @@ def test_models_sharded_as_on_gpus_generate_the_images_of_float32(tmp_path):
     said = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said
     distances = json.loads(said[0][0])
-    assert len(distances) == 5
+    assert len(distances) == 7
     # bfloat16 holds 8 bits: 0.4 % of each of some sums. Zero would mean that nothing was cast.
     assert all(0 < distance < 0.02 for distance in distances.values()), distances

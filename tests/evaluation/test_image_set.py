@@ -7,7 +7,7 @@ import torch_fidelity
 
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import frechet_distance
-from speed_engine.evaluation.image_set import ImageSet, statistics_path
+from speed_engine.evaluation.image_set import ImageSet, extract, statistics_path
 
 EXTRACTOR = Extractor(name="pixels-of-2x2", weights_sha256="1" * 64, feature_dim=4, channels=1)
 
@@ -91,6 +91,21 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path, caplog)
     (tmp_path / "file").write_bytes(b"")
     assert fid(REAL, path_of(tmp_path / "file")) == fid(REAL, None)
     assert "could not be kept" in caplog.text
+
+
+def test_features_are_extracted_in_exact_float32_in_batches(monkeypatch):
+    """PyTorch's default for convolutions on a GPU is TF32."""
+    seen, forward = [], Pixels.forward
+
+    def watched(self, images):
+        exact = not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+        seen.append((len(images), exact))
+        return forward(self, images)
+
+    monkeypatch.setattr(Pixels, "forward", watched)
+    extract(REAL.repeat(10, 1, 1, 1), EXTRACTOR, ["fid"])
+    assert seen == [(256, True), (144, True)]
+    assert torch.backends.cudnn.allow_tf32 and torch.backends.cudnn.enabled
 
 
 def test_the_nearest_training_images_are_found_once():

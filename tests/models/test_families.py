@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -178,38 +179,57 @@ def recorded(run: Path, *names: str) -> list[tuple[float, ...]]:
     return [tuple(record[name] for name in names) for record in records]
 
 
-@pytest.mark.long
-def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
-    """Parameters are shared out block by block, whatever a family calls its blocks."""
-    data = {
+def members_of(told_shards: Path) -> dict[str, DataConfig]:
+    """Data by what models are conditioned on."""
+    return {
         "labels": DataConfig(),
         "texts": told(told_shards, "tokens.npy"),
         "smaller": told(told_shards, "low.npy", "cls"),
     }
+
+
+def without_dropout(model: ModelConfig) -> ModelConfig:
+    """Each process draws its own dropout."""
+    if isinstance(model, (UNetConfig, EdmUNetConfig)):
+        return dataclasses.replace(model, dropout=0.0)
+    return model
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def train_together(folder: Path, *options: str) -> None:
+    """Train the configurations in a folder by two processes, see train_runs.py."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, ROOT / "tests" / "train_runs.py", folder, *options],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.long
+def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
+    """Parameters are shared out block by block, whatever a family calls its blocks."""
+    data = members_of(told_shards)
     cases = [(name, "labels") for name in SMALL]
     cases += [("dit-modern", "texts"), ("unet", "texts")]
     cases += [(name, "smaller") for name in ("dit", "mdt-v2", "unet", "ddpm++")]
     together, alone = tmp_path / "together", tmp_path / "alone"
     together.mkdir()
     for name, members in cases:
-        model = SMALL[name]
-        if isinstance(model, (UNetConfig, EdmUNetConfig)):  # each process draws its own dropout
-            model = dataclasses.replace(model, dropout=0.0)
+        model = without_dropout(SMALL[name])
         config = dataclasses.replace(
             CONFIG, model=model, data=data[members], steps=4, log_every=1, checkpoint_every=4
         )
         case = f"{name}-{members}"
         (together / f"{case}.json").write_text(to_json(config))
         start(config, alone / case, Console(quiet=True))
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, ROOT / "tests" / "train_runs.py", together],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    train_together(together)
     for name, members in cases:
         runs = [where / f"{name}-{members}" for where in (together, alone)]
         figures = [recorded(run, "loss", "grad_norm") for run in runs]
@@ -218,6 +238,55 @@ def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
         averages = [load_file(run / EMA_FILE) for run in runs]
         for parameter, value in averages[1].items():
             torch.testing.assert_close(averages[0][parameter], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [("dit", "labels"), ("unet", "labels")],
+        pytest.param(
+            [(name, "labels") for name in SMALL if name not in ("dit", "unet")]
+            + [("dit-modern", "texts"), ("unet", "texts")]
+            + [(name, "smaller") for name in ("dit", "mdt-v2", "unet", "ddpm++")],
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=["dit-and-unet", "others"],
+)
+def test_sharded_in_bfloat16_as_on_gpus_runs_train_evaluate_and_are_sampled(
+    tmp_path, told_shards, cases
+):
+    """Every input of every family meets bfloat16 parameters; each evaluation sees the average."""
+    data = members_of(told_shards)
+    together = tmp_path / "together"
+    together.mkdir()
+    for name, members in cases:
+        config = dataclasses.replace(
+            CONFIG,
+            model=without_dropout(SMALL[name]),
+            data=data[members],
+            schedule="edm" if isinstance(SMALL[name], EdmUNetConfig) else "linear",
+            steps=6,
+            log_every=1,
+            checkpoint_every=6,
+            parallel="fsdp",
+            evaluation=dataclasses.replace(CONFIG.evaluation, every=2),
+        )
+        case = f"{name}-{members}"
+        (together / f"{case}.json").write_text(to_json(config))
+        start(dataclasses.replace(config, evaluation=CONFIG.evaluation), tmp_path / case, quiet())
+    train_together(together, "--as-on-gpus")
+    for name, members in cases:
+        case = f"{name}-{members}"
+        losses = [recorded(where / case, "loss") for where in (together, tmp_path)]
+        assert losses[0] != losses[1] and np.allclose(*losses, rtol=0.01), case
+        evaluated = together / case / "samples" / "step-00000006.png"
+        of_trainer, of_checkpoint = map(pixels, (evaluated, together / f"{case}.png"))
+        assert np.abs(of_trainer - of_checkpoint).mean() < 0.1, case
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(float)
 
 
 def test_latents_are_drawn_unbounded_and_kept_as_arrays(tmp_path):

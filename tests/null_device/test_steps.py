@@ -7,15 +7,39 @@ budget, counted with a toolchain as those of the kernels are; a call of cuDNN co
 
 import null_device
 import pytest
-import toolchain
 
+import toolchain
 from speed_engine.presets import PRESETS
 
 # preset: launches of a training step on 8 images, and of the generation of 8 images in 3 steps
 LAUNCHES = {
-    toolchain.TORCH_2_11_TRITON_3_6: {
+    toolchain.TORCH_2_11_TRITON_3_6: {  # U-Nets have not been counted with it
+        "coco-t2i-dit-xl2": (351, 783),
+        "digits": (327, 814),
+        "emoji32": (327, 814),
+        "emoji64": (590, 1342),
+        "ffhq-dit-xl2": (250, 273),
+        "imagenet256-dit-xl2": (260, 543),
+        "imagenet256-mdt-s2": (2165, 3015),
+        "metfaces-dit-xl2": (250, 273),
+        "metfaces512-superres": (265, 279),
     },
     toolchain.TORCH_2_14_TRITON_3_8: {
+        "cifar10-edm": (2216, 2731),
+        "cifar10-fdm": (2225, 2731),
+        "coco-t2i-dit-xl2": (343, 783),
+        "digits": (326, 814),
+        "emoji32-unet": (1371, 3448),
+        "emoji32": (326, 814),
+        "emoji64-unet": (1669, 4144),
+        "emoji64": (586, 1342),
+        "ffhq-dit-xl2": (244, 273),
+        "ffhq-unet": (2044, 2376),
+        "imagenet256-dit-xl2": (254, 543),
+        "imagenet256-mdt-s2": (2205, 3015),
+        "imagenet256-unet": (2056, 4911),
+        "metfaces-dit-xl2": (244, 273),
+        "metfaces512-superres": (259, 279),
     },
 }  # fmt: skip
 BUDGETS = LAUNCHES[toolchain.nearest(LAUNCHES)]
@@ -39,9 +63,13 @@ def test_a_step_never_waits_and_launches_no_more_than_was_counted(preset, compil
     assert sum(generate["host_copies"].values()) <= sent, generate
     assert sum(generate["syncs"].values()) <= sent + 1, generate
     assert generate["allocations"] == 0, generate
+    if preset not in BUDGETS:
+        pytest.skip("launches of this preset have not been counted with this toolchain")
     over = [
-        f"{preset}, {what}: {found[what]['launches']} launches, budget {budget}: {found[what]['most']}"
-        for what, budget in zip(("train", "generate"), BUDGETS[preset], strict=True)
-        if found[what]["launches"] > budget
+        f"{preset}, {what}: {figures['launches']} launches, budget {budget}: {figures['most']}"
+        for what, figures, budget in zip(
+            ("train", "generate"), (train, generate), BUDGETS[preset], strict=True
+        )
+        if figures["launches"] > budget
     ]
     toolchain.hold(LAUNCHES, over)

@@ -10,14 +10,17 @@ import torch
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.run import machine_choices
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import (
     choose_attention,
     choose_checksums,
     choose_compile,
+    choose_generation,
     choose_jpeg_decoder,
     choose_noise,
     choose_resident,
 )
+from speed_engine.runtime.world import World
 
 GPU = "NVIDIA H200"
 
@@ -89,6 +92,23 @@ def test_xformers_is_used_where_it_runs_and_was_asked_for(monkeypatch):
     monkeypatch.setattr(fmha, "memory_efficient_attention", lambda q, k, v: q + k + v)
     assert choose_attention("xformers", "meta").value == "xformers"
     assert choose_attention("auto", "meta") == ("sdpa", "PyTorch's; xFormers would run, too")
+
+
+@pytest.mark.parametrize(
+    "compile, on_cuda", [("auto", "blocks"), ("on", "blocks"), ("blocks", "blocks"), ("off", "off")]
+)
+def test_the_average_is_compiled_by_blocks_on_cuda_unless_compilation_is_off(compile, on_cuda):
+    assert choose_compile("auto", "cuda", 1).value == "blocks"
+    assert choose_generation(compile, "cuda").value == on_cuda
+    assert choose_generation(compile, "cpu").value == "off"
+
+
+def test_cuda_graphs_need_one_process_with_a_gpu():
+    assert choose_compile("graphs", "cuda", 1).value == "graphs"
+    with pytest.raises(UserError, match="a CPU has none; use blocks or auto"):
+        choose_compile("graphs", "cpu", 1)
+    with pytest.raises(UserError, match="there are 2 processes; use blocks"):
+        choose_compile("graphs", "cuda", 1, World(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize("wanted", ["on", "blocks", "off"])

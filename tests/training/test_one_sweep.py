@@ -11,7 +11,7 @@ from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.machine import choose_update
+from speed_engine.runtime.machine import choose_kernels, choose_update
 from speed_engine.training.checkpoint import Checkpoints, load, newest
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power, warming_up
@@ -117,10 +117,11 @@ def test_what_cannot_be_swept_is_named():
 
 
 def test_the_choice_says_what_runs_and_why():
-    assert choose_update("auto", "cuda").value == "separate"
-    assert "no GPU has measured it" in choose_update("auto", "cuda").reason
-    assert choose_update("separate", "cpu") == ("separate", "asked for")
-    assert choose_update("one_sweep", "cpu").reason.endswith("since the kernel needs CUDA")
+    kernel = choose_kernels("auto", "cpu")["update"]
+    assert choose_update("auto", kernel).value == "separate"
+    assert "1 % faster on an H200" in choose_update("auto", kernel).reason
+    assert choose_update("separate", kernel) == ("separate", "asked for")
+    assert choose_update("one_sweep", kernel).reason.endswith("the kernels need CUDA")
 
 
 def test_a_run_of_bfloat16_weights_is_told_how_it_continues():

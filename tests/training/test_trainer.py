@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import fault_harness
+from speed_engine import run as runs
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
@@ -31,6 +33,7 @@ from speed_engine.run import (
     resume,
     start,
 )
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.trainer import Trainer
@@ -73,6 +76,29 @@ def test_two_runs_with_one_seed_are_bitwise_equal(tmp_path):
         start(TINY, tmp_path / name, quiet())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [step for step, *_ in losses(tmp_path / "a")] == [7, 14, 21, 28, 35, 42, 49, 56, 60]
+
+
+def test_a_deterministic_run_finds_a_deterministic_algorithm_for_everything(tmp_path):
+    short = dataclasses.replace(TINY, steps=2, log_every=1, deterministic=True)
+    for name in ("a", "b"):
+        start(short, tmp_path / name, quiet())
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert read_config(tmp_path / "a").deterministic
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+def test_deterministic_runs_are_bitwise_equal_on_a_gpu(tmp_path, compile):
+    """In processes of their own: cuBLAS reads its workspace from the environment once."""
+    options = "--deterministic --steps 40 --log-every 10 --evaluation.features none".split()
+    for name in ("a", "b"):
+        where = ["--run", tmp_path / name, "--compile", compile]
+        done = run_cli("train", "digits", *options, *where)
+        assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    averages = [load_file(tmp_path / name / "ema.safetensors") for name in ("a", "b")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
 # Of those that keep nothing of their own, one stands for all.
@@ -184,6 +210,20 @@ def test_a_run_killed_with_signal_9_resumes_bit_for_bit(tmp_path):
         for run in (killed, straight)
     ]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_kernels_are_demanded_where_a_run_trains_and_not_where_it_is_used(tmp_path, monkeypatch):
+    demanding = dataclasses.replace(TINY, steps=1, device="cpu", kernels="on")
+    with pytest.raises(UserError, match="kernels=on, but the kernels need CUDA"):
+        start(demanding, tmp_path / "refused", quiet())
+    assert not (tmp_path / "refused").exists()
+    settled: list[str] = []
+    monkeypatch.setattr(runs, "settle_operators", lambda _, kernels, *__: settled.append(kernels))
+    start(dataclasses.replace(demanding, kernels="auto"), tmp_path / "run", quiet())
+    assert settled == ["auto"]
+    monkeypatch.undo()
+    _, step = load_average(tmp_path / "run", demanding, torch.device("cpu"))
+    assert step == 1
 
 
 def test_a_finished_run_can_be_trained_longer(tmp_path):

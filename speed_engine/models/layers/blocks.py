@@ -1,7 +1,7 @@
 """What is done to a model's repeated blocks: recomputing activations, compiling one by one.
 
-A model that has them keeps them in ``model.blocks``. Both change how a block is run, neither its
-parameters, their names, nor (but for rounding in compiled code) what it computes.
+Both change how a block (``sharding.blocks``) is run, neither its parameters, their names, nor (but
+for rounding in compiled code) what it computes.
 """
 
 import functools
@@ -31,7 +31,7 @@ DEAR = [
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
 ]
-VARIANTS = 4  # of a compiled block: for training and for drawing, other strides, other inputs
+VARIANTS = 4  # of a compiled block: in training and generation, of other strides, batch sizes
 # What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.
 RECOMPUTE: dict[str, dict[str, Any] | None] = {
     "nothing": None,
@@ -83,23 +83,31 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
     """What to call in place of the model.
 
     Args:
-        model: stays as it is, but for its blocks under ``blocks``.
-        how: ``on`` compiles it whole, ``blocks`` each block by itself, ``off`` nothing.
+        model: stays as it is, but for its blocks under ``blocks``, which is then what to call.
+        how: ``on`` compiles it whole, ``graphs`` so, and replays CUDA graphs of it, ``blocks`` each
+            block by itself, ``off`` nothing.
     """
-    return {"on": compiled_whole, "blocks": compiled_blocks, "off": lambda same: same}[how](model)
+    ways: dict[str, Callable[[nn.Module], Callable[..., Any]]] = {
+        "on": compiled_whole,
+        "graphs": functools.partial(compiled_whole, mode="reduce-overhead"),
+        "blocks": compiled_blocks,
+        "off": lambda same: same,
+    }
+    return ways[how](model)
 
 
-def compiled_whole(model: nn.Module) -> Callable[..., Any]:
+def compiled_whole(model: nn.Module, mode: str | None = None) -> Callable[..., Any]:
     """The model as one compiled graph, whose compilation grows with the depth."""
     register_fallbacks()
-    return torch.compile(model, dynamic=False)
+    return torch.compile(model, dynamic=False, mode=mode)
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
     """The model itself, each of its blocks compiled in place.
 
-    Equal blocks share one compilation, but for the first, which has no branch to add (see
-    ``open_sum``), so that its time does not grow with the depth.
+    Equal blocks share one compilation, but for the first of a DiT, which has no branch to add (see
+    ``open_sum``), so that its time does not grow with the depth. Generation takes another one for
+    all of them, since it computes no gradients.
 
     Raises:
         UserError: the model has no blocks.

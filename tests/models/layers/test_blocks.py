@@ -1,6 +1,7 @@
 """Recomputed activations and compiled blocks: the same figures, less memory, one compilation."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,17 +11,25 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from speed_engine import build_training
 from speed_engine.build import build_model, build_objective, build_process
+from speed_engine.build_training import build_engine
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
+from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
-from speed_engine.training.ema import Ema, warming_up
+from speed_engine.run import machine_choices
+from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.world import ALONE, World
+from speed_engine.training.config import OptimizerConfig
+from speed_engine.training.ema import EMA, Ema, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
 from speed_engine.training.update import Update
 
+CPU = torch.device("cpu")
 VARIANTS = pytest.mark.parametrize("variant", ["original", "modern"])
 
 
@@ -148,6 +157,17 @@ def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, d
     assert compilations.frame_count == 2  # the first has no branch to add
 
 
+def test_only_graphs_are_replayed_and_shapes_are_compiled_as_they_come(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: modes.append(options) or f)
+    for how in ("on", "graphs", "off"):
+        assert isinstance(compiled(nn.Linear(2, 2), how), nn.Linear)
+    assert modes == [
+        {"dynamic": False, "mode": None},
+        {"dynamic": False, "mode": "reduce-overhead"},
+    ]
+
+
 def test_blocks_of_many_shapes_are_compiled_every_one():
     """PyTorch's own limit is 8."""
     torch._dynamo.reset()
@@ -220,6 +240,93 @@ def test_the_engine_never_recompiles_after_the_second_step(compilations, how):
         engine.step(batch(step))
         counts.append(compilations.frame_count)
     assert counts[0] == 1 and counts[1] == counts[-1]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_is_compiled_by_blocks_without_a_break(compilations, name):
+    net = build_model(CONFIGS[name]).eval().requires_grad_(False)
+    given = batch(0)
+    arguments = given.images * 2 - 1, torch.arange(8) * 100, given.conditions["labels"]
+    expected = net(*arguments)
+    torch.testing.assert_close(compiled(net, "blocks")(*arguments), expected)
+    assert compilations.frame_count > 0
+
+
+def test_code_of_blocks_is_for_the_sizes_that_come():
+    torch._dynamo.reset()
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(i for i in inputs if isinstance(i, torch.SymInt))
+        return graph
+
+    blocks = [nn.ReLU(), nn.ReLU()]
+    compile_each(blocks, backend=backend)
+    for size in (2, 3, 4):
+        for block in blocks:
+            block(torch.ones(size, size))
+    assert not sizes
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+def test_the_average_that_generates_shares_compilations_between_blocks(compilations, depth):
+    sizes = DiTConfig(dim=32, depth=depth, num_heads=2)
+    config = TrainConfig(model=sizes, compile="blocks", microbatch_size=8)
+    process, by_blocks = build_process(config), Choice("blocks", "")
+    choices = replace(machine_choices(config), generation=by_blocks)
+
+    def generations(engine: Engine) -> list[int]:
+        """Graphs after each of three evaluations amid training."""
+        counts = []
+        for step in range(3):
+            engine.step(batch(step))
+            generate(
+                engine.update.averages[EMA].model,
+                process.table,
+                {"labels": torch.arange(6)},
+                torch.arange(6),
+                GenerationSettings(steps=2, guidance=2.0),
+                image_shape=(1, 8, 8),
+                null={"labels": torch.tensor(10)},
+                seed=0,
+            )
+            counts.append(compilations.frame_count)
+        return counts
+
+    engines = [build_engine(config, process, choices, ALONE, CPU, None) for _ in range(2)]
+    # The first block and the others, with and without gradients; not once more for another run.
+    assert [generations(engine) for engine in engines] == [[4, 4, 4]] * 2
+
+
+@pytest.mark.parametrize("generating", ["blocks", "off"])
+def test_several_processes_compile_model_and_average_before_laying_them_out(
+    monkeypatch, generating
+):
+    config = TrainConfig(model=DiTConfig(**SIZES), optimizer=OptimizerConfig(averages=("ema=0.9",)))
+    choices = replace(
+        machine_choices(config), compile=Choice("on", ""), generation=Choice(generating, "")
+    )
+    done: list[tuple[str, nn.Module]] = []
+    monkeypatch.setattr(
+        build_training, "compile_each", lambda blocks: done.append(("compiled", blocks[0]))
+    )
+    monkeypatch.setattr(
+        build_training,
+        "distribute",
+        lambda model, *_, **__: done.append(("laid out", model.blocks[0])),
+    )
+    world = World(rank=0, size=2, local_size=2)
+    engine = build_engine(config, build_process(config), choices, world, CPU, None)
+    averages = engine.update.averages
+    trained, ema, other = (
+        model.get_submodule("blocks.0")
+        for model in (engine.model, averages[EMA].model, averages["ema=0.9"].model)
+    )
+    compiled_ones = [trained, ema] if generating == "blocks" else [trained]
+    assert done == [
+        *(("compiled", block) for block in compiled_ones),
+        *(("laid out", block) for block in (trained, ema, other)),
+    ]
 
 
 @VARIANTS

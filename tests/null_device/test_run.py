@@ -8,12 +8,14 @@ OPTIONS = (
     "--log-every", "1", "--checkpoint-every", "2", "--evaluation.every", "4",
     "--evaluation.num-images", "100", "--evaluation.solver-steps", "2",
 )  # fmt: skip
+BLOCKS = 4  # of the model of digits
 
 
 def test_a_run_trains_evaluates_stops_and_is_continued(compiled, tmp_path):
     folder = tmp_path / "run"
     train = lambda *options: null_device.run("command.py", "train", *options, compiled=compiled)
-    train("digits", "--steps", "4", *OPTIONS, "--run", str(folder))
+    launched = train("digits", "--steps", "4", *OPTIONS, "--run", str(folder))
+    assert launched["_adaln_backward_kernel"] >= 4 * BLOCKS  # not only in its test
     assert json.loads((folder / "config.json").read_text())["compile"] == "blocks"
     train("--resume", str(folder), "--steps", "6")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -109,7 +109,15 @@ def test_a_run_that_has_not_begun_says_so(tmp_path):
     assert failure(Run(config=TINY, folder=tmp_path / "run")) == "it has not begun"
 
 
-def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path):
+@pytest.fixture
+def interruptible():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path, interruptible):
     run = Run(config=LONG, folder=tmp_path / "run")
 
     def interrupt() -> None:

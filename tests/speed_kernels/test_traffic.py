@@ -79,7 +79,7 @@ def accesses(monkeypatch):
 
         def record(self, pointers, *rest):
             mask = rest[0] if name == "create_masked_load" else rest[1]
-            log.extend(pointers.data[mask.data].flat)
+            log.extend(pointers.data[mask.data.astype(bool)].flat)
             return original(self, pointers, *rest)
 
         monkeypatch.setattr(InterpreterBuilder, name, record)

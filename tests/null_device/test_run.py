@@ -3,6 +3,7 @@
 import json
 
 import null_device
+import pytest
 
 OPTIONS = (
     "--log-every", "1", "--checkpoint-every", "2", "--evaluation.every", "4",
@@ -11,6 +12,7 @@ OPTIONS = (
 BLOCKS = 4  # of the model of digits
 
 
+@pytest.mark.long
 def test_a_run_trains_evaluates_stops_and_is_continued(compiled, tmp_path):
     folder = tmp_path / "run"
     train = lambda *options: null_device.run("command.py", "train", *options, compiled=compiled)

@@ -1,9 +1,9 @@
 """What the project needs to know of a GPU, in sections of a few minutes.
 
-Run: ``python benchmarks/gpu.py SECTION [--seconds N] [--folder FOLDER]``.
+Run: ``python benchmarks/gpu.py SECTION [--seconds N]``.
 
     first   what everything rests on: copy and product rates, attention by backend, noise bits,
-            kernels against their references, no waiting, repeatability, a U-Net
+            no waiting, repeatability, a U-Net, the tests of the kernels
     xl      a ladder of DiT-XL/2 at 256 images a step, and DiT-S/2
     tune    launch parameters of adaLN's and GELU's kernels, at the sizes of DiT-XL/2
     train   whole runs: one that is killed and resumed, and digits with FID
@@ -14,7 +14,6 @@ the result file is rewritten after each, so that a kill loses one row at most.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ import gpu_train
 import gpu_tune
 import gpu_xl
 from gpu_rows import Rows
-from harness import RESULTS, machine_name
+from harness import result_path
 
 SECTIONS: dict[str, tuple[Callable[[Rows], None], int]] = {
     "first": (gpu_first.measure, 200),
@@ -37,13 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the project needs to know of a GPU.")
     parser.add_argument("section", choices=list(SECTIONS))
     parser.add_argument("--seconds", type=float, help="that the section may take")
-    parser.add_argument("--folder", type=Path, help="of the result; default results/GPU")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("No GPU: there is nothing to measure here.")
     measure, seconds = SECTIONS[options.section]
-    folder = options.folder or RESULTS / machine_name("cuda")
-    measure(Rows(folder / f"gpu_{options.section}.json", options.seconds or seconds))
+    measure(Rows(result_path(f"gpu_{options.section}"), options.seconds or seconds))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from speed_engine.ops import Stream, normal, random_bits
 from speed_engine.training.engine import Engine
 from train_cases import gpu_cases, make_engine, synthetic_batch
 
-TOKENS, WIDTH = 256 * 256, 1152  # of DiT-XL/2 at 256 images
+TOKENS = 256 * 256  # of DiT-XL/2 at 256 images
 PRODUCTS = {"qkv": (3456, 1152), "proj": (1152, 1152), "fc1": (4608, 1152), "fc2": (1152, 4608)}
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -201,11 +201,10 @@ def unet() -> dict[str, Any]:
 
 
 def tests(seconds: float) -> dict[str, Any]:
-    """The tests of the kernels, and those marked ``gpu``, on the device."""
+    """The tests of the kernels and of the engine, on the device."""
     command = [
-        sys.executable, "-m", "pytest", "-q", "-x" if seconds < 30 else "-q", "-n", "14", "-p",
-        "no:cacheprovider", "-m", "not long", "--tb=line", "tests/speed_kernels",
-        "tests/training/test_engine.py", "tests/test_ops.py",
+        sys.executable, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", "--tb=line",
+        "tests/speed_kernels", "tests/training/test_engine.py", "tests/test_ops.py",
     ]  # fmt: skip
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)

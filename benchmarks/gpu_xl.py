@@ -37,7 +37,6 @@ class Rung:
 
     kernels: bool = True
     how: str = "blocks"  # of torch.compile
-    mode: str | None = None
     update: str = "separate"
     microbatch: int | None = None
     batch: int = 256
@@ -63,9 +62,9 @@ SMALL = {
     "bf16 stream": Rung(model=BF16),
     "original loop, SDPA": Rung(original=True),
     "whole": Rung(how="on"),
-    "whole, CUDA graphs": Rung(mode="reduce-overhead"),
+    "whole, CUDA graphs": Rung(how="graphs"),
     "whole, CUDA graphs, bf16 stream, one sweep": Rung(
-        mode="reduce-overhead", model=BF16, update="one_sweep"
+        how="graphs", model=BF16, update="one_sweep"
     ),
 }
 
@@ -116,7 +115,7 @@ def build(config: TrainConfig, rung: Rung) -> Callable[[], object]:
         with GPU:
             model = build_model(config)
         return partial(OriginalStep(model, config), batch)
-    engine = make_engine(config, GPU, forward=partial(_forward, rung), update=rung.update)
+    engine = make_engine(config, GPU, forward=partial(compiled, how=rung.how), update=rung.update)
     engine.microbatch_size = rung.microbatch
     return partial(engine.step, batch)
 
@@ -163,12 +162,6 @@ def forget() -> None:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-
-
-def _forward(rung: Rung, model: torch.nn.Module) -> Any:
-    if rung.mode is not None:
-        return torch.compile(model, mode=rung.mode, dynamic=False)
-    return compiled(model, rung.how)
 
 
 def _config(case: str, rung: Rung) -> TrainConfig:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 import regression
-from speed_engine.runtime import machine
+from speed_engine.runtime.environment import describe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,7 +64,7 @@ def write_result(benchmark: str, figures: dict[str, Any]) -> Path:
 
 def facts_of_run() -> dict[str, Any]:
     """Command, machine and versions; with a GPU its clocks, driver and power limit."""
-    facts = machine.describe([Path(sys.argv[0]).name, *sys.argv[1:]])
+    facts = describe([Path(sys.argv[0]).name, *sys.argv[1:]])
     if torch.cuda.is_available() and shutil.which("nvidia-smi"):
         facts["gpu"] = _gpu_facts()
     return facts
@@ -96,7 +96,7 @@ def measured(benchmark: str) -> bool:
     if not path.exists():
         return False
     commit = json.loads(path.read_text())["environment"]["git_commit"]
-    return commit is not None and commit == machine.describe([])["git_commit"]
+    return commit is not None and commit == describe([])["git_commit"]
 
 
 def matrix_product(device: torch.device, size: int) -> tuple[Callable[[], object], float]:

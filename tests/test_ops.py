@@ -18,6 +18,7 @@ from speed_engine.ops import (
     block_operators_for,
     kernels_on,
     operators_for,
+    register_fallbacks,
     use_kernels,
 )
 from speed_kernels import philox
@@ -93,3 +94,13 @@ def test_a_layer_leaves_the_gradient_of_a_bias_that_it_has_and_trains():
     for other in (nn.Linear(3, 4, bias=False), layer.requires_grad_(False)):
         product, bias = BLOCK_FUSED.linear(other, x)
         assert bias is None and torch.equal(product, other(x))
+
+
+def test_inductor_is_told_of_every_operator_that_it_has_no_code_for():
+    """Else torch 2.11 describes each with all that it was computed from, gigabytes in a deep model."""
+    from torch._inductor.lowering import fallbacks
+
+    register_fallbacks()
+    names = list(torch.ops.speed_kernels)
+    assert "gated_residual_adaln_backward" in names
+    assert {getattr(torch.ops.speed_kernels, name).default for name in names} <= fallbacks

@@ -32,8 +32,8 @@ from speed_engine.arena.runs import Run, execute, failure, is_complete
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.diffusion.grammar import read_spelling
-from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
@@ -197,7 +197,7 @@ class Comparison:
             ),
             baselines=tuple(dict.fromkeys(known[config] for config in wanted)),
             config=json.loads(to_json(plan.config)),
-            environment=machine.describe([]) | where,
+            environment=describe([]) | where,
             command=shlex.join(["speed-engine", *sys.argv[1:]]),
         )
 

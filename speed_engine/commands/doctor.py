@@ -10,6 +10,7 @@ from rich.table import Table
 from speed_engine.presets import PRESETS
 from speed_engine.run import machine_choices
 from speed_engine.runtime import machine
+from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import cache_folder
 
 
@@ -21,7 +22,7 @@ class DoctorCommand:
 def run(arguments: list[str], console: Console) -> None:
     """Print the choices."""
     tyro.cli(DoctorCommand, args=arguments, prog="speed-engine doctor")
-    facts = machine.describe(["speed-engine", "doctor"])
+    facts = describe(["speed-engine", "doctor"])
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("python", facts["python"], packages)

@@ -4,33 +4,24 @@
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
-import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from speed_engine.ops import HAS_TRITON, Kernels, use_kernels
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.environment import package_version
 from speed_engine.runtime.kernel_check import Finding, check_kernels
 from speed_engine.runtime.memory import can_keep_freed_memory
 from speed_engine.runtime.world import ALONE, World
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
-    "speed-engine", "torch", "triton", "numpy", "webdataset", "torch-fidelity", "safetensors",
-    "torchvision", "xformers", "simplejpeg", "zlib-ng",
-)  # fmt: skip
 # benchmarks/results/x86-64-2-cores/compile.json: 31 s of C++ compilation against 12 ms a step saved
 # is even after 2,500 steps of the digits preset. Other models and machines differ, hence a margin.
 COMPILE_PAYS_ON_CPU = 5000
@@ -407,23 +398,6 @@ def torch_device(wanted: str, world: World = ALONE) -> torch.device:
     return torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else kind)
 
 
-def describe(command: list[str]) -> dict[str, Any]:
-    """Versions, hardware and source of a run, for ``environment.json``."""
-    return {
-        "command": command,
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))}
-        | {"torch": torch.__version__},
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "git_commit": _git_commit(),
-    }
-
-
 def _workers(count: int) -> Choice:
     if count == 0:
         return Choice("0", "the training process reads by itself, enough for small images")
@@ -435,7 +409,7 @@ def _xformers_obstacle(device: str) -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return "xFormers is not installed (the extra `xformers`)"
     if device == "cpu":
-        return f"xFormers {_version('xformers')} has operators for CUDA only"
+        return f"xFormers {package_version('xformers')} has operators for CUDA only"
     try:
         from xformers.ops import fmha
 
@@ -443,7 +417,7 @@ def _xformers_obstacle(device: str) -> str | None:
         fmha.memory_efficient_attention(x, x, x).sum().backward()
     except Exception as error:  # whatever a binary built for another machine may raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return f"xFormers {_version('xformers')} does not run here: {lines[0]}"
+        return f"xFormers {package_version('xformers')} does not run here: {lines[0]}"
     return None
 
 
@@ -454,31 +428,3 @@ def _import_error(module: str) -> str | None:
     except ImportError as error:
         return str(error)
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _git_commit() -> str | None:
-    """Of the checkout this package runs from; None if it was installed without one."""
-    folder = Path(__file__).parent
-    if shutil.which("git") is None:
-        return None
-    asked = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    tracked = subprocess.run(
-        ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
-    )
-    return asked.stdout.strip() if asked.returncode == tracked.returncode == 0 else None

@@ -15,6 +15,7 @@ from speed_kernels.adaln import (
     adaln_reference,
     gated_residual_adaln,
     gated_residual_adaln_reference,
+    stages,
 )
 
 # Tokens no multiple of a chunk, D no power of two; small ones make the yardstick a matter of luck.
@@ -228,3 +229,13 @@ def test_what_cannot_be_launched_is_named():
         gated_residual_adaln(x, x, row, row, row, x[0, :, 0])
     with pytest.raises(ValueError, match="D=20000 exceeds 4096; use adaln_reference"):
         adaln(torch.zeros(1, 1, 20000), torch.zeros(1, 20000), torch.zeros(1, 20000))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_d", [128, 2048, 4096])
+def test_what_is_read_ahead_fits_the_shared_memory_of_every_gpu(dtype, block_d):
+    row = [torch.empty(0, dtype=dtype)] * 4
+    ahead = stages(4, *row, block_d=block_d) - 1
+    size = 4 * block_d * dtype.itemsize
+    assert ahead * size <= 80 * 1024 < 99 * 1024
+    assert ahead == 3 or (ahead + 1) * size > 80 * 1024  # as much as fits

@@ -97,7 +97,7 @@ def test_a_layer_leaves_the_gradient_of_a_bias_that_it_has_and_trains():
 
 
 def test_inductor_is_told_of_every_operator_that_it_has_no_code_for():
-    """Else torch 2.11 describes each with all that it was computed from, gigabytes in a deep model."""
+    """Else torch 2.11 describes each by all that it was computed from: gigabytes of text."""
     from torch._inductor.lowering import fallbacks
 
     register_fallbacks()

@@ -261,9 +261,6 @@ def test_two_lines_train_in_someone_else_s_loop():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert np.mean(losses[-20:]) < 0.8 * np.mean(losses[:20])
-    ids = torch.arange(5 * 64, 6 * 64)
-    for whole, part in zip(method.draw(64, 5), method.draw(ids, 5), strict=True):
-        assert torch.equal(whole, part)
 
 
 def test_options_may_be_spelled_or_given():

@@ -73,6 +73,7 @@ def generation_settings(config: TrainConfig) -> GenerationSettings:
         steps=config.evaluation.solver_steps,
         guidance=config.evaluation.guidance,
         interval=config.evaluation.guidance_interval,
+        channels=config.evaluation.guidance_channels,
     )
 
 

@@ -285,8 +285,10 @@ def _check_names(config: TrainConfig) -> None:
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS
     from speed_engine.diffusion.processes import SCHEDULES
+    from speed_engine.diffusion.solvers import check_solver
 
     check_options(read_spelling(config.method))
+    check_solver(config.evaluation.solver)
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     if config.prediction is not None and config.prediction not in PREDICTIONS:

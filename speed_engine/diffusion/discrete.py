@@ -97,13 +97,24 @@ class DiscreteSchedule(NoiseSchedule):
         """(N,) int64 -> (N,): the index, unless the process came with times of its own."""
         return t if self._times is None else self._times.to(t.device)[t]
 
+    def time_at(self, level: float) -> float:
+        """The index whose log(sigma / alpha) is nearest."""
+        return int(((self._sigma / self._alpha).log() - math.log(level)).abs().argmin())
+
     def solver_times(self, num_steps: int) -> list[float]:
-        """``num_steps`` indices from T - 1 down to 0, evenly spaced."""
-        last = self.num_timesteps - 1
+        """``num_steps`` indices from T - 1 down to 0, to the letter as IDDPM respaces.
+
+        That is improved-diffusion's ``space_timesteps``, which DiT has, too: a running sum in
+        floating point, rounded to even; a single step is asked for index 0.
+        """
         if not 1 <= num_steps <= self.num_timesteps:
             raise UserError(f"{num_steps} solver steps: must lie in [1, {self.num_timesteps}].")
-        spaced = torch.linspace(last, 0, num_steps, dtype=torch.float64)
-        return [int(t) for t in spaced.round()]
+        stride = (self.num_timesteps - 1) / (num_steps - 1) if num_steps > 1 else 1
+        rising, position = [], 0.0
+        for _ in range(num_steps):
+            rising.append(round(position))
+            position += stride
+        return rising[::-1]
 
 
 def from_alphas_cumprod(
@@ -220,7 +231,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
             number of timesteps than it says.
     """
     name = type(noise_scheduler).__name__
-    config = getattr(noise_scheduler, "config", None)
+    config: Any = getattr(noise_scheduler, "config", None)
     if isinstance(noise_scheduler, str):
         raise UserError(
             f"{noise_scheduler!r} is no scheduler; a process has its name in build_schedule."
@@ -241,7 +252,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
 
 def _in_sigma(noise_scheduler: Any, name: str) -> DiscreteSchedule:
     """The process of a scheduler that is given by its sigmas: a flow, or EDM's."""
-    config = getattr(noise_scheduler, "config", None)
+    config: Any = getattr(noise_scheduler, "config", None)
     sigmas = getattr(noise_scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) == 0 or config is None:
         raise UserError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")

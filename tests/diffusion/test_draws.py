@@ -22,7 +22,7 @@ FINE = RectifiedFlow()  # its draws are real numbers: two are equal only if thei
 LEARNING = ("task_curriculum", "adaptive", "ant_uw", "learned_uncertainty")
 
 
-def drawn(method: Method, *draws: tuple[int, int], **where: int) -> list[float]:
+def drawn(method: Method, *draws: tuple[int, int], **where: Any) -> list[float]:
     """Timesteps of draws (batch size, step), in turn."""
     return [t for batch, step in draws for t in method.draw(batch, step, **where)[0].tolist()]
 

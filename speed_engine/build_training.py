@@ -27,7 +27,7 @@ from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import Choices
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import World
-from speed_engine.training.ema import EMA, Ema, decay_of, warming_up
+from speed_engine.training.ema import EMA, Ema, constant, decay_of, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.one_sweep import OneSweep
 from speed_engine.training.optimizers import (
@@ -169,7 +169,7 @@ def _build_model(
     processes.
     """
     settings = config.optimizer
-    decays = {EMA: warming_up(settings.ema_decay)}
+    decays = {EMA: (warming_up if settings.ema_warmup else constant)(settings.ema_decay)}
     decays |= {name: decay_of(name) for name in settings.averages}
     model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:

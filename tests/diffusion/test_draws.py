@@ -19,7 +19,7 @@ from speed_engine.diffusion.method import Method, build_method
 from speed_engine.diffusion.methods import METHODS
 
 FINE = RectifiedFlow()  # its draws are real numbers: two are equal only if their images are
-LEARNING = ("task_curriculum", "adaptive", "ant_uw", "learned_uncertainty")
+LEARNING = ("task_curriculum", "adaptive", "ant_uw", "learned_uncertainty", "edm2")
 
 
 def drawn(method: Method, *draws: tuple[int, int], **where: Any) -> list[float]:

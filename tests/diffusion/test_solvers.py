@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+
 import gaussian
 import pytest
 import torch
@@ -187,10 +188,7 @@ def iddpm_ddim_sample(exact, x, times, eta, noises):
             * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
             * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         )
-        mean = (
-            xstart * torch.sqrt(alpha_bar_prev)
-            + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        )
+        mean = xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
         x = mean + (sigma * noises(i) if i + 1 < len(times) else 0)
     return x
 

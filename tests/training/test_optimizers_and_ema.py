@@ -27,6 +27,7 @@ def test_the_learning_rate_rises_linearly_then_stays():
     [
         ("ema=0.9", lambda step: min(0.9, (1 + step) / (10 + step))),
         ("power=6.94", lambda step: (1 - 1 / step) ** 7.94),
+        ("constant=0.9", lambda step: 0.9),
     ],
 )
 def test_an_average_follows_its_formula(average, decay):

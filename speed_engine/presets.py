@@ -13,9 +13,9 @@ text to image is sampled with guidance 1.5 (A.7). Not from the paper:
     coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release tells the
                                  pooled vector of ViT-B/32
     metfaces512-superres         ours: 64 x 64 pixels beside 64 x 64 latents
-    cifar10-edm, cifar10-fdm     A.6, with flips in place of EDM's augmentation, and with the warm-up
-                                 of the average that EDM's code has; dropout 0.13 and 50,000 images
-                                 by EDM's Heun sampler of 18 steps, 35 evaluations
+    cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the average
+                                 like that of EDM's code; A.6 has the dropout, 0.13, and 50,000
+                                 images by EDM's Heun sampler, whose 18 steps are 35 evaluations
 
 Flips of latents mirror what was encoded, an approximation of the paper's, which encodes mirrored
 pictures.

@@ -174,7 +174,7 @@ def _minus_2_log_reference(x: Tensor) -> Tensor:
 
 
 def _cos_sin_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of pi / 2 (q + v): q are the top two bits of x, v in [-1/2, 1/2) the others, signed.
+    """(cos, sin) of pi / 2 (q + v): q is the top two bits of x, v in [-1/2, 1/2) the signed others.
 
     That is 2 pi x / 2**32, less a quarter turn where the others are 2**29 or more: as uniform.
     """

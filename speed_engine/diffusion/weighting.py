@@ -100,7 +100,7 @@ def sigma_sqrt(schedule: NoiseSchedule) -> LossWeighting:
 
 
 def cosmap(schedule: NoiseSchedule) -> LossWeighting:
-    """2 / (pi (1 - 2 s + 2 s**2)) on the velocity, s the time of a flow with as much noise (SD3)."""
+    """SD3: 2 / (pi (1 - 2 s + 2 s**2)) on the velocity, s the time of a flow with as much noise."""
     s = _flow_time(schedule)
     return LossWeighting(2 / (math.pi * (1 - 2 * s + 2 * s.square())), "velocity")
 

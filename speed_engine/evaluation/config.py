@@ -23,7 +23,7 @@ class EvaluationConfig:
     solver: str = "ddim"
     """How images are generated, SOLVER[+OPTION=VALUE ...]: ddim (eta), euler, which is ddim, heun
     (churn, churn_min, churn_max, churn_noise), dpmpp_2m, ddpm, which takes what variance a model
-    learned, ddpm_large. All start from unit noise, or, with start=process, from sigma times noise."""
+    learned, ddpm_large. All start from unit noise, or, with start=process, sigma times noise."""
     solver_steps: int = 25
     """Model evaluations per image, at most the number of timesteps."""
     guidance: float = 1.0

@@ -151,8 +151,8 @@ def table_1(process: str, t: Tensor, step: float = 0.0) -> tuple[Tensor, Tensor]
 def _with_slope(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) values and derivatives."""
     t = t.double()
-    value, slope = torch.func.jvp(function, (t,), (torch.ones_like(t),))
-    return value, slope
+    found = torch.func.jvp(function, (t,), (torch.ones_like(t),))
+    return found[0], found[1]
 
 
 def _vp_scale(t: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Usage: ``diffusers_rank.py RANK STORE OUT``. OUT gets the timesteps of every dra
 method learned.
 """
 
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false
+
 import sys
 
 import torch

@@ -18,14 +18,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine.build import attention_shapes, build_model, build_process
-from speed_engine.build_evaluation import build_evaluator
-from speed_engine.build_training import TrainingData, build_engine
+from speed_engine.build import (
+    attention_shapes,
+    build_engine,
+    build_evaluator,
+    build_model,
+    build_process,
+)
 from speed_engine.config import TrainConfig, from_json, to_json
-from speed_engine.models.layouts.files import require_shapes
+from speed_engine.data.training_data import TrainingData
+from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.memory import keep_freed_memory
@@ -153,12 +158,15 @@ def build_trainer(
     """
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
-    data = TrainingData(config, world, device)
+    data = TrainingData(config.data, config.batch_size, config.seed, world, device)
     settle_operators(config, config.kernels, device, world)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
     evaluator = build_evaluator(config, process, world)
-    engine = build_engine(config, process, choices, world, device, init_from)
+    model = build_model(config, choices.attention.value).to(device)
+    if init_from is not None:
+        load_pretrained(model, init_from)
+    engine = build_engine(config, process, model, choices, world, device)
     where = choices.device.value
     if world.size > 1:
         where = f"{world.size} x {where}, {choices.parallel.value}"

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.build import build_process
-from speed_engine.build_evaluation import build_evaluator
+from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands import evaluate as commands
 from speed_engine.commands.evaluate import show
 from speed_engine.config import TrainConfig

@@ -55,20 +55,22 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
         UserError: the folder exists, or the configuration does not fit the data.
     """
     with deterministic(config.deterministic):
-        _start(config, folder, console)
+        trainer = _begun(config, folder, console)
+        if trainer is not None:
+            trainer.train()
 
 
-def _start(config: TrainConfig, folder: Path, console: Console) -> None:
+def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | None:
+    """The trainer at its first step, or where it was before a restart; None if it was complete."""
     world = join(machine.torch_device(config.device).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world.from_first(folder.exists):
         if restarted and world.from_first((folder / EMA_FILE).exists):
             if world.is_first:  # a process died on its way out
                 console.print(f"{folder} was complete before the restart.", markup=False)
-            return
+            return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
-            _continue(read_config(folder), folder, console, world)
-            return
+            return _continued(read_config(folder), folder, console, world)
         raise UserError(
             f"{folder} exists already; continue it with `speed-engine train --resume {folder}`, "
             "or name another folder with --run."
@@ -78,7 +80,7 @@ def _start(config: TrainConfig, folder: Path, console: Console) -> None:
         text = to_json(config)
         folder.mkdir(parents=True)
         write_durably(folder / CONFIG_FILE, text.encode())
-    trainer.train()
+    return trainer
 
 
 def resume(folder: Path, console: Console, steps: int | None = None) -> None:
@@ -99,11 +101,11 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
         world.from_first(lambda: str(newest_checkpoint(folder)))
-        _continue(config, folder, console, world)
+        _continued(config, folder, console, world).train()
 
 
-def _continue(config: TrainConfig, folder: Path, console: Console, world: World) -> None:
-    """From the newest complete checkpoint; from the start if none had been written yet."""
+def _continued(config: TrainConfig, folder: Path, console: Console, world: World) -> Trainer:
+    """The trainer from the newest complete checkpoint, or from the start if there is none yet."""
     saved = world.from_first(lambda: any((folder / CHECKPOINTS).glob("step-*")))
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
@@ -111,7 +113,7 @@ def _continue(config: TrainConfig, folder: Path, console: Console, world: World)
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
     if world.is_first:
         write_durably(folder / CONFIG_FILE, to_json(config).encode())
-    trainer.train()
+    return trainer
 
 
 def machine_choices(

@@ -33,6 +33,7 @@ from speed_engine.runtime.attention_check import settle_attention
 from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.runtime.sharding import COMPUTE_DTYPES
 from speed_engine.runtime.world import ALONE, World, join
@@ -218,7 +219,7 @@ def settle_operators(
     Raises:
         UserError: kernels are demanded and fail, or attention does not run.
     """
-    machine.settle_kernels(kernels, device.type, world)
+    settle_kernels(kernels, device.type, world)
     if device.type == "cuda":
         dtype = COMPUTE_DTYPES[device.type]
         settle_attention(attention_shapes(config), device, dtype, quiet=not world.is_first)

@@ -24,7 +24,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
 from speed_engine.runtime import machine
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.records import append_record, read_records
 from speed_engine.training.config import OptimizerConfig
 

@@ -20,7 +20,7 @@ from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNet
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
 from speed_engine.run import machine_choices
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, warming_up

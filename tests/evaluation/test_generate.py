@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gaussian
 import pytest
@@ -16,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.evaluation.conditions import generation_settings
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings, generate
 
 SHAPE = (1, 2, 2)
@@ -199,6 +202,15 @@ def test_guidance_may_act_on_the_first_channels_alone_as_dit_s_does(channels, gu
     assert torch.equal(drawn[:, :guided], fully[:, :guided])
     assert torch.equal(drawn[:, guided:], plain[:, guided:])
     assert not torch.equal(fully, plain)
+
+
+def test_the_configuration_reaches_the_solver_and_its_guidance():
+    options: dict[str, Any] = dict(solver="ddim+eta=1", guidance=2.0, guidance_channels=3)
+    settings = generation_settings(EvaluationConfig(**options))
+    assert (settings.solver, settings.guidance, settings.channels) == tuple(options.values())
+    assert settings.record()["guidance_channels"] == 3
+    with pytest.raises(ValueError, match="guidance_channels=0: must be at least 1"):
+        EvaluationConfig(guidance_channels=0)
 
 
 def test_guidance_of_an_unconditional_model_is_refused_before_it_is_asked():

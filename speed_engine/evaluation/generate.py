@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions, hidden
-from speed_engine.diffusion.solvers import Denoising, solver_named
+from speed_engine.diffusion.solvers import Denoising, check_solver, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import UserError
@@ -42,6 +42,9 @@ class GenerationSettings:
             (Kynkaanniemi et al. 2024), and ask the model once elsewhere; None guides everywhere.
         channels: guide so many of the first channels, as DiT's published code does with 3 of 4;
             None guides all.
+
+    Raises:
+        UserError: an unknown solver, or an option that it does not have or that is out of range.
     """
 
     solver: str = "ddim"
@@ -49,6 +52,9 @@ class GenerationSettings:
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
     channels: int | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
 
     def record(self) -> dict[str, Any]:
         """As records and unfinished images hold them, JSON-like."""

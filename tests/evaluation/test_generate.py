@@ -209,6 +209,8 @@ def test_the_configuration_reaches_the_solver_and_its_guidance():
     settings = generation_settings(EvaluationConfig(**options))
     assert (settings.solver, settings.guidance, settings.channels) == tuple(options.values())
     assert settings.record()["guidance_channels"] == 3
+    with pytest.raises(ValueError, match="solver 'plms' is unknown"):
+        generation_settings(EvaluationConfig(solver="plms"))
     with pytest.raises(ValueError, match="guidance_channels=0: must be at least 1"):
         EvaluationConfig(guidance_channels=0)
 

@@ -255,7 +255,14 @@ def load_average(
     Raises:
         UserError: there is no checkpoint, it belongs to another model, or lacks the average.
     """
-    return load_average_of(newest_checkpoint(run), config, device, name)
+    while True:
+        path = newest_checkpoint(run)
+        try:
+            return load_average_of(path, config, device, name)
+        except Exception:
+            if path.exists():
+                raise
+            # Deleted while it was read, by a run that is training: it has newer ones.
 
 
 def load_average_of(

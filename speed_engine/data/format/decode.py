@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from PIL import Image, UnidentifiedImageError
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,15 @@ Buffer = bytes | bytearray | memoryview
 MAX_BYTES = 2**28  # of one array
 MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
 _DTYPES = {np.dtype(name): name for name in ("uint8", "float16", "float32", "int64", "uint16")}
+# By dtype: bits of what is stored, and those that are all set in infinities and NaN alone. Integers
+# are compared several times faster than half-precision floats. uint16 is bfloat16.
+_EXPONENTS = {
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(np.uint16): (np.uint16, 0x7F80),
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+}
+_MAX_HEADER = 2**16  # bytes of the header of an npy file
+MAX_MEMBER = MAX_BYTES + _MAX_HEADER  # bytes of one member that is read
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
 _GREY_MODES = {"1", "L", "LA"}
@@ -103,16 +112,37 @@ def decode_pictures(
 
 
 def decode_npy(data: Buffer) -> np.ndarray:
-    """An array that shares the memory of ``data``."""
+    """An array of finite numbers that shares the memory of ``data``.
+
+    Raises:
+        UserError: not such a file, one whose header claims another size than it has, or numbers
+            among which are NaN or infinities.
+    """
     start = _npy_header_bytes(data)
     dtype, shape = _parse_npy_header(bytes(data[:start]))
     size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=1) < 1 or size != len(data) - start or size > MAX_BYTES:
+    if size != len(data) - start or size > MAX_BYTES:
         raise UserError(
             f"npy of shape {shape} and {dtype} needs {size} bytes (at most {MAX_BYTES}), got "
             f"{len(data) - start}."
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+    array = np.frombuffer(data, dtype, offset=start).reshape(shape)
+    if not all_finite(array):
+        bits, exponent = _EXPONENTS[dtype]
+        bad = int(((array.view(bits) & exponent) == exponent).sum())
+        raise UserError(
+            f"{bad:,} of {array.size:,} values are NaN or infinite; write the sample again, or "
+            f"leave it out by the list of `speed-engine shards check`."
+        )
+    return array
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, of a dtype that npy members have."""
+    if array.dtype not in _EXPONENTS:
+        return True
+    bits, exponent = _EXPONENTS[array.dtype]
+    return int((array.view(bits) & bits(exponent)).max(initial=0)) < exponent
 
 
 def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
@@ -122,13 +152,15 @@ def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
         rows: (B, size) uint8, one file each.
 
     Returns:
-        (B, *shape) that shares the memory of ``rows``; None if the headers differ.
+        (B, *shape) that shares the memory of ``rows``; None if the headers differ, or a number is
+        NaN or infinite.
     """
     first = decode_npy(memoryview(rows[0]))
     start = rows.shape[1] - first.nbytes
     if (rows[:, :start] != rows[0, :start]).any():
         return None
-    return rows[:, start:].view(first.dtype).reshape(len(rows), *first.shape)
+    arrays = rows[:, start:].view(first.dtype)
+    return arrays.reshape(len(rows), *first.shape) if all_finite(arrays) else None
 
 
 def decode_label(data: Buffer) -> int:
@@ -185,12 +217,18 @@ def decode_labels(memory: np.ndarray, offset: np.ndarray, size: np.ndarray) -> n
 
 
 def _npy_header_bytes(data: Buffer) -> int:
-    """Length of magic, version and header; version 1 has two bytes of length, version 2 four."""
+    """Of magic, version and header; version 1 has two bytes of length, version 2 four."""
     magic = bytes(data[:8])
     width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(magic)
     if width is None:
         raise UserError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
-    return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    length = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    if length > min(len(data), _MAX_HEADER):
+        raise UserError(
+            f"its npy header claims {length} bytes; the member has {len(data)}, and a header "
+            f"{_MAX_HEADER} at most."
+        )
+    return length
 
 
 @lru_cache(maxsize=128)  # the samples of a data set share their header; parsing it costs 20 us
@@ -201,13 +239,23 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     try:
         shape, fortran_order, dtype = read[version](file)
     except Exception as error:  # whatever the bytes provoke in the parser
-        raise UserError(f"unreadable npy header: {error}") from error
+        raise UserError(f"unreadable npy header: {shortened(error)}") from error
+    if not all(type(side) is int and 1 <= side <= MAX_BYTES for side in shape):
+        raise UserError(
+            f"npy of shape {shortened([*map(_side, shape)])}; every side is a whole number from 1 "
+            f"to {MAX_BYTES:,}."
+        )
     if dtype not in _DTYPES or fortran_order:
         raise UserError(
             f"npy of {dtype} in {'Fortran' if fortran_order else 'C'} order; needed: "
             f"{', '.join(sorted(map(str, _DTYPES)))} in C order."
         )
     return dtype, shape
+
+
+def _side(side: object) -> object:
+    """Of a shape, for a message: integers of thousands of digits cannot be written."""
+    return side if not isinstance(side, int) or abs(side) < 10**30 else f"{side:#x}"
 
 
 def _decode_jpeg(data: Buffer, channels: int, size: tuple[int, ...] | None) -> np.ndarray | None:

@@ -72,10 +72,10 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
             raise ShardError(f"{path}: shorter than the end marker of an empty tar.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
             for at, name, offset, size in _regular_members(path, tar):
-                match = _NAME.fullmatch(name)
-                if not match or _META.match(name):
+                named = key_and_extension(name)
+                if named is None:
                     continue
-                key, extension = match[1], match[2].lower()
+                key, extension = named
                 if key != last and key in samples:
                     raise _error(path, at, f"members of sample {key!r} are not adjacent")
                 members = samples.setdefault(key, {})
@@ -90,6 +90,12 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
                         visit(key, extension, data)
                 last = key
     return samples
+
+
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """Sample and member that a name in a tar stands for; None where it is of no sample."""
+    match = _NAME.fullmatch(name)
+    return None if not match or _META.match(name) else (match[1], match[2].lower())
 
 
 class _Header(tarfile.TarInfo):

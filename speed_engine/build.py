@@ -152,7 +152,8 @@ def data_source(config: TrainConfig) -> Path | str:
     """Path or URL of the configured shards; an embedded data set is written to the cache first."""
     if config.data.source == "digits":
         return digits_folder()
-    return config.data.source if is_url(config.data.source) else Path(config.data.source)
+    source = config.data.source
+    return source if is_url(source) else Path(source).expanduser()
 
 
 def open_data(

@@ -3,6 +3,7 @@
 Evaluation in training and afterwards, generation and comparisons all build through here.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from speed_engine.build import null_conditions, open_data, stored_shape, told_names
 from speed_engine.config import TrainConfig
+from speed_engine.data.facts import classes_with_samples, recorded
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
@@ -31,6 +33,8 @@ from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
 from speed_engine.runtime.world import ALONE, World
+
+log = logging.getLogger(__name__)
 
 
 def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
@@ -98,16 +102,30 @@ def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
 def generation_conditions(config: TrainConfig) -> Conditions:
     """(num_images, ...) each, of the images that an evaluation generates.
 
-    Classes come in turn; texts and smaller images are those of the first samples, with their
-    classes: of samples that are held out, where some are, since others could be known by heart.
+    Classes that have samples come in turn; texts and smaller images are those of the first samples,
+    with their classes: of samples that are held out, where some are, since others could be known by
+    heart.
     """
     told, num_images = told_names(config), config.evaluation.num_images
     if set(told) <= {"labels"}:
-        return {name: torch.arange(num_images) % config.data.num_classes for name in told}
+        if not told:
+            return {}
+        classes = _classes(config)
+        return {"labels": torch.tensor(classes)[torch.arange(num_images) % len(classes)]}
     reader = open_data(config, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
     stored = BatchReader(reader, stored_shape(config, reader)).read(indices)
     return Cleaning(torch.tensor(config.seed)).batch(stored).conditions
+
+
+def _classes(config: TrainConfig) -> list[int]:
+    """Those that have samples; all, after a warning, where the data set is not at hand."""
+    try:
+        dataset = recorded(config.data.source) or open_data(config, part=None).dataset
+    except OSError as error:
+        log.warning("images of all data.num_classes are generated, with samples or not: %s", error)
+        return [*range(config.data.num_classes)]
+    return classes_with_samples(config.data, dataset)
 
 
 def generation_texts(config: TrainConfig) -> tuple[str, ...]:

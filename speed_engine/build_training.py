@@ -16,6 +16,7 @@ from speed_engine.build import (
 )
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
+from speed_engine.data.facts import refuse_unlike, refuse_unlike_values
 from speed_engine.data.loading.device import on_device
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
@@ -51,7 +52,9 @@ class TrainingData:
     def __init__(self, config: TrainConfig, world: World, device: torch.device) -> None:
         self.config, self.world, self.device = config, world, device
         self.source, self.reader = config.data.source, open_data(config)
+        refuse_unlike(config.data, self.reader.dataset)
         self.stored_shape = stored_shape(config, self.reader)
+        refuse_unlike_values(config.data, self.reader, self.stored_shape)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(config, self.reader, device)
         self.num_bytes = resident_bytes(self.reader, self.stored_shape)

@@ -45,7 +45,11 @@ MAX_MEMBER = MAX_BYTES + _MAX_HEADER  # bytes of one member that is read
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
 _GREY_MODES = {"1", "L", "LA"}
-_COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
+_MODES = _GREY_MODES | {"P", "RGB", "RGBA", "CMYK", "YCbCr"}  # 8 bits a channel
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24  # where a PNG says how many bits a channel has
+_ANNOTATIONS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that pixels do not need
+_ANNOTATIONS_TOO_LARGE = ("Decompressed data too large", "Too much memory used in text chunks")
 
 
 class UnfitSample(UserError):
@@ -176,7 +180,7 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
 
     Returns:
         {"dtype", "shape"} of an array; the same with shape [H, W] of a picture; {"classes": label
-        + 1}; or {} of anything else and of what cannot be read.
+        + 1, "present": [label]}; or {} of anything else and of what cannot be read.
     """
     kind = extension.rpartition(".")[2]
     try:
@@ -184,7 +188,8 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
             dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
             return {"dtype": _DTYPES[dtype], "shape": list(shape)}
         if kind == "cls":
-            return {"classes": decode_label(data) + 1}
+            label = decode_label(data)
+            return {"classes": label + 1, "present": [label]}
         if kind in _PILLOW_FORMATS:
             with Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]]) as image:
                 return {"dtype": "uint8", "shape": [image.height, image.width]}
@@ -240,10 +245,10 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         shape, fortran_order, dtype = read[version](file)
     except Exception as error:  # whatever the bytes provoke in the parser
         raise UserError(f"unreadable npy header: {shortened(error)}") from error
-    if not all(type(side) is int and 1 <= side <= MAX_BYTES for side in shape):
+    if not all(type(side) is int and 1 <= side < 2**63 for side in shape):
         raise UserError(
-            f"npy of shape {shortened([*map(_side, shape)])}; every side is a whole number from 1 "
-            f"to {MAX_BYTES:,}."
+            f"npy header {shortened(header[10:].decode('latin-1'))}: every side of a shape is a "
+            f"whole number from 1 to {2**63 - 1:,}."
         )
     if dtype not in _DTYPES or fortran_order:
         raise UserError(
@@ -251,11 +256,6 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
             f"{', '.join(sorted(map(str, _DTYPES)))} in C order."
         )
     return dtype, shape
-
-
-def _side(side: object) -> object:
-    """Of a shape, for a message: integers of thousands of digits cannot be written."""
-    return side if not isinstance(side, int) or abs(side) < 10**30 else f"{side:#x}"
 
 
 def _decode_jpeg(data: Buffer, channels: int, size: tuple[int, ...] | None) -> np.ndarray | None:
@@ -301,19 +301,69 @@ def _decode_picture(
     data: Buffer, pillow_format: str, channels: int, size: tuple[int, ...] | None
 ) -> np.ndarray:
     """(H, W, C) uint8."""
+    image = open_picture(data, [pillow_format], lambda h, w: _check_size(h, w, size))
+    keep_grey = image.mode in _GREY_MODES and channels == 1
+    pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def open_picture(
+    data: Buffer, formats: Sequence[str], check_size: Callable[[int, int], object]
+) -> Image.Image:
+    """A picture of 8 bits a channel, decompressed, by Pillow.
+
+    Args:
+        data: content of the file.
+        formats: names that Pillow has for them; the content decides which it is.
+        check_size: called with height and width before anything is decompressed, to refuse them.
+
+    Raises:
+        UserError: none of these formats, damaged, of more than 8 bits, or of a size refused.
+    """
+    kind = f"{formats[0]} " if len(formats) == 1 else ""
     try:
-        with Image.open(io.BytesIO(data), formats=[pillow_format]) as image:
-            _check_size(image.height, image.width, size)
-            if image.mode not in _GREY_MODES | _COLOUR_MODES:
-                raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
-            keep_grey = image.mode in _GREY_MODES and channels == 1
-            pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+        try:
+            return _loaded(data, formats, check_size)
+        except ValueError as error:
+            if not str(error).startswith(_ANNOTATIONS_TOO_LARGE):
+                raise
+            return _loaded(_without_annotations(bytes(data)), formats, check_size)
     except UnfitSample:
         raise
     except UnidentifiedImageError as error:  # its text names an object in memory
         raise UserError(
-            f"unusable {pillow_format} picture: it has no {pillow_format} header that can be read."
+            f"unusable {kind}picture: it has no {' or '.join(formats)} header that can be read; it "
+            f"begins with {bytes(data[:8])!r}."
         ) from error
     except Exception as error:  # whatever the bytes provoke in Pillow
-        raise UserError(f"unusable {pillow_format} picture: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], -1)
+        raise UserError(f"unusable {kind}picture: {error}") from error
+
+
+def _loaded(
+    data: Buffer, formats: Sequence[str], check_size: Callable[[int, int], object]
+) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=formats) as image:
+        check_size(image.height, image.width)
+        # Of colours with 16 bits Pillow would silently keep the upper 8.
+        is_deep = image.format == "PNG" and data[_PNG_DEPTH] > 8
+        if image.mode not in _MODES or is_deep:
+            what = f"mode {image.mode}" + (
+                f", {data[_PNG_DEPTH]} bits a channel," if is_deep else ""
+            )
+            raise UserError(f"{what} is not 8-bit grey or colour; convert the picture before.")
+        image.load()
+        return image
+
+
+def _without_annotations(png: bytes) -> bytes:
+    """A PNG without colour profile and texts, whose size Pillow bounds rather than leave them out.
+
+    ``length, type, content, checksum`` is a chunk, of 12 bytes and its content.
+    """
+    chunks, at = [_PNG], len(_PNG)
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] not in _ANNOTATIONS:
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)

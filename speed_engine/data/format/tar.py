@@ -33,6 +33,12 @@ MAX_NAME = 4096  # bytes of a member's name
 MAX_EXTENSION_HEADER = 2**20  # bytes of a long name or of pax records
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset keeps such names for itself
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _EXTENSION_HEADERS = (b"L", b"K", b"x", b"g")
 _TYPES = {b"\0", *(b"%d" % digit for digit in range(8)), *_EXTENSION_HEADERS}
 
@@ -52,13 +58,19 @@ def scan_index(path: Path) -> ShardIndex:
     return ShardIndex.of(samples, path.stat().st_size, contents)
 
 
-def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None = None) -> Samples:
+def scan_tar(
+    path: Path,
+    visit: Callable[[str, str, memoryview], object] | None = None,
+    *,
+    adjacent: bool = True,
+) -> Samples:
     """Find every member of a tar, reading all of it once.
 
     Args:
-        path: of the tar; a compressed one is refused as damaged.
+        path: of the tar; a compressed one is refused.
         visit: called with key, extension and data of each member, in the tar's order; the data must
             not be kept.
+        adjacent: whether all members of a sample must lie together, as reading in order needs.
 
     Raises:
         ShardError: damaged header, missing end, a key whose members are not adjacent, one member
@@ -71,13 +83,22 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
         if path.stat().st_size < 2 * BLOCK:
             raise ShardError(f"{path}: shorter than the end marker of an empty tar.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            if (kind := compression(tar[:6])) is not None:
+                raise ShardError(
+                    f"{path}: compressed by {kind}, which allows no reading at random; unpack it "
+                    f"first: {kind} -d, or pack it again without compression."
+                )
             for at, name, offset, size in _regular_members(path, tar):
                 named = key_and_extension(name)
                 if named is None:
                     continue
                 key, extension = named
-                if key != last and key in samples:
-                    raise _error(path, at, f"members of sample {key!r} are not adjacent")
+                if adjacent and key != last and key in samples:
+                    raise ShardError(
+                        f"{path}: members of sample {key!r} are not adjacent, at byte {at}; "
+                        f"`speed-engine shards make` writes such pictures in order, and "
+                        f"`tar --sort=name` packs any files so."
+                    )
                 members = samples.setdefault(key, {})
                 if extension in members:
                     raise _error(path, at, f"{name!r} is there twice")
@@ -90,6 +111,11 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
                         visit(key, extension, data)
                 last = key
     return samples
+
+
+def compression(start: bytes) -> str | None:
+    """The program that made a compressed file, by its first bytes; None of others."""
+    return next((kind for magic, kind in _COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
 def key_and_extension(name: str) -> tuple[str, str] | None:

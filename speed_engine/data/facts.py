@@ -66,7 +66,7 @@ def classes_with_samples(data: DataConfig, dataset: Dataset) -> list[int]:
     """The classes that images are generated of: those that the record says have samples."""
     facts = dataset.contents.get(_LABEL, {})
     present = facts.get("present")
-    if present is None:  # too many, or written by an older version
+    if present is None:  # all, as far as is known
         present = range(facts.get("classes") or data.num_classes)
     return [c for c in present if c < data.num_classes] or [*range(data.num_classes)]
 

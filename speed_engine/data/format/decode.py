@@ -180,7 +180,7 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
 
     Returns:
         {"dtype", "shape"} of an array; the same with shape [H, W] of a picture; {"classes": label
-        + 1, "present": [label]}; or {} of anything else and of what cannot be read.
+        + 1}; or {} of anything else and of what cannot be read.
     """
     kind = extension.rpartition(".")[2]
     try:
@@ -188,8 +188,7 @@ def describe_member(data: Buffer, extension: str) -> dict[str, Any]:
             dtype, shape = _parse_npy_header(bytes(data[: _npy_header_bytes(data)]))
             return {"dtype": _DTYPES[dtype], "shape": list(shape)}
         if kind == "cls":
-            label = decode_label(data)
-            return {"classes": label + 1, "present": [label]}
+            return {"classes": decode_label(data) + 1}
         if kind in _PILLOW_FORMATS:
             with Image.open(io.BytesIO(data), formats=[_PILLOW_FORMATS[kind]]) as image:
                 return {"dtype": "uint8", "shape": [image.height, image.width]}

@@ -92,7 +92,7 @@ class ShardIndex:
             size=np.ascontiguousarray(table[:, :, 1]),
             crc32=table[:, :, 2].astype(np.uint32),
             tar_bytes=tar_bytes,
-            contents=contents,
+            contents=without_gaps(contents),
         )
 
     def __len__(self) -> int:
@@ -152,8 +152,21 @@ def index_path(tar_path: Path) -> Path:
     return tar_path.with_suffix(".index.safetensors")
 
 
+def merge_member(contents: Contents, extension: str, description: dict[str, Any]) -> None:
+    """Let ``contents`` say of ``extension`` what holds with one more member as well.
+
+    Args:
+        contents: of the members before; ``without_gaps`` of it is to be written down.
+        extension: of the member.
+        description: what ``decode.describe_member`` says of it.
+    """
+    if "classes" in description:
+        description = {**description, "present": [description["classes"] - 1]}
+    merge_description(contents, extension, description)
+
+
 def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
-    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
+    """Let ``contents`` say of ``extension`` what holds with more members as well."""
     known = contents.get(extension)
     if known is None:
         contents[extension] = description
@@ -164,13 +177,32 @@ def merge_description(contents: Contents, extension: str, description: dict[str,
         classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
         if classes:
             merged["classes"] = max(classes)
-        if "present" in merged:
-            merged["present"] = _union(known.get("present"), description.get("present"))
+            merged["present"] = _union(_present(known), _present(description))
         contents[extension] = known | merged
 
 
+def without_gaps(contents: Contents) -> Contents:
+    """The same, naming the classes that have samples only where some before the last have none."""
+    return {
+        extension: {
+            name: value
+            for name, value in facts.items()
+            if name != "present" or (value is not None and len(value) < facts["classes"])
+        }
+        for extension, facts in contents.items()
+    }
+
+
+def _present(facts: dict[str, Any]) -> list[int] | None:
+    """Sorted classes that have samples; None where they are too many to be written down."""
+    if "present" in facts:
+        return facts["present"]
+    count = facts.get("classes") or 0
+    return [*range(count)] if count <= MAX_PRESENT else None
+
+
 def _union(known: list[int] | None, more: list[int] | None) -> list[int] | None:
-    """Of two sorted lists; None where one is not known, or too long to be written down."""
+    """Of two sorted lists."""
     if known is None or more is None:
         return None
     if len(more) == 1 and more[0] in known:  # one more sample: nearly always

@@ -28,6 +28,7 @@ from speed_engine.data.format.index import (
     ShardError,
     ShardIndex,
     merge_description,
+    without_gaps,
 )
 from speed_engine.runtime.checks import shortened
 
@@ -167,7 +168,7 @@ def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:
         records.append(ShardRecord(name, index.tar_bytes, len(index), sha256))
         for extension, description in index.contents.items():
             merge_description(contents, extension, description)
-    return Dataset(tuple(records), contents)
+    return Dataset(tuple(records), without_gaps(contents))
 
 
 def refuse_incomplete(folder: Path) -> None:

@@ -24,7 +24,7 @@ from speed_engine.data.format.index import (
     Samples,
     ShardError,
     ShardIndex,
-    merge_description,
+    merge_member,
 )
 
 BLOCK = tarfile.BLOCKSIZE
@@ -52,7 +52,7 @@ def scan_index(path: Path) -> ShardIndex:
     contents: Contents = {}
 
     def describe(_: str, extension: str, data: memoryview) -> None:
-        merge_description(contents, extension, describe_member(data, extension))
+        merge_member(contents, extension, describe_member(data, extension))
 
     samples = scan_tar(path, describe)
     return ShardIndex.of(samples, path.stat().st_size, contents)

@@ -29,7 +29,7 @@ from speed_engine.data.format.index import (
     ShardIndex,
     index_path,
     load_index,
-    merge_description,
+    merge_member,
 )
 from speed_engine.data.format.record import (
     RECORD,
@@ -240,7 +240,7 @@ class _Tar:
             for extension, data in sorted(members.items())
         }
         for extension, data in members.items():
-            merge_description(self._contents, extension, describe_member(data, extension))
+            merge_member(self._contents, extension, describe_member(data, extension))
 
     def write(self, path: Path) -> None:
         """The tar is durable before its index, so that the index says that it is complete."""

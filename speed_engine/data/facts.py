@@ -4,6 +4,7 @@ A run that does not fit its data is refused before its first step, and what a pe
 taken from the record.
 """
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import RECORD, Dataset, dataset_from_json, read_record
 from speed_engine.data.format.remote import is_url
 from speed_engine.data.loading.decoding import BatchReader, Shape
+from speed_engine.data.opening import open_data
 from speed_engine.runtime.checks import UserError
+
+log = logging.getLogger(__name__)
 
 IMAGES = ("npy", "bf16.npy", "png", "jpg", "jpeg", "webp")
 _LABEL, _TOKENS = "cls", "tokens.npy"
@@ -62,12 +66,20 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
         )
 
 
-def classes_with_samples(data: DataConfig, dataset: Dataset) -> list[int]:
-    """The classes that images are generated of: those that the record says have samples."""
+def classes_with_samples(data: DataConfig) -> list[int]:
+    """The classes that images are generated of: those that the record says have samples.
+
+    All are, after a warning, where the data set is not at hand.
+    """
+    try:
+        dataset = recorded(data.source) or open_data(data, part=None).dataset
+    except OSError as error:
+        log.warning("images of all data.num_classes are generated, with samples or not: %s", error)
+        return [*range(data.num_classes)]
     facts = dataset.contents.get(_LABEL, {})
-    present = facts.get("present")
+    present: list[int] | None = facts.get("present")
     if present is None:  # all, as far as is known
-        present = range(facts.get("classes") or data.num_classes)
+        present = [*range(facts.get("classes") or data.num_classes)]
     return [c for c in present if c < data.num_classes] or [*range(data.num_classes)]
 
 

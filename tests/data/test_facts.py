@@ -8,8 +8,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from speed_engine.build_evaluation import generation_conditions
-from speed_engine.build_training import TrainingData
 from speed_engine.commands.configured import configured
 from speed_engine.commands.train import TrainCommand
 from speed_engine.config import TrainConfig
@@ -18,6 +16,8 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter, index_folder
 from speed_engine.data.preparing.check import check_folder
 from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation.conditions import generation_conditions
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.presets import PRESETS
 from speed_engine.run import build_trainer
@@ -39,7 +39,12 @@ def config(folder, **options):
 
 
 def opened(run):
-    return TrainingData(run, ALONE, torch.device("cpu"))
+    return TrainingData(run.data, run.batch_size, run.seed, ALONE, torch.device("cpu"))
+
+
+def generated(run):
+    conditions = generation_conditions(run.data, run.evaluation.num_images, run.seed)
+    return conditions["labels"].tolist()
 
 
 PIXELS = np.zeros((1, 8, 8), np.uint8)
@@ -89,8 +94,7 @@ def test_classes_without_samples_are_not_generated(tmp_path, indexed):
     if not indexed:
         for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
             path.unlink()
-    labels = generation_conditions(config(folder))["labels"]
-    assert labels.tolist() == [0, 2, 7, 0, 2, 7, 0]
+    assert generated(config(folder)) == [0, 2, 7, 0, 2, 7, 0]
 
 
 def test_a_record_without_present_classes_bounds_them(tmp_path):
@@ -100,12 +104,12 @@ def test_a_record_without_present_classes_bounds_them(tmp_path):
     assert dataset.contents["cls"] == {"classes": 3, "present": [0, 2]}
     del dataset.contents["cls"]["present"]
     (folder / "dataset.json").write_text(dataset.to_json())
-    assert generation_conditions(config(folder))["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert generated(config(folder)) == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_a_run_generates_where_its_data_are_not_at_hand(tmp_path, caplog):
-    labels = generation_conditions(config(tmp_path / "gone", num_classes=3))["labels"]
-    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0] and "gone" in caplog.text
+    labels = generated(config(tmp_path / "gone", num_classes=3))
+    assert labels == [0, 1, 2, 0, 1, 2, 0] and "gone" in caplog.text
 
 
 def parsed(*arguments):

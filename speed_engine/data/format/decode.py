@@ -341,7 +341,7 @@ def open_picture(
 def _loaded(
     data: Buffer, formats: Sequence[str], check_size: Callable[[int, int], object]
 ) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=formats) as image:
+    with Image.open(io.BytesIO(data), formats=[*formats]) as image:
         check_size(image.height, image.width)
         # Of colours with 16 bits Pillow would silently keep the upper 8.
         is_deep = image.format == "PNG" and data[_PNG_DEPTH] > 8

@@ -136,7 +136,7 @@ def decode_npy(data: Buffer) -> np.ndarray:
         bad = int(((array.view(bits) & exponent) == exponent).sum())
         raise UserError(
             f"{bad:,} of {array.size:,} values are NaN or infinite; write the sample again, or "
-            f"leave it out by the list of `speed-engine shards check`."
+            f"leave it out (data.exclude)."
         )
     return array
 

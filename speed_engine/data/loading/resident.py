@@ -120,7 +120,7 @@ class Resident:
         if self._damage:
             log.warning(
                 "%d damaged samples have substitutes, which the metrics count; the first: %s "
-                "`speed-engine shards check` lists all, for data.exclude.",
+                "`speed-engine shards check` lists all.",
                 len(self._damage),
                 next(iter(self._damage.values())),
             )

@@ -34,8 +34,9 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
             pictures for latents; names option, value, and what is recorded.
     """
     image = data.members[0]
-    facts = dataset.contents.get(image, {})
-    dtype, shape = facts.get("dtype"), tuple(facts.get("shape") or ())
+    facts: dict[str, Any] = dataset.contents.get(image, {})
+    dtype = facts.get("dtype")
+    shape: tuple[int, ...] = tuple(facts.get("shape") or ())
     where = f"{data.source} holds {image} of {dtype or 'several dtypes'} and shape {shape or '?'}"
     is_array = f".{image}".endswith(".npy")
     channels, *sides = data.image_shape
@@ -49,7 +50,7 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
             f"{where}: these are pictures, not latents; leave --data.latents out, or make latents "
             f"of them with `speed-engine shards encode`."
         )
-    fitting = {tuple(data.image_shape)}
+    fitting: set[tuple[int, ...]] = {data.image_shape}
     if data.latents:  # mean and standard deviation
         fitting.add((2 * channels, *sides))
     if shape and (shape if is_array else (channels, *shape)) not in fitting:

@@ -156,9 +156,9 @@ def _is_list_of_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and abs(value) <= sys.float_info.max  # of integers, too; of NaN it is false
+def _is_number(value: Any) -> bool:
+    # Integers may be larger than any float; of NaN the comparison is false.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:

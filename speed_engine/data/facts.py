@@ -50,11 +50,10 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
             f"{where}: these are pictures, not latents; leave --data.latents out, or make latents "
             f"of them with `speed-engine shards encode`."
         )
-    fitting: set[tuple[int, ...]] = {data.image_shape}
-    if data.latents:  # mean and standard deviation
-        fitting.add((2 * channels, *sides))
+    parts = (1, 2) if data.latents else (1,)  # of a posterior: mean and standard deviation
+    fitting = [(part * channels, *sides) for part in parts]
     if shape and (shape if is_array else (channels, *shape)) not in fitting:
-        wanted = " or ".join(str(of if is_array else of[1:]) for of in sorted(fitting))
+        wanted = " or ".join(str(of if is_array else of[1:]) for of in fitting)
         raise UserError(
             f"{where}; data.image_shape={data.image_shape} needs {wanted}. Correct "
             f"--data.image-shape or the data."

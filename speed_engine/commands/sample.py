@@ -24,7 +24,6 @@ from speed_engine.evaluation.conditions import (
     generation_settings,
     prompted,
 )
-from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.generate import (
     check_guidance,
     generate,
@@ -52,7 +51,7 @@ class SampleCommand:
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
     average: str = EMA
     """Which average of the run to generate from: ema, or one of its optimizer.averages."""
-    solver: SolverName | None = None
+    solver: str | None = None
     """How they are generated; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
     """Model evaluations per image."""
@@ -60,6 +59,8 @@ class SampleCommand:
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts."""
+    guidance_channels: int | None = None
+    """First channels that guidance acts on; DiT's published samples have 3."""
     prompt: tuple[str, ...] = ()
     """Texts to generate from, in turn, one row of the picture each; default those of the data."""
     text_encoder: str | None = None
@@ -86,6 +87,7 @@ def run(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        guidance_channels=command.guidance_channels,
     )
     generate_files(
         config,

@@ -1,101 +1,35 @@
 """Named methods: a timestep distribution together with a loss weighting, for any process.
 
-Without this library's trainer, a method takes two lines of someone else's loop:
+Without this library's trainer, a method takes three lines of someone else's loop:
 
-    method = build_method("speed_paper", from_diffusers(noise_scheduler))
+    method = build_method("speed_paper", noise_scheduler)
     ...
-    timesteps, weights = method.draw(batch_size, step)      # then: loss = (weights * mse).mean()
+    timesteps, weights = method.draw(batch_size, step, device)
+    ...
+    loss = method.loss(mse)       # of each image; (weights * mse).mean() where nothing is learned
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from speed_engine.diffusion import weighting
-from speed_engine.diffusion.distributions import Distribution
+from speed_engine.diffusion.discrete import from_diffusers
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
 from speed_engine.diffusion.methods import METHODS, Recipe
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
-from speed_engine.diffusion.timesteps import TimestepSampler, independent
+from speed_engine.diffusion.timesteps import independent
 from speed_engine.diffusion.timesteps import stratified as stratified_words
-from speed_engine.diffusion.uncertainty import MeanLoss
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, nearest, shortened, unknown
 
 
-@dataclass(frozen=True, eq=False)
-class Method:
-    """A recipe for one process and one target.
-
-    Attributes:
-        name: a key of ``METHODS``.
-        schedule: the process.
-        prediction: the target, a key of ``PREDICTIONS``.
-        timesteps: the sampler; its module state is the method's.
-        weight: (T,) float64 weight of the target's MSE.
-        table: the same with the linear form of process and target, for any timestep.
-        weigh_bound: whether the weight multiplies the bound of a learned variance, too.
-        batch_loss: from per-image losses to one; its parameters are learned.
-        momentum_decay: the optimizer's part.
-        seed: () int64, root of ``draw``.
-    """
-
-    name: str
-    schedule: NoiseSchedule
-    prediction: str
-    timesteps: TimestepSampler
-    weight: Tensor
-    table: TimestepTable
-    weigh_bound: bool
-    batch_loss: MeanLoss
-    momentum_decay: str
-    seed: Tensor
-
-    @property
-    def probabilities(self) -> Tensor:
-        """(T,) float64 P at the first step."""
-        return self.timesteps.probabilities(0)
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether P and weights stay what they are at the first step."""
-        return (
-            type(self.timesteps.distribution) is Distribution and type(self.batch_loss) is MeanLoss
-        )
-
-    def draw(
-        self, batch: int | Tensor, step: int, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor]:
-        """Timesteps and weights of a batch, for any training loop.
-
-        Args:
-            batch: B, the batch size, or (B,) int64 image counters, unique in the run; with several
-                processes pass counters, or every process draws the same.
-            step: optimizer steps done so far.
-            device: of the results, unless ``batch`` is a tensor.
-
-        Returns:
-            (B,) timesteps as the model and a diffusers scheduler take them, and (B,) float32
-            weights of the per-image MSE of ``prediction``. Weights that are learned
-            (``batch_loss``) and observed losses (``timesteps.observe``) are for loops that call
-            those themselves.
-        """
-        if isinstance(batch, int):
-            batch = torch.arange(step * batch, (step + 1) * batch, device=device)
-        for module in (self.timesteps, self.table):
-            module.to(batch.device)
-        t = self.timesteps.sample(self.seed.to(batch.device), batch, step)
-        weights = self.table(t)[:, 4] * self.timesteps.importance(t)
-        return self.schedule.model_time(t), weights
-
-
 def build_method(
     method: str,
-    schedule: NoiseSchedule,
+    schedule: NoiseSchedule | Any,
     prediction: str | None = None,
     *,
     seed: int = 0,
@@ -105,7 +39,7 @@ def build_method(
 
     Args:
         method: a key of ``METHODS``; options may follow, as in ``speed_paper+k=3``.
-        schedule: the process.
+        schedule: the process, or a scheduler of diffusers, see ``from_diffusers``.
         prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
         seed: root of ``Method.draw``.
         options: further ones: arguments of the method's recipe, and for every method
@@ -120,9 +54,11 @@ def build_method(
             - weigh_bound: with a learned variance, multiply its bound by the weight, too.
 
     Raises:
-        UserError: an unknown name, an option that the method does not have, or one of another type
-            or out of range.
+        UserError: an unknown name, an option that the method does not have, one of another type or
+            out of range, or something that is no process.
     """
+    if not isinstance(schedule, NoiseSchedule):
+        schedule = from_diffusers(schedule)
     spelling = read_spelling(method)
     name = spelling.method
     given = check_options(Spelling(name, {**spelling.options, **options}))

@@ -27,7 +27,8 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
     image = data.members[0]
     facts: dict[str, Any] = dataset.contents.get(image, {})
     dtype = facts.get("dtype")
-    shape: tuple[int, ...] = tuple(facts.get("shape") or ())
+    recorded_shape: list[int] | None = facts.get("shape")
+    shape = tuple(recorded_shape or [])
     where = f"{data.source} holds {image} of {dtype or 'several dtypes'} and shape {shape or '?'}"
     is_array = f".{image}".endswith(".npy")
     channels, height, width = data.image_shape

@@ -62,7 +62,8 @@ class TrainConfig:
     num_timesteps: int = 1000
     """Timesteps of the process; in continuous time, the resolution of laws and weights."""
     prediction: str | None = None
-    """What the model predicts: epsilon, x0, v, velocity, F; by default as the baseline does."""
+    """What the model predicts: epsilon, x0, v, velocity, F, negative_F; by default as the baseline
+    does."""
     condition_dropout: float = 0.1
     """Share of labels or texts hidden in training, so that guidance is possible; in [0, 1]."""
     low_resolution_noise: float = 0.5
@@ -284,8 +285,10 @@ def _check_names(config: TrainConfig) -> None:
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS
     from speed_engine.diffusion.processes import SCHEDULES
+    from speed_engine.diffusion.solvers import check_solver
 
     check_options(read_spelling(config.method))
+    check_solver(config.evaluation.solver)
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     if config.prediction is not None and config.prediction not in PREDICTIONS:

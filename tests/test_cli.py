@@ -2,8 +2,10 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from speed_engine import cli
 from speed_engine.diffusion.methods import METHODS
-from speed_engine.runtime import machine
+from speed_engine.runtime import kernels
 from speed_engine.runtime.kernel_check import Finding
 from speed_engine.runtime.world import join
 
@@ -31,6 +33,32 @@ def test_without_arguments_the_commands_are_listed(capsys):
         assert command in shown
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_word(
+    capfd, monkeypatch
+):
+    from speed_engine.commands import doctor
+
+    ended = []
+
+    def long_command(arguments, console):
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        ended.append(os.waitpid(worker, 0)[1])
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        finally:
+            ended.append("what it started is stopped")
+
+    monkeypatch.setattr(doctor, "run", long_command)
+    before = signal.getsignal(signal.SIGTERM)
+    assert "error: interrupted" in fails(capfd, "doctor")
+    assert ended == [signal.SIGTERM, "what it started is stopped"]
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_doctor_says_what_will_be_used_and_why(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out
@@ -47,8 +75,8 @@ def test_doctor_says_what_came_of_each_kernel(capsys, monkeypatch):
         Finding("adaln", "block", 0.0021, None),
         Finding("gelu", "block", math.nan, "does not run: [out of resource]"),
     ]
-    monkeypatch.setattr(machine, "kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(machine, "kernel_findings", lambda device: findings)
+    monkeypatch.setattr(kernels, "kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(kernels, "kernel_findings", lambda device: findings)
     cli.main(["doctor"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "adaln block passed 0.0021" in lines

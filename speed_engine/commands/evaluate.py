@@ -18,11 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from speed_engine.build import build_process
-from speed_engine.build_evaluation import build_evaluator
+from speed_engine.build import build_evaluator, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
-from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.image_set import ImageSet
@@ -55,7 +53,7 @@ class EvaluateCommand:
     """Images generated; default that of the run, as for all below but the average."""
     average: str = EMA
     """Which average of the run to measure: ema, or one of its optimizer.averages."""
-    solver: SolverName | None = None
+    solver: str | None = None
     """How they are generated; euler is ddim."""
     solver_steps: int | None = None
     """Model evaluations per image."""
@@ -63,6 +61,8 @@ class EvaluateCommand:
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts."""
+    guidance_channels: int | None = None
+    """First channels that guidance acts on; DiT's published samples have 3."""
     features: Literal["classifier", "inception"] | None = None
     """A classifier trained on the run's data, or the standard Inception network."""
     inception_weights: Path | None = None
@@ -83,6 +83,7 @@ def run(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        guidance_channels=command.guidance_channels,
         metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,

@@ -15,11 +15,21 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from speed_engine import build, build_evaluation
+from speed_engine.build import build_decoder, build_process
 from speed_engine.config import TrainConfig
+from speed_engine.data.opening import null_conditions
 from speed_engine.encoders.hub import sha256_of
-from speed_engine.evaluation.config import SolverName
-from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
+from speed_engine.evaluation.conditions import (
+    generation_conditions,
+    generation_settings,
+    prompted,
+)
+from speed_engine.evaluation.generate import (
+    check_guidance,
+    generate,
+    grid_rows,
+    save_images,
+)
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
@@ -41,7 +51,7 @@ class SampleCommand:
     """Images, classes or prompts in turn; the picture shows the first ten of each."""
     average: str = EMA
     """Which average of the run to generate from: ema, or one of its optimizer.averages."""
-    solver: SolverName | None = None
+    solver: str | None = None
     """How they are generated; euler is ddim; default that of the run, as for the three below."""
     solver_steps: int | None = None
     """Model evaluations per image."""
@@ -49,6 +59,8 @@ class SampleCommand:
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts."""
+    guidance_channels: int | None = None
+    """First channels that guidance acts on; DiT's published samples have 3."""
     prompt: tuple[str, ...] = ()
     """Texts to generate from, in turn, one row of the picture each; default those of the data."""
     text_encoder: str | None = None
@@ -75,6 +87,7 @@ def run(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        guidance_channels=command.guidance_channels,
     )
     generate_files(
         config,
@@ -129,19 +142,18 @@ def generate_files(
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
-    conditions, null = (
-        build_evaluation.generation_conditions(config),
-        build.null_conditions(config),
-    )
+    total, settings = config.evaluation.num_images, generation_settings(config.evaluation)
     if prompts:
-        conditions, null = build_evaluation.prompted(config, prompts, text_encoder)
-    total, settings = config.evaluation.num_images, build_evaluation.generation_settings(config)
+        conditions, null = prompted(config.data, total, prompts, text_encoder)
+    else:
+        conditions = generation_conditions(config.data, total, config.seed)
+        null = null_conditions(config.data)
     check_guidance(settings.guidance, conditions, null)
     device = machine.choose_device(config.device).value
     batches = -(-total // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.steps).value
     model, step = load_average(run, config, machine.torch_device(config.device, world), average)
-    process, decode = build.build_process(config), build_evaluation.build_decoder(config)
+    process, decode = build_process(config), build_decoder(config)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:

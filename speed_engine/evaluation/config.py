@@ -11,8 +11,6 @@ from speed_engine.evaluation.metrics import HELP as METRICS_HELP
 from speed_engine.evaluation.metrics import METRICS
 from speed_engine.runtime.checks import check, check_counts
 
-SolverName = Literal["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "ddpm_large"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -22,14 +20,18 @@ class EvaluationConfig:
     """Optimizer steps between evaluations; one more follows the last step."""
     num_images: int = 2000
     """Images generated each time, classes in turn."""
-    solver: SolverName = "ddim"
-    """How images are generated; euler is ddim; ddpm takes what variance a model learned, if any."""
+    solver: str = "ddim"
+    """How images are generated, SOLVER[+OPTION=VALUE ...]: ddim (eta), euler, which is ddim, heun
+    (churn, churn_min, churn_max, churn_noise), dpmpp_2m, ddpm, which takes what variance a model
+    learned, ddpm_large. All start from unit noise, or, with start=process, sigma times noise."""
     solver_steps: int = 25
     """Model evaluations per image, at most the number of timesteps."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
     """Noise levels sigma / alpha between which guidance acts; by default at all."""
+    guidance_channels: int | None = None
+    """First channels that guidance acts on; by default all; DiT's published samples have 3."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """What FID compares: a classifier trained on these data, the standard Inception network, or
     nothing: images are generated only."""
@@ -47,6 +49,9 @@ class EvaluationConfig:
             has_model = "clip" not in METRICS[metric].needs or self.clip_model is not None
             check("evaluation.metrics", named, has_model, f"{metric} needs evaluation.clip_model")
         check_counts("evaluation.", self, "every", "num_images", "solver_steps")
+        channels = self.guidance_channels
+        some = channels is None or channels >= 1
+        check("evaluation.guidance_channels", channels, some, "must be at least 1")
         guides = 0 <= self.guidance < math.inf
         check("evaluation.guidance", self.guidance, guides, "must be 0 or more, and finite")
         low, high = self.guidance_interval or (0.0, math.inf)

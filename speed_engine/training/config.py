@@ -31,10 +31,13 @@ class OptimizerConfig:
     """Clip, optimizer and averages one after the other, or AdamW with both in one sweep over
     memory."""
     ema_decay: float = 0.999
-    """Share of the average kept per step, in [0, 1); warms up as (1 + step) / (10 + step)."""
+    """Share of the average kept per step, in [0, 1)."""
+    ema_warmup: bool = True
+    """The share rises to that as (1 + step) / (10 + step); False has it from the first step on."""
     averages: tuple[str, ...] = ()
-    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay, and
-    power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1) (EDM2). --average generates from one."""
+    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay,
+    constant=DECAY, without warm-up, and power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1)
+    (EDM2). --average generates from one."""
 
     def __post_init__(self) -> None:
         once = len(set(self.averages)) == len(self.averages)

@@ -299,9 +299,9 @@ def test_a_checkpoint_of_another_model_is_refused(run):
         resume(run, quiet(), steps=70)
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(run):
+def test_a_complete_run_without_checkpoints_is_not_trained_again(run):
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="is complete, and its checkpoints are gone"):
         resume(run, quiet())
 
 

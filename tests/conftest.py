@@ -1,7 +1,10 @@
 """Fixtures shared by every test: the device, and the numerical yardstick for kernels."""
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
 # The models here are tiny: more threads only wait for each other, in subprocesses as well.
@@ -16,6 +19,24 @@ settings.load_profile("default")
 # `with torch.device("meta")` remembers torch.empty when first used: not the one replaced below.
 with torch.device("cpu"):
     torch.empty(0)
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory) -> Path:
+    """A folder of all processes of the session together."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache(session_folder) -> Iterator[Path]:
+    """What is made once for all tests, such as the shards of the digits; the user's is not read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(session_folder / "cache"))
+        yield session_folder / "cache"
 
 
 @pytest.fixture
@@ -37,3 +58,33 @@ def poison_uninitialised_memory(monkeypatch):
             return tensor
 
         monkeypatch.setattr(torch, name, poisoned)
+
+
+@pytest.fixture
+def two_processes(tmp_path) -> Callable[[Path], str]:
+    """Run a script as ranks 0 and 1, kernels in the interpreter; what rank 0 prints.
+
+    The arguments of the script are its rank and the path of a store, through which they meet.
+    """
+
+    def run(script: Path) -> str:
+        paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+                env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            said = [process.communicate(timeout=600) for process in processes]
+        finally:
+            for process in processes:  # one that waits for the other outlives it
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], said
+        return said[0][0]
+
+    return run

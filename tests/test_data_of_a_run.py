@@ -36,13 +36,6 @@ TINY = TrainConfig(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shared_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 def write_latents(folder: Path, channels: int = 4, **metadata: object) -> Path:
     """70 posteriors of (2, 4, 4): mean, then standard deviation; batches straddle epochs."""
     generator = np.random.default_rng(0)
@@ -78,8 +71,7 @@ def outcome(config: TrainConfig, run: Path) -> tuple[list[tuple], dict[str, byte
     return figures(run), {name: value.numpy().tobytes() for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("flip", [False, True], ids=["as is", "flipped"])
-@pytest.mark.parametrize("name", ["digits", "latents"])
+@pytest.mark.parametrize("name, flip", [("digits", False), ("latents", True)])
 def test_a_resident_data_set_trains_as_a_loader_does_bit_for_bit(tmp_path, name, flip, monkeypatch):
     made = []
     construct = Resident.__init__

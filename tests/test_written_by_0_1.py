@@ -18,7 +18,6 @@ def folder(tmp_path, monkeypatch):
     """A copy, in which the run's relative path of its shards holds."""
     shutil.copytree(WRITTEN, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SPEED_ENGINE_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """A whole comparison by the command line: real processes, real runs, its report."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,23 +19,17 @@ OPTIONS = (
 DIVERGING = "speed_paper+optimizer.learning_rate=1e30+optimizer.warmup_steps=0"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-def compare(cache: Path, out: Path, *options: object) -> subprocess.CompletedProcess:
+def compare(out: Path, *options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "speed_engine", "compare", "digits", *OPTIONS]
     return subprocess.run(
-        [*command, "--out", str(out), *map(str, options)],
-        capture_output=True, text=True, env={**os.environ, "SPEED_ENGINE_CACHE": str(cache)},
-    )  # fmt: skip
+        [*command, "--out", str(out), *map(str, options)], capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
+def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("comparison") / "out"
-    done = compare(cache, out, "--seeds", 1)
+    done = compare(out, "--seeds", 1)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -103,10 +96,10 @@ def final(run: Path) -> float:
 
 
 @pytest.mark.long
-def test_seeds_can_be_added_and_what_is_there_is_kept(finished, cache):
+def test_seeds_can_be_added_and_what_is_there_is_kept(finished):
     out, _ = finished
     before = read_results(out / "results.json").curves
-    done = compare(cache, out, "--seeds", 2)
+    done = compare(out, "--seeds", 2)
     assert done.returncode == 0, done.stderr
     after = read_results(out / "results.json")
     assert after.seeds == (0, 1)
@@ -122,11 +115,8 @@ def test_seeds_can_be_added_and_what_is_there_is_kept(finished, cache):
         (("--seeds", 1, "--methods", "uniform,nonsense"), "'nonsense'"),
     ],
 )
-def test_another_plan_or_an_impossible_one_is_refused(
-    finished, cache, options, complaint, monkeypatch, capsys
-):
+def test_another_plan_or_an_impossible_one_is_refused(finished, options, complaint, capsys):
     out, _ = finished
-    monkeypatch.setenv("SPEED_ENGINE_CACHE", str(cache))
     command = ["compare", "digits", *OPTIONS, "--out", str(out), *map(str, options)]
     with pytest.raises(SystemExit) as stopped:
         cli.main(command)

@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def pid_of(run: Path) -> int:
     return int(re.findall(r"process (\d+)", run.with_name(f"{run.name}.log").read_text())[-1])
 
 
+def in_background(function: Callable[..., None], *arguments: object) -> None:
+    """In a thread that nobody waits for: where a run fails, no checkpoint comes."""
+    threading.Thread(target=function, args=arguments, daemon=True).start()
+
+
 def kill_when_there_is_a_checkpoint(run: Path) -> None:
     while not any((run / "checkpoints").glob("step-*")):
         time.sleep(0.01)
@@ -85,7 +91,7 @@ def test_a_killed_run_is_told_and_resumed_by_the_next_call_as_if_it_had_not_been
         for run in (killed, straight)
     ]
     ended = Ended()
-    threading.Thread(target=kill_when_there_is_a_checkpoint, args=(killed.folder,)).start()
+    in_background(kill_when_there_is_a_checkpoint, killed.folder)
     execute([killed], slots=1, threads=1, done=ended)
     assert ended.complete == {"killed": False}
     assert failure(killed) == "the process was killed by SIGKILL"
@@ -126,7 +132,7 @@ def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path, interruptibl
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    in_background(interrupt)
     with pytest.raises(KeyboardInterrupt):
         execute([run], slots=1, threads=1, done=Ended())
     assert not Path(f"/proc/{pid_of(run.folder)}").exists()

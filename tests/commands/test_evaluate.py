@@ -52,15 +52,7 @@ FIELDS = {
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trained(cache, tmp_path_factory):
+def trained(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     start(TINY, run, Console(file=io.StringIO()))
     return run
@@ -234,7 +226,7 @@ def test_bad_input_is_one_message(run, capsys, options, message):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_split_that_leaves_too_little_is_refused_before_training(cache, tmp_path):
+def test_a_split_that_leaves_too_little_is_refused_before_training(tmp_path):
     def refused(held_out, message, metrics=("fid",)):
         data = dataclasses.replace(TINY.data, held_out=held_out)
         settings = dataclasses.replace(TINY.evaluation, metrics=metrics)
@@ -247,7 +239,7 @@ def test_a_split_that_leaves_too_little_is_refused_before_training(cache, tmp_pa
     refused(0.0, "copies needs images that were never trained on", ("copies",))
 
 
-def test_the_extractor_is_one_whatever_is_held_out(cache):
+def test_the_extractor_is_one_whatever_is_held_out():
     extractors = set()
     for share in (0.0, 0.2):
         data = dataclasses.replace(TINY.data, held_out=share)

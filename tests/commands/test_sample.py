@@ -32,10 +32,8 @@ HOW = "--count 30 --batch-size 4 --solver ddpm --solver-steps 9 --guidance 1.5".
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        none = dataclasses.replace(TINY.evaluation, features="none")
-        start(dataclasses.replace(TINY, evaluation=none), folder, Console(file=io.StringIO()))
+    none = dataclasses.replace(TINY.evaluation, features="none")
+    start(dataclasses.replace(TINY, evaluation=none), folder, Console(file=io.StringIO()))
     return folder
 
 

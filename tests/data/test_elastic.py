@@ -54,8 +54,7 @@ def expected(reader):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 1), (4, 3), (8, 0), (8, 1)])
 def test_three_epochs_are_the_same_for_all_ranks_and_workers(reader, expected, world_size, workers):
     ranks = []
     for loader in loaders(reader, world_size, workers):

@@ -193,8 +193,11 @@ def test_the_timestep_of_an_image_does_not_depend_on_its_batch(
     assert torch.equal(whole, apart)
 
 
-@pytest.mark.parametrize("p", [uniform(1000), asymmetric(1000, 700, 5), logit_normal(1000)])
-@pytest.mark.parametrize("batch_size", [16, 64, 250])
+@pytest.mark.parametrize(
+    "p, batch_size",
+    [(uniform(1000), 16), (asymmetric(1000, 700, 5), 64), (logit_normal(1000), 250)],
+    ids=["uniform-16", "asymmetric-64", "logit_normal-250"],
+)
 def test_stratified_draws_vary_less(p, batch_size):
     def variance(words) -> float:
         drawn = draw(TimestepSampler(linear(), Distribution(p), words), batch_size, 50_000).double()

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
+from pixels import extractor_of
 from rich.console import Console
 
 from speed_engine.arena.gather import curve_of
@@ -17,33 +17,12 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.evaluation import evaluator as evaluator_module
 from speed_engine.evaluation import metrics
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.features import INCEPTION, Extractor
+from speed_engine.evaluation.features import INCEPTION
 from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import FIGURES, METRICS, Figure, Metric
 
-EXTRACTOR = Extractor(name="eight-pixels", weights_sha256="3" * 64, feature_dim=8, channels=1)
-
-
-class Pixels(torch_fidelity.FeatureExtractorBase):
-    """(N, 1, 2, 4) uint8 -> (N, 8)."""
-
-    def __init__(self, name, features_list, **_settings):
-        super().__init__(name, features_list)
-
-    def forward(self, images):
-        return (images.flatten(1).double(),)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-
-torch_fidelity.register_feature_extractor(EXTRACTOR.name, Pixels)
+EXTRACTOR = extractor_of(2, 4)
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:
@@ -162,7 +141,7 @@ def test_a_record_says_how_images_were_generated():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"image_shape": (3, 2, 4)}, "3 channels, eight-pixels takes 1"),
+        ({"image_shape": (3, 2, 4)}, "3 channels, pixels-of-2x4 takes 1"),
         ({"num_images": 8}, "8 features.* needs 9 images .*singular; got 8 generated, 600 real"),
         ({"held_out": ImageSet(HELD_OUT, 8, EXTRACTOR)}, "got 250 generated, 8 real"),
     ],
@@ -200,7 +179,7 @@ def test_titles_say_whose_features_a_published_figure_is_of():
     assert metrics.title("a figure of another version", "dino") == "a figure of another version"
     found = evaluator_of("fid").measure(GENERATED)
     assert found is not None
-    assert found.headline() == f"FID (eight-pixels features) {found.figures['fid']:.3f}"
+    assert found.headline() == f"FID (pixels-of-2x4 features) {found.figures['fid']:.3f}"
 
 
 def test_needs_that_the_configuration_cannot_meet_are_named():

@@ -13,6 +13,7 @@ import torch_fidelity
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pixels import Pixels, extractor_of
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
@@ -31,30 +32,7 @@ THEIRS = {
     "precision": "precision",
     "recall": "recall",
 }
-PIXELS = Extractor(name="pixels-of-2x4", weights_sha256="0" * 64, feature_dim=8, channels=1)
-
-
-class Pixels(torch_fidelity.FeatureExtractorBase):
-    """(N, 1, 2, 4) uint8 -> (N, 8): the features are the pixels."""
-
-    def __init__(self, name, features_list, **_settings):
-        super().__init__(name, features_list)
-
-    def forward(self, images):
-        return (images.flatten(1).double(),)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered_pixels():
-    torch_fidelity.register_feature_extractor(PIXELS.name, Pixels)
+PIXELS = extractor_of(2, 4)
 
 
 def gaussian_images(count, mean, covariance, seed):
@@ -159,6 +137,39 @@ def inception(tmp_path_factory):
     )
 
 
+class Images(torch.utils.data.Dataset):
+    """As torch-fidelity takes them."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+    def __len__(self):
+        return len(self.images)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_metrics_are_those_that_torch_fidelity_computes_of_the_same_images():
+    x, y = (gaussian_images(60 + n, np.full(8, 120 + n), 100 * np.eye(8), n) for n in range(2))
+    compared = ("fid", "kid", "prc")
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Images(x),
+        input2=Images(y),
+        feature_extractor=PIXELS.name,
+        kid_subset_size=60,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        **dict.fromkeys(compared, True),
+    )
+    ours = measure(x, y, PIXELS, compared)
+    for field in ("fid", "kid", "precision", "recall"):
+        assert ours[field] == pytest.approx(theirs[THEIRS[field]], rel=1e-6), field
+
+
+@pytest.mark.long
 def test_metrics_of_two_folders_are_those_of_torch_fidelitys_command(
     inception, tmp_path, monkeypatch
 ):

@@ -1,8 +1,6 @@
 """Image i is a function of the seed, i and its conditions; guidance acts where asked."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,20 +235,9 @@ def test_solvers_compute_in_float32_whatever_the_model_answers_in(monkeypatch):
     assert in_bfloat16.dtype == torch.float32 and torch.equal(in_bfloat16, in_float32)
 
 
-def test_models_sharded_as_on_gpus_generate_the_images_of_float32(tmp_path):
+def test_models_sharded_as_on_gpus_generate_the_images_of_float32(two_processes):
     """Their parameters are bfloat16 while they are used; two processes on a CPU stand for GPUs."""
-    script = Path(__file__).with_name("sharded_generation.py")
-    command = [sys.executable, str(script)]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [process.communicate(timeout=300) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], said
-    distances = json.loads(said[0][0])
+    distances = json.loads(two_processes(Path(__file__).with_name("sharded_generation.py")))
     assert len(distances) == 7
     # bfloat16 holds 8 bits: 0.4 % of each of some sums. Zero would mean that nothing was cast.
     assert all(0 < distance < 0.02 for distance in distances.values()), distances

@@ -3,34 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
+from pixels import Pixels, extractor_of
 
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import frechet_distance
 from speed_engine.evaluation.image_set import ImageSet, extract, statistics_path
 
-EXTRACTOR = Extractor(name="pixels-of-2x2", weights_sha256="1" * 64, feature_dim=4, channels=1)
-
-
-class Pixels(torch_fidelity.FeatureExtractorBase):
-    """(N, 1, 2, 2) uint8 -> (N, 4)."""
-
-    def __init__(self, name, features_list, **_settings):
-        super().__init__(name, features_list)
-
-    def forward(self, images):
-        return (images.flatten(1).double(),)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pixels",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "pixels"
-
-
-torch_fidelity.register_feature_extractor(EXTRACTOR.name, Pixels)
+EXTRACTOR = extractor_of(2, 2)
 REAL, GENERATED = torch.randint(0, 256, (2, 40, 1, 2, 2), dtype=torch.uint8)
 
 

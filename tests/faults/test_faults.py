@@ -22,6 +22,7 @@ from speed_engine.runtime.watchdog import EXIT_HUNG
 OPTIONS = "--steps 120 --checkpoint-every 10 --keep-checkpoints 100 --parallel fsdp".split()
 OPTIONS += ["--data.resident", "off"]  # batches come through the loader, as those of large data do
 OK = [0, 0]
+DAMAGES = ("truncate", "remove", "pickle")
 NEXT_BATCH = "speed_engine.data.loading.loader:Loader.__next__"
 
 
@@ -31,33 +32,28 @@ def nothing_stays_behind():
     harness.kill_all()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture
-def train(tmp_path, cache):
+def train(tmp_path):
     def start(*options, run="run", **how):
         options = [*OPTIONS, *options]
-        return harness.train(tmp_path / run, options, SPEED_ENGINE_CACHE=cache, **how)
+        return harness.train(tmp_path / run, options, **how)
 
     return start
 
 
 @pytest.fixture
-def resume(tmp_path, cache):
+def resume(tmp_path):
     def start(world=2):
-        return harness.resume(tmp_path / "run", world, SPEED_ENGINE_CACHE=cache)
+        return harness.resume(tmp_path / "run", world)
 
     return start
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory, cache):
+def straight(tmp_path_factory):
     """The run that nothing happens to."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    training = harness.train(run, OPTIONS, SPEED_ENGINE_CACHE=cache)
+    training = harness.train(run, OPTIONS)
     assert training.join() == OK, training.said()
     return run
 
@@ -128,28 +124,28 @@ ELSEWHERE_IN_A_SAVE = [
         *(pytest.param(*each, marks=pytest.mark.long) for each in ELSEWHERE_IN_A_SAVE),
     ],
 )
-def test_kill_9_anywhere_inside_a_save_leaves_whole_checkpoints(tmp_path, cache, target, call):
+def test_kill_9_anywhere_inside_a_save_leaves_whole_checkpoints(tmp_path, target, call):
     run = tmp_path / "run"
     options = "--steps 60 --checkpoint-every 10 --keep-checkpoints 2".split()
     fault = harness.Fault(SAVE + target, call)
-    training = harness.train(run, options, 1, fault, SPEED_ENGINE_CACHE=cache)
+    training = harness.train(run, options, 1, fault)
     assert training.join() == [-9], training.said()
     kept = harness.checkpoints(run)
     assert kept and "step-00000030" <= kept[-1] <= "step-00000050"
-    assert harness.resume(run, 1, SPEED_ENGINE_CACHE=cache).join() == [0]
+    assert harness.resume(run, 1).join() == [0]
     assert harness.checkpoints(run)[-1] == "step-00000060"
     assert not list((run / "checkpoints").glob(".tmp-*"))
     assert [step for step, _ in losses(run)] == list(range(1, 61))
 
 
 @pytest.mark.long
-def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path, cache, straight):
+def test_torchrun_restarts_a_run_whose_process_was_killed(tmp_path, straight):
     run, log = tmp_path / "run", (tmp_path / "log").open("w")
     options = [*harness.TINY, *OPTIONS, "--run", str(run)]
     launcher = (
         "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2 -m --".split()
     )
-    environment = {**os.environ, "SPEED_ENGINE_CACHE": cache, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     torchrun = subprocess.Popen(
         [sys.executable, "-m", *launcher, "speed_engine", "train", *options],
         stdout=log, stderr=log, env=environment,
@@ -214,7 +210,10 @@ def test_gradients_of_microbatches_are_those_of_the_batch(train, straight):
         assert ours == pytest.approx(theirs, rel=RELATIVE_BOUND)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "pickle"])
+# That every damage is found, test_checkpoint.py has; here all processes must agree on it.
+@pytest.mark.parametrize(
+    "damage", ["flip", *(pytest.param(how, marks=pytest.mark.long) for how in DAMAGES)]
+)
 def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     train, resume, straight, damage, tmp_path
 ):
@@ -240,7 +239,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert_same(tmp_path / "run", straight)
 
 
-def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path, cache):
+def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)]
@@ -251,7 +250,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tmp_path, cache):
         run = disk / "run"
         options = [*OPTIONS, "--log-every", "10"]
         out = tmp_path / "out"  # what is printed has room: a process that cannot print fails
-        training = harness.train(run, options, out=out, SPEED_ENGINE_CACHE=cache)
+        training = harness.train(run, options, out=out)
         assert training.join() == [2, 2], training.said()
         said = training.said()
         assert "not everything could be written (step: cause)" in said

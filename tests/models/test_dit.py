@@ -71,15 +71,6 @@ def test_positions_differ_and_encode_rows_and_columns_apart():
     assert len(grid.view(12, 16).unique(dim=0)) == 12
 
 
-def test_compiled_equals_eager_in_one_graph():
-    net = model().double()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    x, t, labels = inputs()
-    torch.testing.assert_close(compiled(x.double(), t, labels), net(x.double(), t, labels))
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -1,8 +1,5 @@
 """A DiT whose blocks run on kernels answers and learns as one on PyTorch does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,6 @@ from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.open_sum import OpenSum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
 
-ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIM = 32
 
@@ -64,8 +60,11 @@ def answer(model, autocast: bool, dtype: torch.dtype = torch.float32) -> torch.T
         return model(x, t, labels)
 
 
-@pytest.mark.parametrize("stream", [None, torch.bfloat16], ids=["as it comes", "bfloat16"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(
+    "autocast, stream",
+    [(False, None), (True, torch.bfloat16)],
+    ids=["float32", "autocast, bfloat16 stream"],
+)
 def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kernels):
     model = make_model(residual_dtype=stream)
     kernels(BLOCK_REFERENCE)
@@ -115,19 +114,5 @@ def test_the_stream_is_kept_in_the_dtype_asked_for(dtype, operators, kernels):
 
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in the interpreter")
-def test_two_processes_have_the_gradient_of_one(tmp_path):
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("sharded_step.py")), str(rank)]
-            + [str(tmp_path / "store")],
-            env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=600) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    assert float(outputs[0][0]) <= 1e-6
+def test_two_processes_have_the_gradient_of_one(two_processes):
+    assert float(two_processes(Path(__file__).with_name("sharded_step.py"))) <= 1e-6

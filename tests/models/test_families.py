@@ -53,13 +53,6 @@ SMALL: dict[str, ModelConfig] = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shared_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     """A CLIP text encoder of random weights, with its tokenizer."""
@@ -153,7 +146,9 @@ def test_a_text_conditioned_model_trains_and_draws_from_prompts(tmp_path, told_s
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["dit", "mdt-v2", "unet", "ddpm++"])
+@pytest.mark.parametrize(
+    "name", ["dit", "mdt-v2", pytest.param("unet", marks=pytest.mark.long), "ddpm++"]
+)
 def test_super_resolution_trains_and_draws_from_smaller_images(tmp_path, told_shards, name):
     data = told(told_shards, "low.npy", "cls")
     config = dataclasses.replace(CONFIG, model=SMALL[name], data=data)
@@ -244,15 +239,15 @@ def test_two_processes_train_every_family_as_one(tmp_path, told_shards):
 @pytest.mark.parametrize(
     "cases",
     [
-        [("dit", "labels"), ("unet", "labels")],
+        [("dit", "labels")],
         pytest.param(
-            [(name, "labels") for name in SMALL if name not in ("dit", "unet")]
+            [(name, "labels") for name in SMALL if name != "dit"]
             + [("dit-modern", "texts"), ("unet", "texts")]
             + [(name, "smaller") for name in ("dit", "mdt-v2", "unet", "ddpm++")],
             marks=pytest.mark.long,
         ),
     ],
-    ids=["dit-and-unet", "others"],
+    ids=["dit", "others"],
 )
 def test_sharded_in_bfloat16_as_on_gpus_runs_train_evaluate_and_are_sampled(
     tmp_path, told_shards, cases
@@ -321,17 +316,21 @@ def test_dropout_and_masks_resume_bit_for_bit(tmp_path, name):
 @pytest.mark.parametrize("name", ["dit", pytest.param("unet", marks=pytest.mark.long)])
 @pytest.mark.parametrize("members", [("tokens.npy",), ("low.npy", "cls")])
 def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, members):
-    config = dataclasses.replace(CONFIG, model=SMALL[name], data=told(told_shards, *members))
+    settings = without_dropout(SMALL[name])
+    config = dataclasses.replace(CONFIG, model=settings, data=told(told_shards, *members))
     model = build.build_model(config)
     objective = build.build_objective(config, build.build_process(config), model)
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["stats"]
-    step = torch.compile(lambda *b: objective(model, *b).loss, fullgraph=True, backend="aot_eager")
+    eager = lambda *b: objective(model, *b).loss
+    step = torch.compile(eager, fullgraph=True, backend="aot_eager")
     conditions = generation_conditions(config.data, config.evaluation.num_images, config.seed)
     before, graphs = counted["unique_graphs"], []
     for done in range(3):
-        ids = torch.arange(20) + 20 * done
-        step(torch.rand(20, 1, 8, 8), conditions, ids, done).backward()
+        batch = torch.rand(20, 1, 8, 8), conditions, torch.arange(20) + 20 * done, done
+        loss = step(*batch)
+        loss.backward()
+        torch.testing.assert_close(loss, eager(*batch))
         graphs.append(counted["unique_graphs"] - before)
     assert graphs[0] == 1 and graphs[1] == graphs[2]
 

@@ -197,7 +197,7 @@ def test_a_routed_network_behind_super_resolution_gets_its_words():
 @pytest.mark.parametrize("family", [Routed, Watched])
 def test_a_step_that_routes_or_watches_is_one_graph(family):
     torch._dynamo.reset()
-    net, data = network(family), batch()
+    net, data = network(family, depth=3), batch()
     terms = [Dispersive("blocks.1", 0.5)] if family is Watched else []
     loss = objective(net, terms=terms)
     compiled = torch.compile(lambda *b: loss(net, *b).loss, fullgraph=True, backend="aot_eager")

@@ -56,14 +56,6 @@ def test_texts_of_any_length_are_taken():
     assert model(learn_sigma=True)(*inputs(length=9)).shape == (3, 4, 8, 8)
 
 
-def test_it_compiles_without_graph_breaks():
-    net = model().double()
-    x, t, tokens = inputs()
-    arguments = x.double(), t, tokens.double()
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments), net(*arguments))
-
-
 def test_sizes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="num_heads=3 does not divide the width 32"):
         model(num_heads=3)

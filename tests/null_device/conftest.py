@@ -1,7 +1,5 @@
 """What the tests on the null device share: the device, and what was compiled for it."""
 
-import os
-
 import null_device
 import pytest
 
@@ -14,9 +12,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory):
-    """Folder of compiled code, of all processes of the session together."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    return folder / "compiled_for_the_null_device"
+def compiled(session_folder):
+    """Folder of compiled code."""
+    return session_folder / "compiled_for_the_null_device"

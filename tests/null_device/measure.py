@@ -1,7 +1,7 @@
 """What presets ask of a GPU, measured on the null device; run by the tests beside this file.
 
-Usage: ``measure.py step PRESET``, ``measure.py memory DEPTH MODEL``, where MODEL is JSON of options
-of the model, or ``measure.py depths DEPTH...``. The result is JSON in the last line.
+Usage: ``measure.py step PRESET COMPILE``, ``measure.py memory DEPTH MODEL``, where MODEL is JSON of
+options of the model, or ``measure.py depths DEPTH...``. The result is JSON in the last line.
 """
 
 import gc
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import books
@@ -36,21 +36,23 @@ from speed_engine.training.engine import Engine
 CUDA = torch.device("cuda:0")
 BATCH = 8  # images; launches depend on it only where a kernel splits its work
 SOLVER_STEPS = 3
+Compile = Literal["blocks", "off"]
 XL = {"size": None, "patch_size": 2, "dim": 1152, "num_heads": 16, "depth": 2}
 
 
-def small(name: str, batch: int = BATCH, **model: Any) -> TrainConfig:
-    """A preset on a small batch, its blocks compiled; DiT-XL/2 with two of its 28 blocks.
+def small(name: str, batch: int = BATCH, compile: Compile = "blocks", **model: Any) -> TrainConfig:
+    """A preset on a small batch; DiT-XL/2 with two of its 28 blocks.
 
     Args:
         name: of the preset.
         batch: images per step.
+        compile: as in the configuration.
         model: options of the model to replace.
     """
     config = PRESETS[name][1]
     if getattr(config.model, "size", None) == "DiT-XL/2":
         model = XL | model
-    return replace(config, model=replace(config.model, **model), batch_size=batch, compile="blocks")
+    return replace(config, model=replace(config.model, **model), batch_size=batch, compile=compile)
 
 
 def engine_of(config: TrainConfig) -> Engine:
@@ -86,9 +88,9 @@ def figures_of(action: Callable[[], Any]) -> dict[str, Any]:
     }
 
 
-def step(name: str) -> dict[str, Any]:
+def step(name: str, compile: Compile) -> dict[str, Any]:
     """A training step of a preset and a generation, when the same has been done before."""
-    config = small(name)
+    config = small(name, compile=compile)
     engine, batch = engine_of(config), batch_of(config)
     train = lambda: engine.step(batch)
     pictures = lambda: generation(config, engine, batch)

@@ -13,7 +13,7 @@ from speed_engine.config import TrainConfig, to_json
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.determinism import WORKSPACE, deterministic
 
-# Prints the flags at the run's first look for a GPU, and those after the run.
+# Prints the flags at the first look for a GPU of each of several runs, and those after the run.
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -47,14 +47,15 @@ def seen(wanted):
 
 torch.backends.cudnn.benchmark = True
 run.machine.torch_device = seen
-folder = Path(sys.argv[2])
-try:
-    if sys.argv[1] == "resume":
-        run.resume(folder, Console())
-    else:
-        run.start(run.read_config(folder), folder, Console())
-except Seen:
-    print(json.dumps(flags()))
+for folder in map(Path, sys.argv[1:]):
+    for resumed in (False, True):
+        try:
+            if resumed:
+                run.resume(folder, Console())
+            else:
+                run.start(run.read_config(folder), folder, Console())
+        except Seen:
+            print(json.dumps(flags()))
 """
 USUAL = {
     "workspace": None,
@@ -78,23 +79,24 @@ DETERMINISTIC = {
 }
 
 
-@pytest.mark.parametrize("how", ["start", "resume"])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_has_its_flags_before_it_touches_a_gpu_and_leaves_none(tmp_path, how, wanted):
-    (tmp_path / "config.json").write_text(to_json(TrainConfig(deterministic=wanted)))
+def test_a_run_has_its_flags_before_it_touches_a_gpu_and_leaves_none(tmp_path):
+    wanted = {"usual": False, "deterministic": True, "usual again": False}
+    for name, asked in wanted.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(to_json(TrainConfig(deterministic=asked)))
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != WORKSPACE}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "kernels")))
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, how, str(tmp_path)],
+        [sys.executable, "-c", SCRIPT, *(str(tmp_path / name) for name in wanted)],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    inside, after = map(json.loads, done.stdout.splitlines())
-    assert inside == (DETERMINISTIC if wanted else USUAL)
-    assert after == USUAL
+    inside = [DETERMINISTIC if asked else USUAL for asked in wanted.values()]
+    expected = [flags for each in inside for flags in (each, USUAL) * 2]  # started, then resumed
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
 
 
 def test_a_workspace_that_was_given_is_kept_if_results_repeat_with_it(monkeypatch):

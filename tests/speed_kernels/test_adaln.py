@@ -49,8 +49,11 @@ def run_gated(operator, tensors, dtype):
     return dict(zip(names, [*outputs, *gradients], strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-N{}-D{}".format(*s))
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((shape, torch.float32) for shape in SHAPES), *((SHAPES[1], half) for half in DTYPES[1:])],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "run, operator, reference",
     [
@@ -147,6 +150,8 @@ def test_the_stream_keeps_its_dtype_and_the_norm_has_that_of_the_modulation(
         assert_accurate(f"value {i}", *values)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has one order only")
 def test_two_runs_have_the_same_bits(device):
     tensors = draw((2, 40, 72), torch.bfloat16, device)
     first, second = (run_gated(gated_residual_adaln, tensors, torch.bfloat16) for _ in range(2))

@@ -134,6 +134,8 @@ def test_without_modulation_it_is_that_by_zero():
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has one order only")
 def test_repeated_calls_give_the_same_bits():
     first, again = (run(group_norm_silu, *draw((2, 6, 9, 9))) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -146,8 +148,9 @@ def test_float64_passes_gradcheck(scaled):
     assert torch.autograd.gradcheck(lambda x, *rest: group_norm_silu(x, 2, *rest), leaves)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "layout, scaled", [("contiguous", True), ("channels last", False), ("every other row", True)]
+)
 def test_the_operators_are_registered_soundly(layout, scaled):
     inputs, dy = draw(layout=layout, scaled=scaled)
     x, *rest = (t if t is None else t.detach().requires_grad_() for t in inputs)

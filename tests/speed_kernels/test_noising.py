@@ -28,7 +28,7 @@ def draw(batch: int, *shape: int, dtype=torch.float32, first: int = 2**33):
     return x0, coefficients, torch.tensor(-3, device=DEVICE), ids
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     batch=st.integers(1, 3),
     shape=st.sampled_from([(1,), (3, 5, 7), (4, 8, 8), (BLOCK,), (BLOCK + 4,), (1, 40, 27)]),

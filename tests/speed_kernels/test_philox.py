@@ -173,6 +173,7 @@ def test_what_cannot_address_a_draw_is_named(seed, ids, message):
             draw(seed, ids, 4, Stream.NOISE)
 
 
+@settings(max_examples=40)
 @given(seed=INT64, ids=st.lists(INT64, min_size=1, max_size=4), count=st.integers(1, 70))
 def test_the_fast_path_equals_the_reference_bit_for_bit(seed, ids, count):
     root, counters = torch.tensor(seed), torch.tensor(ids)

@@ -36,7 +36,7 @@ def run(operator, prediction, *rest, **options):
     return {"loss": loss.detach(), "error": error, "gradient": gradient}
 
 
-@settings(max_examples=16)
+@settings(max_examples=12)
 @given(
     batch=st.integers(1, 3),
     shape=st.sampled_from(SHAPES),

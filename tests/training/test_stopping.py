@@ -32,15 +32,8 @@ CONFIG = TrainConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shared_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def straight(shared_cache, tmp_path_factory) -> Path:
+def straight(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("straight") / "run"
     start(CONFIG, run, Console(quiet=True))
     return run
@@ -164,11 +157,7 @@ def test_several_processes_give_up_an_evaluation_together(tmp_path):
     long = (
         "--evaluation.features none --evaluation.num-images 1000000 --evaluation.solver-steps 900"
     )
-    training = fault_harness.train(
-        tmp_path / "run",
-        [*options.split(), *long.split()],
-        SPEED_ENGINE_CACHE=str(tmp_path / "cache"),
-    )
+    training = fault_harness.train(tmp_path / "run", [*options.split(), *long.split()])
     assert training.wait_for_step(5)
     training.kill(signal.SIGTERM, ranks=[1])
     assert training.join() == [0, 0], training.said()

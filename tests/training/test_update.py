@@ -4,10 +4,7 @@ import copy
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +25,6 @@ from speed_engine.training.one_sweep import OneSweep
 from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw
 from speed_engine.training.update import Update
 
-ROOT = Path(__file__).parents[2]
 HYPER = Hyperparameters(learning_rate=0.05, beta2=0.99, weight_decay=0.1)
 WAYS = {"one_sweep": (OneSweep, adamw)} | {
     name: (Update, make) for name, make in {"adamw": adamw, **OTHERS}.items()
@@ -235,13 +231,6 @@ def resumed_and_straight(config: TrainConfig, folder: Path) -> list[dict[str, Te
     return found
 
 
-@pytest.fixture(autouse=True, scope="module")
-def shared_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.mark.parametrize("make_optimizers", [sgd, muon])
 def test_a_run_with_another_optimizer_is_one_name_in_its_configuration(
     make_optimizers, tmp_path, monkeypatch
@@ -296,22 +285,9 @@ def test_an_average_is_named_once():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernel in the interpreter")
-def test_two_processes_update_and_divide_as_one_process_does(tmp_path):
-    script = Path(__file__).with_name("sharded_update.py")
-    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "store")],
-            env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=200) for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs
-    lines = [json.loads(line) for line in outputs[0][0].splitlines()]
+def test_two_processes_update_and_divide_as_one_process_does(two_processes):
+    said = two_processes(Path(__file__).with_name("sharded_update.py"))
+    lines = [json.loads(line) for line in said.splitlines()]
     assert [line[0] for line in lines] == ["one sweep", "adamw", "sgd", "nadam", "parts"]
     for way, difference, *skipped in lines:
         assert difference <= 2e-6, way

@@ -3,7 +3,6 @@
 import multiprocessing
 import sys
 import threading
-import time
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +13,7 @@ import pytest
 
 from speed_engine.data.format import remote
 from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.folder import RemoteFolder
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
 from speed_engine.data.format.writer import ShardWriter
@@ -213,13 +213,15 @@ def test_what_a_killed_process_left_is_removed_for_room(server, tmp_path, shard)
     assert not abandoned.exists()
 
 
-def test_the_next_window_is_fetched_ahead(server, cache):
+def test_the_next_window_is_fetched_ahead(server, cache, monkeypatch):
     url, _, handler = server
+    done, prefetch = threading.Event(), RemoteFolder._prefetch
+    monkeypatch.setattr(
+        RemoteFolder, "_prefetch", lambda self, shard: (prefetch(self, shard), done.set())
+    )
     reader = ShardReader(url, cache=cache)
     reader.prefetch([3])
-    until = time.monotonic() + 60
-    while not list(cache.folder.glob("*x-000003.tar")) and time.monotonic() < until:
-        time.sleep(0.02)
+    assert done.wait(600) and list(cache.folder.glob("*x-000003.tar"))
     assert handler.requests["x-000003.tar"] == 1
     reader.read(24)
     assert handler.requests["x-000003.tar"] == 1

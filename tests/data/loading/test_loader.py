@@ -302,14 +302,15 @@ def test_iterating_again_continues(reader):
     assert firsts == [0, 8, 16]
 
 
-def test_close_ends_the_workers_promptly(reader):
+def test_close_ends_the_workers_promptly(reader, monkeypatch):
+    # One that did not end by itself would be waited for, 5 seconds otherwise, and then terminated.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 600)
     loader = Loader(reader, SHAPE, Feed(8, 5), workers=2)
     next(loader)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     loader.close()
     loader.close()
-    # A worker that did not end by itself would be waited for, 5 seconds, and then terminated.
     assert [worker.exitcode for worker in workers] == [0, 0]
     with pytest.raises(RuntimeError, match="this Loader is closed; make another"):
         next(loader)

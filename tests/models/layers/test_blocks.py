@@ -125,10 +125,9 @@ def test_matrix_products_and_attention_are_not_repeated_up_to_one_half(dial, pro
     assert backward.counts["gelu"] == (4 if dial else 0)
 
 
-@VARIANTS
-def test_compiled_recomputing_blocks_have_the_eager_gradients(variant):
+def test_compiled_recomputing_blocks_have_the_eager_gradients():
     torch._dynamo.reset()
-    net = model(variant=variant, depth=2, checkpointing=0.75).double()
+    net = model(variant="modern", depth=2, checkpointing=0.75).double()
     assert [block.recompute for block in net.blocks] == ["cheap", "everything"]
     x, t, labels = inputs()
     expected = gradients(net, net(x.double(), t, labels).square().mean())
@@ -146,9 +145,8 @@ def compilations(monkeypatch) -> CompileCounterWithBackend:
     return counter
 
 
-@pytest.mark.parametrize("depth", [2, 9])
-def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations, depth):
-    net = model(depth=depth)
+def test_compilations_of_equal_blocks_do_not_grow_with_the_depth(compilations):
+    net = model(depth=9)
     expected = net(*inputs())
     blockwise = compiled_blocks(net)
     for _ in range(3):
@@ -197,8 +195,7 @@ def test_a_model_without_blocks_is_not_compiled_by_blocks():
 SIZES: dict[str, Any] = {"dim": 32, "depth": 1, "num_heads": 2}
 CONFIGS = {
     "dit": TrainConfig(model=DiTConfig(**SIZES)),
-    "dit-sigma": TrainConfig(model=DiTConfig(**SIZES, learn_sigma=True)),
-    "dit-modern": TrainConfig(model=DiTConfig(**SIZES, variant="modern")),
+    "dit-modern-sigma": TrainConfig(model=DiTConfig(**SIZES, variant="modern", learn_sigma=True)),
     "mdt": TrainConfig(model=MDTConfig(**SIZES, decode_layers=1)),
     "unet": TrainConfig(model=UNetConfig(channel_mult=(1,), attention_resolutions=(1,))),
     "edm": TrainConfig(model=EdmUNetConfig(channel_mult=(1,)), schedule="edm"),
@@ -210,7 +207,9 @@ def batch(step: int) -> Batch:
     return Batch(torch.rand(8, 1, 8, 8), {"labels": labels}, ids)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name == "unet")) for name in CONFIGS]
+)
 def test_the_whole_training_step_is_one_graph_compiled_once(compilations, name):
     """Noise, timesteps, model and loss together, at changing steps and image counters."""
     net = build_model(CONFIGS[name])
@@ -271,9 +270,8 @@ def test_code_of_blocks_is_for_the_sizes_that_come():
     assert not sizes
 
 
-@pytest.mark.parametrize("depth", [2, 5])
-def test_the_average_that_generates_shares_compilations_between_blocks(compilations, depth):
-    sizes = DiTConfig(dim=32, depth=depth, num_heads=2)
+def test_the_average_that_generates_shares_compilations_between_blocks(compilations):
+    sizes = DiTConfig(dim=32, depth=5, num_heads=2)
     config = TrainConfig(model=sizes, compile="blocks", microbatch_size=8)
     process, by_blocks = build_process(config), Choice("blocks", "")
     choices = replace(machine_choices(config), generation=by_blocks)

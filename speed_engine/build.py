@@ -85,14 +85,14 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
     Attention is not taken from the configuration, since what trained a model need not be there
     where it is used.
     """
-    data, told = config.data, told_names(config)
+    data, names = config.data, condition_names(config)
     channels, height, width = data.image_shape
     shape = Shape(
         input_size=(height, width),
         channels=channels,
-        num_classes=data.num_classes if "labels" in told else None,
-        token_dim=data.token_shape[1] if "tokens" in told else None,
-        low_channels=data.low_shape[0] if "low_resolution" in told else None,
+        num_classes=data.num_classes if "labels" in names else None,
+        token_dim=data.token_shape[1] if "tokens" in names else None,
+        low_channels=data.low_shape[0] if "low_resolution" in names else None,
         attention=attention,
     )
     with torch.random.fork_rng(devices=[]):
@@ -100,8 +100,8 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
         return build_network(config.model, shape)
 
 
-def told_names(config: TrainConfig) -> tuple[str, ...]:
-    """The conditions that the model is told, as its arguments are named."""
+def condition_names(config: TrainConfig) -> tuple[str, ...]:
+    """What the model is conditioned on, as its arguments are named."""
     return tuple(condition_name(member) for member in config.data.members[1:])
 
 
@@ -109,7 +109,7 @@ def condition_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
     """Shape of one row of each condition."""
     data = config.data
     shapes = {"labels": (), "tokens": data.token_shape, "low_resolution": data.low_shape}
-    return {name: shapes[name] for name in told_names(config)}
+    return {name: shapes[name] for name in condition_names(config)}
 
 
 def training_inputs(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
@@ -145,7 +145,7 @@ def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
         "labels": lambda: torch.tensor(config.data.num_classes),
         "tokens": lambda: torch.from_numpy(_null_tokens(config)),
     }
-    return {name: null[name]() for name in told_names(config) if name in null}
+    return {name: null[name]() for name in condition_names(config) if name in null}
 
 
 def data_source(config: TrainConfig) -> Path | str:
@@ -161,7 +161,7 @@ def open_data(
     """The configured shards, with the configured or other members; of one part, or None for both.
 
     Raises:
-        UserError: they are damaged, or lack a member that the model is to be told.
+        UserError: they are damaged, or lack a member that the model is conditioned on.
     """
     return ShardReader(
         data_source(config),

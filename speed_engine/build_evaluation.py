@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speed_engine.build import null_conditions, open_data, stored_shape, told_names
+from speed_engine.build import condition_names, null_conditions, open_data, stored_shape
 from speed_engine.config import TrainConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
@@ -101,9 +101,9 @@ def generation_conditions(config: TrainConfig) -> Conditions:
     Classes come in turn; texts and smaller images are those of the first samples, with their
     classes: of samples that are held out, where some are, since others could be known by heart.
     """
-    told, num_images = told_names(config), config.evaluation.num_images
-    if set(told) <= {"labels"}:
-        return {name: torch.arange(num_images) % config.data.num_classes for name in told}
+    names, num_images = condition_names(config), config.evaluation.num_images
+    if set(names) <= {"labels"}:
+        return {name: torch.arange(num_images) % config.data.num_classes for name in names}
     reader = open_data(config, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
     stored = BatchReader(reader, stored_shape(config, reader)).read(indices)
@@ -130,10 +130,11 @@ def prompted(
     Raises:
         UserError: the model is not conditioned on texts alone, or not those of this encoder.
     """
-    if told_names(config) != ("tokens",):
+    names = condition_names(config)
+    if names != ("tokens",):
         raise UserError(
-            f"this model is conditioned on {', '.join(told_names(config)) or 'nothing'}; a prompt "
-            "needs one conditioned on texts alone (data.members with tokens.npy)."
+            f"this model is conditioned on {', '.join(names) or 'nothing'}; a prompt needs one "
+            " conditioned on texts alone (data.members with tokens.npy)."
         )
     if text_encoder is None:
         raise UserError(

@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from speed_engine import build, build_evaluation
+from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.evaluation.consistency import (
@@ -46,17 +47,18 @@ class ConsistencyCommand:
     run_a: tyro.conf.Positional[Path]
     """Folder of a run."""
     run_b: tyro.conf.Positional[Path]
-    """Folder of another on the same data."""
+    """Folder of another run on the same data."""
     count: int = 500
-    """Images of each model and step, classes in turn; at least two of each class."""
+    """Number of images that each model generates at each step, from all classes in turn; it must be
+    at least two per class."""
     solver_steps: int | None = None
-    """Model evaluations per image; default that of RUN_A."""
+    """Number of model evaluations per image. By default that of RUN_A."""
     seed: int = 0
-    """Root of the noise."""
+    """Seed of the noise."""
     json: bool = False
-    """Print JSON in place of the table."""
+    """Print JSON instead of a table."""
     out: Path | None = None
-    """Picture to write, a row of RUN_A over the same of RUN_B; default
+    """Picture to write, a row of RUN_A's images over the row of RUN_B's. By default
     RUN_A/samples/consistency-RUN_B.png."""
 
 
@@ -76,7 +78,7 @@ def run(arguments: list[str], console: Console) -> None:
         UserError: a folder is no run, the runs are not of one data set and shape, or too few
             images are asked for.
     """
-    command = tyro.cli(ConsistencyCommand, args=arguments, prog="speed-engine consistency")
+    command = read_options(ConsistencyCommand, arguments, "speed-engine consistency")
     runs = command.run_a, command.run_b
     configs = [_configured(read_config(run), command) for run in runs]
     checkpoints = [complete_checkpoints(run) for run in runs]
@@ -148,7 +150,7 @@ def _check_same_task(
         return {
             "shape": config.data.image_shape,
             "latents": config.data.latents,
-            "conditions": sorted(build.told_names(config)),
+            "conditions": sorted(build.condition_names(config)),
             "classes": config.data.num_classes,
             "data (SHA-256)": checkpoint.read_state(paths[max(paths)])["data"][:12],
         }

@@ -20,6 +20,7 @@ from torch import nn
 
 from speed_engine.build import build_process
 from speed_engine.build_evaluation import build_evaluator
+from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.config import SolverName
@@ -52,31 +53,37 @@ class EvaluateCommand:
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images generated; default that of the run, as for all below but the average."""
+    """Number of images to generate. By default that of the run."""
     average: str = EMA
-    """Which average of the run to measure: ema, or one of its optimizer.averages."""
+    """Which EMA of the parameters to measure: ema, or one that the run's optimizer.averages
+    names."""
     solver: SolverName | None = None
-    """How they are generated; euler is ddim."""
+    """Solver that generates the images; euler is another name of ddim. By default that of the
+    run."""
     solver_steps: int | None = None
-    """Model evaluations per image."""
+    """Number of model evaluations per image. By default that of the run."""
     guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 is without guidance. By default that of the run."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma / alpha between which guidance acts."""
+    """Lower and upper noise level sigma / alpha between which guidance acts. By default that of the
+    run."""
     features: Literal["classifier", "inception"] | None = None
-    """A classifier trained on the run's data, or the standard Inception network."""
+    """Features that the metrics compare: those of a classifier trained on the run's data, or those
+    of the standard Inception network. By default those of the run."""
     inception_weights: Path | None = None
-    """Its weights file; by default torch hub's cache is searched."""
+    """Weights file of the Inception network. By default it is searched in the cache of torch
+    hub."""
     metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
     clip_model: str | None = None
-    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
+    Hugging Face hub. By default that of the run."""
     json: bool = False
-    """Print the record as JSON, in place of the table."""
+    """Print the record as JSON instead of a table."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Measure, and show the record."""
-    command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
+    command = read_options(EvaluateCommand, arguments, "speed-engine evaluate")
     config = read_config(command.run).with_evaluation(
         num_images=command.num_images,
         solver=command.solver,

@@ -80,9 +80,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """What to raise where a name is not among the known ones, at least one."""
+    """The error to raise where a name is not among the known ones; it proposes a similar name."""
     known = list(known)
-    return UserError(
-        f"{kind} {shortened(name)!r} is unknown, the nearest is {nearest(name, known)!r}; choose "
-        f"from {', '.join(known)}."
-    )
+    similar = difflib.get_close_matches(name, known, n=1)
+    proposal = f"did you mean {similar[0]!r}? Choose" if similar else "choose"
+    return UserError(f"unknown {kind} {shortened(name)!r}; {proposal} from {', '.join(known)}.")

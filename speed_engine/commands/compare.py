@@ -62,8 +62,9 @@ def run(arguments: list[str], console: Console) -> None:
     }
     command = configured(presets, arguments, "speed-engine compare", first=("data.source",))
     from speed_engine.arena.compare import Comparison, Plan
-    from speed_engine.arena.report import write_report
+    from speed_engine.arena.report import check_libraries, write_report
 
+    check_libraries()
     plan = Plan(
         config=_within_budget(command),
         contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),

@@ -37,6 +37,8 @@ def run(arguments: list[str], console: Console) -> None:
     """Print the table or the arrays, and write the figures."""
     command = read_options(MethodsCommand, arguments, "speed-engine methods")
     build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
+    if command.figures is not None:
+        method_report.check_libraries()
     if command.json:
         print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
     else:

@@ -1,6 +1,7 @@
 """How bad input is refused: one exception and one sentence for all of it."""
 
 import difflib
+import importlib
 import math
 from collections.abc import Iterable
 
@@ -66,6 +67,27 @@ def check_positive(name: str, value: float) -> None:
         UserError: it is one of these.
     """
     check(name, value, 0 < value < math.inf, "must be positive and finite")
+
+
+def check_installed(what: str, extra: str, *libraries: str) -> None:
+    """Refuse what needs libraries that are not installed.
+
+    Args:
+        what: needs them, such as ``the report of a comparison``.
+        extra: of this package, which has them.
+        libraries: names of modules, which are imported.
+
+    Raises:
+        UserError: one of them cannot be imported.
+    """
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise UserError(
+                f"{what} needs the library {library} ({error}): "
+                f"pip install 'speed-engine[{extra}]'."
+            ) from error
 
 
 def shortened(value: object) -> str:

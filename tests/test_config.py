@@ -103,7 +103,7 @@ def test_a_field_that_is_missing_has_its_default():
         ("data.image_shape", [1, 8, 8, 1], "data.image_shape=[1, 8, 8, 1]: should be of 3 items."),
         ("data.image_shape", [1, 8, "8"], 'data.image_shape.2="8": should be a valid integer.'),
         ("data.image_shape", [1, 10**9, 10**9], "data.image_shape=(1, 1000000000, 1000000000): is"),
-        ("data.members", [], "data.members=(): needs an image"),
+        ("data.members", [], "data.members=(): needs at least the image"),
         ("data.exclude", 5, "data.exclude=5: should be a valid string."),
         ("steps", 10**30, "steps=1000000000000000000000000000000: must be at most 1,000,000,000,"),
         ("hang_timeout", 1e300, "hang_timeout=1e+300: must be positive, at most 10^9 seconds."),

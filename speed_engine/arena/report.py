@@ -52,7 +52,7 @@ def _check(results: Results) -> None:
     names = [contestant.name for contestant in results.contestants]
     for baseline in results.baselines:
         if baseline not in names:
-            raise UserError(f"The baseline {baseline} is not among the contestants: {names}.")
+            raise UserError(f"The baseline {baseline} is not among the methods: {names}.")
 
 
 def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:

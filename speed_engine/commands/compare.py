@@ -17,9 +17,10 @@ HELD_OUT = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand:
-    """Train contestants at equal budget, with several seeds each, and write a report.
+    """Train methods at equal budget, with several seeds each, and write a report.
 
-    Called again with the same --out, it goes on where it stopped.
+    The same command with the same --out continues where it stopped. The report needs the extra
+    `plots`.
     """
 
     preset: tyro.conf.Positional[str]

@@ -1,4 +1,4 @@
-"""``speed-engine evaluate``: measure the averaged model of a run, once for each setting.
+"""``speed-engine evaluate``: measure the EMA of a run's parameters, once per setting.
 
 Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluated": true``. What
 was measured before with the same settings, in training or here, is found there and not generated
@@ -42,13 +42,13 @@ from speed_engine.training.ema import EMA
 
 PART = 500  # images generated at a time, and what a kill costs at most
 
-# What begins the names of figures -> the real images that they compare with, and their number
+# What begins the names of metrics -> the real images that they compare with, and their number
 PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
+    """Measure the EMA of a run's parameters against its data, and record it in metrics.jsonl."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -108,10 +108,10 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     Args:
         run: folder.
         config: of the run; its evaluation says how to generate and what to measure.
-        average: which of the run's, by name; the record of another than ``ema`` names it.
+        average: name of the EMA; the record of another than ``ema`` names it.
 
     Raises:
-        UserError: the run has no checkpoint or no such average, or nothing is to be measured.
+        UserError: the run has no checkpoint or no such EMA, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
@@ -166,7 +166,7 @@ def _generated(
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    """The figures as a table; of one extractor, for those of two say nothing of each other."""
+    """The metrics as a table; of one extractor, since those of two cannot be compared."""
     steps = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
     console.print(f"step {record['step']}, {record['num_generated']:,} images by {steps}")
     if "extractor" in record:
@@ -186,7 +186,7 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
-    """What the figures do not say by themselves: how far few images bias them."""
+    """What the metrics do not say by themselves: how much few images bias them."""
     biased = [
         (prefix + name, prefix, figure)
         for metric in METRICS.values()

@@ -17,7 +17,7 @@ from speed_engine.training.ema import EMA
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write the averaged model of a run for another library."""
+    """Write the EMA of a run's parameters as weights for another library."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""

@@ -18,7 +18,7 @@ from speed_engine.evaluation import method_report
 
 @dataclass(frozen=True)
 class MethodsCommand:
-    """List the methods and the processes that each works on; print or draw what they do."""
+    """List the methods and the processes that each works on; print or plot what they do."""
 
     process: str = "linear"
     """Noise process that --json and --figures are about; `speed-engine train --help` lists them at

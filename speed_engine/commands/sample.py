@@ -34,7 +34,7 @@ from speed_engine.training.ema import EMA
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Generate images from the averaged model of a run."""
+    """Generate images with the EMA of a run's parameters."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -110,7 +110,7 @@ def generate_files(
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
-    """Generate ``evaluation.num_images`` images of an averaged model of a run.
+    """Generate ``evaluation.num_images`` images with an EMA of a run's parameters.
 
     They are kept in ``OUT.parts`` until all are there; what was interrupted continues from
     there.
@@ -121,7 +121,7 @@ def generate_files(
         out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
             replaces the one before; else a folder of pictures.
         console: for the first process.
-        average: which of the run's, by name.
+        average: name of the EMA.
         seed: root of the noise.
         batch_size: images at a time and process.
         compile: the model or its blocks, see ``SampleCommand``.

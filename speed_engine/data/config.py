@@ -12,7 +12,7 @@ _MOST_VALUES = 2**28  # of one image or text: 1 GiB in float32
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from."""
+    """Which images are trained on, what they come with, and how they are read."""
 
     source: str = "digits"
     """Data set to train on: digits, which is part of the package, the path of a folder of shards
@@ -70,7 +70,7 @@ class DataConfig:
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
                 "leave one of them at its default."
             )
-        check("data.members", self.members, bool(self.members), "needs an image at least")
+        check("data.members", self.members, bool(self.members), "needs at least the image")
         check("data.cache_gb", self.cache_gb, 0 < self.cache_gb <= 1e9, "must lie in (0, 10^9]")
         check_between("data.workers", self.workers, 0, 10_000)
         check_between("data.window", self.window, 1, 10**9)

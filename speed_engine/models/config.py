@@ -42,7 +42,7 @@ def _check_model(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer (DiT); one conditioned on texts attends to them in every block."""
+    """A diffusion transformer (DiT); if it is conditioned on texts, every block attends to them."""
 
     SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
@@ -85,7 +85,7 @@ class DiTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MDTConfig:
-    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
+    """A masked diffusion transformer (MDT): it denoises every image twice, once partly masked."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "version", "patch_size", "dim", "depth", "num_heads", "decode_layers",
@@ -127,7 +127,7 @@ class MDTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The U-Net of ADM and latent diffusion; one conditioned on texts attends to them, too."""
+    """The U-Net of ADM and latent diffusion; if it is conditioned on texts, it attends to them."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
@@ -174,7 +174,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EdmUNetConfig:
-    """EDM's U-Nets, DDPM++ and ADM as its authors train them, class-conditional or not."""
+    """One of EDM's U-Nets, DDPM++ or ADM, as EDM's authors train them."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",

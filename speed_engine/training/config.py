@@ -1,4 +1,4 @@
-"""Configuration of the optimizer and the averages."""
+"""Configuration of the optimizer and the EMAs."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from speed_engine.runtime.checks import check, check_between, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """What updates the parameters, and the averages of them (EMA)."""
+    """How the parameters are updated, and their exponential moving averages (EMA)."""
 
     name: str = "adamw"
     """Name of the optimizer; there is adamw."""
@@ -43,7 +43,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         once = len(set(self.averages)) == len(self.averages)
-        check("optimizer.averages", self.averages, once, "name each average once")
+        check("optimizer.averages", self.averages, once, "name each EMA once")
         check_positive("optimizer.learning_rate", self.learning_rate)
         check_between("optimizer.warmup_steps", self.warmup_steps, 0, 10**12)
         decays = 0 <= self.weight_decay < math.inf

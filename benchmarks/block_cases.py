@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernel_case import DEVICE, Case, compiled
 from speed_engine.models import dit
-from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 
 HEADS = {72: 4, 384: 6, 768: 12, 1024: 16, 1152: 16}  # by width
@@ -21,7 +21,7 @@ BUSY = 46  # (B, N, D) tensors read or written between matrix products; traffic.
 @contextmanager
 def running_on(operators: BlockOperators) -> Iterator[None]:
     with ExitStack() as stack:
-        for module in (attention, dit, open_sum):
+        for module in (attention, feed_forward, open_sum):
             stack.enter_context(patch.object(module, "block_operators_for", always(operators)))
         yield
 

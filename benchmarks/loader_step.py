@@ -14,7 +14,6 @@ import torch
 
 from harness import interleaved
 from loader_providers import npy_bytes
-from speed_engine.build import build_cleaning, open_data, stored_shape
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.data.format.writer import ShardWriter
@@ -22,6 +21,7 @@ from speed_engine.data.loading.device import on_device
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
 from speed_engine.data.loading.resident import Resident
+from speed_engine.data.opening import build_cleaning, open_data, stored_shape
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.training.engine import Engine
 from train_cases import cpu_cases, gpu_cases, synthetic_batch, tiny
@@ -91,10 +91,10 @@ def batches(
     config: TrainConfig, device: torch.device, workers: Workers
 ) -> Generator[Iterator[Batch]]:
     """The run's batches, as ``Trainer`` has them."""
-    reader = open_data(config)
-    cleaning = build_cleaning(config, reader, device)
+    reader = open_data(config.data)
+    cleaning = build_cleaning(config.data, reader, config.seed, device)
     classes = config.data.num_classes
-    shape, feed = stored_shape(config, reader), Feed(config.batch_size, config.seed)
+    shape, feed = stored_shape(config.data, reader), Feed(config.batch_size, config.seed)
     if isinstance(workers, str):
         yield Resident(reader, shape, feed, cleaning, num_classes=classes)
         return

@@ -24,7 +24,7 @@ from generated_code import Kernel, count, pretend_gpu
 from harness import write_result
 from noise_and_loss_cases import TABLES, from_device, hybrid_eager, noise_on_device
 from speed_engine.models import dit
-from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.embeddings import unpatchify
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 from speed_kernels import adaln, gelu, heads, noising, variational_bound
@@ -94,7 +94,7 @@ def dispatched_to(operators: BlockOperators) -> Iterator[None]:
     """As on a GPU, for tensors that are traced on the CPU."""
     flash = lambda q, k, v: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     with ExitStack() as stack:
-        for module in (attention, dit, open_sum):
+        for module in (attention, feed_forward, open_sum):
             stack.enter_context(patch.object(module, "block_operators_for", lambda _: operators))
         for module in (adaln, gelu, heads, noising, variational_bound):
             stack.enter_context(patch.object(module, "runs_kernels", lambda _: True))

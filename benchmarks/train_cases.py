@@ -10,12 +10,12 @@ from torch import nn
 
 from speed_engine import ops
 from speed_engine.build import build_model, build_objective, build_process
-from speed_engine.build_training import UPDATES
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.flops import forward_flops
 from speed_engine.presets import PRESETS
+from speed_engine.training.configured import UPDATES
 from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup

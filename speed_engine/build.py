@@ -4,39 +4,44 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from speed_engine.config import TrainConfig
-from speed_engine.data.format.held_out import Part
-from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.remote import Cache, is_url
-from speed_engine.data.loading.clean import Cleaning
-from speed_engine.data.loading.conditions import (
-    NULL_TOKENS,
-    condition_name,
-    decode_null_tokens,
-    load_null_tokens,
-)
-from speed_engine.data.preparing.sources.digits import digits_folder
+from speed_engine.data.opening import condition_names, condition_shapes, null_conditions, open_data
 from speed_engine.diffusion.conditions import (
     ConditionChange,
     ConditionDropout,
     LowResolutionNoise,
 )
 from speed_engine.diffusion.grammar import read_spelling
+from speed_engine.diffusion.learned_variance import SquaredErrorAndBound
 from speed_engine.diffusion.method import Method, build_method, options_of
 from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.diffusion.terms import SquaredErrorAndBound
+from speed_engine.encoders.clip import ClipScore
+from speed_engine.encoders.vae import decode_latents, load_vae
+from speed_engine.evaluation.conditions import (
+    generation_conditions,
+    generation_settings,
+    generation_texts,
+)
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.evaluation.references import real_images
 from speed_engine.models.families import Shape, build_network
+from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.files import cache_folder
+from speed_engine.runtime.machine import Choices, torch_device
+from speed_engine.runtime.sharding import blocks, distribute
+from speed_engine.runtime.world import ALONE, World
+from speed_engine.training.configured import build_averages, build_update
+from speed_engine.training.ema import EMA, Ema
+from speed_engine.training.engine import Engine
 
 
 def build_process(config: TrainConfig) -> Method:
@@ -68,7 +73,7 @@ def build_objective(
         UserError: a learned variance is asked for where there is none.
     """
     changes: list[ConditionChange] = [
-        ConditionDropout(null_conditions(config), config.condition_dropout),
+        ConditionDropout(null_conditions(config.data), config.condition_dropout),
         LowResolutionNoise(config.low_resolution_noise),
     ]
     error = None
@@ -85,14 +90,14 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
     Attention is not taken from the configuration, since what trained a model need not be there
     where it is used.
     """
-    data, names = config.data, condition_names(config)
+    data, conditions = config.data, condition_names(config.data)
     channels, height, width = data.image_shape
     shape = Shape(
         input_size=(height, width),
         channels=channels,
-        num_classes=data.num_classes if "labels" in names else None,
-        token_dim=data.token_shape[1] if "tokens" in names else None,
-        low_channels=data.low_shape[0] if "low_resolution" in names else None,
+        num_classes=data.num_classes if "labels" in conditions else None,
+        token_dim=data.token_shape[1] if "tokens" in conditions else None,
+        low_channels=data.low_shape[0] if "low_resolution" in conditions else None,
         attention=attention,
     )
     with torch.random.fork_rng(devices=[]):
@@ -100,23 +105,11 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
         return build_network(config.model, shape)
 
 
-def condition_names(config: TrainConfig) -> tuple[str, ...]:
-    """What the model is conditioned on, as its arguments are named."""
-    return tuple(condition_name(member) for member in config.data.members[1:])
-
-
-def condition_shapes(config: TrainConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of one row of each condition."""
-    data = config.data
-    shapes = {"labels": (), "tokens": data.token_shape, "low_resolution": data.low_shape}
-    return {name: shapes[name] for name in condition_names(config)}
-
-
 def training_inputs(model: nn.Module, config: TrainConfig, images: int) -> list[dict[str, Tensor]]:
     """The model's arguments in every forward pass of a step, on the current default device."""
     conditions = {
         name: torch.zeros(images, *shape, dtype=torch.int64 if name == "labels" else torch.float32)
-        for name, shape in condition_shapes(config).items()
+        for name, shape in condition_shapes(config.data).items()
     }
     inputs = {
         "x": torch.zeros(images, *config.data.image_shape),
@@ -139,77 +132,132 @@ def attention_shapes(config: TrainConfig) -> set[AttentionShape]:
     return shapes.found
 
 
-def null_conditions(config: TrainConfig) -> dict[str, Tensor]:
-    """One row of each condition that can be hidden, as it is when hidden."""
-    null: dict[str, Callable[[], Tensor]] = {
-        "labels": lambda: torch.tensor(config.data.num_classes),
-        "tokens": lambda: torch.from_numpy(_null_tokens(config)),
-    }
-    return {name: null[name]() for name in condition_names(config) if name in null}
+def build_engine(
+    config: TrainConfig,
+    process: Method,
+    model: nn.Module,
+    choices: Choices,
+    world: World,
+    device: torch.device,
+) -> Engine:
+    """A model's objective and optimizer on the device, laid out over the processes.
 
-
-def data_source(config: TrainConfig) -> Path | str:
-    """Path or URL of the configured shards; an embedded data set is written to the cache first."""
-    if config.data.source == "digits":
-        return digits_folder()
-    return config.data.source if is_url(config.data.source) else Path(config.data.source)
-
-
-def open_data(
-    config: TrainConfig, members: Sequence[str] | None = None, part: Part | None = "training"
-) -> ShardReader:
-    """The configured shards, with the configured or other members; of one part, or None for both.
+    Args:
+        config: of the run.
+        process: its method.
+        model: what is trained, on the device, with the weights that it starts from.
+        choices: of the machine.
+        world: the processes that train together.
+        device: of this one.
 
     Raises:
-        UserError: they are damaged, or lack a member that the model is conditioned on.
+        UserError: an option does not fit another.
     """
-    return ShardReader(
-        data_source(config),
-        members or config.data.members,
-        Cache(cache_folder() / "shards", int(config.data.cache_gb * 1e9)),
-        config.data.exclude,
-        config.data.held_out,
-        part,
+    averages = build_averages(config.optimizer, model)
+    forward = _laid_out(config, model, averages, choices, world, device)
+    store_noise = choices.noise.value == "stored"
+    objective = build_objective(config, process, model, store_noise).to(device)
+    update = build_update(
+        config.optimizer,
+        model,
+        objective,
+        averages,
+        steps=config.steps,
+        update=choices.update.value,
+        momentum_decay=process.momentum_decay,
+        loss_learning_rate=process.batch_loss.learning_rate,
+    )
+    return Engine(
+        model,
+        objective,
+        update,
+        forward=forward,
+        microbatch_size=config.microbatch_size,
+        world=world,
+        seed=config.seed,
     )
 
 
-def _null_tokens(config: TrainConfig) -> np.ndarray:
-    source = data_source(config)
-    if isinstance(source, Path):
-        return load_null_tokens(source)
-    return decode_null_tokens(open_data(config).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")
-
-
-def stores_posterior(config: TrainConfig, reader: ShardReader) -> bool:
-    """Whether the data set holds mean and standard deviation of latents, to draw from."""
-    content = reader.dataset.contents.get(config.data.members[0], {})
-    shape = content.get("shape") or (None,)
-    return config.data.latents and shape[0] == 2 * config.data.image_shape[0]
-
-
-def stored_shape(config: TrainConfig, reader: ShardReader) -> tuple[int, int, int]:
-    """Of an image in the shards."""
-    channels, height, width = config.data.image_shape
-    return (2 if stores_posterior(config, reader) else 1) * channels, height, width
-
-
-def build_cleaning(config: TrainConfig, reader: ShardReader, device: torch.device) -> Cleaning:
-    """How stored images become clean ones, on the device.
-
-    Raises:
-        UserError: latents as a VAE gives them, and nothing says how to scale them.
+def _laid_out(
+    config: TrainConfig,
+    model: nn.Module,
+    averages: dict[str, Ema],
+    choices: Choices,
+    world: World,
+    device: torch.device,
+) -> Any:
+    """Compile a model and its EMA, distribute them with the other averages over the processes, and
+    return what is called in the model's place.
     """
-    metadata = reader.dataset.metadata if config.data.latents else {}
-    posterior = stores_posterior(config, reader)
-    if posterior and "latent_scale" not in metadata:
-        raise UserError(
-            f"{config.data.source} holds mean and standard deviation of latents, and its record "
-            "does not say by which latent_scale to multiply them; encode it again."
+    how, generating = choices.compile.value, choices.generation.value
+    if world.size == 1:
+        compiled(averages[EMA].model, generating)
+        return compiled(model, how)
+    # The gathering of parameters between blocks cannot be compiled.
+    for called, chosen in ((model, how), (averages[EMA].model, generating)):
+        if chosen != "off":
+            compile_each(blocks(called))
+    for laid_out in (model, *(average.model for average in averages.values())):
+        distribute(
+            laid_out,
+            world,
+            choices.parallel.value,
+            device.type,
+            reshard_after_forward=config.reshard,
+            offload=config.offload,
         )
-    return Cleaning(
-        seed=torch.tensor(config.seed, device=device),
-        posterior=posterior,
-        scale=float(metadata.get("latent_scale", 1.0)),
-        shift=float(metadata.get("latent_shift", 0.0)),
-        flip=config.data.flip,
+    for average in averages.values():
+        average.follow(model)
+    return model
+
+
+def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) -> Evaluator:
+    """Evaluation against the training and the held-out images, with the configured features.
+
+    Raises:
+        UserError: there are too few images for a metric, or what it needs is missing.
+    """
+    settings = config.evaluation
+    training, held_out, clip, texts = None, None, None, ()
+    if settings.features != "none":
+        training, held_out = real_images(config.data, settings)
+    if "clip" in settings.metrics and settings.clip_model is not None:
+        clip = ClipScore(settings.clip_model, torch_device(config.device))
+        texts = generation_texts(config.data, settings.num_images)
+    return Evaluator(
+        table=process.table,
+        settings=generation_settings(settings),
+        training=training,
+        extractor=None if training is None else training.extractor,
+        metrics=settings.metrics,
+        held_out=held_out,
+        clip=clip,
+        texts=texts,
+        conditions=generation_conditions(config.data, settings.num_images, config.seed),
+        null=null_conditions(config.data),
+        image_shape=config.data.image_shape,
+        latents=config.data.latents,
+        decode=build_decoder(config),
+        num_images=settings.num_images,
+        seed=config.seed,
+        world=world,
     )
+
+
+def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+    """Generated latents to pictures, by the configured VAE; None where there is none.
+
+    Raises:
+        UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+    """
+    if config.data.vae is None:
+        return None
+    metadata = open_data(config.data).dataset.metadata
+    if "latent_scale" not in metadata:
+        raise UserError(
+            f"{config.data.source} does not record its latent_scale, which decoding needs; "
+            "`speed-engine shards index --metadata` records it."
+        )
+    vae = load_vae(config.data.vae, torch_device(config.device))
+    scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
+    return partial(decode_latents, vae, scale=scale, shift=shift)

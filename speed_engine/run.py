@@ -18,16 +18,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine.build import attention_shapes, build_model, build_process
-from speed_engine.build_evaluation import build_evaluator
-from speed_engine.build_training import TrainingData, build_engine
+from speed_engine.build import (
+    attention_shapes,
+    build_engine,
+    build_evaluator,
+    build_model,
+    build_process,
+)
 from speed_engine.config import TrainConfig, from_json, to_json
-from speed_engine.models.layouts.files import require_shapes
+from speed_engine.data.training_data import TrainingData
+from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.runtime.sharding import COMPUTE_DTYPES
 from speed_engine.runtime.world import ALONE, World, join
@@ -50,20 +56,22 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
         UserError: the folder exists, or the configuration does not fit the data.
     """
     with deterministic(config.deterministic):
-        _start(config, folder, console)
+        trainer = _begun(config, folder, console)
+        if trainer is not None:
+            trainer.train()
 
 
-def _start(config: TrainConfig, folder: Path, console: Console) -> None:
+def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | None:
+    """The trainer at its first step, or where it was before a restart; None if it was complete."""
     world = join(machine.torch_device(config.device).type)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if world.from_first(folder.exists):
         if restarted and world.from_first((folder / EMA_FILE).exists):
             if world.is_first:  # a process died on its way out
                 console.print(f"{folder} was complete before the restart.", markup=False)
-            return
+            return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
-            _continue(read_config(folder), folder, console, world)
-            return
+            return _continued(read_config(folder), folder, console, world)
         raise UserError(
             f"{folder} exists already; continue it with `speed-engine train --resume {folder}`, "
             "or name another folder with --run."
@@ -73,7 +81,7 @@ def _start(config: TrainConfig, folder: Path, console: Console) -> None:
         text = to_json(config)
         folder.mkdir(parents=True)
         write_durably(folder / CONFIG_FILE, text.encode())
-    trainer.train()
+    return trainer
 
 
 def resume(folder: Path, console: Console, steps: int | None = None) -> None:
@@ -94,11 +102,11 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
         world.from_first(lambda: str(newest_checkpoint(folder)))
-        _continue(config, folder, console, world)
+        _continued(config, folder, console, world).train()
 
 
-def _continue(config: TrainConfig, folder: Path, console: Console, world: World) -> None:
-    """From the newest complete checkpoint; from the start if none had been written yet."""
+def _continued(config: TrainConfig, folder: Path, console: Console, world: World) -> Trainer:
+    """The trainer from the newest complete checkpoint, or from the start if there is none yet."""
     saved = world.from_first(lambda: any((folder / CHECKPOINTS).glob("step-*")))
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
@@ -106,7 +114,7 @@ def _continue(config: TrainConfig, folder: Path, console: Console, world: World)
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
     if world.is_first:
         write_durably(folder / CONFIG_FILE, to_json(config).encode())
-    trainer.train()
+    return trainer
 
 
 def machine_choices(
@@ -153,12 +161,15 @@ def build_trainer(
     """
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
-    data = TrainingData(config, world, device)
+    data = TrainingData(config.data, config.batch_size, config.seed, world, device)
     settle_operators(config, config.kernels, device, world)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
     evaluator = build_evaluator(config, process, world)
-    engine = build_engine(config, process, choices, world, device, init_from)
+    model = build_model(config, choices.attention.value).to(device)
+    if init_from is not None:
+        load_pretrained(model, init_from)
+    engine = build_engine(config, process, model, choices, world, device)
     where = choices.device.value
     if world.size > 1:
         where = f"{world.size} x {where}, {choices.parallel.value}"
@@ -208,7 +219,7 @@ def settle_operators(
     Raises:
         UserError: kernels are demanded and fail, or attention does not run.
     """
-    machine.settle_kernels(kernels, device.type, world)
+    settle_kernels(kernels, device.type, world)
     if device.type == "cuda":
         dtype = COMPUTE_DTYPES[device.type]
         settle_attention(attention_shapes(config), device, dtype, quiet=not world.is_first)

@@ -17,7 +17,7 @@ from speed_engine.commands.configured import GROUPS
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.presets import PRESETS
-from speed_engine.runtime import machine
+from speed_engine.runtime import kernels
 from speed_engine.runtime.kernel_check import Finding
 from speed_engine.runtime.world import join
 
@@ -53,8 +53,8 @@ def test_doctor_says_what_came_of_each_kernel(capsys, monkeypatch):
         Finding("adaln", "block", 0.0021, None),
         Finding("gelu", "block", math.nan, "does not run: [out of resource]"),
     ]
-    monkeypatch.setattr(machine, "kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(machine, "kernel_findings", lambda device: findings)
+    monkeypatch.setattr(kernels, "kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(kernels, "kernel_findings", lambda device: findings)
     cli.main(["doctor"])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "adaln block passed 0.0021" in lines

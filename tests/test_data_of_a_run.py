@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file
 
-from speed_engine.build_training import TrainingData
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.resident import Resident
 from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import build_trainer, resume, start

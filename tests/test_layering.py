@@ -16,7 +16,6 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"training"},
     {"config"},
     {"build", "presets"},
-    {"build_evaluation", "build_training"},
     {"run", "planning"},
     {"arena"},
     {"commands"},

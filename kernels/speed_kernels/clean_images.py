@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from speed_kernels.arguments import check_address
 from speed_kernels.language import chunk, multiply, runs_kernels, tl, triton
 from speed_kernels.philox import (
     BLOCK,
     Stream,
-    check_address,
     consecutive_normals,
     normal,
     random_bits,

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from speed_kernels.arguments import COEFFICIENTS, DTYPES, check_arguments
 from speed_kernels.language import chunk, multiply, runs_kernels, store, tl, triton
-from speed_kernels.philox import BLOCK, Stream, check_address, consecutive_normals, normal
+from speed_kernels.philox import BLOCK, Stream, consecutive_normals, normal
 
-COEFFICIENTS = 5  # per row
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # others go through the reference
 _COEFFICIENTS, _NOISE = tl.constexpr(COEFFICIENTS), tl.constexpr(int(Stream.NOISE))
 
 
@@ -73,42 +72,7 @@ def noised_input_and_noise(
     return _noised_input_and_noise(x0, coefficients, seed, ids, dtype)
 
 
-def check_arguments(
-    caller: str, x0: Tensor, coefficients: Tensor, seed: Tensor, ids: Tensor
-) -> None:
-    """Refuse, before any launch, what the kernels would read wrongly."""
-    check_address(caller, seed, ids)
-    if not x0.is_floating_point():
-        raise ValueError(f"{caller}: x0 must be floating point, got {x0.dtype}; scale it first.")
-    if x0.dim() < 2 or ids.shape != x0.shape[:1]:
-        raise ValueError(
-            f"{caller}: x0 must be (B, ...) with one of B ids per image; got x0 "
-            f"{tuple(x0.shape)} and ids {tuple(ids.shape)}."
-        )
-    if coefficients.dtype != torch.float32 or coefficients.shape != (len(x0), COEFFICIENTS):
-        raise ValueError(
-            f"{caller}: coefficients must be float32 of shape {(len(x0), COEFFICIENTS)}; got "
-            f"{coefficients.dtype} of shape {tuple(coefficients.shape)}."
-        )
-    if not x0.device == coefficients.device == ids.device:
-        raise ValueError(
-            f"{caller}: everything must be on one device; got x0 on {x0.device}, coefficients on "
-            f"{coefficients.device}, seed and ids on {ids.device}."
-        )
-
-
 # Forward: one program per image and BLOCK elements.
-
-
-@triton.jit
-def noise_of_chunk(noise_ptr, seed_ptr, ids_ptr, image, first, offset, mask, BLOCK: tl.constexpr):
-    """(BLOCK,) float32, read where the noise was stored, else drawn."""
-    if noise_ptr is None:
-        return consecutive_normals(
-            tl.load(seed_ptr), first, tl.load(ids_ptr + image), _NOISE, BLOCK
-        )
-    else:
-        return tl.load(noise_ptr + offset + tl.arange(0, BLOCK), mask=mask, other=0.0)
 
 
 @triton.jit

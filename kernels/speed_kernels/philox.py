@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from speed_kernels.arguments import check_address
 from speed_kernels.language import HAS_TRITON, chunk, multiply, store, tl, triton
 
 SPECIFICATION = 1
@@ -91,24 +92,6 @@ def normal(seed: Tensor, ids: Tensor, num_elements: int, stream: Stream = Stream
     """
     check_address("normal", seed, ids)
     return _normal(seed, ids, num_elements, int(stream))
-
-
-def check_address(caller: str, seed: Tensor, ids: Tensor) -> None:
-    """Refuse, before any launch, what cannot address a draw."""
-    if seed.dtype != torch.int64 or seed.shape != ():
-        raise ValueError(
-            f"{caller}: seed must be an int64 tensor of shape (); got {seed.dtype} of shape "
-            f"{tuple(seed.shape)}. Use torch.tensor(seed)."
-        )
-    if ids.dtype != torch.int64 or ids.dim() != 1:
-        raise ValueError(
-            f"{caller}: ids must be an int64 tensor of shape (B,); got {ids.dtype} of shape "
-            f"{tuple(ids.shape)}."
-        )
-    if seed.device != ids.device:
-        raise ValueError(
-            f"{caller}: seed is on {seed.device} and ids on {ids.device}; move one to the other."
-        )
 
 
 # PyTorch reference, on any device.
@@ -257,6 +240,7 @@ def _cos_sin_numpy(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 _LOG_COEFFICIENTS, _SIN_COEFFICIENTS, _COS_COEFFICIENTS = map(tl.constexpr, (_LOG, _SIN, _COS))
 _LN2_HIGH_PART, _LN2_LOW_PART = tl.constexpr(_LN2_HIGH), tl.constexpr(_LN2_LOW)
 _SQRT_HALF = tl.constexpr(_SQRT_HALF_BITS)
+_NOISE = tl.constexpr(int(Stream.NOISE))
 _SCALE, _HALF_STEP = tl.constexpr(_2_POW_MINUS_32), tl.constexpr(_2_POW_MINUS_33)
 
 
@@ -295,6 +279,17 @@ def consecutive_normals(seed, first, image, STREAM: tl.constexpr, BLOCK: tl.cons
     blocks = first // 4 + tl.arange(0, BLOCK // 4)
     n0, n1, n2, n3 = four_normals(seed, blocks, image, STREAM)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def noise_of_chunk(noise_ptr, seed_ptr, ids_ptr, image, first, offset, mask, BLOCK: tl.constexpr):
+    """(BLOCK,) float32, read where the noise was stored, else drawn."""
+    if noise_ptr is None:
+        return consecutive_normals(
+            tl.load(seed_ptr), first, tl.load(ids_ptr + image), _NOISE, BLOCK
+        )
+    else:
+        return tl.load(noise_ptr + offset + tl.arange(0, BLOCK), mask=mask, other=0.0)
 
 
 @triton.jit

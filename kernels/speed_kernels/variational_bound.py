@@ -32,10 +32,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.arguments import DTYPES, check_arguments, check_noise
 from speed_kernels.language import chunk, multiply, runs_kernels, store, tl, triton
-from speed_kernels.noising import DTYPES, check_arguments, noise_of_chunk
-from speed_kernels.philox import BLOCK, normal
-from speed_kernels.weighted_mse import check_noise
+from speed_kernels.philox import BLOCK, noise_of_chunk, normal
 
 BOUND_COLUMNS = 5  # per row
 _COLUMNS = tl.constexpr(BOUND_COLUMNS)

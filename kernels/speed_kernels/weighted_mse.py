@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
+from speed_kernels.arguments import COEFFICIENTS, DTYPES, check_arguments, check_noise
 from speed_kernels.language import chunk, multiply, runs_kernels, store, tl, triton
-from speed_kernels.noising import COEFFICIENTS, DTYPES, check_arguments, noise_of_chunk
-from speed_kernels.philox import BLOCK, normal
+from speed_kernels.philox import BLOCK, noise_of_chunk, normal
 
 _COEFFICIENTS = tl.constexpr(COEFFICIENTS)
 
@@ -84,18 +84,6 @@ def weighted_mse(
     total, _ = _squared_error(prediction, x0, coefficients, seed, ids, noise)
     squared_error = total / x0.shape[1:].numel()
     return coefficients[:, 4] * squared_error, squared_error.detach()
-
-
-def check_noise(caller: str, x0: Tensor, noise: Tensor | None) -> None:
-    """Refuse, before any launch, what the kernels would read wrongly."""
-    if noise is not None:
-        same = noise.shape == x0.shape and noise.device == x0.device
-        if not same or noise.dtype != torch.float32:
-            raise ValueError(
-                f"{caller}: stored noise must be float32 {tuple(x0.shape)} on {x0.device}, as "
-                f"noised_input_and_noise returns it; got {noise.dtype} {tuple(noise.shape)} on "
-                f"{noise.device}."
-            )
 
 
 # Forward: one program per image and BLOCK elements; PyTorch adds their partial sums, so that the

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from speed_engine.build import build_cleaning, build_process, open_data
-from speed_engine.build_evaluation import build_evaluator
+from speed_engine.arena.planned import FINAL_FILE
+from speed_engine.build import build_evaluator, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch, StoredBatch
 from speed_engine.data.loading.decoding import read_all
+from speed_engine.data.opening import build_cleaning, open_data
 from speed_engine.diffusion.method import Method
 from speed_engine.diffusion.prediction import solve
 from speed_engine.models.layers.blocks import compiled
@@ -27,7 +28,6 @@ from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.machine import choose_generation, torch_device
 from speed_engine.runtime.sharding import autocast
 
-FINAL_FILE = "final.json"
 LOG_SNRS = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 DENOISED_IMAGES = 256
 
@@ -65,12 +65,13 @@ def denoising_errors(
     """
     device = torch_device(config.device)
     held_out = "held_out" if config.data.held_out else "training"
-    reader = open_data(config, part=held_out)
+    reader = open_data(config.data, part=held_out)
     pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
-    told = {k: torch.from_numpy(v[:DENOISED_IMAGES]).to(device) for k, v in conditions.items()}
+    rows = {k: torch.from_numpy(v[:DENOISED_IMAGES]).to(device) for k, v in conditions.items()}
     images = torch.from_numpy(pixels[:DENOISED_IMAGES]).to(device)
     ids = torch.arange(len(images), device=device)
-    batch = build_cleaning(config, reader, device).batch(StoredBatch(images, told, ids))
+    cleaning = build_cleaning(config.data, reader, config.seed, device)
+    batch = cleaning.batch(StoredBatch(images, rows, ids))
     root = torch.tensor(config.seed, device=device)
     noise = normal(root, ids, batch.images[0].numel(), Stream.NOISE).view_as(batch.images)
     times = times_at(process, LOG_SNRS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from speed_engine.arena.final import FINAL_FILE
+from speed_engine.arena.planned import FINAL_FILE
 from speed_engine.arena.results import Curve, Point
 from speed_engine.evaluation.metrics import is_figure
 from speed_engine.runtime.checks import UserError

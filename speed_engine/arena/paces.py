@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from speed_engine.arena.runs import Run, failure, is_complete
+from speed_engine.arena.planned import Run, failure, is_complete
 from speed_engine.config import TrainConfig
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.records import read_records

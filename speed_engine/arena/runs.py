@@ -11,42 +11,18 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from speed_engine.config import TrainConfig
+from speed_engine.arena.planned import Run, is_complete, log_file
 from speed_engine.run import resume, start
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE
 
 # Imported once, by the process that all others are forked from, instead of once per run.
 PRELOADED = ["speed_engine.arena.runs", "torch_fidelity", "torch.utils.tensorboard.writer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run that is to be complete."""
-
-    config: TrainConfig
-    folder: Path
-    finish: Callable[[Path], object] | None = None  # what else is done with the trained run
-    outcome: str = EMA_FILE  # file in the folder that is written last
-
-
-def is_complete(run: Run) -> bool:
-    """Whether nothing is left to do for it."""
-    return (run.folder / run.outcome).exists()
-
-
-def failure(run: Run) -> str:
-    """Why a run is not complete: the last line that it printed."""
-    path = _log(run)
-    lines = path.read_text(errors="replace").split("\n") if path.exists() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it has not begun")
 
 
 def execute(
@@ -82,7 +58,7 @@ def execute(
                 process.join()
                 if process.exitcode and process.exitcode < 0:
                     name = signal.Signals(-process.exitcode).name
-                    with _log(run).open("a") as log:
+                    with log_file(run).open("a") as log:
                         log.write(f"\nthe process was killed by {name}\n")
                 free.append(slot)
                 done(run, is_complete(run))
@@ -107,7 +83,7 @@ def _work(run: Run, slot: int, threads: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot] if visible else str(slot)
     torch.set_num_threads(threads)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    with _log(run).open("a", buffering=1) as log:
+    with log_file(run).open("a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         log.write(f"process {os.getpid()}\n")
@@ -130,7 +106,3 @@ def _complete(run: Run, console: Console) -> None:
     trained = (run.folder / EMA_FILE).exists()  # else it was asked to stop
     if trained and run.finish is not None:
         run.finish(run.folder)
-
-
-def _log(run: Run) -> Path:
-    return run.folder.with_name(f"{run.folder.name}.log")

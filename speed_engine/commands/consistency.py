@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from speed_engine import build, build_evaluation
+from speed_engine.build import build_decoder, build_process
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
+from speed_engine.data.opening import condition_names
 from speed_engine.diffusion.conditions import Conditions
+from speed_engine.evaluation.conditions import generation_conditions
 from speed_engine.evaluation.consistency import (
     Likeness,
     likeness,
@@ -25,6 +27,7 @@ from speed_engine.evaluation.consistency import (
 )
 from speed_engine.evaluation.generate import GenerationSettings, generate, save_images
 from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.evaluation.references import real_images
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average_of, read_config
 from speed_engine.runtime import machine
@@ -84,10 +87,11 @@ def run(arguments: list[str], console: Console) -> None:
     configs = [_configured(read_config(run), command) for run in runs]
     checkpoints = [complete_checkpoints(run) for run in runs]
     _check_same_task(runs, configs, checkpoints)
-    conditions = build_evaluation.generation_conditions(configs[0])
+    data, evaluation = configs[0].data, configs[0].evaluation
+    conditions = generation_conditions(data, evaluation.num_images, configs[0].seed)
     partners = partners_of(conditions.get("labels"), command.count)
-    compared = configs[0].evaluation.features != "none"
-    extractor = build_evaluation.real_images(configs[0])[0].extractor if compared else None
+    compared = evaluation.features != "none"
+    extractor = real_images(data, evaluation)[0].extractor if compared else None
     comparisons: list[Comparison] = []
     for steps in steps_compared(*checkpoints):
         paths = (of_run[step] for of_run, step in zip(checkpoints, steps, strict=True))
@@ -151,7 +155,7 @@ def _check_same_task(
         return {
             "shape": config.data.image_shape,
             "latents": config.data.latents,
-            "conditions": sorted(build.condition_names(config)),
+            "conditions": sorted(condition_names(config.data)),
             "classes": config.data.num_classes,
             "data (SHA-256)": checkpoint.read_state(paths[max(paths)])["data"][:12],
         }
@@ -167,7 +171,7 @@ def _check_same_task(
 
 def _generate(config: TrainConfig, path: Path, conditions: Conditions, seed: int) -> Tensor:
     """(N, C, H, W) of one checkpoint, the same noise for image i whichever model generates it."""
-    process, device = build.build_process(config), machine.torch_device(config.device)
+    process, device = build_process(config), machine.torch_device(config.device)
     model, _ = load_average_of(path, config, device)
     forward: Any = compiled(model, machine.choose_generation(config.compile, device.type).value)
     images = generate(
@@ -181,7 +185,7 @@ def _generate(config: TrainConfig, path: Path, conditions: Conditions, seed: int
         seed=seed,
         latents=config.data.latents,
     )
-    decode = build_evaluation.build_decoder(config)
+    decode = build_decoder(config)
     return images if decode is None else decode(images)
 
 

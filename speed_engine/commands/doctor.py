@@ -9,7 +9,7 @@ from rich.table import Table
 from speed_engine.commands.options import read_options
 from speed_engine.presets import PRESETS
 from speed_engine.run import machine_choices
-from speed_engine.runtime import machine
+from speed_engine.runtime import kernels, machine
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import cache_folder
 
@@ -36,12 +36,12 @@ def run(arguments: list[str], console: Console) -> None:
 
 def _tested_kernels(device: str) -> Table | str:
     """Whether each kernel agrees with its definition here, and its largest relative error."""
-    if obstacle := machine.kernel_obstacle(device):
+    if obstacle := kernels.kernel_obstacle(device):
         return f"kernels are not tested: {obstacle}"
     table = Table(box=None, padding=(0, 2, 0, 0))
     for head in ("kernel", "family", "test", "error"):
         table.add_column(head)
-    for finding in machine.kernel_findings(device):
+    for finding in kernels.kernel_findings(device):
         outcome = "passed" if finding.passed else f"[red]{escape(finding.problem or '')}[/red]"
         table.add_row(finding.operator, finding.family, outcome, f"{finding.error:.2g}")
     return table

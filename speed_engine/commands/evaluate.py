@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from speed_engine.build import build_process
-from speed_engine.build_evaluation import build_evaluator
+from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of

@@ -15,12 +15,23 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
-from speed_engine import build, build_evaluation
+from speed_engine.build import build_decoder, build_process
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
+from speed_engine.data.opening import null_conditions
 from speed_engine.encoders.hub import sha256_of
+from speed_engine.evaluation.conditions import (
+    generation_conditions,
+    generation_settings,
+    prompted,
+)
 from speed_engine.evaluation.config import SolverName
-from speed_engine.evaluation.generate import check_guidance, generate, grid_rows, save_images
+from speed_engine.evaluation.generate import (
+    check_guidance,
+    generate,
+    grid_rows,
+    save_images,
+)
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
@@ -136,19 +147,18 @@ def generate_files(
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
-    conditions, null = (
-        build_evaluation.generation_conditions(config),
-        build.null_conditions(config),
-    )
+    total, settings = config.evaluation.num_images, generation_settings(config.evaluation)
     if prompts:
-        conditions, null = build_evaluation.prompted(config, prompts, text_encoder)
-    total, settings = config.evaluation.num_images, build_evaluation.generation_settings(config)
+        conditions, null = prompted(config.data, total, prompts, text_encoder)
+    else:
+        conditions = generation_conditions(config.data, total, config.seed)
+        null = null_conditions(config.data)
     check_guidance(settings.guidance, conditions, null)
     device = machine.choose_device(config.device).value
     batches = -(-total // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.steps).value
     model, step = load_average(run, config, machine.torch_device(config.device, world), average)
-    process, decode = build.build_process(config), build_evaluation.build_decoder(config)
+    process, decode = build_process(config), build_decoder(config)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:

@@ -1,22 +1,17 @@
 """Terms of the loss: what one forward pass of a model costs, image by image.
 
-The first is the error of the prediction, by itself or together with the variational bound of a
-learned variance. What else a method adds, such as a loss on the model's features, is a ``Term``.
+The first is the error of the prediction. What else a method adds, such as a loss on the model's
+features, is a ``Term``.
 
-Letters: B images, C channels, H x W pixels, T timesteps.
+Letters: B images, C channels, H x W pixels.
 """
 
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from speed_engine.diffusion.discrete import DiscreteSchedule
-from speed_engine.diffusion.method import Method
-from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.ops import operators_for
-from speed_engine.runtime.checks import UserError
 
 
 class Pass(NamedTuple):
@@ -56,64 +51,3 @@ class SquaredError(nn.Module):
         return weighted_mse(
             seen.answer, seen.images, seen.coefficients, seen.seed, seen.ids, seen.noise
         )
-
-
-class SquaredErrorAndBound(SquaredError):
-    """Squared error of the noise and variational bound in one pass over the answer.
-
-        w mean((epsilon - noise)**2) + T / 1000 bound
-
-    The bound trains the variance, the error the mean (Nichol and Dhariwal 2021). A model for it
-    answers with twice the channels: the noise, then v, see ``speed_kernels.variational_bound``.
-    DiT trains with it.
-
-    Args:
-        method: on a variance-preserving discrete process, predicting epsilon.
-
-    Raises:
-        UserError: another process or prediction.
-    """
-
-    bound_rows: Tensor
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        if method.prediction != "epsilon":
-            raise UserError(
-                f"a learned variance needs prediction epsilon, not {method.prediction}."
-            )
-        rows = bound_rows(method.schedule).float()
-        scale = torch.full_like(rows[:, :1], method.schedule.num_timesteps / 1000)
-        weight = scale * method.table.coefficients[:, 4:] if method.weigh_bound else scale
-        self.register_buffer("bound_rows", torch.cat([rows, weight], dim=1), persistent=False)
-
-    def forward(self, seen: Pass) -> tuple[Tensor, Tensor]:
-        """(B,) both together, and (B,) squared error of the noise without a weight, detached."""
-        hybrid_loss = operators_for(seen.images.device).hybrid_loss
-        rows = self.bound_rows[seen.t]
-        return hybrid_loss(
-            seen.answer, seen.images, seen.coefficients, rows, seen.seed, seen.ids, seen.noise
-        )
-
-
-def bound_rows(schedule: NoiseSchedule) -> Tensor:
-    """(T, 4) float64 rows (log posterior variance, log beta, gap, first) of the bound.
-
-    The posterior variance is zero at t = 0; there, as published, that of t = 1 stands in.
-
-    Raises:
-        UserError: the process is not discrete and variance-preserving.
-    """
-    if not isinstance(schedule, DiscreteSchedule) or not schedule.variance_preserving:
-        raise UserError(
-            f"a learned variance needs a discrete variance-preserving process, such as linear or "
-            f"cosine; schedule {schedule.name!r} is none."
-        )
-    abar = schedule.alphas_cumprod
-    before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
-    beta = 1 - abar / before
-    posterior = beta * (1 - before) / (1 - abar)
-    posterior = torch.cat([posterior[1:2], posterior[1:]])
-    gap = before.sqrt() * beta / (1 - abar) * ((1 - abar) / abar).sqrt()
-    first = (schedule.timesteps == 0).double()
-    return torch.stack([posterior.log(), beta.log(), gap, first], dim=1)

@@ -17,12 +17,12 @@ from speed_engine.models.layers.blocks import set_recompute
 from speed_engine.models.layers.edm_block import EdmBlock, Style, norm_groups
 from speed_engine.models.layers.embeddings import sinusoid
 from speed_engine.models.layers.group_norm import GroupNormSiLU
+from speed_engine.models.layers.initial import zeroed
 from speed_engine.models.layers.unet_layers import (
     Double,
     Halve,
     check_given,
     check_halvings,
-    zeroed,
 )
 
 # The networks of EDM's experiments, with their parameters in millions.

@@ -6,13 +6,12 @@ The smaller image is enlarged to the size of x and joined to it along the channe
 Letters: B images, C channels, H x W pixels, h x w pixels of the smaller image.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from speed_engine.diffusion.objective import Passes, training_passes
 
 
 def conditioned_channels(channels: int, low_channels: int) -> int:
@@ -37,9 +36,9 @@ class SuperResolution(nn.Module):
         return cast(nn.ModuleList, self.model.blocks)
 
     @property
-    def training_passes(self) -> Passes:
-        """As the model declares them."""
-        return training_passes(self.model)
+    def training_passes(self) -> Sequence[Mapping[str, int]]:
+        """As the model declares them; by default one plain pass."""
+        return getattr(self.model, "training_passes", ({},))
 
     @property
     def features(self) -> tuple[str, ...]:

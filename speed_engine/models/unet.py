@@ -14,20 +14,18 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.blocks import set_recompute
 from speed_engine.models.layers.embeddings import sinusoid
-from speed_engine.models.layers.group_norm import GroupNormSiLU
+from speed_engine.models.layers.group_norm import NORM_GROUPS, GroupNormSiLU
+from speed_engine.models.layers.initial import zeroed
 from speed_engine.models.layers.spatial_transformer import SpatialTransformer
 from speed_engine.models.layers.unet_layers import (
-    NORM_GROUPS,
     AttentionBlock,
     Double,
     Downsample,
     Halve,
     ResBlock,
-    Stage,
     Upsample,
     check_given,
     check_halvings,
-    zeroed,
 )
 from speed_engine.runtime.checks import UserError
 
@@ -236,3 +234,19 @@ def _heads(channels: int, num_heads: int, num_head_channels: int | None) -> int:
             f"{divisors}."
         )
     return num_heads if num_head_channels is None else channels // num_head_channels
+
+
+class Stage(nn.Sequential):
+    """Layers in order, each given what it takes of the embedding of t and of the tokens."""
+
+    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        """(B, C, H, W), (B, E), (B, L, D) -> (B, C, H, W) of other sizes."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, embedding)
+            elif isinstance(layer, SpatialTransformer):
+                assert tokens is not None
+                x = layer(x, tokens)
+            else:
+                x = layer(x)
+        return x

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speed_engine.build import build_model, condition_names, training_inputs
+from speed_engine.build import build_model, training_inputs
 from speed_engine.config import TrainConfig
+from speed_engine.data.opening import condition_names
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 
@@ -108,10 +109,10 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
     cost, device = estimate(config), GPUS[gpu]
     floor = cost.step_seconds(device)
     shape = " x ".join(map(str, config.data.image_shape))
-    names = condition_names(config)
-    condition = f"conditioned on {', '.join(names)}" if names else "unconditional"
+    conditions = " and ".join(condition_names(config.data))
+    conditioned = f"conditioned on {conditions}" if conditions else "unconditional"
     return {
-        "model": f"{config.model.size or config.model.family} on {shape}, {condition}",
+        "model": f"{config.model.size or config.model.family} on {shape}, {conditioned}",
         "parameters": f"{cost.parameters:,}",
         "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
         f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _MOST = 10**12  # of steps, images, files: no run comes near
 _SHOWN = 60  # characters of a value in a message
@@ -107,3 +107,30 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     similar = difflib.get_close_matches(name, known, n=1)
     proposal = f"did you mean {similar[0]!r}? Choose" if similar else "choose"
     return UserError(f"unknown {kind} {shortened(name)!r}; {proposal} from {', '.join(known)}.")
+
+
+def require_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object
+) -> None:
+    """Compare names and shapes.
+
+    Args:
+        expected: shapes by name.
+        found: shapes by name.
+        source: what holds them, for the message.
+
+    Raises:
+        UserError: a tensor is missing, left over or of another shape; lists all of them.
+    """
+    if found == expected:
+        return
+    missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    reshaped = [
+        f"{name} is {found[name]} there and {expected[name]} here"
+        for name in sorted(expected.keys() & found)
+        if expected[name] != found[name]
+    ]
+    raise UserError(
+        f"{source} is a checkpoint of another model: "
+        f"missing {missing}, unexpected {unexpected}, reshaped {reshaped}."
+    )

@@ -23,8 +23,7 @@ from speed_engine.data.batch import Batch
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.evaluation.evaluator import Evaluation, Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
-from speed_engine.models.layouts.files import require_shapes
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.progress import TrainingProgress

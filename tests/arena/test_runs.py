@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from speed_engine.arena.runs import Run, execute, failure, is_complete
+from speed_engine.arena.planned import Run, failure, is_complete
+from speed_engine.arena.runs import execute
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.build import build_process
-from speed_engine.build_evaluation import build_evaluator
+from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands import evaluate as commands
 from speed_engine.commands.evaluate import show
 from speed_engine.config import TrainConfig
@@ -25,7 +24,7 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
 from speed_engine.runtime import machine
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.records import append_record, read_records
 from speed_engine.training.config import OptimizerConfig
 

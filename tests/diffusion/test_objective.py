@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from speed_engine.diffusion.learned_variance import SquaredErrorAndBound
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.diffusion.terms import Pass, SquaredErrorAndBound
+from speed_engine.diffusion.terms import Pass
 from speed_engine.ops import Stream, random_bits
 
 WORDS = 10

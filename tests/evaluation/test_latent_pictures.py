@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from speed_engine import build, build_evaluation
+from speed_engine import build
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.data.format.writer import ShardWriter
@@ -54,7 +54,7 @@ def test_evaluation_decodes_what_it_draws_at_the_scale_of_the_data(vae, tmp_path
     scales = {"latent_scale": 0.5, "latent_shift": 0.25}
     config = configured(vae, write_latents(tmp_path / "shards", scales))
     model, process = build.build_model(config).eval(), build.build_process(config)
-    evaluator = build_evaluation.build_evaluator(config, process)
+    evaluator = build.build_evaluator(config, process)
     images, fidelity = evaluator(model)
     latents, _ = replace(evaluator, decode=None)(model)
     assert fidelity is None and latents.dtype == torch.float32 and latents.shape == (5, 4, 4, 4)
@@ -68,13 +68,13 @@ def test_evaluation_decodes_what_it_draws_at_the_scale_of_the_data(vae, tmp_path
 def test_without_a_vae_latents_stay_what_they_are(vae, tmp_path):
     config = configured(vae, write_latents(tmp_path / "shards", {}))
     plain = replace(config, data=replace(config.data, vae=None))
-    assert build_evaluation.build_decoder(plain) is None
+    assert build.build_decoder(plain) is None
 
 
 def test_a_scale_that_is_not_recorded_is_not_guessed(vae, tmp_path):
     config = configured(vae, write_latents(tmp_path / "shards", {}))
     with pytest.raises(ValueError, match="does not record its latent_scale"):
-        build_evaluation.build_decoder(config)
+        build.build_decoder(config)
 
 
 def test_a_vae_is_for_latents_only():

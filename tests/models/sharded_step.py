@@ -16,9 +16,8 @@ from speed_engine.diffusion import objective
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.models import dit
 from speed_engine.models.dit import DiT
-from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.ops import BLOCK_FUSED, FUSED
 
 WORLD, BATCH, DIM, CLASSES = 2, 4, 32, 5
@@ -48,7 +47,7 @@ def gradients(model: nn.Module, images: slice) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     rank, store = int(sys.argv[1]), sys.argv[2]
-    for module in (attention, dit, open_sum):
+    for module in (attention, feed_forward, open_sum):
         module.block_operators_for = lambda device: BLOCK_FUSED  # pyright: ignore[reportAttributeAccessIssue]
     objective.operators_for = lambda device: FUSED  # pyright: ignore[reportAttributeAccessIssue]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from speed_engine.models import dit
 from speed_engine.models.dit import Block, DiT
-from speed_engine.models.layers import attention, open_sum
+from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.open_sum import OpenSum
 from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
 
@@ -25,7 +24,7 @@ def kernels(monkeypatch):
     """Choose what blocks run on, whatever the device."""
 
     def choose(operators):
-        for module in (attention, dit, open_sum):
+        for module in (attention, feed_forward, open_sum):
             monkeypatch.setattr(module, "block_operators_for", lambda device: operators)
 
     return choose

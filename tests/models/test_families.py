@@ -15,12 +15,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from speed_engine import build, build_evaluation, cli
+from speed_engine import build, cli
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.config import DataConfig
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.preparing.sources.digits import digits_folder
+from speed_engine.evaluation.conditions import generation_conditions, prompted
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network
@@ -326,7 +327,7 @@ def test_the_step_of_a_told_model_is_one_graph_compiled_once(told_shards, name, 
     torch._dynamo.reset()
     counted = torch._dynamo.utils.counters["stats"]
     step = torch.compile(lambda *b: objective(model, *b).loss, fullgraph=True, backend="aot_eager")
-    conditions = build_evaluation.generation_conditions(config)
+    conditions = generation_conditions(config.data, config.evaluation.num_images, config.seed)
     before, graphs = counted["unique_graphs"], []
     for done in range(3):
         ids = torch.arange(20) + 20 * done
@@ -438,15 +439,15 @@ def test_prompts_for_a_model_without_texts_are_refused(tmp_path, clip):
     trained(dataclasses.replace(CONFIG, steps=5), run)
     config = read_config(run)
     with pytest.raises(ValueError, match="is conditioned on labels; a prompt needs one"):
-        build_evaluation.prompted(config, ["three"], str(clip))
+        prompted(config.data, 3, ["three"], str(clip))
 
 
 def test_prompts_need_the_encoder_of_the_data(told_shards, clip):
     config = dataclasses.replace(CONFIG, data=told(told_shards, "tokens.npy"))
     with pytest.raises(ValueError, match="needs --text-encoder"):
-        build_evaluation.prompted(config, ["three"], None)
+        prompted(config.data, 3, ["three"], None)
     data = dataclasses.replace(config.data, token_shape=(77, 768))
     with pytest.raises(ValueError, match=r"makes tokens of shape \(12, 16\)"):
-        build_evaluation.prompted(dataclasses.replace(config, data=data), ["three"], str(clip))
+        prompted(data, 3, ["three"], str(clip))
     with pytest.raises(ValueError, match="cannot be loaded"):
-        build_evaluation.prompted(config, ["three"], str(told_shards))
+        prompted(config.data, 3, ["three"], str(told_shards))

@@ -21,10 +21,10 @@ import torch
 from torch._inductor.utils import clear_caches
 
 from speed_engine import build
-from speed_engine.build import build_process, condition_shapes, null_conditions
-from speed_engine.build_training import build_engine
+from speed_engine.build import build_engine, build_model, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
+from speed_engine.data.opening import condition_shapes, null_conditions
 from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.presets import PRESETS
 from speed_engine.run import machine_choices
@@ -55,7 +55,9 @@ def small(name: str, batch: int = BATCH, **model: Any) -> TrainConfig:
 
 def engine_of(config: TrainConfig) -> Engine:
     process = build_process(config)
-    return build_engine(config, process, machine_choices(config), ALONE, CUDA, None)
+    choices = machine_choices(config)
+    model = build_model(config, choices.attention.value).to(CUDA)
+    return build_engine(config, process, model, choices, ALONE, CUDA)
 
 
 def batch_of(config: TrainConfig) -> Batch:
@@ -65,7 +67,7 @@ def batch_of(config: TrainConfig) -> Batch:
         name: ids % config.data.num_classes
         if name == "labels"
         else torch.rand(size, *shape, device=CUDA)
-        for name, shape in condition_shapes(config).items()
+        for name, shape in condition_shapes(config.data).items()
     }
     return Batch(torch.rand(size, *config.data.image_shape, device=CUDA), conditions, ids)
 
@@ -107,7 +109,7 @@ def generation(config: TrainConfig, engine: Engine, batch: Batch) -> None:
         batch.ids,
         GenerationSettings(steps=SOLVER_STEPS, guidance=config.evaluation.guidance),
         image_shape=config.data.image_shape,
-        null=null_conditions(config),
+        null=null_conditions(config.data),
         seed=config.seed,
         latents=config.data.latents,
     )

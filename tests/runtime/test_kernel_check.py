@@ -10,10 +10,10 @@ from speed_engine import ops
 from speed_engine.config import TrainConfig
 from speed_engine.ops import ALL_KERNELS, FAMILIES, NO_KERNELS, kernels_on, use_kernels
 from speed_engine.run import machine_choices
-from speed_engine.runtime import kernel_check, machine
+from speed_engine.runtime import kernel_check, kernels
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.kernel_check import CASES, Finding, check_kernels, relative_error
-from speed_engine.runtime.machine import choose_kernels, settle_kernels
+from speed_engine.runtime.kernels import choose_kernels, settle_kernels
 from speed_engine.runtime.world import World
 
 CUDA = torch.device("cuda")
@@ -25,8 +25,8 @@ WRONG = Finding("gelu", "block", 0.5, "differs: relative error 0.5, at most 0.01
 def gpu(monkeypatch):
     """Kernels that can be tried, and a function that says what comes of it."""
     found: list[Finding] = []
-    monkeypatch.setattr(machine, "kernel_obstacle", lambda device: None)
-    monkeypatch.setattr(machine, "kernel_findings", lambda device: found)
+    monkeypatch.setattr(kernels, "kernel_obstacle", lambda device: None)
+    monkeypatch.setattr(kernels, "kernel_findings", lambda device: found)
     yield found
     use_kernels(ALL_KERNELS)
 
@@ -60,8 +60,8 @@ def test_kernels_are_tried_backward_wherever_it_is_asked_for(monkeypatch, device
 
 def test_every_operator_with_a_kernel_is_tried():
     tried = {(case.family, case.operator) for case in CASES}
-    for family, (definitions, kernels) in FAMILIES.items():
-        with_kernel = set(kernels._fields) - {"linear"}  # a product of PyTorch's either way
+    for family, (definitions, operators) in FAMILIES.items():
+        with_kernel = set(operators._fields) - {"linear"}  # a product of PyTorch's either way
         assert {operator for of, operator in tried if of == family} == with_kernel
         assert type(definitions) is type(kernels)
 
@@ -171,7 +171,7 @@ def test_a_model_on_the_cpu_changes_nothing_of_those_on_a_gpu():
 
 
 def test_without_kernels_nothing_is_tried(gpu, monkeypatch):
-    monkeypatch.setattr(machine, "kernel_findings", lambda device: pytest.fail("tried"))
+    monkeypatch.setattr(kernels, "kernel_findings", lambda device: pytest.fail("tried"))
     settle_kernels("off", "cuda")
     assert kernels_on(CUDA) == NO_KERNELS
     assert choose_kernels("off", "cuda")["norms"].reason.endswith("asked for")

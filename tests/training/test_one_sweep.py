@@ -11,7 +11,8 @@ from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.machine import choose_kernels, choose_update
+from speed_engine.runtime.kernels import choose_kernels
+from speed_engine.runtime.machine import choose_update
 from speed_engine.training.checkpoint import Checkpoints, load, newest
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power, warming_up

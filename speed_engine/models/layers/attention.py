@@ -120,3 +120,8 @@ class RotaryAttention(SelfAttention):
         tables = cos.float(), sin.float()  # cast where the model was cast as a whole
         q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, *tables, NORM_EPS)
         return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, D) -> (B, H, N, K)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

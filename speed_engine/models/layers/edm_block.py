@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
 from speed_engine.models.layers.group_norm import GroupNormSiLU
-from speed_engine.models.layers.spatial_transformer import split_heads
-from speed_engine.models.layers.unet_layers import zeroed
+from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from speed_engine.ops import group_norm_silu
 
+NORM_GROUPS = 32  # of ADM and latent diffusion
+
 
 class GroupNormSiLU(nn.GroupNorm):
     """``ops.group_norm_silu`` with parameters; those of ``nn.GroupNorm``."""

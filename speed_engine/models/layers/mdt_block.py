@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.dit import FeedForward
 from speed_engine.models.layers.attention import SelfAttention
 from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.feed_forward import FeedForward
 
 
 class Shown(NamedTuple):

@@ -8,9 +8,10 @@ Letters: B images, C channels, H x W pixels, N = H W places, L tokens, D width o
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
-
-NORM_GROUPS = 32
+from speed_engine.models.layers.group_norm import NORM_GROUPS
+from speed_engine.models.layers.initial import zeroed
 
 
 class SpatialTransformer(nn.Module):
@@ -30,10 +31,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, num_heads, token_dim) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj_out.weight)
-        assert self.proj_out.bias is not None
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
 
     @recomputable
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -103,8 +101,3 @@ class _Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, K E) -> (B, K, N, E)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

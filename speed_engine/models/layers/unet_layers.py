@@ -4,37 +4,14 @@ Letters: B images, C channels, H x W pixels, N = H W places, E width of the embe
 L tokens of a text, D width of a token.
 """
 
-from typing import TypeVar
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
-from speed_engine.models.layers.group_norm import GroupNormSiLU
-from speed_engine.models.layers.spatial_transformer import (
-    NORM_GROUPS,
-    SpatialTransformer,
-    split_heads,
-)
+from speed_engine.models.layers.group_norm import NORM_GROUPS, GroupNormSiLU
+from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
-
-Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
-
-
-class Stage(nn.Sequential):
-    """Layers in order, each given what it takes of the embedding of t and of the tokens."""
-
-    def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        """(B, C, H, W), (B, E), (B, L, D) -> (B, C, H, W) of other sizes."""
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
-            elif isinstance(layer, SpatialTransformer):
-                assert tokens is not None
-                x = layer(x, tokens)
-            else:
-                x = layer(x)
-        return x
 
 
 class ResBlock(nn.Module):
@@ -148,13 +125,6 @@ class Double(nn.Upsample):
 
     def __init__(self) -> None:
         super().__init__(scale_factor=2, mode="nearest")
-
-
-def zeroed(module: Convolution) -> Convolution:
-    """The module with all its parameters zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
 
 
 def check_halvings(input_size: tuple[int, int], levels: int) -> None:

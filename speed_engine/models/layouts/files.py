@@ -22,7 +22,7 @@ from speed_engine.models.dit import DiT
 from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
 from speed_engine.models.unet import UNet
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, require_shapes
 
 LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -86,33 +86,6 @@ def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Of each, by name."""
     return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def require_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: object
-) -> None:
-    """Compare names and shapes.
-
-    Args:
-        expected: shapes by name.
-        found: shapes by name.
-        source: what holds them, for the message.
-
-    Raises:
-        UserError: a tensor is missing, left over or of another shape; lists all of them.
-    """
-    if found == expected:
-        return
-    missing, unexpected = sorted(expected.keys() - found), sorted(found.keys() - expected)
-    reshaped = [
-        f"{name} is {found[name]} there and {expected[name]} here"
-        for name in sorted(expected.keys() & found)
-        if expected[name] != found[name]
-    ]
-    raise UserError(
-        f"{source} is a checkpoint of another model: "
-        f"missing {missing}, unexpected {unexpected}, reshaped {reshaped}."
-    )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,9 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speed_engine import build_training
-from speed_engine.build import build_model, build_objective, build_process
-from speed_engine.build_training import build_engine
+from speed_engine import build
+from speed_engine.build import build_engine, build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.evaluation.generate import GenerationSettings, generate
@@ -21,7 +20,7 @@ from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNet
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
 from speed_engine.run import machine_choices
-from speed_engine.runtime.machine import Choice
+from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, warming_up
@@ -297,7 +296,9 @@ def test_the_average_that_generates_shares_compilations_between_blocks(compilati
             counts.append(compilations.frame_count)
         return counts
 
-    engines = [build_engine(config, process, choices, ALONE, CPU, None) for _ in range(2)]
+    engines = [
+        build_engine(config, process, build_model(config), choices, ALONE, CPU) for _ in range(2)
+    ]
     # The first block and the others, with and without gradients; not once more for another run.
     assert [generations(engine) for engine in engines] == [[4, 4, 4]] * 2
 
@@ -311,16 +312,15 @@ def test_several_processes_compile_model_and_average_before_laying_them_out(
         machine_choices(config), compile=Choice("on", ""), generation=Choice(generating, "")
     )
     done: list[tuple[str, nn.Module]] = []
+    monkeypatch.setattr(build, "compile_each", lambda blocks: done.append(("compiled", blocks[0])))
     monkeypatch.setattr(
-        build_training, "compile_each", lambda blocks: done.append(("compiled", blocks[0]))
-    )
-    monkeypatch.setattr(
-        build_training,
+        build,
         "distribute",
         lambda model, *_, **__: done.append(("laid out", model.blocks[0])),
     )
     world = World(rank=0, size=2, local_size=2)
-    engine = build_engine(config, build_process(config), choices, world, CPU, None)
+    model, process = build_model(config), build_process(config)
+    engine = build_engine(config, process, model, choices, world, CPU)
     averages = engine.update.averages
     trained, ema, other = (
         model.get_submodule("blocks.0")

@@ -1,0 +1,82 @@
+"""How a configuration generates: solver and guidance, and the classes, texts or smaller images."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from speed_engine.data.config import DataConfig
+from speed_engine.data.loading.clean import Cleaning
+from speed_engine.data.loading.decoding import BatchReader
+from speed_engine.data.opening import condition_names, open_data, stored_shape
+from speed_engine.diffusion.conditions import Conditions
+from speed_engine.encoders.text import TextEncoder
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.generate import GenerationSettings
+from speed_engine.runtime.checks import UserError
+
+
+def generation_settings(evaluation: EvaluationConfig) -> GenerationSettings:
+    """The configured solver and guidance."""
+    return GenerationSettings(
+        solver=evaluation.solver,
+        steps=evaluation.solver_steps,
+        guidance=evaluation.guidance,
+        interval=evaluation.guidance_interval,
+    )
+
+
+def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Conditions:
+    """(num_images, ...) each, of the images that an evaluation generates.
+
+    Classes come in turn; texts and smaller images are those of the first samples, with their
+    classes: of samples that are held out, where some are, since others could be known by heart.
+    """
+    names = condition_names(data)
+    if set(names) <= {"labels"}:
+        return {name: torch.arange(num_images) % data.num_classes for name in names}
+    reader = open_data(data, part="held_out")
+    indices = [i % len(reader) for i in range(num_images)]
+    stored = BatchReader(reader, stored_shape(data, reader)).read(indices)
+    return Cleaning(torch.tensor(seed)).batch(stored).conditions
+
+
+def generation_texts(data: DataConfig, num_images: int) -> tuple[str, ...]:
+    """(num_images,) the texts whose tokens ``generation_conditions`` are.
+
+    Raises:
+        UserError: the data have tokens only.
+    """
+    reader = open_data(data, ["txt"], part="held_out")
+    numbers = [i % len(reader) for i in range(num_images)]
+    texts = {n: reader.read(n)["txt"].decode().partition("\n")[0] for n in set(numbers)}
+    return tuple(texts[n] for n in numbers)
+
+
+def prompted(
+    data: DataConfig, num_images: int, prompts: Sequence[str], text_encoder: str | None
+) -> tuple[Conditions, dict[str, Tensor]]:
+    """(num_images, ...) of prompts in turn, and what hides them.
+
+    Raises:
+        UserError: the model is not conditioned on texts alone, or not those of this encoder.
+    """
+    if condition_names(data) != ("tokens",):
+        raise UserError(
+            f"this model is conditioned on {', '.join(condition_names(data)) or 'nothing'}; a "
+            "prompt needs one conditioned on texts alone (data.members with tokens.npy)."
+        )
+    if text_encoder is None:
+        raise UserError(
+            "a prompt needs --text-encoder: the folder or hub name of the CLIP text model that "
+            "the data were encoded with."
+        )
+    encoder = TextEncoder(text_encoder, torch.device("cpu"))
+    tokens = torch.from_numpy(encoder(["", *prompts])).float()
+    if tuple(tokens.shape[1:]) != tuple(data.token_shape):
+        raise UserError(
+            f"{text_encoder} makes tokens of shape {tuple(tokens.shape[1:])}; the model was "
+            f"trained on {data.token_shape}, of another encoder."
+        )
+    turns = torch.arange(num_images) % len(prompts)
+    return {"tokens": tokens[1:][turns]}, {"tokens": tokens[0]}

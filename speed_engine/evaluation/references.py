@@ -1,0 +1,59 @@
+"""The real images that generated ones are compared to, and the features they are compared by."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from speed_engine.data.config import DataConfig
+from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.loading.decoding import read_all
+from speed_engine.data.opening import open_data
+from speed_engine.evaluation.classifier import classifier_for
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.features import Extractor, inception_features
+from speed_engine.evaluation.image_set import ImageSet, statistics_path
+from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import cache_folder
+
+
+def real_images(data: DataConfig, evaluation: EvaluationConfig) -> tuple[ImageSet, ImageSet | None]:
+    """The images that are trained on, and those that are held out, if any, in one feature space."""
+    image = data.members[0]
+    reader = open_data(data, [m for m in data.members if m in (image, "cls")], part=None)
+    share, is_held_out = data.held_out, np.zeros(len(reader), dtype=bool)
+    if share:
+        is_held_out = in_part(map(reader.key, range(len(reader))), share, "held_out")
+    shape, policy = data.image_shape, data.on_bad_sample
+    read = cache(lambda: read_all(reader, shape, policy, is_held_out))
+    extractor = _extractor(evaluation, reader, read)
+
+    def part(name: Part, rows: np.ndarray) -> ImageSet:
+        whole = reader.fingerprint
+        content = part_fingerprint(whole, share, name) if share else whole
+        folder = cache_folder() / "statistics"
+        file = statistics_path(folder, content, image, shape, extractor)
+        images = lambda: torch.from_numpy(read()[0][rows] if share else read()[0])
+        return ImageSet(images, int(rows.sum()), extractor, file)
+
+    training = part("training", ~is_held_out)
+    return training, part("held_out", is_held_out) if share else None
+
+
+def _extractor(
+    evaluation: EvaluationConfig, reader: ShardReader, read: Callable[[], Any]
+) -> Extractor:
+    """Of the features that images are compared by; ``read`` gives all images and conditions."""
+    if evaluation.features == "inception":
+        return inception_features(evaluation.inception_weights)
+    if "cls" not in reader.keys:
+        raise UserError(
+            "evaluation.features=classifier needs the labels of the images (member cls); use "
+            "inception, or none to generate images only."
+        )
+    pixels, conditions = read()
+    images, labels = torch.from_numpy(pixels), torch.from_numpy(conditions["labels"])
+    return classifier_for(images, labels, cache_folder() / "features", reader.fingerprint)

@@ -1,0 +1,78 @@
+"""The update that a run's configuration asks for: optimizer, averages and their schedules."""
+
+from torch import nn
+
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.config import OptimizerConfig
+from speed_engine.training.ema import EMA, Ema, decay_of, warming_up
+from speed_engine.training.one_sweep import OneSweep
+from speed_engine.training.optimizers import (
+    MOMENTUM_DECAYS,
+    OPTIMIZERS,
+    Hyperparameters,
+    linear_warmup,
+)
+from speed_engine.training.update import Update
+
+UPDATES: dict[str, type[Update]] = {"separate": Update, "one_sweep": OneSweep}
+
+
+def build_averages(settings: OptimizerConfig, model: nn.Module) -> dict[str, Ema]:
+    """The averages of a model by name, EMA first; each starts as the model is."""
+    decays = {EMA: warming_up(settings.ema_decay)}
+    decays |= {name: decay_of(name) for name in settings.averages}
+    return {name: Ema(model, decay) for name, decay in decays.items()}
+
+
+def build_update(
+    settings: OptimizerConfig,
+    model: nn.Module,
+    loss: nn.Module,
+    averages: dict[str, Ema],
+    *,
+    steps: int,
+    update: str,
+    momentum_decay: str,
+    loss_learning_rate: float | None,
+) -> Update:
+    """The configured optimizer with its schedules.
+
+    Args:
+        settings: the configuration.
+        model: what is trained, on its device; with several processes laid out by ``distribute``.
+        loss: trained beside it, if it has parameters of its own.
+        averages: of the model, by name.
+        steps: optimizer steps of the whole run, which momentum decays follow.
+        update: a key of ``UPDATES``.
+        momentum_decay: the method's; the configuration may name another.
+        loss_learning_rate: of the loss's own parameters; None takes the model's.
+
+    Raises:
+        UserError: an unknown optimizer, or one that the update does not hold for.
+    """
+    if settings.name not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"optimizer.name={settings.name!r} is unknown; choose from {known}.")
+    optimizers = OPTIMIZERS[settings.name](
+        model,
+        loss,
+        Hyperparameters(
+            learning_rate=settings.learning_rate,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            weight_decay=settings.weight_decay,
+            loss_learning_rate=loss_learning_rate,
+        ),
+    )
+    warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
+    decay = MOMENTUM_DECAYS[settings.momentum_decay or momentum_decay]
+    momentum = decay(settings.beta1, steps)
+    return UPDATES[update](
+        model,
+        loss,
+        optimizers,
+        averages,
+        learning_rate=lambda step: warmup(step) * momentum.compensation(step),
+        beta1=momentum.beta1,
+        grad_clip=settings.grad_clip,
+    )

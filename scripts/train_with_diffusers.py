@@ -1,14 +1,16 @@
 """A plain diffusers training loop that draws and weighs timesteps with a speed_engine method.
 
 The loop is that of diffusers' unconditional example (examples/unconditional_image_generation):
-UNet2DModel, noise scheduler, AdamW, a pipeline at the end. speed_engine adds two lines, marked
-(1) and (2), and their imports: (1) is new, (2) takes the place of
+UNet2DModel, noise scheduler, AdamW, a pipeline at the end. speed_engine has three lines, marked (1)
+to (3), and an import: (1) is new, (2) takes the place of
 
     timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (batch_size,))
 
-The weights that (2) returns have their use in the lines marked (2, used), which were
+and (3), with the line before it, that of
 
     loss = F.mse_loss(prediction, target)
+
+Of the method's own weights, if it learns any, the optimizer has a group.
 
 The data are read by speed_engine as well; any other source of images would do.
 
@@ -37,7 +39,6 @@ from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
 from speed_engine.data.preparing.sources.digits import digits_folder
-from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.method import build_method
 
 AVERAGED = 10  # steps at either end whose mean loss is printed
@@ -49,7 +50,7 @@ class Options:
     """Train a small UNet2DModel on handwritten digits with diffusers."""
 
     method: str = "speed_paper"
-    """A method of `speed-engine methods`; those with learned weights need more than two lines."""
+    """A method of `speed-engine methods`."""
     scheduler: Literal["ddpm", "flow"] = "ddpm"
     """DDPMScheduler with noise as target, or FlowMatchEulerDiscreteScheduler with velocity."""
     steps: int = 400
@@ -93,9 +94,12 @@ def train(options: Options) -> None:
     torch.manual_seed(options.seed)
     model = unet()
     noise_scheduler = SCHEDULERS[options.scheduler]()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     reader = ShardReader(digits_folder())
-    method = build_method(options.method, from_diffusers(noise_scheduler))  # (1)
+    method = build_method(options.method, noise_scheduler)  # (1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+    if learned := method.parameters():
+        rate = method.batch_loss.learning_rate or options.learning_rate
+        optimizer.add_param_group({"params": learned, "lr": rate, "weight_decay": 0.0})
 
     losses = []
     clean = Cleaning(torch.tensor(options.seed))
@@ -103,11 +107,11 @@ def train(options: Options) -> None:
         for step, stored in zip(range(options.steps), loader, strict=False):
             images = clean.batch(stored).images  # pixels in [-1, 1]
             noise = torch.randn_like(images)
-            timesteps, weights = method.draw(options.batch_size, step)  # (2)
+            timesteps, _ = method.draw(len(images), step, images.device)  # (2)
             noisy, target = noisy_and_target(noise_scheduler, images, noise, timesteps)
             prediction = model(noisy, timesteps).sample
             error = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))
-            loss = (weights * error).mean()  # (2, used)
+            loss = method.loss(error)  # (3)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -3,8 +3,11 @@
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
+from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
@@ -44,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"speed-engine {__version__}")
         return
+    _interrupt_when_terminated()
     try:
         name = arguments[0]
         if name not in COMMANDS:
@@ -61,6 +65,20 @@ def main(arguments: list[str] | None = None) -> None:
             "interrupted; `speed-engine train --resume RUN` continues a run from its last "
             "checkpoint; `sample`, `evaluate`, `compare` and `shards` continue by the same command."
         )
+
+
+def _interrupt_when_terminated() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what it started is stopped, what is done is kept."""
+    own = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)  # a forked worker just ends
+        os.kill(os.getpid(), number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 def _prepare_process() -> None:

@@ -61,8 +61,8 @@ class TrainConfig:
     """Number of timesteps of the process. A process in continuous time uses it as the resolution of
     timestep distributions and loss weights."""
     prediction: str | None = None
-    """What the model predicts: epsilon, x0, v, velocity or F. The default is what the baseline of
-    the process predicts."""
+    """What the model predicts: epsilon, x0, v, velocity, F or negative_F. The default is what the
+    baseline of the process predicts."""
     condition_dropout: float = 0.1
     """Probability, in [0, 1], that a label or text is hidden from the model in training, which
     makes classifier-free guidance possible."""
@@ -295,8 +295,10 @@ def _check_names(config: TrainConfig) -> None:
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS
     from speed_engine.diffusion.processes import SCHEDULES
+    from speed_engine.diffusion.solvers import check_solver
 
     check_options(read_spelling(config.method))
+    check_solver(config.evaluation.solver)
     if config.schedule not in SCHEDULES:
         raise unknown("schedule", config.schedule, SCHEDULES)
     if config.prediction is not None and config.prediction not in PREDICTIONS:

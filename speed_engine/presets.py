@@ -1,19 +1,24 @@
 """Named runs: what each trains, and what to expect of it.
 
 The experiments of SpeeD (arXiv 2405.17403) have its recipe: AdamW, rate 1e-4, no decay, 256 images
-a step, EMA decay 0.9999, T = 1000 linear, latents of sd-vae-ft-ema (its section 3 and tables 7 and
-8), 250 sampling steps, neither warm-up nor clipping, as in its released configurations; k = 5
-everywhere, as the paper says (the release has k = 2 for FFHQ). Not from the paper, whose appendix
-was not at hand in full:
+a step, EMA decay 0.9999 from the first step on, horizontal flips, T = 1000 linear, latents of
+sd-vae-ft-ema (its section 3 and tables 7 and 8), DDPM sampling with 250 steps, neither warm-up nor
+clipping, as in its released configurations; k = 5 everywhere, as the paper says (the release has
+k = 2 for FFHQ). MDT trains for 1,000K steps (A.5), super-resolution on 32 images a step (table 9),
+text to image is sampled with guidance 1.5 (A.7). Not from the paper:
 
-    ffhq-unet, imagenet256-unet  network and (FFHQ) steps of the released configurations
-    imagenet256-mdt-s2           network of the MDT paper, the recipe as for DiT; the release trains
-                                 MDTv2-XL/2
+    ffhq-unet, imagenet256-unet  network of the released configurations
+    imagenet256-*                guidance 1.5 as for texts, where the paper names none
+    imagenet256-mdt-s2           network of the MDT paper; the release trains MDTv2-XL/2
     coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release conditions on
                                  the pooled vector of ViT-B/32
-    metfaces512-superres         this package's own: conditioned on 64 x 64 pixels, generates
-                                 64 x 64 latents; the steps are the release's for MetFaces 512
-    cifar10-edm, cifar10-fdm     EDM's appendix A.6, without its augmentation
+    metfaces512-superres         our own: latents of 64 x 64, conditioned on 64 x 64 pixels
+    cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the EMA
+                                 like that of EDM's code; A.6 has the dropout, 0.13, and 50,000
+                                 images by EDM's Heun sampler, whose 18 steps are 35 evaluations
+
+Flips of latents mirror what was encoded, an approximation of the paper's, which encodes mirrored
+pictures.
 
 Expected results are FID of 10,000 images as the paper states them; none is reproduced here.
 """
@@ -27,8 +32,9 @@ from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, Mode
 from speed_engine.training.config import OptimizerConfig
 
 RECIPE = OptimizerConfig(
-    learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=math.inf, ema_decay=0.9999
-)
+    learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=math.inf, ema_decay=0.9999,
+    ema_warmup=False,
+)  # fmt: skip
 # EDM's for CIFAR-10 (appendix A.6): 200 million images, 10 million of warm-up; the half-life of the
 # EMA is half a million images.
 EDM_BATCH = 512
@@ -46,13 +52,18 @@ MDT_S = MDTConfig(size="MDT-S/2", learn_sigma=True)
 
 
 def _speed(
-    source: str, model: ModelConfig, steps: int, *conditions: str, latent: int = 32
+    source: str,
+    model: ModelConfig,
+    steps: int,
+    *conditions: str,
+    latent: int = 32,
+    batch_size: int = 256,
 ) -> TrainConfig:
     """A run of SpeeD's recipe on latents of ``latent`` x ``latent`` x 4."""
     guided = CLASS in conditions or TEXT in conditions
     return TrainConfig(
         steps=steps,
-        batch_size=256,
+        batch_size=batch_size,
         checkpoint_every=10_000,
         log_every=100,
         model=model,
@@ -63,11 +74,13 @@ def _speed(
             latents=True,
             num_classes=1000,
             workers=8,
+            flip=True,
         ),
         optimizer=RECIPE,
         evaluation=EvaluationConfig(
             every=10_000,
             num_images=100,
+            solver="ddpm",
             solver_steps=250,
             guidance=1.5 if guided else 1.0,
             features="none",
@@ -86,11 +99,15 @@ def _edm(process: str) -> TrainConfig:
         log_every=100,
         model=EdmUNetConfig(size="ddpm++-cifar10"),
         data=DataConfig(
-            source="shards/cifar10", members=("npy", CLASS), image_shape=(3, 32, 32), workers=8
+            source="shards/cifar10",
+            members=("npy", CLASS),
+            image_shape=(3, 32, 32),
+            workers=8,
+            flip=True,
         ),
         optimizer=EDM_RECIPE,
         evaluation=EvaluationConfig(
-            every=25_000, num_images=10_000, solver_steps=35, features="inception"
+            every=25_000, num_images=50_000, solver="heun", solver_steps=35, features="inception"
         ),
     )
 
@@ -152,13 +169,13 @@ _ROWS = (
      "the paper has FID 9.9 at 50,000 steps, and 12.9 with uniform timesteps",
      _speed("ffhq256", DIT_XL, 100_000)),
     ("ffhq-unet", "An unconditional U-Net on FFHQ 256",
-     "the paper has FID 15.1, and 17.4 with uniform timesteps", _speed("ffhq256", UNET, 50_000)),
+     "the paper has FID 15.1, and 17.4 with uniform timesteps", _speed("ffhq256", UNET, 100_000)),
     ("imagenet256-dit-xl2", "A class-conditional DiT-XL/2 on ImageNet 256",
      UNKNOWN, _speed("imagenet256", DIT_XL, 400_000, CLASS)),
     ("imagenet256-unet", "A class-conditional U-Net on ImageNet 256",
      UNKNOWN, _speed("imagenet256", UNET, 400_000, CLASS)),
     ("imagenet256-mdt-s2", "A class-conditional MDT-S/2 on ImageNet 256",
-     UNKNOWN, _speed("imagenet256", MDT_S, 400_000, CLASS)),
+     UNKNOWN, _speed("imagenet256", MDT_S, 1_000_000, CLASS)),
     ("cifar10-edm", "A class-conditional DDPM++ on CIFAR-10, by EDM's process",
      UNKNOWN, _edm("edm")),
     ("cifar10-fdm", "A class-conditional DDPM++ on CIFAR-10, by FDM's process",
@@ -168,7 +185,7 @@ _ROWS = (
      _speed("coco256", DIT_XL, 400_000, TEXT)),
     ("metfaces512-superres",
      "A DiT-XL/2 on MetFaces 512, conditioned on the image at 64 x 64 pixels",
-     UNKNOWN, _speed("metfaces512", DIT_XL, 100_000, LOW, latent=64)),
+     UNKNOWN, _speed("metfaces512", DIT_XL, 100_000, LOW, latent=64, batch_size=32)),
 )  # fmt: skip
 
 # name: (one line of help, configuration)

@@ -85,7 +85,7 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
 
 
 def resume(folder: Path, console: Console, steps: int | None = None) -> None:
-    """Continue a run from its newest complete checkpoint.
+    """Continue a run from its newest complete checkpoint, or from its start if there is none yet.
 
     Args:
         folder: of the run.
@@ -93,15 +93,14 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
         steps: optimizer steps of the whole run; by default those it was started with.
 
     Raises:
-        UserError: the folder is not a run, has no checkpoint, or one of another model or other
-            data, or there is nothing left to do.
+        UserError: the folder is not a run, its checkpoint is of another model or other data, or
+            there is nothing left to do.
     """
     config = read_config(folder)
     if steps is not None:
         config = replace(config, steps=steps)
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
-        world.from_first(lambda: str(newest_checkpoint(folder)))
         _continued(config, folder, console, world).train()
 
 
@@ -110,6 +109,8 @@ def _continued(config: TrainConfig, folder: Path, console: Console, world: World
     saved = world.from_first(lambda: any((folder / CHECKPOINTS).glob("step-*")))
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
+    if not saved and world.is_first:
+        console.print(f"{folder} has no checkpoint yet; training from its start.", markup=False)
     if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
     if world.is_first:
@@ -254,7 +255,14 @@ def load_average(
     Raises:
         UserError: there is no checkpoint, it belongs to another model, or lacks the EMA.
     """
-    return load_average_of(newest_checkpoint(run), config, device, name)
+    while True:
+        path = newest_checkpoint(run)
+        try:
+            return load_average_of(path, config, device, name)
+        except Exception:
+            if path.exists():
+                raise
+            # Deleted while it was read, by a run that is training: it has newer ones.
 
 
 def load_average_of(

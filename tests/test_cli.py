@@ -5,8 +5,10 @@ import itertools
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,32 @@ def test_without_arguments_the_commands_are_listed(capsys):
     shown = capsys.readouterr().out
     for command in ("train", "sample", "evaluate", "consistency", "shards", "methods", "doctor"):
         assert command in shown
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_word(
+    capfd, monkeypatch
+):
+    from speed_engine.commands import doctor
+
+    ended = []
+
+    def long_command(arguments, console):
+        worker = os.fork()
+        if worker == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        ended.append(os.waitpid(worker, 0)[1])
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        finally:
+            ended.append("what it started is stopped")
+
+    monkeypatch.setattr(doctor, "run", long_command)
+    before = signal.getsignal(signal.SIGTERM)
+    assert "error: interrupted" in fails(capfd, "doctor")
+    assert ended == [signal.SIGTERM, "what it started is stopped"]
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_doctor_says_what_will_be_used_and_why(capsys):

@@ -2,6 +2,7 @@
 
 # pyright: reportPrivateImportUsage=false
 
+import copy
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ from PIL import Image
 
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.method import build_method
+from speed_engine.diffusion.prediction import linear_form
 from speed_engine.diffusion.processes import build_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -25,10 +27,13 @@ SCRIPT = ROOT / "scripts" / "train_with_diffusers.py"
 
 
 FLOW = ["--scheduler", "flow", "--method", "logit_normal"]
+LEARNED = ["--scheduler", "flow", "--method", "ant_uw"]
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(FLOW, marks=pytest.mark.long)])
-def test_a_diffusers_loop_trains_with_two_added_lines(options, tmp_path):
+@pytest.mark.parametrize(
+    "options", [[], *(pytest.param(of, marks=pytest.mark.long) for of in (FLOW, LEARNED))]
+)
+def test_a_diffusers_loop_trains_with_a_method_s_three_lines(options, tmp_path):
     run = tmp_path / "run"
     small = ["--steps", "40", "--sampling-steps", "5", "--out", str(run)]
     environment = os.environ | {
@@ -40,7 +45,8 @@ def test_a_diffusers_loop_trains_with_two_added_lines(options, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    losses = re.search(r"loss +([\d.]+) -> ([\d.]+)", done.stdout)
+    assert "learns from the losses" not in done.stderr
+    losses = re.search(r"loss +([\d.]+) -> (-?[\d.]+)", done.stdout)
     assert losses is not None, done.stdout
     first, last = map(float, losses.groups())
     assert last < 0.7 * first
@@ -95,6 +101,93 @@ def test_a_process_makes_the_noisy_images_of_its_scheduler(scheduler):
     torch.testing.assert_close(noisy, alpha * images + sigma * noise, rtol=0, atol=1e-6)
 
 
+FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+SHIFTED = FLOW_SIGMAS | {"flow_shift": 3.0}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        *(
+            (name, {"prediction_type": kind})
+            for name in ("DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "Heun")
+            for kind in ("epsilon", "sample", "v_prediction")
+            if (name, kind) != ("Heun", "sample")
+        ),
+        *(("EulerDiscrete", {"prediction_type": of}) for of in ("epsilon", "v_prediction")),
+        ("EulerDiscrete", {"prediction_type": "sample"}),
+        ("DDPM", {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        *(
+            (name, {"prediction_type": kind, **others})
+            for name in ("EDMEuler", "EDMDPMSolverMultistep")
+            for kind in ("epsilon", "v_prediction")
+            for others in (
+                {}, {"sigma_data": 1.0, "sigma_min": 0.3}, {"final_sigmas_type": "sigma_min"},
+                {"sigma_max": 0.9},
+            )
+        ),
+        ("FlowMatchEulerDiscrete", {"shift": 3.0}),
+        *(
+            (name, options)
+            for name in ("DPMSolverMultistep", "UniPCMultistep", "DPMSolverSinglestep")
+            for options in (FLOW_SIGMAS, SHIFTED)
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)  # fmt: skip
+def test_a_perfect_prediction_is_the_clean_image_by_the_scheduler_s_own_account(name, options):
+    kinds = [f"{name}Scheduler", f"{name}DiscreteScheduler"]
+    kind = next(getattr(diffusers, of) for of in kinds if hasattr(diffusers, of))
+    schedule = from_diffusers(kind(**options))
+    scheduler = kind(**options)
+    if hasattr(scheduler, "convert_model_output") and not name.startswith("EDM"):
+        # Until then, diffusers holds timesteps and sigmas of these in opposite orders.
+        flow = options.get("use_flow_sigmas", False)
+        scheduler = kind(**options, **({} if flow else {"timestep_spacing": "trailing"}))
+        scheduler.set_timesteps(1000)
+    images, noise = images_and_noise(1)
+    images = images.tanh()  # some schedulers clip
+    for index in (3, 400, 990):
+        t = torch.tensor([index])
+        rows = linear_form(schedule, schedule.prediction, t)
+        time = schedule.model_time(t)
+        noisy = added(scheduler, images, noise, time)
+        answer = rows.b_x * images + rows.b_e * noise
+        clean = denoised(copy.deepcopy(scheduler), answer, time[0], noisy)
+        torch.testing.assert_close(clean, images, rtol=0, atol=5e-4)
+        if hasattr(scheduler, "scale_model_input"):
+            shown = copy.deepcopy(scheduler).scale_model_input(noisy, time[0])
+            torch.testing.assert_close(
+                shown, rows.a_x * images + rows.a_e * noise, rtol=0, atol=5e-4
+            )
+        if options.get("prediction_type") == "v_prediction" and name in ("DDPM", "DDIM"):
+            velocity = scheduler.get_velocity(images, noise, time)
+            torch.testing.assert_close(answer, velocity, rtol=0, atol=1e-5)
+
+
+def added(scheduler, images, noise, time):
+    """The noisy images of a scheduler, by whichever of two names it has for that."""
+    add = getattr(scheduler, "scale_noise", None)
+    return add(images, time, noise) if add else scheduler.add_noise(images, noise, time)
+
+
+def denoised(scheduler, answer, time, noisy):
+    """What a scheduler takes for the clean image."""
+    if hasattr(scheduler, "convert_model_output"):  # its steps do not return it
+        scheduler._init_step_index(time)
+        return scheduler.convert_model_output(answer, sample=noisy)
+    if not hasattr(scheduler, "scale_noise"):
+        if scheduler.num_inference_steps is None:
+            scheduler.num_inference_steps = 1000
+        if hasattr(scheduler, "is_scale_input_called"):
+            scheduler.scale_model_input(noisy, time)
+        time = time.float() if isinstance(scheduler, diffusers.EulerDiscreteScheduler) else time
+        return scheduler.step(answer, time, noisy).pred_original_sample  # pyright: ignore
+    scheduler._init_step_index(time)
+    scheduler.sigmas[scheduler.step_index + 1 :] = 0  # the step ends at the clean image
+    return scheduler.step(answer, time, noisy).prev_sample
+
+
 @pytest.mark.parametrize("t", [0, 300, 999])
 def test_euler_shows_the_model_what_ddpm_does(t):
     scheduler = diffusers.EulerDiscreteScheduler()
@@ -137,6 +230,17 @@ def test_draws_are_timesteps_that_the_scheduler_knows():
     for scheduler in (diffusers.DDPMScheduler(), flow):
         timesteps, _ = build_method("speed_paper", from_diffusers(scheduler)).draw(64, 0)
         assert set(timesteps.tolist()) <= set(torch.as_tensor(scheduler.timesteps).tolist())
+
+
+def test_a_method_takes_a_scheduler_for_its_process():
+    scheduler = diffusers.DDPMScheduler(prediction_type="v_prediction")
+    ours, theirs = (
+        build_method("speed_paper", of) for of in (scheduler, from_diffusers(scheduler))
+    )
+    for one, other in zip(ours.draw(16, 0), theirs.draw(16, 0), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="'linear' is no scheduler; .* build_schedule"):
+        build_method("speed_paper", "linear")
 
 
 def used_already():

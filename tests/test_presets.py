@@ -1,6 +1,9 @@
+import torch
+
 from speed_engine.build import build_model
 from speed_engine.config import from_json, to_json
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
+from speed_engine.models.edm_unet import EDM_UNET_SIZES
 from speed_engine.presets import PRESETS
 
 EXPERIMENTS = {
@@ -28,8 +31,33 @@ def test_the_paper_trains_with_one_recipe():
     for config in latent:
         optimizer = config.optimizer
         assert (optimizer.learning_rate, optimizer.weight_decay) == (1e-4, 0)
-        assert (optimizer.ema_decay, config.batch_size, config.schedule) == (0.9999, 256, "linear")
+        assert (optimizer.ema_decay, optimizer.ema_warmup) == (0.9999, False)
+        assert config.schedule == "linear" and config.data.flip
+        assert (config.evaluation.solver, config.evaluation.solver_steps) == ("ddpm", 250)
         assert config.method == "speed_paper" and config.model.learn_sigma
+
+
+STEPS_AND_BATCH = {
+    "metfaces-dit-xl2": (50_000, 256), "ffhq-dit-xl2": (100_000, 256), "ffhq-unet": (100_000, 256),
+    "imagenet256-dit-xl2": (400_000, 256), "imagenet256-unet": (400_000, 256),
+    "imagenet256-mdt-s2": (1_000_000, 256), "coco-t2i-dit-xl2": (400_000, 256),
+    "metfaces512-superres": (100_000, 32), "cifar10-edm": (390_625, 512),
+    "cifar10-fdm": (390_625, 512),
+}  # fmt: skip
+
+
+def test_steps_and_batches_are_the_papers():
+    found = {name: (PRESETS[name][1].steps, PRESETS[name][1].batch_size) for name in EXPERIMENTS}
+    assert found == STEPS_AND_BATCH
+    assert PRESETS["coco-t2i-dit-xl2"][1].evaluation.guidance == 1.5
+
+
+def test_mdt_is_the_paper_s():
+    config = PRESETS["imagenet256-mdt-s2"][1]
+    assert isinstance(config.model, MDTConfig)
+    assert (config.model.decode_layers, config.model.mask_ratio) == (2, 0.3)
+    with torch.device("meta"):
+        assert len(list(build_model(config).get_submodule("blocks").children())) == 12
 
 
 def test_presets_of_one_size_of_emoji_differ_in_the_network_alone():
@@ -48,6 +76,11 @@ def test_emoji32_is_small_enough_for_a_cpu():
 def test_edm_trains_on_200_million_images():
     for name in ("cifar10-edm", "cifar10-fdm"):
         _, config = PRESETS[name]
+        assert isinstance(config.model, EdmUNetConfig)
+        assert EDM_UNET_SIZES[str(config.model.size)]["dropout"] == 0.13
+        evaluation = config.evaluation
+        assert (evaluation.solver, evaluation.solver_steps) == ("heun", 35)
+        assert evaluation.num_images == 50_000 and config.data.flip
         assert abs(config.steps * config.batch_size - 200e6) < config.batch_size
         assert round(config.optimizer.warmup_steps * config.batch_size / 1e6) == 10
         kept_of_half_a_million = config.optimizer.ema_decay ** (500_000 / config.batch_size)

@@ -157,7 +157,10 @@ def _minus_2_log_reference(x: Tensor) -> Tensor:
 
 
 def _cos_sin_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the angle 2 pi x / 2**32: the top two bits are the quadrant."""
+    """(cos, sin) of pi / 2 (q + v): q is the top two bits of x, v in [-1/2, 1/2) the signed others.
+
+    That is 2 pi x / 2**32, less a quarter turn where the others are 2**29 or more: as uniform.
+    """
     fraction = (x << 2) & _MASK
     v = torch.where(fraction >= 2**31, fraction - 2**32, fraction).float() * _2_POW_MINUS_32
     z = v * v

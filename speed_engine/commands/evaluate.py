@@ -22,7 +22,6 @@ from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
-from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.image_set import ImageSet
@@ -56,9 +55,9 @@ class EvaluateCommand:
     average: str = EMA
     """Which EMA of the parameters to measure: ema, or one that the run's optimizer.averages
     names."""
-    solver: SolverName | None = None
-    """Solver that generates the images; euler is another name of ddim. By default that of the
-    run."""
+    solver: str | None = None
+    """Solver that generates the images, SOLVER[+OPTION=VALUE ...], such as ddim+eta=0.5;
+    --evaluation.solver of `speed-engine train --help` lists them. By default that of the run."""
     solver_steps: int | None = None
     """Number of model evaluations per image. By default that of the run."""
     guidance: float | None = None
@@ -66,6 +65,9 @@ class EvaluateCommand:
     guidance_interval: tuple[float, float] | None = None
     """Lower and upper noise level sigma / alpha between which guidance acts. By default that of the
     run."""
+    guidance_channels: int | None = None
+    """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
+    default that of the run."""
     features: Literal["classifier", "inception"] | None = None
     """Features that the metrics compare: those of a classifier trained on the run's data, or those
     of the standard Inception network. By default those of the run."""
@@ -89,6 +91,7 @@ def run(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        guidance_channels=command.guidance_channels,
         metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,

@@ -25,7 +25,6 @@ from speed_engine.evaluation.conditions import (
     generation_settings,
     prompted,
 )
-from speed_engine.evaluation.config import SolverName
 from speed_engine.evaluation.generate import (
     check_guidance,
     generate,
@@ -55,9 +54,9 @@ class SampleCommand:
     average: str = EMA
     """Which EMA of the parameters generates: ema, or one that the run's optimizer.averages
     names."""
-    solver: SolverName | None = None
-    """Solver that generates the images; euler is another name of ddim. By default that of the
-    run."""
+    solver: str | None = None
+    """Solver that generates the images, SOLVER[+OPTION=VALUE ...], such as ddim+eta=0.5;
+    --evaluation.solver of `speed-engine train --help` lists them. By default that of the run."""
     solver_steps: int | None = None
     """Number of model evaluations per image. By default that of the run."""
     guidance: float | None = None
@@ -65,6 +64,9 @@ class SampleCommand:
     guidance_interval: tuple[float, float] | None = None
     """Lower and upper noise level sigma / alpha between which guidance acts. By default that of the
     run."""
+    guidance_channels: int | None = None
+    """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
+    default that of the run."""
     prompt: tuple[str, ...] = ()
     """Texts to generate from in turn; each has one row in the picture. By default the texts are
     those of the data."""
@@ -93,6 +95,7 @@ def run(arguments: list[str], console: Console) -> None:
         solver_steps=command.solver_steps,
         guidance=command.guidance,
         guidance_interval=command.guidance_interval,
+        guidance_channels=command.guidance_channels,
     )
     generate_files(
         config,

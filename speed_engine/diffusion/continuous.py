@@ -43,6 +43,15 @@ class ContinuousSchedule(NoiseSchedule):
         """One, as for every process in sigma space."""
         return torch.ones_like(t)
 
+    def time_at(self, level: float) -> float:
+        """By bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            t = torch.tensor((low + high) / 2, dtype=torch.float64)
+            below = float(self.sigma(t)) < level * float(self.alpha(t))
+            low, high = (float(t), high) if below else (low, float(t))
+        return low
+
     def solver_times(self, num_steps: int) -> list[float]:
         """Evenly spaced, from the centre of the noisiest cell to one step before 0."""
         if num_steps < 1:

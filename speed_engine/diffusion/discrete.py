@@ -3,6 +3,7 @@
 Letters: T timesteps, N timesteps asked for. t is an int64 index; index 0 is the cleanest.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -96,13 +97,24 @@ class DiscreteSchedule(NoiseSchedule):
         """(N,) int64 -> (N,): the index, unless the process came with times of its own."""
         return t if self._times is None else self._times.to(t.device)[t]
 
+    def time_at(self, level: float) -> float:
+        """The index whose log(sigma / alpha) is nearest."""
+        return int(((self._sigma / self._alpha).log() - math.log(level)).abs().argmin())
+
     def solver_times(self, num_steps: int) -> list[float]:
-        """``num_steps`` indices from T - 1 down to 0, evenly spaced."""
-        last = self.num_timesteps - 1
+        """``num_steps`` indices from T - 1 down to 0, to the letter as IDDPM respaces.
+
+        That is improved-diffusion's ``space_timesteps``, which DiT has, too: a running sum in
+        floating point, rounded to even; a single step is asked for index 0.
+        """
         if not 1 <= num_steps <= self.num_timesteps:
             raise UserError(f"{num_steps} solver steps: must lie in [1, {self.num_timesteps}].")
-        spaced = torch.linspace(last, 0, num_steps, dtype=torch.float64)
-        return [int(t) for t in spaced.round()]
+        stride = (self.num_timesteps - 1) / (num_steps - 1) if num_steps > 1 else 1
+        rising, position = [], 0.0
+        for _ in range(num_steps):
+            rising.append(round(position))
+            position += stride
+        return rising[::-1]
 
 
 def from_alphas_cumprod(
@@ -156,6 +168,7 @@ def from_sigmas(
     flow: bool = False,
     sigma_data: float | None = None,
     times: Tensor | None = None,
+    prediction: str | None = None,
 ) -> DiscreteSchedule:
     """The process with noise levels ``sigmas`` (T,), rising or falling; a last zero is dropped.
 
@@ -167,6 +180,7 @@ def from_sigmas(
         sigma_data: standard deviation of the clean data; by default 1 for flows, else 0.5.
         times: (T,) what the network is given for t, in the order of ``sigmas``; by default 1000
             sigma for flows, else 250 log(sigma).
+        prediction: the target of the baseline; by default velocity for flows, else F.
 
     Raises:
         UserError: a sigma is negative or too large, or the order is not monotone.
@@ -183,13 +197,13 @@ def from_sigmas(
     sigma_data = sigma_data or (1.0 if flow else 0.5)
     if not flow:
         return _SigmaSpace(
-            name, torch.ones_like(sigmas), sigmas, prediction="F", sigma_data=sigma_data,
-            times=times,
+            name, torch.ones_like(sigmas), sigmas, prediction=prediction or "F",
+            sigma_data=sigma_data, times=times,
         )  # fmt: skip
     # A flow's last timestep may be pure noise; alpha stays above 0 so that ratios exist.
     alpha = (1 - sigmas).clamp(min=2.0**-24)
     return DiscreteSchedule(
-        name, alpha, sigmas, prediction="velocity", sigma_data=sigma_data, times=times
+        name, alpha, sigmas, prediction=prediction or "velocity", sigma_data=sigma_data, times=times
     )
 
 
@@ -204,46 +218,80 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
     """The process of a diffusers scheduler: DDPM, DDIM, EulerDiscrete, FlowMatchEuler, EDMEuler.
 
     Its timesteps are those that diffusers' training loops pass to ``add_noise``; its baseline's
-    target is the scheduler's ``prediction_type``. Build it before ``set_timesteps`` changes it.
+    target is the scheduler's ``prediction_type``, with the sign and scale that the scheduler gives
+    it. Build it before ``set_timesteps`` changes the scheduler. Solvers that draw from flows
+    (``use_flow_sigmas``) have a flow's timesteps only after ``set_timesteps(num_train_timesteps)``,
+    which their ``add_noise`` needs, too.
 
     Args:
         noise_scheduler: with ``alphas_cumprod``, or with ``sigmas`` and ``timesteps``.
 
     Raises:
-        UserError: the scheduler has neither, or holds another number of timesteps than it says.
+        UserError: it is no scheduler of these kinds, predicts something else, or holds another
+            number of timesteps than it says.
     """
     name = type(noise_scheduler).__name__
-    config = getattr(noise_scheduler, "config", None)
-    abar = getattr(noise_scheduler, "alphas_cumprod", None)
-    if abar is not None:
-        kind = getattr(config, "prediction_type", "epsilon")
-        if kind not in _DIFFUSERS_TARGETS:
-            raise UserError(
-                f"{name} has prediction_type {kind!r}; known are {', '.join(_DIFFUSERS_TARGETS)}."
-            )
-        abar = abar.double().cpu().clone()
-        if (
-            abar[-1] <= 0
-        ):  # a zero-SNR schedule ends in pure noise; diffusers' solvers bound it, too
-            abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
-        return from_alphas_cumprod(
-            abar, name, prediction=_DIFFUSERS_TARGETS[kind], linear_betas=_linear_betas(config)
+    config: Any = getattr(noise_scheduler, "config", None)
+    if isinstance(noise_scheduler, str):
+        raise UserError(
+            f"{noise_scheduler!r} is no scheduler; a process has its name in build_schedule."
         )
+    if getattr(config, "use_flow_sigmas", False):
+        noise_scheduler = copy.deepcopy(noise_scheduler)
+        noise_scheduler.set_timesteps(config.num_train_timesteps)
+        return _in_sigma(noise_scheduler, name)
+    abar = getattr(noise_scheduler, "alphas_cumprod", None)
+    if abar is None:
+        return _in_sigma(noise_scheduler, name)
+    target = _target(name, config, _VP_TARGETS)
+    abar = abar.double().cpu().clone()
+    if abar[-1] <= 0:  # a zero-SNR schedule ends in pure noise; diffusers' solvers bound it, too
+        abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
+    return from_alphas_cumprod(abar, name, prediction=target, linear_betas=_linear_betas(config))
+
+
+def _in_sigma(noise_scheduler: Any, name: str) -> DiscreteSchedule:
+    """The process of a scheduler that is given by its sigmas: a flow, or EDM's."""
+    config: Any = getattr(noise_scheduler, "config", None)
     sigmas = getattr(noise_scheduler, "sigmas", None)
     if sigmas is None or len(sigmas) == 0 or config is None:
         raise UserError(f"{name} has neither alphas_cumprod nor sigmas; use from_sigmas.")
     sigmas = sigmas.cpu()
-    if sigmas[-1] == 0:
-        sigmas = sigmas[:-1]
+    times = getattr(noise_scheduler, "timesteps", None)
+    if times is not None:
+        sigmas = sigmas[: len(times)]  # what follows is where the last step ends
     if len(sigmas) - config.num_train_timesteps not in (0, 1):  # EDMEuler holds one more
         raise UserError(
             f"{name} holds {len(sigmas)} sigmas for {config.num_train_timesteps} timesteps; "
             "pass a scheduler on which set_timesteps was not called."
         )
+    sigma_data = getattr(config, "sigma_data", None)
+    flow = sigma_data is None and bool(sigmas.max() <= 1)
+    if not flow and sigma_data is None:
+        raise UserError(
+            f"{name} has no sigma_data, so that it does not say how its model's answer is scaled; "
+            "use from_sigmas."
+        )
     return from_sigmas(
-        sigmas, name, flow=bool(sigmas.max() <= 1),
-        sigma_data=getattr(config, "sigma_data", None), times=noise_scheduler.timesteps.cpu(),
+        sigmas, name, flow=flow, sigma_data=sigma_data,
+        times=None if times is None else times.cpu(),
+        prediction=_target(name, config, _FLOW_TARGETS if flow else _EDM_TARGETS),
     )  # fmt: skip
+
+
+def _target(name: str, config: Any, targets: dict[str, str]) -> str:
+    """What a scheduler's model predicts, as we call it; the first target is the default.
+
+    Raises:
+        UserError: the scheduler has none of these.
+    """
+    kind = getattr(config, "prediction_type", next(iter(targets)))
+    if kind not in targets:
+        flow = "; flow_prediction needs use_flow_sigmas=True" if kind == "flow_prediction" else ""
+        raise UserError(
+            f"{name} has prediction_type {kind!r}; known are {', '.join(targets)}{flow}."
+        )
+    return targets[kind]
 
 
 def _linear_betas(config: Any) -> tuple[float, float] | None:
@@ -255,7 +303,12 @@ def _linear_betas(config: Any) -> tuple[float, float] | None:
     return config.beta_start, config.beta_end
 
 
-_DIFFUSERS_TARGETS = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+# prediction_type of diffusers' schedulers -> key of PREDICTIONS
+_VP_TARGETS = {
+    "epsilon": "epsilon", "sample": "x0", "v_prediction": "v", "original_sample": "x0",
+}  # fmt: skip
+_FLOW_TARGETS = {"flow_prediction": "velocity", "epsilon": "epsilon", "sample": "x0"}
+_EDM_TARGETS = {"epsilon": "F", "v_prediction": "negative_F"}
 
 
 def linear(

@@ -64,6 +64,29 @@ def read_spelling(text: str) -> Spelling:
     return Spelling(match["method"], options, match["schedule"], match["prediction"])
 
 
+def read_options(text: str, kind: str, example: str) -> Spelling:
+    """A name with options, without process and prediction; numbers, truth values and words.
+
+    Args:
+        text: NAME[+OPTION=VALUE ...].
+        kind: what is spelled, for messages.
+        example: of a spelling, for messages.
+
+    Raises:
+        UserError: it does not follow the grammar, or sets an option twice.
+    """
+    try:
+        spelling = read_spelling(text)
+    except UserError:
+        spelling = None
+    if spelling is None or spelling.schedule is not None or spelling.prediction is not None:
+        raise UserError(
+            f"{kind} {shortened(text)!r}: write {kind.upper()}[+OPTION=VALUE ...], each option "
+            f"once, such as {example}."
+        )
+    return spelling
+
+
 def canonical(method: str) -> str:
     """The canonical spelling of a method with its options.
 

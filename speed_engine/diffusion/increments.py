@@ -15,13 +15,14 @@ With linear betas (Sec. 2.3 and A.8; D = beta_T - beta_1, beta_0 = beta_1 - D/T)
 
 For every other process E = -log(1 - psi) exactly, and the rate is a central difference over its
 cells, that is, in the coordinate that its baseline draws uniformly. Positions t here count from 1,
-as the paper's do: cell i is t = i + 1.
+as the paper's do: cell i is t = i + 1. ``table_1`` has the paper's own rates for VP, VE and EDM.
 
 The paper's variance is that of two samples with independent noise, psi(t) + psi(t + 1), not of the
 Markov chain's step, which is far smaller.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,55 @@ def increments(schedule: NoiseSchedule) -> Increments:
 def measured_rate(schedule: NoiseSchedule) -> Tensor:
     """(T,) 2 dpsi per cell, by central differences, for any process."""
     return 2 * torch.gradient(schedule.noise_fraction(schedule.timesteps))[0]
+
+
+def table_1(process: str, t: Tensor, step: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The paper's Table 1: how fast the mean and the variance of the increments change, in its t.
+
+    With x_t = s (x0 + sigma noise) and + for t + step, an increment has mean A x0, A = s_+ - s, and
+    variance Sigma = s_+**2 sigma_+**2 + s**2 sigma**2.
+
+        VP    s = exp(-D t**2 / 4 - beta_0 t / 2)    sigma**2 = s**-2 - 1    D = 19.9, beta_0 = 0.1
+        VE    s = 1                                  sigma**2 = t
+        EDM   s = 1                                  sigma**2 = t**2
+
+    Args:
+        process: VP, VE or EDM.
+        t: (N,) times, in [0, 1] for VP; 0 or more for the others.
+        step: of an increment; with 0, the limit: dSigma/dt is 2 (beta_0 + D t) s**2, 2, and 4 t.
+
+    Returns:
+        (N,) dA/dt, and (N,) dSigma/dt, both float64.
+
+    Raises:
+        UserError: an unknown process.
+    """
+    if process not in _TABLE_1:
+        raise UserError(f"process {process!r} is not in Table 1; choose from VP, VE, EDM.")
+    scale, power = _TABLE_1[process]
+    (s, s_), (p, p_) = _with_slope(scale, t), _with_slope(power, t)
+    (after, after_), (p_after, p_after_) = (_with_slope(of, t + step) for of in (scale, power))
+    variance = after**2 * p_after_ + 2 * after * after_ * p_after + s**2 * p_ + 2 * s * s_ * p
+    return after_ - s_, variance
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) values and derivatives."""
+    t = t.double()
+    found = torch.func.jvp(function, (t,), (torch.ones_like(t),))
+    return found[0], found[1]
+
+
+def _vp_scale(t: Tensor) -> Tensor:
+    return torch.exp(-19.9 * t.square() / 4 - 0.1 * t / 2)
+
+
+# process: s(t), sigma(t)**2
+_TABLE_1: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "VP": (_vp_scale, lambda t: torch.expm1(19.9 * t.square() / 2 + 0.1 * t)),
+    "VE": (torch.ones_like, lambda t: t),
+    "EDM": (torch.ones_like, torch.square),
+}
 
 
 def _suppression(schedule: NoiseSchedule) -> Tensor:

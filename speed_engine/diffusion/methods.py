@@ -177,12 +177,46 @@ def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe
     )
 
 
+def edm2(schedule: NoiseSchedule, mean: float = -0.4, std: float = 1.0) -> Recipe:
+    """EDM2's distribution and weighting, with its learned weights (Karras et al. 2024).
+
+    Args:
+        schedule: the process.
+        mean: of log sigma.
+        std: standard deviation of log sigma, above 0.
+    """
+    recipe = edm(schedule, mean, std)
+    return Recipe(
+        timesteps=recipe.timesteps,
+        weighting=recipe.weighting,
+        batch_loss=FourierUncertainty(schedule),
+    )
+
+
+def sigma_sqrt(schedule: NoiseSchedule) -> Recipe:
+    """Weight sigma**-2 on a flow's velocity, by diffusers' name of SD3's scripts; uniform."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.sigma_sqrt(schedule),
+    )
+
+
+def cosmap(schedule: NoiseSchedule) -> Recipe:
+    """SD3's CosMap as a weight on a flow's velocity (Esser et al. 2024), uniform timesteps."""
+    return Recipe(
+        timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
+        weighting=weighting.cosmap(schedule),
+    )
+
+
 def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
     """SD3's distribution of times, weight one on the process's own target (Esser et al. 2024).
 
     Args:
         schedule: the process.
-        mean: of the logit of the time.
+        mean: of the logit of the time; above 0 draws more noise, as in SD3's paper. diffusers'
+            loops index their timesteps from the noisiest, so that ``logit_mean`` has the other
+            sign there.
         std: standard deviation of the logit of the time, above 0.
     """
     return Recipe(
@@ -323,7 +357,7 @@ METHODS: dict[str, Callable[..., Recipe]] = {
     for function in (
         uniform, speed_paper, speed_official, p2, min_snr, lognormal_edm, logit_normal, clts,
         clts_mdlrc, ant_uw, task_curriculum, speed_plus, edm, mode, shifted, adaptive,
-        learned_uncertainty,
+        learned_uncertainty, edm2, sigma_sqrt, cosmap,
     )
 }  # fmt: skip
 

@@ -59,12 +59,21 @@ def preconditioned(alpha: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Ten
     return sigma / (sigma_data * total), -alpha * sigma_data / total
 
 
+def negative_preconditioned(
+    alpha: Tensor, sigma: Tensor, sigma_data: float
+) -> tuple[Tensor, Tensor]:
+    """-F, the v of k-diffusion and of diffusers' EDM schedulers: v for data of deviation 1."""
+    b_x, b_e = preconditioned(alpha, sigma, sigma_data)
+    return -b_x, -b_e
+
+
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "epsilon": epsilon,
     "x0": x0,
     "v": v,
     "velocity": velocity,
     "F": preconditioned,
+    "negative_F": negative_preconditioned,
 }
 
 

@@ -67,6 +67,10 @@ class NoiseSchedule(ABC):
             UserError: more steps than the process has timesteps.
         """
 
+    @abstractmethod
+    def time_at(self, level: float) -> float:
+        """The t of noise level sigma / alpha, or the nearest one."""
+
     def input_scale(self, t: Tensor) -> Tensor:
         """(N,) -> (N,) factor between the process's state and what the model sees (EDM's c_in)."""
         return torch.ones_like(self.alpha(t))

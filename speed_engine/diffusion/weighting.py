@@ -91,6 +91,20 @@ def edm(schedule: NoiseSchedule) -> LossWeighting:
     return LossWeighting(_snr(schedule) + schedule.sigma_data**-2, "x0")
 
 
+def sigma_sqrt(schedule: NoiseSchedule) -> LossWeighting:
+    """sigma**-2 on the velocity, sigma the time of a flow with as much noise.
+
+    So diffusers' ``compute_loss_weighting_for_sd3`` has it, which calls it ``sigma_sqrt``.
+    """
+    return LossWeighting(_flow_time(schedule) ** -2, "velocity")
+
+
+def cosmap(schedule: NoiseSchedule) -> LossWeighting:
+    """SD3: 2 / (pi (1 - 2 s + 2 s**2)) on the velocity, s the time of a flow with as much noise."""
+    s = _flow_time(schedule)
+    return LossWeighting(2 / (math.pi * (1 - 2 * s + 2 * s.square())), "velocity")
+
+
 def converted(weighting: LossWeighting, schedule: NoiseSchedule, target: str) -> Tensor:
     """(T,) weight of the target's MSE that makes the same loss.
 
@@ -115,6 +129,13 @@ def _stretched(rate: Tensor, lam: float) -> Tensor:
 
 def _snr(schedule: NoiseSchedule) -> Tensor:
     return schedule.snr(schedule.timesteps)
+
+
+def _flow_time(schedule: NoiseSchedule) -> Tensor:
+    """(T,) sigma / (alpha + sigma), for data scaled to unit deviation."""
+    signal = schedule.alpha(schedule.timesteps) * schedule.sigma_data
+    noise = schedule.sigma(schedule.timesteps)
+    return noise / (signal + noise)
 
 
 def _ones(schedule: NoiseSchedule) -> Tensor:

@@ -23,6 +23,7 @@ def generation_settings(evaluation: EvaluationConfig) -> GenerationSettings:
         steps=evaluation.solver_steps,
         guidance=evaluation.guidance,
         interval=evaluation.guidance_interval,
+        channels=evaluation.guidance_channels,
     )
 
 

@@ -11,8 +11,6 @@ from speed_engine.evaluation.metrics import HELP as METRICS_HELP
 from speed_engine.evaluation.metrics import METRICS
 from speed_engine.runtime.checks import check, check_counts
 
-SolverName = Literal["ddim", "euler", "heun", "dpmpp_2m", "ddpm", "ddpm_large"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -22,9 +20,11 @@ class EvaluationConfig:
     """Number of optimizer steps between two evaluations; one more follows the last step."""
     num_images: int = 2000
     """Number of images that an evaluation generates, from all classes in turn."""
-    solver: SolverName = "ddim"
-    """Solver that generates the images; euler is another name of ddim, and ddpm uses the learned
-    variance of a model that has one."""
+    solver: str = "ddim"
+    """Solver that generates the images, SOLVER[+OPTION=VALUE ...]: ddim (option eta), its other
+    name euler, heun (churn, churn_min, churn_max, churn_noise), dpmpp_2m, ddpm, which uses the
+    learned variance of a model that has one, or ddpm_large. All start from unit noise; with
+    start=process they start from sigma times noise."""
     solver_steps: int = 25
     """Number of model evaluations per image, at most the number of timesteps."""
     guidance: float = 1.0
@@ -32,6 +32,9 @@ class EvaluationConfig:
     guidance_interval: tuple[float, float] | None = None
     """Lower and upper noise level sigma / alpha between which guidance acts. By default it acts at
     all levels."""
+    guidance_channels: int | None = None
+    """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
+    default it acts on all channels."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """Features that FID and other metrics compare: those of a classifier trained on these data,
     those of the standard Inception network, or none; then images are generated and not measured."""
@@ -51,6 +54,9 @@ class EvaluationConfig:
             has_model = "clip" not in METRICS[metric].needs or self.clip_model is not None
             check("evaluation.metrics", named, has_model, f"{metric} needs evaluation.clip_model")
         check_counts("evaluation.", self, "every", "num_images", "solver_steps")
+        channels = self.guidance_channels
+        some = channels is None or channels >= 1
+        check("evaluation.guidance_channels", channels, some, "must be at least 1")
         guides = 0 <= self.guidance < math.inf
         check("evaluation.guidance", self.guidance, guides, "must be 0 or more, and finite")
         low, high = self.guidance_interval or (0.0, math.inf)

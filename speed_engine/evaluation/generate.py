@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import Conditions, hidden
-from speed_engine.diffusion.solvers import Denoising, solver_named
+from speed_engine.diffusion.solvers import Denoising, check_solver, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import UserError
@@ -33,19 +33,28 @@ class GenerationSettings:
     """How images are generated.
 
     Attributes:
-        solver: a key of ``SOLVERS``.
+        solver: a key of ``SOLVERS``, with its options, see ``solver_named``.
         steps: model evaluations per image; twice as many with guidance.
         guidance: scale of classifier-free guidance; answers are extrapolated from unconditional to
             conditional ones by this factor, so that 1 is none. A learned variance is taken from
             the conditional answer.
         interval: guide where sigma / alpha is above the first and at most the second
             (Kynkaanniemi et al. 2024), and ask the model once elsewhere; None guides everywhere.
+        channels: guide so many of the first channels, as DiT's published code does with 3 of 4;
+            None guides all.
+
+    Raises:
+        UserError: an unknown solver, or an option that it does not have or that is out of range.
     """
 
     solver: str = "ddim"
     steps: int = 25
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
 
     def record(self) -> dict[str, Any]:
         """As records and unfinished images hold them, JSON-like."""
@@ -54,6 +63,7 @@ class GenerationSettings:
             "solver_steps": self.steps,
             "guidance": self.guidance,
             "guidance_interval": None if self.interval is None else list(self.interval),
+            "guidance_channels": self.channels,
         }
 
 
@@ -111,7 +121,7 @@ def generate(
         answer = ask(x, times, given)
         if settings.guidance == 1 or not low < schedule.sigma(time) / schedule.alpha(time) <= high:
             return answer
-        channels = x.shape[1]
+        channels = min(x.shape[1], settings.channels or x.shape[1])
         unconditional = ask(x, times, hidden(given, null))[:, :channels]
         guided = unconditional + settings.guidance * (answer[:, :channels] - unconditional)
         return torch.cat([guided, answer[:, channels:]], dim=1)

@@ -232,6 +232,8 @@ def newest(folder: Path) -> Path:
         try:
             verify(checkpoint)
         except InvalidCheckpoint as damage:
+            if not checkpoint.exists():  # deleted by the run meanwhile, which has newer ones
+                return newest(folder)
             log.warning("%s; falling back to the checkpoint before it.", damage)
         else:
             return checkpoint

@@ -34,12 +34,14 @@ class OptimizerConfig:
     EMA one after the other; one_sweep does AdamW and the EMA in one pass over memory. auto is
     separate."""
     ema_decay: float = 0.999
-    """Decay of the EMA of the parameters per step, in [0, 1); it warms up as (1 + step) / (10 +
-    step)."""
+    """Decay of the EMA of the parameters per step, in [0, 1)."""
+    ema_warmup: bool = True
+    """Whether the decay warms up to that value, as (1 + step) / (10 + step), rather than having it
+    from the first step on."""
     averages: tuple[str, ...] = ()
-    """Further EMAs that checkpoints hold beside the first: ema=DECAY has another decay, and
-    power=GAMMA the decay (1 - 1 / step)**(GAMMA + 1) of EDM2. The option --average of other
-    commands selects one."""
+    """Further EMAs that checkpoints hold beside the first: ema=DECAY has another decay,
+    constant=DECAY one without warm-up, and power=GAMMA the decay (1 - 1 / step)**(GAMMA + 1) of
+    EDM2. The option --average of other commands selects one."""
 
     def __post_init__(self) -> None:
         once = len(set(self.averages)) == len(self.averages)

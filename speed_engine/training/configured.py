@@ -4,7 +4,7 @@ from torch import nn
 
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
-from speed_engine.training.ema import EMA, Ema, decay_of, warming_up
+from speed_engine.training.ema import EMA, Ema, constant, decay_of, warming_up
 from speed_engine.training.one_sweep import OneSweep
 from speed_engine.training.optimizers import (
     MOMENTUM_DECAYS,
@@ -19,7 +19,7 @@ UPDATES: dict[str, type[Update]] = {"separate": Update, "one_sweep": OneSweep}
 
 def build_averages(settings: OptimizerConfig, model: nn.Module) -> dict[str, Ema]:
     """The averages of a model by name, EMA first; each starts as the model is."""
-    decays = {EMA: warming_up(settings.ema_decay)}
+    decays = {EMA: (warming_up if settings.ema_warmup else constant)(settings.ema_decay)}
     decays |= {name: decay_of(name) for name in settings.averages}
     return {name: Ema(model, decay) for name, decay in decays.items()}
 

@@ -33,6 +33,16 @@ def warming_up(final: float) -> Decay:
     return lambda step: min(final, (1 + step) / (10 + step))
 
 
+def constant(decay: float) -> Decay:
+    """The same decay from the first step on, as the paper and DiT have it.
+
+    Raises:
+        UserError: it is outside [0, 1).
+    """
+    warming_up(decay)  # checks
+    return lambda step: decay
+
+
 def power(gamma: float) -> Decay:
     """(1 - 1 / step)**(gamma + 1), whose memory is a share of the run (Karras et al. 2024, EDM2).
 
@@ -47,7 +57,11 @@ def power(gamma: float) -> Decay:
     return lambda step: (1 - 1 / step) ** (gamma + 1)
 
 
-DECAYS: dict[str, Callable[[float], Decay]] = {"ema": warming_up, "power": power}
+DECAYS: dict[str, Callable[[float], Decay]] = {
+    "ema": warming_up,
+    "power": power,
+    "constant": constant,
+}
 
 
 def decay_of(average: str) -> Decay:

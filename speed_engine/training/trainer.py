@@ -29,7 +29,7 @@ from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.progress import TrainingProgress
 from speed_engine.runtime.records import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.runtime.sharding import whole
-from speed_engine.runtime.stopping import StopRequest
+from speed_engine.runtime.stopping import Stopped, StopRequest
 from speed_engine.runtime.watchdog import Watchdog
 from speed_engine.runtime.world import World
 from speed_engine.training import checkpoint
@@ -108,11 +108,6 @@ class Trainer:
         self.skipped = SkippedSteps(device)
         self.clock = TrainingClock()
         self.newest_evaluation: tuple[str, Path] | None = None
-        self.events: list[tuple[int, Callable[[], None]]] = [
-            (loop.log_every, self._log),
-            (loop.evaluate_every, self._evaluate),
-            (loop.checkpoint_every, self._checkpoint),
-        ]
 
     def load(self, path: Path) -> None:
         """Take over the state of a checkpoint."""
@@ -124,7 +119,8 @@ class Trainer:
                 f"(SHA-256 {fingerprint[:12]}, then {state['data'][:12]}); put the shards back as "
                 "they were, or start a new run."
             )
-        if state["step"] >= self.loop.steps:
+        complete = self.world.from_first((self.folder / EMA_FILE).exists)
+        if state["step"] > self.loop.steps or (state["step"] == self.loop.steps and complete):
             raise UserError(
                 f"{self.folder} is complete at step {state['step']} of {self.loop.steps}; "
                 "--steps N trains it longer."
@@ -141,6 +137,9 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step; each event fires at its interval and after the last step.
+
+        After a step, what it came to is recorded, then saved, and only then evaluated. An
+        evaluation that was given up, or lost with its process, is made up for by the resumed run.
 
         Raises:
             FloatingPointError: too many steps in a row had to be skipped.
@@ -165,20 +164,24 @@ class Trainer:
             closing(self.data.batches(first * loop.batch_size, loop.resident)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, loop.hang_timeout) as self.watchdog,
-            StopRequest(self.world, self.device) as stop,
+            StopRequest(self.world, self.device) as self.stop,
         ):
-            while engine.steps_done < last:
-                self._count(batch := self._next(batches), engine.step(batch))
-                stopping = stop.agreed()
-                self._fire()
-                if stopping:
-                    if engine.steps_done % loop.checkpoint_every:
+            stopping = self._lacks_evaluation() and not self._evaluate()
+            while engine.steps_done < last and not stopping:
+                try:
+                    batch = self._next(batches)
+                except Stopped:
+                    stopping = True
+                    if engine.steps_done > first and not self._is_due(loop.checkpoint_every):
                         self._checkpoint()
                     break
+                self._count(batch, engine.step(batch))
+                stopping = self._fire(self.stop.agreed())
             self.checkpoints.wait()
         if self.world.is_first:
             self.records.close()
-        if engine.steps_done < last:
+        if stopping:
+            stop = self.stop
             cause = "a signal to another process" if stop.signal is None else stop.signal.name
             text = f"stopped by {cause} at step {engine.steps_done} of {last}; continue with"
             self._say(f"{text} speed-engine train --resume {self.folder}")
@@ -194,7 +197,8 @@ class Trainer:
         step = self.engine.steps_done
         self.watchdog.doing(step, "waiting for data")
         waited = time.perf_counter()
-        batch = next(batches)
+        with self.stop.interrupting(self.world.size == 1):
+            batch = next(batches)
         self._data_seconds += time.perf_counter() - waited
         self.watchdog.doing(step, "training")
         return batch
@@ -213,11 +217,31 @@ class Trainer:
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _fire(self) -> None:
+    def _is_due(self, every: int) -> bool:
         step = self.engine.steps_done
-        for every, event in self.events:
-            if step % every == 0 or step == self.loop.steps:
-                event()
+        return step % every == 0 or step == self.loop.steps
+
+    def _fire(self, stopping: bool) -> bool:
+        """What is due after a step; whether to stop, which may be asked for meanwhile."""
+        loop = self.loop
+        if self._is_due(loop.log_every):
+            self._log()
+        saves = self._is_due(loop.checkpoint_every)
+        if saves or stopping:
+            self._checkpoint()
+        if stopping or not self._is_due(loop.evaluate_every):
+            return stopping
+        finished = self._evaluate()
+        if not finished and not saves:
+            self._checkpoint()
+        return not finished
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether the step that a run is resumed from was to be evaluated, and was not."""
+        step = self.engine.steps_done
+        pictures = self.folder / "samples"
+        evaluated = self.world.from_first(lambda: any(pictures.glob(f"step-{step:08d}.*")))
+        return step > 0 and self._is_due(self.loop.evaluate_every) and not evaluated
 
     def _record(self, figures: dict[str, Any]) -> None:
         if self.world.is_first:
@@ -274,25 +298,36 @@ class Trainer:
             )
         return total
 
-    def _evaluate(self) -> None:
-        step = self.engine.steps_done
+    def _evaluate(self) -> bool:
+        """Whether it came to its end, and no process is asked to stop."""
+        step, alone = self.engine.steps_done, self.world.size == 1
+        self.checkpoints.wait()  # an evaluation may fail, and take a save under way with it
         self.watchdog.doing(step, "evaluating")
+        model = self.engine.update.averages[EMA].model
         with self.clock.paused():
-            images, found = self.evaluator(self.engine.update.averages[EMA].model)
-            if self.world.is_first:
-                self._keep_evaluation(images, found)
+            try:
+                with self.stop.interrupting(alone):
+                    images = self.evaluator.generate(model if alone else self.stop.watched(model))
+                if self.world.is_first:
+                    with self.stop.interrupting(True):
+                        found = self.evaluator.measure(images)
+                    self._keep_evaluation(images, found)
+            except Stopped:
+                pass
+            stopping = self.stop.agreed_at_once()
         self.watchdog.doing(step, "training")
+        return not stopping
 
     def _keep_evaluation(self, images: Tensor, found: Evaluation | None) -> None:
         """On the first process: pictures and figures."""
         step = self.engine.steps_done
-        rows = grid_rows(len(images), self.evaluator.conditions)
-        where = self.folder / "samples" / f"step-{step:08d}.png"
-        where = self._try_to_write(where, lambda: save_images(images, rows, where))
         quality = ""
         if found is not None:
             self._record(found.record())
             quality = f"{found.headline()}  "
+        rows = grid_rows(len(images), self.evaluator.conditions)
+        where = self.folder / "samples" / f"step-{step:08d}.png"
+        where = self._try_to_write(where, lambda: save_images(images, rows, where))
         self.newest_evaluation = quality, where
         self.progress.say(f"step {step}/{self.loop.steps}  {quality}{where}")
 

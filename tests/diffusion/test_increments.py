@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from speed_engine.diffusion.continuous import RectifiedFlow
 from speed_engine.diffusion.discrete import from_alphas_cumprod, from_betas, linear
-from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.increments import increments, table_1
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
@@ -104,3 +104,41 @@ def test_tau_is_monotone_and_inverts_suppression(r, factor, beta_max):
 def test_tau_is_monotone_in_every_process(name, r, factor):
     areas = increments(build_schedule(name, 300))
     assert areas.tau(r * factor) >= areas.tau(r) >= 1
+
+
+TABLE_1 = {  # s, sigma^2 and the limit of dSigma/dt
+    "VP": (
+        lambda t: np.exp(-19.9 * t**2 / 4 - 0.1 * t / 2),
+        lambda t: np.exp(19.9 * t**2 / 2 + 0.1 * t) - 1,
+        lambda t: 2 * (0.1 + 19.9 * t) * np.exp(-19.9 * t**2 / 2 - 0.1 * t),
+    ),
+    "VE": (np.ones_like, lambda t: t, lambda t: 2 + 0 * t),
+    "EDM": (np.ones_like, np.square, lambda t: 4 * t),
+}
+
+
+@pytest.mark.parametrize("process", TABLE_1)
+def test_the_increments_rates_are_those_of_table_1(process):
+    s, power, limit = TABLE_1[process]
+    t, step, h = np.linspace(0.01, 0.99, 99), 0.1, 1e-6
+    mean, variance = (of.numpy() for of in table_1(process, torch.tensor(t), step))
+    a = lambda t: s(t + step) - s(t)
+    sigma = lambda t: s(t + step) ** 2 * power(t + step) + s(t) ** 2 * power(t)
+    np.testing.assert_allclose(mean, (a(t + h) - a(t - h)) / (2 * h), atol=1e-7)
+    np.testing.assert_allclose(variance, (sigma(t + h) - sigma(t - h)) / (2 * h), atol=1e-6)
+    mean, variance = table_1(process, torch.tensor(t))
+    assert float(mean.abs().max()) == 0
+    np.testing.assert_allclose(variance.numpy(), limit(t), rtol=1e-9)
+
+
+def test_only_vp_has_a_peak_in_the_papers_own_coordinate():
+    t = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    peaks = {name: float(t[table_1(name, t)[1].argmax()]) for name in TABLE_1}
+    assert peaks["VP"] == pytest.approx(0.2191, abs=1e-4) and peaks["EDM"] == 1
+    assert float(table_1("VE", t)[1].std()) == 0
+    ours = increments(build_schedule("vp")).rate / 1e-3  # per cell; its coordinate is the paper's
+    centres = build_schedule("vp").timesteps
+    theirs = table_1("VP", centres)[1]
+    torch.testing.assert_close(ours[1:-1], theirs[1:-1], rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="'flow' is not in Table 1; choose from VP, VE, EDM"):
+        table_1("flow", t)

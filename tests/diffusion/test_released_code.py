@@ -55,8 +55,8 @@ def test_mirroring_draws_fewer_late_timesteps_than_the_paper(k, below_tau, mean)
     p = distribution(k)
     assert p[:TAU].sum() == pytest.approx(below_tau, abs=5e-5)
     assert (p * INDEX).sum() == pytest.approx(mean, abs=0.05)
-    ratios = p[[1, 357, 642]] / p[999]
-    assert ratios == pytest.approx({5: [15, 11, 10], 2: [6, 5, 4]}[k])
+    ratios = p[[1, 357, 642, 643, 699]] / p[999]
+    assert ratios == pytest.approx({5: [15, 11, 10, 5, 5], 2: [6, 5, 4, 2, 2]}[k])
     released = build_method("speed_official", LINEAR, k=k).probabilities
     np.testing.assert_allclose(released, p, rtol=1e-12)
     paper = build_method("speed_paper", LINEAR, tau=TAU).probabilities

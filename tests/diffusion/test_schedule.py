@@ -131,15 +131,17 @@ def test_what_is_no_process_is_refused(make, message):
         make()
 
 
-def diffusers_scheduler(**attributes):
+def diffusers_scheduler(config=None, **attributes):
     """What from_diffusers reads of a scheduler."""
-    config = SimpleNamespace(num_train_timesteps=1000, prediction_type="v_prediction")
+    config = SimpleNamespace(num_train_timesteps=1000, **(config or {}))
     return SimpleNamespace(config=config, **attributes)
 
 
 def test_a_diffusers_scheduler_with_alphas_cumprod_keeps_its_indices_and_target():
     abar = linear().alphas_cumprod.float()
-    schedule = from_diffusers(diffusers_scheduler(alphas_cumprod=abar))
+    schedule = from_diffusers(
+        diffusers_scheduler({"prediction_type": "v_prediction"}, alphas_cumprod=abar)
+    )
     torch.testing.assert_close(schedule.alphas_cumprod, abar.double())
     assert schedule.prediction == "v" and schedule.name == "SimpleNamespace"
     t = torch.tensor([0, 5, 999])
@@ -173,8 +175,10 @@ def test_a_diffusers_cosine_schedule_keeps_its_last_step():
 def test_a_diffusers_scheduler_in_sigma_space_is_edm_s():
     sigmas = torch.cat([torch.logspace(2, -2, 1000), torch.zeros(1)])  # it ends in a zero
     times = 0.25 * sigmas[:-1].log()
-    schedule = from_diffusers(diffusers_scheduler(sigmas=sigmas, timesteps=times))
-    assert schedule.prediction == "F"
+    schedule = from_diffusers(
+        diffusers_scheduler({"sigma_data": 0.5}, sigmas=sigmas, timesteps=times)
+    )
+    assert schedule.prediction == "F" and schedule.sigma_data == 0.5
     t = torch.tensor([0, 999])
     torch.testing.assert_close(schedule.sigma(t), torch.tensor([0.01, 100.0]).double())
     assert torch.equal(schedule.model_time(t), times.flip(0)[t])
@@ -185,6 +189,7 @@ def test_a_diffusers_scheduler_in_sigma_space_is_edm_s():
     [
         ({}, "neither alphas_cumprod nor sigmas"),
         ({"sigmas": torch.ones(29)}, "29 sigmas for 1000 timesteps.*set_timesteps"),
+        ({"sigmas": torch.logspace(2, -2, 1000)}, "has no sigma_data, .* use from_sigmas"),
     ],
 )
 def test_a_diffusers_scheduler_that_does_not_fit_is_refused(attributes, message):

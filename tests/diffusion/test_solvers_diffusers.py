@@ -8,7 +8,7 @@ import torch
 
 from speed_engine.diffusion.discrete import from_diffusers, from_sigmas
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.diffusion.solvers import SOLVERS, Denoising
+from speed_engine.diffusion.solvers import SOLVERS, Denoising, solver_named
 from speed_engine.diffusion.table import TimestepTable
 
 diffusers = pytest.importorskip("diffusers")
@@ -86,14 +86,19 @@ def test_heun_in_sigma_space_is_that_of_diffusers():
     torch.testing.assert_close(drawn, theirs.double(), rtol=2e-4, atol=2e-4)
 
 
-def test_dpm_solver_is_that_of_diffusers():
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_dpm_solver_is_diffusers_default(steps):
     scheduler = diffusers.DPMSolverMultistepScheduler(
-        beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing",
-        final_sigmas_type="sigma_min", euler_at_final=True,
-    )  # fmt: skip
-    exact = discrete(scheduler, more=(0,))
-    theirs = loop(scheduler, exact, start(exact))
-    assert_equal("dpmpp_2m", exact, exact.estimate(theirs, 0).clean)
+        beta_start=1e-4, beta_end=0.02, solver_order=2, lower_order_final=steps >= 15
+    )
+    schedule = from_diffusers(scheduler)
+    table = TimestepTable(schedule, "epsilon", torch.ones(1000))
+    exact = Denoising(gaussian.exact(table), table, gaussian.silent, clip=False)
+    scheduler.set_timesteps(steps)
+    exact = gaussian.at_times(exact, [int(t) for t in scheduler.timesteps])
+    theirs = loop(scheduler, exact, gaussian.noises(6)).double()
+    ours = solver_named("dpmpp_2m")(exact, gaussian.noises(6), steps)
+    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
 def test_flow_euler_is_that_of_diffusers():

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speed_engine.diffusion import weighting
-from speed_engine.diffusion.discrete import linear
+from speed_engine.diffusion.discrete import from_alphas_cumprod, linear
 from speed_engine.diffusion.increments import increments
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.uncertainty import ClusterUncertainty, FourierUncertainty, MeanLoss
@@ -186,3 +187,16 @@ def test_before_training_learned_weights_are_one():
     torch.testing.assert_close(FourierUncertainty(linear(40))(cells, loss).detach(), expected)
     torch.testing.assert_close(2 * ClusterUncertainty(6, 3)(cells, loss).detach(), expected)
     torch.testing.assert_close(MeanLoss()(cells, loss), expected)
+
+
+@pytest.mark.parametrize("scheme", ["sigma_sqrt", "cosmap"])
+def test_sd3_s_weights_are_those_of_diffusers(scheme):
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    flow = build_schedule("flow")
+    sigmas = flow.sigma(flow.timesteps)
+    theirs = training_utils.compute_loss_weighting_for_sd3(scheme, sigmas)
+    torch.testing.assert_close(build_method(scheme, flow).weight, theirs.double())
+    # Another process of the same signal-to-noise ratio has the same objective.
+    vp = from_alphas_cumprod(((1 - sigmas) ** 2 / ((1 - sigmas) ** 2 + sigmas**2))[:-1])
+    other = build_method(scheme, vp, "velocity").weight
+    torch.testing.assert_close(other, theirs[:-1].double(), rtol=1e-6, atol=0)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gaussian
 import pytest
@@ -16,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.evaluation.conditions import generation_settings
+from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings, generate
 
 SHAPE = (1, 2, 2)
@@ -166,6 +169,50 @@ def test_guidance_asks_twice_only_inside_its_interval():
     plain, _ = images_of(labels=labels)
     assert torch.equal(wide, everywhere) and torch.equal(nowhere, plain)
     assert not torch.equal(everywhere, plain)
+
+
+class FourChannels(nn.Module):
+    """Answers four channels and a learned variance, larger with a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t, labels):
+        return torch.cat([x, x.sin()], dim=1) + torch.where(labels == 9, 0.0, 0.1).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("channels, guided", [(3, 3), (1, 1), (None, 4), (7, 4)])
+def test_guidance_may_act_on_the_first_channels_alone_as_dit_s_does(channels, guided):
+    def images(**settings):
+        return generate(
+            FourChannels(),
+            TimestepTable(build_schedule("linear"), "epsilon", torch.ones(1000)),
+            {"labels": torch.zeros(2, dtype=torch.int64)},
+            torch.arange(2),
+            GenerationSettings(solver="ddpm", steps=4, **settings),
+            image_shape=(4, 2, 2),
+            null={"labels": torch.tensor(9)},
+            seed=5,
+            latents=True,
+        )
+
+    drawn = images(guidance=4.0, channels=channels)
+    fully, plain = images(guidance=4.0), images()
+    assert torch.equal(drawn[:, :guided], fully[:, :guided])
+    assert torch.equal(drawn[:, guided:], plain[:, guided:])
+    assert not torch.equal(fully, plain)
+
+
+def test_the_configuration_reaches_the_solver_and_its_guidance():
+    options: dict[str, Any] = dict(solver="ddim+eta=1", guidance=2.0, guidance_channels=3)
+    settings = generation_settings(EvaluationConfig(**options))
+    assert (settings.solver, settings.guidance, settings.channels) == tuple(options.values())
+    assert settings.record()["guidance_channels"] == 3
+    with pytest.raises(ValueError, match="solver 'plms' is unknown"):
+        generation_settings(EvaluationConfig(solver="plms"))
+    with pytest.raises(ValueError, match="guidance_channels=0: must be at least 1"):
+        EvaluationConfig(guidance_channels=0)
 
 
 def test_guidance_of_an_unconditional_model_is_refused_before_it_is_asked():

@@ -44,6 +44,7 @@ def test_arrays_are_distributions_and_weights(process):
     learned = {n for n, m in report.items() if m.get("changes_in_training")}
     assert learned == {
         "clts", "clts_mdlrc", "ant_uw", "task_curriculum", "adaptive", "learned_uncertainty",
+        "edm2",
     }  # fmt: skip
 
 

@@ -14,6 +14,10 @@ import time
 import pytest
 import torch
 
+from speed_engine.build import build_model
+from speed_engine.config import TrainConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.run import load_average
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
 
@@ -24,9 +28,9 @@ TENSORS = {
 }
 
 
-def write(folder, step, **keep):
+def write(folder, step, tensors=TENSORS, **keep):
     checkpoints = Checkpoints(folder, **keep)
-    checkpoints.save(step, TENSORS, {"step": step})
+    checkpoints.save(step, tensors, {"step": step})
     checkpoints.wait()
     assert not checkpoints.failures
     return folder / f"step-{step:08d}"
@@ -228,3 +232,25 @@ def test_names_that_version_0_1_wrote_are_those_of_this_version(tmp_path, prefix
     tensors = {name: torch.full((2,), -1.0) for name in now}
     checkpoint.load(path, tensors)
     assert [float(value[0]) for value in tensors.values()] == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("where", ["verify", "load_group"])
+def test_a_checkpoint_deleted_while_it_is_read_makes_way_for_a_newer_one(
+    monkeypatch, tmp_path, caplog, where
+):
+    """As a run that trains beside the reader does; the reader takes what there is then."""
+    config = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu")
+    average = {f"ema/{k}": v for k, v in build_model(config).state_dict().items()}
+    write(tmp_path / "checkpoints", 1, average)
+    original, calls = getattr(checkpoint, where), []
+
+    def pruned_meanwhile(path, *arguments):
+        calls.append(path.name)
+        if len(calls) == 1:
+            write(tmp_path / "checkpoints", 2, average, keep=1)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, where, pruned_meanwhile)
+    _, step = load_average(tmp_path, config, torch.device("cpu"))
+    assert step == 2 and calls == ["step-00000001", "step-00000002"]
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -3,7 +3,9 @@ import torch
 from torch import nn
 
 from speed_engine.runtime.checks import UserError
-from speed_engine.training.ema import DECAYS, Ema, decay_of, lerp_in_one_kernel
+from speed_engine.training.config import OptimizerConfig
+from speed_engine.training.configured import build_averages
+from speed_engine.training.ema import DECAYS, EMA, Ema, decay_of, lerp_in_one_kernel
 from speed_engine.training.optimizers import (
     Hyperparameters,
     adamw,
@@ -27,6 +29,7 @@ def test_the_learning_rate_rises_linearly_then_stays():
     [
         ("ema=0.9", lambda step: min(0.9, (1 + step) / (10 + step))),
         ("power=6.94", lambda step: (1 - 1 / step) ** 7.94),
+        ("constant=0.9", lambda step: 0.9),
     ],
 )
 def test_an_average_follows_its_formula(average, decay):
@@ -120,3 +123,11 @@ def test_momentum_is_set_by_the_name_that_an_optimizer_gives_it():
         set_rates(optimizer, 0.01, 0.5)
     assert with_momentum.param_groups[0]["momentum"] == 0.5
     assert without.param_groups[0]["momentum"] == 0
+
+
+@pytest.mark.parametrize("warmup, first", [(False, 0.9999), (True, 2 / 11)])
+def test_an_average_without_warm_up_keeps_its_share_from_the_first_step(warmup, first):
+    settings = OptimizerConfig(ema_decay=0.9999, ema_warmup=warmup)
+    average = build_averages(settings, nn.Linear(2, 1))[EMA]
+    assert average.decay(1) == pytest.approx(first)
+    assert average.decay(200_000) == 0.9999

@@ -1,0 +1,176 @@
+"""A run that is asked to stop answers at once, keeps what is done, and goes on from there."""
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import fault_harness
+from speed_engine.config import TrainConfig
+from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.evaluator import Evaluator
+from speed_engine.models.config import DiTConfig
+from speed_engine.run import resume, start
+
+CONFIG = TrainConfig(
+    steps=12,
+    batch_size=16,
+    log_every=1,
+    checkpoint_every=5,
+    device="cpu",
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(every=4, num_images=4, solver_steps=2, features="none"),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPEED_ENGINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(shared_cache, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    start(CONFIG, run, Console(quiet=True))
+    return run
+
+
+def asked_to_stop(number: signal.Signals) -> None:
+    """As long work that a signal meets; it ends when the signal is answered."""
+    os.kill(os.getpid(), number)
+    time.sleep(600)
+    pytest.fail("the signal was not answered")
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
+def pictures(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "samples").iterdir())
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
+def assert_same(run: Path, straight: Path) -> None:
+    assert losses(run) == losses(straight) and pictures(run) == pictures(straight)
+    ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [4, 12])  # between checkpoints, and the last one
+def test_an_evaluation_is_given_up_and_made_up_for(
+    monkeypatch, tmp_path, capfd, straight, number, step
+):
+    run, said = tmp_path / "run", io.StringIO()
+    generate = Evaluator.generate
+
+    def interrupted(self, model):
+        if not (run / "samples" / f"step-{step:08d}.png").exists() and len(asked) == step // 4 - 1:
+            asked_to_stop(number)
+        asked.append(model)
+        return generate(self, model)
+
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "generate", interrupted)
+        start(CONFIG, run, Console(file=said, width=200))
+    assert f"stopped by {number.name} at step {step} of 12" in said.getvalue()
+    assert f"{number.name}: saving a checkpoint" in capfd.readouterr().err
+    assert checkpoints(run)[-1] == f"step-{step:08d}"
+    assert not (run / "samples" / f"step-{step:08d}.png").exists()
+    resume(run, Console(quiet=True))
+    assert_same(run, straight)
+
+
+def test_an_evaluation_is_lost_with_its_process_and_made_up_for(monkeypatch, tmp_path, straight):
+    run = tmp_path / "run"
+
+    def dies(self, model):
+        raise MemoryError
+
+    config = dataclasses.replace(CONFIG, checkpoint_every=4)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Evaluator, "generate", dies)
+        start(config, run, Console(quiet=True))
+    assert checkpoints(run) == ["step-00000004"]  # saved before it was evaluated
+    resume(run, Console(quiet=True))
+    assert_same(run, straight)
+
+
+def test_waiting_for_data_is_given_up(monkeypatch, tmp_path, straight):
+    run, batches = tmp_path / "run", TrainingData.batches
+
+    def slow(self, start, resident):
+        for number, batch in enumerate(batches(self, start, resident)):
+            if number == 7:
+                asked_to_stop(signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "batches", slow)
+        start(CONFIG, run, Console(quiet=True))
+    assert checkpoints(run)[-1] == "step-00000007"
+    resume(run, Console(quiet=True))
+    assert_same(run, straight)
+
+
+def test_a_run_without_a_checkpoint_is_resumed_from_its_start(monkeypatch, tmp_path, straight):
+    run, said = tmp_path / "run", io.StringIO()
+
+    def slow(self, start, resident):
+        asked_to_stop(signal.SIGTERM)
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingData, "batches", slow)
+        start(CONFIG, run, Console(quiet=True))
+    assert not checkpoints(run)
+    resume(run, Console(file=said, width=200))
+    assert "has no checkpoint yet; training from its start" in said.getvalue()
+    assert_same(run, straight)
+
+
+def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
+    def twice(self, model):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Evaluator, "generate", twice)
+    with pytest.raises(KeyboardInterrupt):
+        start(CONFIG, tmp_path / "run", Console(quiet=True))
+
+
+def test_several_processes_give_up_an_evaluation_together(tmp_path):
+    """Only the second is asked; the evaluation would take hours."""
+    options = "--steps 20 --checkpoint-every 20 --evaluation.every 5 --parallel fsdp"
+    long = (
+        "--evaluation.features none --evaluation.num-images 1000000 --evaluation.solver-steps 900"
+    )
+    training = fault_harness.train(
+        tmp_path / "run",
+        [*options.split(), *long.split()],
+        SPEED_ENGINE_CACHE=str(tmp_path / "cache"),
+    )
+    assert training.wait_for_step(5)
+    training.kill(signal.SIGTERM, ranks=[1])
+    assert training.join() == [0, 0], training.said()
+    assert "stopped by a signal to another process at step 5 of 20" in training.said()
+    assert fault_harness.checkpoints(training.run) == ["step-00000005"]

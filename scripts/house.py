@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 PACKAGES = {"speed_engine": ROOT / "speed_engine", "speed_kernels": ROOT / "kernels/speed_kernels"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module by its dotted name; packages' own files, which hold a line of text, left out."""
     return {
@@ -47,6 +48,11 @@ def imported(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def top_files() -> list[str]:
+    """Names of the modules that lie in no folder of the package."""
+    return sorted(path.name for path in PACKAGES["speed_engine"].glob("*.py"))
 
 
 def longest_chain() -> list[str]:
@@ -93,7 +99,7 @@ def main() -> None:
     """Print everything."""
     frames = frames_to_step()
     chain = longest_chain()
-    top = sorted(path.name for path in PACKAGES["speed_engine"].glob("*.py"))
+    top = top_files()
     print(f"\nfiles at the top of speed_engine: {len(top)}: {', '.join(top)}")
     print(f"longest chain of imports: {len(chain) - 1}: {' > '.join(chain)}")
     print(f"frames from the command to the optimizer step: {len(frames)}: {' > '.join(frames)}")

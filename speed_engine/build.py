@@ -18,9 +18,10 @@ from speed_engine.diffusion.conditions import (
     ConditionDropout,
     LowResolutionNoise,
 )
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.learned_variance import SquaredErrorAndBound
-from speed_engine.diffusion.method import Method, build_method, options_of
+from speed_engine.diffusion.method import build_method, options_of
 from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.encoders.clip import ClipScore

@@ -1,6 +1,7 @@
 """The command line of ``speed-engine``: which module each command is in, and how errors end."""
 
 import importlib
+import io
 import logging
 import os
 import signal
@@ -91,6 +92,10 @@ def _prepare_process() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
     # torch's checkpoints warn, in two ways, that there is one process; that is no news.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # A name that the terminal cannot show is shown by its numbers.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # Plain lines: a path that is wrapped can neither be copied nor searched for.
     logging.basicConfig(level=logging.WARNING, handlers=[_handler()])
 

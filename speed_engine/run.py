@@ -107,6 +107,8 @@ def resume(folder: Path, console: Console, steps: int | None = None) -> None:
 def _continued(config: TrainConfig, folder: Path, console: Console, world: World) -> Trainer:
     """The trainer from the newest complete checkpoint, or from the start if there is none yet."""
     saved = world.from_first(lambda: any((folder / CHECKPOINTS).glob("step-*")))
+    if not saved and world.from_first((folder / EMA_FILE).exists):
+        raise UserError(f"{folder} is complete, and its checkpoints are gone; start a new run.")
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
     if not saved and world.is_first:

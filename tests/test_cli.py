@@ -65,6 +65,34 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_wor
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT=: needed is a whole number"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two: needed is a whole number"),
+        ({"WORLD_SIZE": "1", "RANK": "1", "MASTER_PORT": "29500"}, "RANK=1, WORLD_SIZE=1"),
+    ],
+)
+def test_an_environment_that_torchrun_does_not_make_is_named(
+    capsys, monkeypatch, tmp_path, environment, said
+):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    message = fails(capsys, "train", "digits", "--run", str(tmp_path / "run"))
+    assert said in message and "by torchrun; for one, unset" in message
+
+
+def test_names_that_the_terminal_cannot_show_are_no_error(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(
+        [sys.executable, "-m", "speed_engine", "train", "--resume", str(tmp_path / "ü")],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert shown.returncode == 2 and r"\xfc is not a run folder" in shown.stderr
+
+
 def test_doctor_says_what_will_be_used_and_why(capsys):
     cli.main(["doctor"])
     shown = capsys.readouterr().out

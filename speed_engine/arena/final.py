@@ -19,7 +19,7 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch, StoredBatch
 from speed_engine.data.loading.decoding import read_all
 from speed_engine.data.opening import build_cleaning, open_data
-from speed_engine.diffusion.method import Method
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.prediction import solve
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.ops import Stream, normal

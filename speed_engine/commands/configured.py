@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
@@ -42,9 +42,12 @@ def configured(
     arguments: Sequence[str],
     program: str,
     *,
-    first: Sequence[str],
+    first: Sequence[str] = (),
 ) -> Command:
     """The command of the preset that is named first, with the options that follow.
+
+    Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
+    the place of the preset's own; options that are given hold before both.
 
     Args:
         presets: name -> (what it trains, the command with the preset's configuration).
@@ -65,9 +68,28 @@ def configured(
         raise SystemExit(0)
     if name not in presets:
         raise unknown("preset", name, presets)
-    text, command = presets[name]
-    _refuse_options_of_methods(options, type(command))
-    return read_options(command, arguments, program, description=text, first=first, groups=GROUPS)
+    text, preset = presets[name]
+    _refuse_options_of_methods(options, type(preset))
+
+    def parsed(command: Command) -> Command:
+        return read_options(
+            command, arguments, program, description=text, first=first, groups=GROUPS
+        )
+
+    command, config = parsed(preset), _config(preset)
+    if _config(command).data.source == config.data.source:
+        return command
+    # Not at the top: it needs torch, which the help does without.
+    from speed_engine.data.facts import recorded, with_recorded_facts
+
+    dataset = recorded(_config(command).data.source)
+    if dataset is None:
+        return command
+    data = with_recorded_facts(config.data, dataset)
+    known: Any = dataclasses.replace(
+        cast(Any, preset), config=dataclasses.replace(config, data=data)
+    )
+    return parsed(known)
 
 
 def _print_help(
@@ -80,6 +102,10 @@ def _print_help(
     print(f"The defaults above are {name}'s; `{program} PRESET --help` shows those of another.")
     print("\nPresets:\n")
     print(columns({name: text for name, (text, _) in presets.items()}), end="")
+
+
+def _config(command: Any) -> TrainConfig:
+    return command.config
 
 
 def _refuse_options_of_methods(arguments: list[str], command: type) -> None:

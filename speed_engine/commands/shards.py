@@ -150,10 +150,14 @@ def _make(arguments: list[str], console: Console) -> None:
     summary = summarise(command.out)
     _say(console, *summary.lines())
     if source.left_out:
-        others = ", ".join(f"{count:,} {kind}" for kind, count in source.left_out.items())
-        _say(console, f"files that are no {', '.join(EXTENSIONS)} were left out: {others}")
+        counted = sorted(source.left_out.items(), key=lambda of: -of[1])
+        shown = [f"{count:,} {kind}" for kind, count in counted[:12]]
+        if rest := sum(count for _, count in counted[12:]):
+            shown.append(f"{rest:,} of {len(counted) - 12:,} other kinds")
+        _say(console, f"left out: {', '.join(shown)}; taken are {', '.join(EXTENSIONS)}")
     if left_out := len(source) - summary.num_samples:
-        _say(console, f"{left_out:,} unusable pictures were left out")
+        what = "unusable picture was" if left_out == 1 else "unusable pictures were"
+        _say(console, f"{left_out:,} {what} left out, each named above")
     _say(console, f"contact sheet: {summary.draw_contact_sheet()}")
 
 
@@ -197,10 +201,16 @@ def _say(console: Console, *lines: str) -> None:
 
 
 def _index(arguments: list[str], console: Console) -> None:
+    from speed_engine.data.format import document
+    from speed_engine.data.format.record import checked_metadata
     from speed_engine.data.format.writer import index_folder
 
     command = read_options(IndexCommand, arguments, "speed-engine shards index")
-    metadata = json.loads(command.metadata.read_text()) if command.metadata else None
+    metadata = None
+    if command.metadata is not None:
+        name, remedy = str(command.metadata), 'needed: an object such as {"latent_scale": 0.18215}.'
+        content = document.read_file(command.metadata)
+        metadata = checked_metadata(document.parse(content, name, remedy), name)
     dataset = index_folder(command.folder, command.workers, metadata)
     samples = sum(shard.samples for shard in dataset.shards)
     console.print(

@@ -15,8 +15,8 @@ class DataConfig:
     """Which images are trained on, what they come with, and how they are read."""
 
     source: str = "digits"
-    """Data set to train on: digits, which is part of the package, the path of a folder of shards
-    (.tar), or its URL (https, http, s3, gs)."""
+    """Data set to train on: digits, which is part of the package, the path of a folder of shards or
+    of a single .tar, or the URL of a folder (https, http, s3, gs)."""
     members: tuple[str, ...] = ("npy", "cls")
     """File extensions of a sample: first that of the image (npy, bf16.npy, png, jpg, jpeg, webp),
     then those of what the model is conditioned on: cls for the class, tokens.npy for a text,

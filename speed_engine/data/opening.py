@@ -103,7 +103,7 @@ def _source(data: DataConfig) -> Path | str:
     """Path or URL of the shards; an embedded data set is written to the cache first."""
     if data.source == "digits":
         return digits_folder()
-    return data.source if is_url(data.source) else Path(data.source)
+    return data.source if is_url(data.source) else Path(data.source).expanduser()
 
 
 def _stores_posterior(data: DataConfig, reader: ShardReader) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from speed_engine.data.batch import Batch
 from speed_engine.data.config import DataConfig
+from speed_engine.data.facts import refuse_unlike, refuse_unlike_values
 from speed_engine.data.loading.device import on_device
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
@@ -35,7 +36,9 @@ class TrainingData:
         self.data, self.device = data, device
         self.feed = Feed(batch_size, seed, 0, world.rank, world.size, data.window)
         self.source, self.reader = data.source, open_data(data)
+        refuse_unlike(data, self.reader.dataset)
         self.stored_shape = stored_shape(data, self.reader)
+        refuse_unlike_values(data, self.reader, self.stored_shape)
         self._loader(start=0).close()  # an unfit data set fails here
         self.cleaning = build_cleaning(data, self.reader, seed, device)
         self.num_bytes = resident_bytes(self.reader, self.stored_shape)

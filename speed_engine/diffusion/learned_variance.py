@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.diffusion.discrete import DiscreteSchedule
-from speed_engine.diffusion.method import Method
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.terms import Pass, SquaredError
 from speed_engine.ops import operators_for

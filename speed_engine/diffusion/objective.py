@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import ConditionChange, Conditions
 from speed_engine.diffusion.distributions import Distribution
-from speed_engine.diffusion.method import Method
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.terms import Pass, SquaredError, Term
 from speed_engine.ops import Stream, operators_for, random_bits
 from speed_engine.runtime.checks import UserError

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.data.config import DataConfig
+from speed_engine.data.facts import classes_with_samples
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.opening import condition_names, open_data, stored_shape
@@ -30,12 +31,16 @@ def generation_settings(evaluation: EvaluationConfig) -> GenerationSettings:
 def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Conditions:
     """(num_images, ...) each, of the images that an evaluation generates.
 
-    Classes come in turn; texts and smaller images are those of the first samples, with their
-    classes: of samples that are held out, where some are, since others could be known by heart.
+    Classes that have samples come in turn; texts and smaller images are those of the first samples,
+    with their classes: of samples that are held out, where some are, since others could be known by
+    heart.
     """
     names = condition_names(data)
     if set(names) <= {"labels"}:
-        return {name: torch.arange(num_images) % data.num_classes for name in names}
+        if not names:
+            return {}
+        classes = torch.tensor(classes_with_samples(data))
+        return {"labels": classes[torch.arange(num_images) % len(classes)]}
     reader = open_data(data, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
     stored = BatchReader(reader, stored_shape(data, reader)).read(indices)

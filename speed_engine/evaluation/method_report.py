@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.increments import Increments, increments
-from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.schedule import NoiseSchedule

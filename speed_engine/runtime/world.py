@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, shortened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Generous: nodes start minutes apart, and a restart meets slow ones again. A rank that hangs later
 # is found by watchdog.py, which knows what it was doing.
 CONNECT_TIMEOUT = timedelta(minutes=30)
+_TORCHRUN = "Start several processes by torchrun; for one, unset WORLD_SIZE."
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,22 @@ def join(device_type: str) -> World:
         device_type: of the run; on cuda this process takes the device of its local rank.
 
     Raises:
-        UserError: more processes on this node than devices.
+        UserError: more processes on this node than devices, or an environment that torchrun does
+            not make.
     """
     if "WORLD_SIZE" not in os.environ:
         return ALONE
     import torch.distributed as dist
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    local_rank = _number("LOCAL_RANK", 0, rank)
+    local_size = _number("LOCAL_WORLD_SIZE", 1, size)
+    _number("MASTER_PORT", 0)
+    if not rank < size or not os.environ.get("MASTER_ADDR"):
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={size}, MASTER_ADDR={os.environ.get('MASTER_ADDR')}: the "
+            f"rank lies below the size, and an address is needed. {_TORCHRUN}"
+        )
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(
@@ -134,6 +142,21 @@ def join(device_type: str) -> World:
     if size > 1:
         background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
     return World(rank, size, local_rank, local_size, background)
+
+
+def _number(name: str, least: int, default: int | None = None) -> int:
+    """A variable of the environment.
+
+    Raises:
+        UserError: it is missing without a default, or no whole number from ``least`` on.
+    """
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(
+            f"WORLD_SIZE is set, and {name}={shortened(text)}: needed is a whole number of at "
+            f"least {least}. {_TORCHRUN}"
+        )
+    return int(text)
 
 
 def leave() -> None:

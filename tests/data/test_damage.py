@@ -12,15 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.tar import scan_tar
 from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard
+from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import BatchReader, read_all
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import DataOrder, Feed
+from speed_engine.data.loading.resident import Resident
 from speed_engine.data.preparing.check import check_folder
+from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.runtime.checks import UserError
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (1, 2, 3)
@@ -352,3 +357,39 @@ def test_a_killed_worker_is_an_error_and_the_run_resumes_exactly(folder):
                 os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
     seen += [pixels(b) for b in batches(folder, 12 - len(seen), start=8 * len(seen))][:12]
     assert seen[:12] == whole
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_latent_that_is_not_finite_is_named_and_replaced(tmp_path, caplog, resident):
+    with ShardWriter(tmp_path, "x", 4) as writer:
+        for i in range(16):
+            latent = np.full(SHAPE, i, np.float16)
+            latent[0, 0, 1] = np.nan if i == 5 else i
+            writer.write(f"{i:04d}", {"npy": npy_bytes(latent), "cls": b"0"})
+    reader, feed = ShardReader(tmp_path), Feed(16, 5)
+    said = r"x-000001.tar: sample '0005': 1 of 6 values are NaN or infinite"
+    if resident:
+        cleaning = Cleaning(torch.tensor(0))
+        batch = next(Resident(reader, SHAPE, feed, cleaning, on_bad_sample="skip"))
+    else:
+        batch = next(Loader(reader, SHAPE, feed, on_bad_sample="skip"))
+    assert batch.images.isfinite().all() and len(batch.replaced) == 1
+    assert said in batch.replaced[0] and said in caplog.text and "shards check" in caplog.text
+    with pytest.raises(ShardError, match=said):
+        next(Loader(reader, SHAPE, feed, on_bad_sample="stop"))
+    found = check_folder(tmp_path).repair.samples
+    assert list(found["x-000001.tar"]) == ["0005"] and len(found) == 1
+    assert "1 of 6 values are NaN" in found["x-000001.tar"]["0005"]
+
+
+def test_one_huge_array_does_not_enlarge_the_rows_of_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("speed_engine.data.loading.decoding.TOGETHER", 2**16)
+    with ShardWriter(tmp_path, "x", 16) as writer:
+        for i in range(16):
+            shape = (1, 2**10, 2**10) if i == 5 else SHAPE
+            writer.write(f"{i:04d}", {"npy": npy_bytes(np.zeros(shape, np.uint8)), "cls": b"0"})
+    asked = []
+    allocate = lambda size: asked.append(size) or np.empty(size, np.uint8)
+    with pytest.raises(UserError, match=r"'0005'.*\(1, 1024, 1024\)"):
+        BatchReader(ShardReader(tmp_path), SHAPE).read(range(16), allocate=allocate)
+    assert not asked

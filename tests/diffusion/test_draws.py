@@ -15,7 +15,8 @@ import torch
 from speed_engine.diffusion.continuous import Edm, RectifiedFlow
 from speed_engine.diffusion.discrete import linear
 from speed_engine.diffusion.draws import Draws
-from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.fitted import Method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.methods import METHODS
 
 FINE = RectifiedFlow()  # its draws are real numbers: two are equal only if their images are

@@ -19,7 +19,8 @@ from speed_engine.diffusion.discrete import (
     from_betas,
     linear,
 )
-from speed_engine.diffusion.method import SHARED, Method, build_method, options_of
+from speed_engine.diffusion.fitted import Method
+from speed_engine.diffusion.method import SHARED, build_method, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.prediction import PREDICTIONS, linear_form, weight_conversion
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule

@@ -63,7 +63,7 @@ def test_every_operator_with_a_kernel_is_tried():
     for family, (definitions, operators) in FAMILIES.items():
         with_kernel = set(operators._fields) - {"linear"}  # a product of PyTorch's either way
         assert {operator for of, operator in tried if of == family} == with_kernel
-        assert type(definitions) is type(kernels)
+        assert type(definitions) is type(operators)
 
 
 def test_a_gradient_that_is_a_little_wrong_is_found(device, broken):

@@ -297,11 +297,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         resume(run, quiet())
 
 
-def test_a_run_without_checkpoints_cannot_be_resumed(tmp_path):
+def test_a_complete_run_without_checkpoints_is_not_trained_again(tmp_path):
     run = tmp_path / "run"
     start(dataclasses.replace(TINY, steps=5), run, quiet())
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(ValueError, match="no complete checkpoint"):
+    with pytest.raises(ValueError, match="is complete, and its checkpoints are gone"):
         resume(run, quiet())
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from PIL import Image, UnidentifiedImageError
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, shortened
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,23 @@ Buffer = bytes | bytearray | memoryview
 MAX_BYTES = 2**28  # of one array
 MAX_PIXELS = 2**26  # of one image, checked before it is decompressed
 _DTYPES = {np.dtype(name): name for name in ("uint8", "float16", "float32", "int64", "uint16")}
+# By dtype: bits of what is stored, and those that are all set in infinities and NaN alone. Integers
+# are compared several times faster than half-precision floats. uint16 is bfloat16.
+_EXPONENTS = {
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(np.uint16): (np.uint16, 0x7F80),
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+}
+_MAX_HEADER = 2**16  # bytes of the header of an npy file
+MAX_MEMBER = MAX_BYTES + _MAX_HEADER  # bytes of one member that is read
 _PILLOW_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 _JPEG_COLOURS = {"Gray", "YCbCr", "RGB"}  # others, CMYK among them, are Pillow's
 _GREY_MODES = {"1", "L", "LA"}
-_COLOUR_MODES = {"P", "RGB", "RGBA", "CMYK", "YCbCr"}
+_MODES = _GREY_MODES | {"P", "RGB", "RGBA", "CMYK", "YCbCr"}  # 8 bits a channel
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_DEPTH = 24  # where a PNG says how many bits a channel has
+_ANNOTATIONS = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG that pixels do not need
+_ANNOTATIONS_TOO_LARGE = ("Decompressed data too large", "Too much memory used in text chunks")
 
 
 class UnfitSample(UserError):
@@ -103,16 +116,37 @@ def decode_pictures(
 
 
 def decode_npy(data: Buffer) -> np.ndarray:
-    """An array that shares the memory of ``data``."""
+    """An array of finite numbers that shares the memory of ``data``.
+
+    Raises:
+        UserError: not such a file, one whose header claims another size than it has, or numbers
+            among which are NaN or infinities.
+    """
     start = _npy_header_bytes(data)
     dtype, shape = _parse_npy_header(bytes(data[:start]))
     size = math.prod(shape) * dtype.itemsize
-    if min(shape, default=1) < 1 or size != len(data) - start or size > MAX_BYTES:
+    if size != len(data) - start or size > MAX_BYTES:
         raise UserError(
             f"npy of shape {shape} and {dtype} needs {size} bytes (at most {MAX_BYTES}), got "
             f"{len(data) - start}."
         )
-    return np.frombuffer(data, dtype, offset=start).reshape(shape)
+    array = np.frombuffer(data, dtype, offset=start).reshape(shape)
+    if not all_finite(array):
+        bits, exponent = _EXPONENTS[dtype]
+        bad = int(((array.view(bits) & exponent) == exponent).sum())
+        raise UserError(
+            f"{bad:,} of {array.size:,} values are NaN or infinite; write the sample again, or "
+            f"leave it out (data.exclude)."
+        )
+    return array
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, of a dtype that npy members have."""
+    if array.dtype not in _EXPONENTS:
+        return True
+    bits, exponent = _EXPONENTS[array.dtype]
+    return int((array.view(bits) & bits(exponent)).max(initial=0)) < exponent
 
 
 def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
@@ -122,13 +156,15 @@ def decode_npy_rows(rows: np.ndarray) -> np.ndarray | None:
         rows: (B, size) uint8, one file each.
 
     Returns:
-        (B, *shape) that shares the memory of ``rows``; None if the headers differ.
+        (B, *shape) that shares the memory of ``rows``; None if the headers differ, or a number is
+        NaN or infinite.
     """
     first = decode_npy(memoryview(rows[0]))
     start = rows.shape[1] - first.nbytes
     if (rows[:, :start] != rows[0, :start]).any():
         return None
-    return rows[:, start:].view(first.dtype).reshape(len(rows), *first.shape)
+    arrays = rows[:, start:].view(first.dtype)
+    return arrays.reshape(len(rows), *first.shape) if all_finite(arrays) else None
 
 
 def decode_label(data: Buffer) -> int:
@@ -185,12 +221,18 @@ def decode_labels(memory: np.ndarray, offset: np.ndarray, size: np.ndarray) -> n
 
 
 def _npy_header_bytes(data: Buffer) -> int:
-    """Length of magic, version and header; version 1 has two bytes of length, version 2 four."""
+    """Of magic, version and header; version 1 has two bytes of length, version 2 four."""
     magic = bytes(data[:8])
     width = {b"\x93NUMPY\1\0": 2, b"\x93NUMPY\2\0": 4}.get(magic)
     if width is None:
         raise UserError(f"not an npy file of version 1 or 2: it begins with {magic!r}.")
-    return 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    length = 8 + width + int.from_bytes(data[8 : 8 + width], "little")
+    if length > min(len(data), _MAX_HEADER):
+        raise UserError(
+            f"its npy header claims {length} bytes; the member has {len(data)}, and a header "
+            f"{_MAX_HEADER} at most."
+        )
+    return length
 
 
 @lru_cache(maxsize=128)  # the samples of a data set share their header; parsing it costs 20 us
@@ -201,7 +243,12 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     try:
         shape, fortran_order, dtype = read[version](file)
     except Exception as error:  # whatever the bytes provoke in the parser
-        raise UserError(f"unreadable npy header: {error}") from error
+        raise UserError(f"unreadable npy header: {shortened(error)}") from error
+    if not all(type(side) is int and 1 <= side < 2**63 for side in shape):
+        raise UserError(
+            f"npy header {shortened(header[10:].decode('latin-1'))}: every side of a shape is a "
+            f"whole number from 1 to {2**63 - 1:,}."
+        )
     if dtype not in _DTYPES or fortran_order:
         raise UserError(
             f"npy of {dtype} in {'Fortran' if fortran_order else 'C'} order; needed: "
@@ -253,19 +300,69 @@ def _decode_picture(
     data: Buffer, pillow_format: str, channels: int, size: tuple[int, ...] | None
 ) -> np.ndarray:
     """(H, W, C) uint8."""
+    image = open_picture(data, [pillow_format], lambda h, w: _check_size(h, w, size))
+    keep_grey = image.mode in _GREY_MODES and channels == 1
+    pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def open_picture(
+    data: Buffer, formats: Sequence[str], check_size: Callable[[int, int], object]
+) -> Image.Image:
+    """A picture of 8 bits a channel, decompressed, by Pillow.
+
+    Args:
+        data: content of the file.
+        formats: names that Pillow has for them; the content decides which it is.
+        check_size: called with height and width before anything is decompressed, to refuse them.
+
+    Raises:
+        UserError: none of these formats, damaged, of more than 8 bits, or of a size refused.
+    """
+    kind = f"{formats[0]} " if len(formats) == 1 else ""
     try:
-        with Image.open(io.BytesIO(data), formats=[pillow_format]) as image:
-            _check_size(image.height, image.width, size)
-            if image.mode not in _GREY_MODES | _COLOUR_MODES:
-                raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
-            keep_grey = image.mode in _GREY_MODES and channels == 1
-            pixels = np.array(image.convert("L" if keep_grey else "RGB"))
+        try:
+            return _loaded(data, formats, check_size)
+        except ValueError as error:
+            if not str(error).startswith(_ANNOTATIONS_TOO_LARGE):
+                raise
+            return _loaded(_without_annotations(bytes(data)), formats, check_size)
     except UnfitSample:
         raise
     except UnidentifiedImageError as error:  # its text names an object in memory
         raise UserError(
-            f"unusable {pillow_format} picture: it has no {pillow_format} header that can be read."
+            f"unusable {kind}picture: it has no {' or '.join(formats)} header that can be read; it "
+            f"begins with {bytes(data[:8])!r}."
         ) from error
     except Exception as error:  # whatever the bytes provoke in Pillow
-        raise UserError(f"unusable {pillow_format} picture: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], -1)
+        raise UserError(f"unusable {kind}picture: {error}") from error
+
+
+def _loaded(
+    data: Buffer, formats: Sequence[str], check_size: Callable[[int, int], object]
+) -> Image.Image:
+    with Image.open(io.BytesIO(data), formats=[*formats]) as image:
+        check_size(image.height, image.width)
+        # Of colours with 16 bits Pillow would silently keep the upper 8.
+        is_deep = image.format == "PNG" and data[_PNG_DEPTH] > 8
+        if image.mode not in _MODES or is_deep:
+            what = f"mode {image.mode}" + (
+                f", {data[_PNG_DEPTH]} bits a channel," if is_deep else ""
+            )
+            raise UserError(f"{what} is not 8-bit grey or colour; convert the picture before.")
+        image.load()
+        return image
+
+
+def _without_annotations(png: bytes) -> bytes:
+    """A PNG without colour profile and texts, whose size Pillow bounds rather than leave them out.
+
+    ``length, type, content, checksum`` is a chunk, of 12 bytes and its content.
+    """
+    chunks, at = [_PNG], len(_PNG)
+    while at + 12 <= len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4], "big")
+        if png[at + 4 : at + 8] not in _ANNOTATIONS:
+            chunks.append(png[at:end])
+        at = end
+    return b"".join(chunks)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from speed_engine.data.format.record import (
     ShardRecord,
     dataset_from_json,
     dataset_of,
+    read_record,
     refuse_incomplete,
     verified,
 )
@@ -30,6 +32,8 @@ from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
+_BRACES = re.compile(r"\{[^{}/]*(\.\.|,)[^{}/]*\}")
+_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$")
 _TRANSFERS = 16  # indices fetched at a time; shards come one at a time
 
 Loaded = tuple[Dataset, list[ShardIndex]]
@@ -42,6 +46,7 @@ def open_folder(source: str | Path, cache: Cache | None) -> "LocalFolder | Remot
         FileNotFoundError: no such folder.
         UserError: a URL that cannot be read here.
     """
+    refuse_other_forms(str(source))
     if isinstance(source, Path) or not is_url(source):
         return LocalFolder(Path(source))
     if cache is None:
@@ -49,11 +54,55 @@ def open_folder(source: str | Path, cache: Cache | None) -> "LocalFolder | Remot
     return RemoteFolder(source, cache)
 
 
+def tars_of(folder: Path) -> list[Path]:
+    """The tars in a folder, by name.
+
+    Raises:
+        FileNotFoundError: there are none; says what is there instead.
+    """
+    if paths := sorted(folder.glob("*.tar")):
+        return paths
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    if packed := [name for name in names if _COMPRESSED.search(name)]:
+        raise FileNotFoundError(
+            f"{folder} holds no .tar shards, but compressed ones ({min(packed)}, ...), which allow "
+            f"no reading at random: unpack them first (gzip -d, zstd -d)."
+        )
+    raise FileNotFoundError(
+        f"{folder} holds no .tar shards; `speed-engine shards make` writes some."
+    )
+
+
+def refuse_other_forms(source: str) -> None:
+    """Refuse what other programs take for data sets, and this one does not.
+
+    Raises:
+        UserError: a brace pattern, or a compressed tar; says what to do.
+    """
+    if match := _BRACES.search(source):
+        raise UserError(
+            f"data.source={source}: {match[0]} is a brace pattern of webdataset; name the folder "
+            f"that holds the shards, all of which are read."
+        )
+    if _COMPRESSED.search(source):
+        raise UserError(
+            f"data.source={source} is a compressed tar, which allows no reading at random; unpack "
+            f"it first (gzip -d, zstd -d) and name the .tar or its folder."
+        )
+
+
 class LocalFolder:
-    """Tars on a file system; what their writer did not record is made in memory."""
+    """Tars on a file system; what their writer did not record is made in memory.
+
+    Args:
+        path: of the folder, or of one tar in it, which is then all that is read; ``~`` is the home
+            folder.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        path = path.expanduser()
+        is_tar = path.name.endswith(".tar") and path.is_file()
+        self._path, self._only = (path.parent, path.name) if is_tar else (path, None)
         self._dataset = Dataset(())
 
     def load(self, without: Collection[str]) -> Loaded:
@@ -63,17 +112,20 @@ class LocalFolder:
             FileNotFoundError: no such folder, or no shards in it.
             ShardError: shards, indices and record are not of each other; names file and remedy.
         """
+        refuse_other_forms(str(self._path))
         if not self._path.is_dir():
             raise FileNotFoundError(f"data folder {self._path} does not exist; check the path.")
         refuse_incomplete(self._path)
-        names = sorted(path.name for path in self._path.glob("*.tar") if path.name not in without)
+        found = [path.name for path in tars_of(self._path) if self._only in (None, path.name)]
+        names = [name for name in found if name not in without]
         if not names:
-            raise FileNotFoundError(
-                f"{self._path} holds no .tar shards; `speed-engine shards make` writes some."
-            )
+            raise FileNotFoundError(f"{self._path}: the list of what is excluded leaves no shard.")
         record, known = self._path / RECORD, None
         if record.exists():
-            known = dataset_from_json(record.read_bytes(), str(record)).without(without)
+            known = dataset_from_json(read_record(record), str(record)).without(without)
+            if self._only is not None:
+                others = [shard.name for shard in known.shards if shard.name != self._only]
+                known = known.without(others)
             self._refuse_other_shards(known, names)
         if lacking := [name for name in names if not index_path(self._path / name).exists()]:
             log.warning(

@@ -23,9 +23,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import UserError, check_between
 
 VERSION = 2
+MAX_PRESENT = 4096  # labels that are written down one by one
 
 
 class ShardError(UserError):
@@ -38,6 +40,21 @@ class Member(NamedTuple):
     offset: int
     size: int
     crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What the members of one extension hold; None where there is no common value."""
+
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
+    classes: int | None = None
+    present: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [*(self.shape or ()), self.classes or 0, *(self.present or ())]
+        if not all(0 <= number < 2**62 for number in numbers):
+            raise UserError(f"{self}: sides and classes must lie in [0, 2^62).")
 
 
 Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
@@ -75,7 +92,7 @@ class ShardIndex:
             size=np.ascontiguousarray(table[:, :, 1]),
             crc32=table[:, :, 2].astype(np.uint32),
             tar_bytes=tar_bytes,
-            contents=contents,
+            contents=without_gaps(contents),
         )
 
     def __len__(self) -> int:
@@ -135,17 +152,63 @@ def index_path(tar_path: Path) -> Path:
     return tar_path.with_suffix(".index.safetensors")
 
 
+def merge_member(contents: Contents, extension: str, description: dict[str, Any]) -> None:
+    """Let ``contents`` say of ``extension`` what holds with one more member as well.
+
+    Args:
+        contents: of the members before; ``without_gaps`` of it is to be written down.
+        extension: of the member.
+        description: what ``decode.describe_member`` says of it.
+    """
+    if "classes" in description:
+        description = {**description, "present": [description["classes"] - 1]}
+    merge_description(contents, extension, description)
+
+
 def merge_description(contents: Contents, extension: str, description: dict[str, Any]) -> None:
-    """Let ``contents`` say of ``extension`` what holds with one more member as well."""
+    """Let ``contents`` say of ``extension`` what holds with more members as well."""
     known = contents.get(extension)
     if known is None:
         contents[extension] = description
     elif known != description:
-        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
-        varying = dict.fromkeys(
+        merged = dict.fromkeys(
             name for name in known | description if known.get(name) != description.get(name)
         )
-        contents[extension] = known | varying | ({"classes": max(classes)} if classes else {})
+        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
+        if classes:
+            merged["classes"] = max(classes)
+            merged["present"] = _union(_present(known), _present(description))
+        contents[extension] = known | merged
+
+
+def without_gaps(contents: Contents) -> Contents:
+    """The same, naming the classes that have samples only where some before the last have none."""
+    return {
+        extension: {
+            name: value
+            for name, value in facts.items()
+            if name != "present" or (value is not None and len(value) < facts["classes"])
+        }
+        for extension, facts in contents.items()
+    }
+
+
+def _present(facts: dict[str, Any]) -> list[int] | None:
+    """Sorted classes that have samples; None where they are too many to be written down."""
+    if "present" in facts:
+        return facts["present"]
+    count = facts.get("classes") or 0
+    return [*range(count)] if count <= MAX_PRESENT else None
+
+
+def _union(known: list[int] | None, more: list[int] | None) -> list[int] | None:
+    """Of two sorted lists."""
+    if known is None or more is None:
+        return None
+    if len(more) == 1 and more[0] in known:  # one more sample: nearly always
+        return known
+    union = sorted({*known, *more})
+    return union if len(union) <= MAX_PRESENT else None
 
 
 def load_index(path: Path) -> tuple[ShardIndex, str]:
@@ -167,10 +230,12 @@ def load_index(path: Path) -> tuple[ShardIndex, str]:
         checksum, sha256 = header.pop("checksum"), header["sha256"]
         index = ShardIndex(
             **columns,
-            extensions=tuple(header["extensions"]),
-            tar_bytes=header["tar_bytes"],
+            extensions=strict.read(tuple[str, ...], header["extensions"], "extensions"),
+            tar_bytes=strict.read(int, header["tar_bytes"], "tar_bytes"),
             contents=header["contents"],
         )
+        strict.read(dict[str, Content], index.contents, "contents")
+        check_between("tar_bytes", index.tar_bytes, 0, 2**62)
         _check_shapes(columns, len(index.extensions))
         intact = index._checksum(header) == checksum and index.content_hash() == sha256
     except (FileNotFoundError, ShardError):
@@ -198,6 +263,9 @@ def _check_shapes(columns: Mapping[str, np.ndarray], num_extensions: int) -> Non
             raise UserError(f"{name} is {array.dtype} of shape {array.shape}")
         if array.ndim == 2 and array.shape != (num_samples, num_extensions):
             raise UserError(f"{name} has shape {array.shape}")
+    ends, num_bytes = columns["key_ends"], len(columns["key_bytes"])
+    if num_samples and not (ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == num_bytes):
+        raise UserError(f"key_ends are not the ends of keys in {num_bytes} bytes")
 
 
 def _remedy(path: Path) -> str:

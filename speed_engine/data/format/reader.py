@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from speed_engine.data.format.checksums import crc32
+from speed_engine.data.format.decode import MAX_MEMBER
 from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.index import ShardError, ShardIndex
@@ -337,6 +338,12 @@ def _columns(
             )
     columns = [index.extensions.index(key) for key in keys]
     offset, size = index.offset[rows][:, columns], index.size[rows][:, columns]
+    if size.max(initial=0) > MAX_MEMBER:
+        n, k = np.unravel_index(size.argmax(), size.shape)
+        raise ShardError(
+            f"{name}: sample {index.key(rows[n])!r}: its member {keys[k]!r} has {size[n, k]:,} "
+            f"bytes; at most {MAX_MEMBER:,} are read."
+        )
     # Each by itself first: their sum could pass the largest integer.
     if not (
         0 <= offset.min() <= offset.max() <= index.tar_bytes

@@ -14,18 +14,23 @@ killed, a file ``NAME.incomplete`` lies there instead and readers refuse the fol
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from speed_engine.data.format import document
 from speed_engine.data.format.index import (
     VERSION,
+    Content,
     Contents,
     ShardError,
     ShardIndex,
     merge_description,
+    without_gaps,
 )
+from speed_engine.runtime.checks import shortened
 
 RECORD = "dataset.json"
 _PLAIN_NAME = re.compile(r"[^/\\\0.][^/\\\0]*")
@@ -40,6 +45,10 @@ class ShardRecord:
     samples: int
     sha256: str  # of the content, see index.py
 
+    def __post_init__(self) -> None:
+        document.check_count("bytes", self.bytes)
+        document.check_count("samples", self.samples)
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -47,6 +56,9 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        document.check_count("bytes", self.bytes)
 
 
 @dataclass(frozen=True)
@@ -88,34 +100,65 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
         "delete it and run `speed-engine shards index` on the folder; facts like a latent scale "
         "must be given again."
     )
-    try:
-        record = json.loads(data)
-        version, checksum = record.pop("version"), record.pop("checksum")
-        if version != VERSION:
-            raise ShardError(
-                f"{source} has version {version!r}; this program reads {VERSION}; {remedy}"
-            )
-        intact = checksum == _checksum({"version": version, **record})
-        dataset = Dataset(
-            shards=tuple(ShardRecord(**shard) for shard in record.pop("shards")),
-            files={name: FileRecord(**file) for name, file in record.pop("files").items()},
-            **record,
-        )
-        names = [shard.name for shard in dataset.shards] + list(dataset.files)
-        foreign = [name for name in names if not _PLAIN_NAME.fullmatch(name)]
-        foreign += [shard.name for shard in dataset.shards if not shard.name.endswith(".tar")]
-    except ShardError:
-        raise
-    # RecursionError: brackets nested ten thousand deep.
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"{source} is not the record of a data set ({error!r}); {remedy}"
-        ) from error
+    record = document.parse(data, source, remedy)
+    read = lambda kind, name: document.field(kind, record, name, source, remedy)
+    if (version := read(int, "version")) != VERSION:
+        raise ShardError(f"{source} has version {version}; this program reads {VERSION}; {remedy}")
+    checksum = read(str, "checksum")
+    intact = checksum == _checksum({n: v for n, v in record.items() if n != "checksum"})
+    read(dict[str, Content], "contents")
+    dataset = Dataset(
+        shards=read(tuple[ShardRecord, ...], "shards"),
+        contents=record["contents"],
+        metadata=checked_metadata(read(dict[str, Any], "metadata"), source),
+        files=read(dict[str, FileRecord], "files"),
+    )
+    names = [shard.name for shard in dataset.shards] + list(dataset.files)
+    foreign = [name for name in names if not _PLAIN_NAME.fullmatch(name)]
+    foreign += [shard.name for shard in dataset.shards if not shard.name.endswith(".tar")]
     if not intact:
         raise ShardError(f"{source} does not match its own checksum; {remedy}")
     if foreign:
         raise ShardError(f"{source} names what is no shard beside it: {foreign[:3]}.")
     return dataset
+
+
+def read_record(path: Path) -> bytes:
+    """The content of a local ``dataset.json``, see ``document.read_file``."""
+    return document.read_file(path)
+
+
+def checked_metadata(metadata: dict[str, Any], source: str) -> dict[str, Any]:
+    """Facts about the whole, of which those that are used here are of the right kind.
+
+    Args:
+        metadata: an object of JSON.
+        source: its name, for messages.
+
+    Raises:
+        ShardError: ``classes`` are no names, or the scale or shift of latents no numbers.
+    """
+    needs = {
+        "classes": ("a list of names", _is_list_of_names),
+        "latent_scale": ("a number that is not zero", lambda v: _is_number(v) and v != 0),
+        "latent_shift": ("a number", _is_number),
+    }
+    for name, (need, fits) in needs.items():
+        if name in metadata and not fits(metadata[name]):
+            raise ShardError(
+                f"{source}: metadata.{name}={shortened(metadata[name])}: needed is {need}; correct "
+                f"it by `speed-engine shards index --metadata`."
+            )
+    return metadata
+
+
+def _is_list_of_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_number(value: Any) -> bool:
+    # Integers may be larger than any float; of NaN the comparison is false.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:
@@ -125,7 +168,7 @@ def dataset_of(shards: Iterable[tuple[str, tuple[ShardIndex, str]]]) -> Dataset:
         records.append(ShardRecord(name, index.tar_bytes, len(index), sha256))
         for extension, description in index.contents.items():
             merge_description(contents, extension, description)
-    return Dataset(tuple(records), contents)
+    return Dataset(tuple(records), without_gaps(contents))
 
 
 def refuse_incomplete(folder: Path) -> None:

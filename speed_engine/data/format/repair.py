@@ -9,9 +9,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from speed_engine.data.format import document
 from speed_engine.data.format.index import VERSION, ShardError
 from speed_engine.data.format.record import Dataset
-from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
 
@@ -46,14 +46,13 @@ def load_repair_list(path: Path) -> RepairList:
         FileNotFoundError: there is none.
         ShardError: not a repair list.
     """
-    try:
-        record = json.loads(path.read_bytes())
-        version, shards, samples = record["version"], record["shards"], record["samples"]
-        sound = version == VERSION and all(isinstance(keys, dict) for keys in samples.values())
-        if not sound or not isinstance(shards, dict):
-            raise UserError(f"version {version!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ShardError(
-            f"{path} is not a repair list ({error!r}); `speed-engine shards check` writes one."
-        ) from error
-    return RepairList(shards, samples)
+    source = f"{path} is not a repair list:"
+    remedy = "`speed-engine shards check` writes one."
+    record = document.parse(document.read_file(path), source, remedy)
+    version = document.field(int, record, "version", source, remedy)
+    if version != VERSION:
+        raise ShardError(f"{source} version {version}, this program reads {VERSION}; {remedy}")
+    return RepairList(
+        document.field(dict[str, str], record, "shards", source, remedy),
+        document.field(dict[str, dict[str, str]], record, "samples", source, remedy),
+    )

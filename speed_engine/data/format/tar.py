@@ -24,7 +24,7 @@ from speed_engine.data.format.index import (
     Samples,
     ShardError,
     ShardIndex,
-    merge_description,
+    merge_member,
 )
 
 BLOCK = tarfile.BLOCKSIZE
@@ -33,6 +33,12 @@ MAX_NAME = 4096  # bytes of a member's name
 MAX_EXTENSION_HEADER = 2**20  # bytes of a long name or of pax records
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset keeps such names for itself
+_COMPRESSIONS = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _EXTENSION_HEADERS = (b"L", b"K", b"x", b"g")
 _TYPES = {b"\0", *(b"%d" % digit for digit in range(8)), *_EXTENSION_HEADERS}
 
@@ -46,19 +52,25 @@ def scan_index(path: Path) -> ShardIndex:
     contents: Contents = {}
 
     def describe(_: str, extension: str, data: memoryview) -> None:
-        merge_description(contents, extension, describe_member(data, extension))
+        merge_member(contents, extension, describe_member(data, extension))
 
     samples = scan_tar(path, describe)
     return ShardIndex.of(samples, path.stat().st_size, contents)
 
 
-def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None = None) -> Samples:
+def scan_tar(
+    path: Path,
+    visit: Callable[[str, str, memoryview], object] | None = None,
+    *,
+    adjacent: bool = True,
+) -> Samples:
     """Find every member of a tar, reading all of it once.
 
     Args:
-        path: of the tar; a compressed one is refused as damaged.
+        path: of the tar; a compressed one is refused.
         visit: called with key, extension and data of each member, in the tar's order; the data must
             not be kept.
+        adjacent: whether all members of a sample must lie together, as reading in order needs.
 
     Raises:
         ShardError: damaged header, missing end, a key whose members are not adjacent, one member
@@ -71,13 +83,22 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
         if path.stat().st_size < 2 * BLOCK:
             raise ShardError(f"{path}: shorter than the end marker of an empty tar.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as tar:
+            if (kind := compression(tar[:6])) is not None:
+                raise ShardError(
+                    f"{path}: compressed by {kind}, which allows no reading at random; unpack it "
+                    f"first: {kind} -d, or pack it again without compression."
+                )
             for at, name, offset, size in _regular_members(path, tar):
-                match = _NAME.fullmatch(name)
-                if not match or _META.match(name):
+                named = key_and_extension(name)
+                if named is None:
                     continue
-                key, extension = match[1], match[2].lower()
-                if key != last and key in samples:
-                    raise _error(path, at, f"members of sample {key!r} are not adjacent")
+                key, extension = named
+                if adjacent and key != last and key in samples:
+                    raise ShardError(
+                        f"{path}: members of sample {key!r} are not adjacent, at byte {at}; "
+                        f"`speed-engine shards make` writes such pictures in order, and "
+                        f"`tar --sort=name` packs any files so."
+                    )
                 members = samples.setdefault(key, {})
                 if extension in members:
                     raise _error(path, at, f"{name!r} is there twice")
@@ -90,6 +111,17 @@ def scan_tar(path: Path, visit: Callable[[str, str, memoryview], object] | None 
                         visit(key, extension, data)
                 last = key
     return samples
+
+
+def compression(start: bytes) -> str | None:
+    """The program that made a compressed file, by its first bytes; None of others."""
+    return next((kind for magic, kind in _COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def key_and_extension(name: str) -> tuple[str, str] | None:
+    """Sample and member that a name in a tar stands for; None where it is of no sample."""
+    match = _NAME.fullmatch(name)
+    return None if not match or _META.match(name) else (match[1], match[2].lower())
 
 
 class _Header(tarfile.TarInfo):

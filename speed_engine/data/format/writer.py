@@ -20,6 +20,7 @@ from typing import Any, Self, TypeVar
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import describe_member
+from speed_engine.data.format.folder import tars_of
 from speed_engine.data.format.index import (
     Contents,
     Member,
@@ -28,7 +29,7 @@ from speed_engine.data.format.index import (
     ShardIndex,
     index_path,
     load_index,
-    merge_description,
+    merge_member,
 )
 from speed_engine.data.format.record import (
     RECORD,
@@ -36,6 +37,7 @@ from speed_engine.data.format.record import (
     dataset_from_json,
     dataset_of,
     file_record,
+    read_record,
     refuse_incomplete,
 )
 from speed_engine.data.format.tar import BLOCK, scan_index
@@ -190,9 +192,9 @@ def index_folder(
     refuse_incomplete(folder)
     record, files = folder / RECORD, ()
     if record.exists():
-        known = dataset_from_json(record.read_bytes(), str(record))
+        known = dataset_from_json(read_record(record), str(record))
         metadata, files = metadata or known.metadata, known.files
-    paths = [path for path in sorted(folder.glob("*.tar")) if not is_complete(path)]
+    paths = [path for path in tars_of(folder) if not is_complete(path)]
     for _ in each_shard(index_shard, paths, workers):
         pass  # errors are raised here
     return commit(folder, None, metadata, files)
@@ -238,7 +240,7 @@ class _Tar:
             for extension, data in sorted(members.items())
         }
         for extension, data in members.items():
-            merge_description(self._contents, extension, describe_member(data, extension))
+            merge_member(self._contents, extension, describe_member(data, extension))
 
     def write(self, path: Path) -> None:
         """The tar is durable before its index, so that the index says that it is complete."""

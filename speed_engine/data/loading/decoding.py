@@ -14,6 +14,7 @@ Letters: B images of a batch.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 IMAGE = "image"  # in a decoded sample, beside the names of its conditions
 TOGETHER = 2**28  # bytes of pictures that are read before the first is decoded
 ATTEMPTS = 100  # substitutes of one sample; more are damaged only where nearly everything is
+_WIDEST = 8  # bytes of one number
 BAD_IN_A_ROW = 2000  # damaged samples of a stream before it is given up
 
 ALLOCATE = partial(np.empty, dtype=np.uint8)  # bytes -> ordinary memory; workers share theirs
@@ -98,7 +100,9 @@ class BatchReader:
         numbers = np.asarray(samples, dtype=np.int64)
         ids = numbers if ids is None else ids
         if self._holds_arrays:  # which stay where they are read to
-            raw = self.reader.read_batch(numbers, allocate)
+            # A single sample that is much larger than all must be must not enlarge every row.
+            limit = TOGETHER + len(numbers) * _WIDEST * math.prod(self._shape)
+            raw = self.reader.read_batch(numbers, allocate, limit)
         else:
             raw = self.reader.read_batch(numbers, ALLOCATE, limit=TOGETHER)
         if raw is not None:

@@ -118,7 +118,12 @@ class Resident:
                     )
                 stored[first : first + len(values)] = values
         if self._damage:
-            log.warning("%d damaged samples have substitutes.", len(self._damage))
+            log.warning(
+                "%d damaged samples have substitutes, which the metrics count; the first: %s "
+                "`speed-engine shards check` lists all.",
+                len(self._damage),
+                next(iter(self._damage.values())),
+            )
 
     def close(self) -> None:
         """Give the memory back."""

@@ -7,14 +7,17 @@ What it gains: nothing but sequential reads, where seeking is slow. ``ids`` coun
 
 import os
 import random
+import tarfile
 from collections.abc import Iterator
 from typing import Any
 
 from webdataset.filters import shuffle
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
+from speed_engine.data.format.decode import MAX_MEMBER
 from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import Sample, ShardReader
+from speed_engine.data.format.tar import key_and_extension
 from speed_engine.data.loading.order import Feed
 
 BUFFER = 2000  # samples that are shuffled together, per worker
@@ -31,21 +34,49 @@ def stream_samples(
         worker: number of this process among those of the rank.
     """
     rng = random.Random(f"{feed.seed} {feed.start} {feed.rank} {worker}")
-    files = tar_file_expander(_shards(reader, rng))
+    files = _files(reader, rng)
     for sample in shuffle(BUFFER, initial=BUFFER // 2, rng=rng)(group_by_keys(files)):
         if not reader.takes(sample["__key__"]):
             continue
         where = f"{sample['__url__']}: sample {sample['__key__']!r}"
-        members = {key: memoryview(sample[key]) for key in reader.keys if key in sample}
-        if len(members) == len(reader.keys):
-            yield where, members
-        else:
+        found = {key: sample[key] for key in reader.keys if key in sample}
+        sizes = {key: data for key, data in found.items() if isinstance(data, int)}
+        if len(found) < len(reader.keys):
             yield where, ShardError(f"{where} has not all of the members {list(reader.keys)}.")
+        elif sizes:
+            yield where, ShardError(f"{where}: members {sizes} of more than {MAX_MEMBER:,} bytes.")
+        else:
+            yield where, {key: memoryview(data) for key, data in found.items()}
 
 
-def _shards(reader: ShardReader, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Opened by the reader: webdataset would give their names to a shell or the network."""
+def _files(reader: ShardReader, rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Members as ``group_by_keys`` takes them: an empty one after each shard.
+
+    Shards are opened by the reader: webdataset would give their names to a shell or the network.
+    What nobody asked for is not read, nor what is larger than a member may be: of that comes the
+    size.
+    """
     while True:
         name, file = reader.open_shard(rng.randrange(len(reader.counts)))
         with os.fdopen(file, "rb") as stream:
-            yield {"url": name, "stream": stream}
+            try:
+                for path, data in _members(stream, reader.keys):
+                    yield {"__url__": name, "fname": path, "data": data}
+            except (tarfile.TarError, ValueError) as error:
+                raise ShardError(
+                    f"{name}: {error}; it is damaged, `speed-engine shards check` says where."
+                ) from error
+        yield {}
+
+
+def _members(stream: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, bytes | int]]:
+    """(name, content or, where it is too large, size) of the members with these extensions."""
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        kept = vars(archive)["members"]
+        while (member := archive.next()) is not None:
+            kept.clear()  # nobody reads them, and they would grow
+            named = key_and_extension(member.name)
+            if not member.isreg() or named is None or named[1] not in keys:
+                continue
+            content = archive.extractfile(member) if member.size <= MAX_MEMBER else None
+            yield member.name, member.size if content is None else content.read()

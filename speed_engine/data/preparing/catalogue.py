@@ -8,14 +8,19 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from speed_engine.data.preparing.source import Source
+from speed_engine.data.preparing.labels import LISTS
+from speed_engine.data.preparing.pictures import is_picture
+from speed_engine.data.preparing.source import Source, is_hidden
 from speed_engine.data.preparing.sources.cifar import Cifar10
 from speed_engine.data.preparing.sources.coco import CocoCaptions
 from speed_engine.data.preparing.sources.digits import Digits
 from speed_engine.data.preparing.sources.emoji import Emoji
 from speed_engine.data.preparing.sources.huggingface import HuggingFace
 from speed_engine.data.preparing.sources.image_folder import ImageFolder
+from speed_engine.data.preparing.sources.listed_folder import ListedFolder, list_of
+from speed_engine.data.preparing.sources.tars import Tars
 from speed_engine.data.preparing.sources.zip_archive import ZipArchive
+from speed_engine.data.preparing.summary import CONTACT_SHEET
 from speed_engine.runtime.checks import UserError
 
 
@@ -40,9 +45,16 @@ SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash 
     "emoji": Kind("drawings of Noto Color Emoji, from its font", lambda asked: Emoji()),
     "hf:*": Kind(
         "Hugging Face data set, on the hub or in a folder",
-        lambda asked: HuggingFace(asked.name.removeprefix("hf:"), asked.split),
+        lambda asked: _hugging_face(asked.name.removeprefix("hf:"), asked.split),
     ),
-    "*/": Kind("pictures, a sub-folder per class", lambda asked: ImageFolder(asked.path)),
+    "*/": Kind(
+        "pictures, a sub-folder per class or listed in metadata.jsonl; or WebDataset's tars",
+        lambda asked: _folder(asked.path),
+    ),
+    "*.tar": Kind(
+        "pictures, labels and captions, as WebDataset has them",
+        lambda asked: Tars([asked.path], asked.path.parent),
+    ),
     "*.zip": Kind("pictures and labels, as EDM has them", lambda asked: ZipArchive(asked.path)),
     "*.json": Kind(
         "COCO's captions of the pictures in --images",
@@ -54,6 +66,26 @@ SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash 
     ),
 }
 SOURCES["*.tgz"] = SOURCES["*.tar.gz"]
+
+
+def _folder(path: Path) -> Source:
+    """By what is in it."""
+    tars = sorted(path.glob("*.tar"))
+    beside = [e for e in path.iterdir() if not is_hidden(e.name) and e.name != CONTACT_SHEET]
+    if tars and not any(entry.is_dir() or is_picture(entry.name) for entry in beside):
+        return Tars(tars, path)
+    if listed := list_of(path):
+        return ListedFolder(path, listed)
+    return ImageFolder(path)
+
+
+def _hugging_face(name: str, split: str) -> Source:
+    """Image folders with a list are read here, as they are; others by the library."""
+    folder = Path(name).expanduser()
+    for path in (folder / split, folder):
+        if path.is_dir() and (listed := list_of(path)) in LISTS:
+            return ListedFolder(path, listed)
+    return HuggingFace(name, split)
 
 
 def shown(pattern: str) -> str:

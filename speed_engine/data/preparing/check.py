@@ -15,6 +15,7 @@ from typing import Any
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import decode_image, decode_label
+from speed_engine.data.format.folder import tars_of
 from speed_engine.data.format.index import Samples, ShardError, ShardIndex, index_path, load_index
 from speed_engine.data.format.record import refuse_incomplete
 from speed_engine.data.format.repair import RepairList
@@ -71,9 +72,7 @@ def check_folder(folder: Path, keys: Sequence[str] = (), workers: int = 1) -> Fi
         ShardError: their writer did not finish.
     """
     refuse_incomplete(folder)
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no .tar shards.")
+    paths = tars_of(folder)
     shards = list(each_shard(check_shard, paths, workers))
     repair = RepairList(
         shards={shard.name: shard.fatal for shard in shards if shard.fatal},

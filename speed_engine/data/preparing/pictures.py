@@ -4,6 +4,7 @@ Letters: C channels, H, W of an array; pictures of Pillow have (width, height).
 """
 
 import contextlib
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -11,20 +12,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from speed_engine.data.format import decode
 from speed_engine.data.format.decode import MAX_PIXELS
 from speed_engine.runtime.checks import UserError
 
 MAX_FILE_BYTES = 2**28  # of one picture's file
 FORMATS = ("png", "jpg", "webp", "npy")
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # of files that are taken for pictures
+EXTENSIONS = (
+    ".bmp",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".png",
+    ".webp",
+)  # of files that are taken for pictures
 _PILLOW_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # by content: ImageNet has PNGs named .JPEG
-_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # 8 bits a channel
 
 
 def is_picture(path: str) -> bool:
-    """Whether a file is taken for a picture, by its extension; hidden ones are not."""
-    name = path.rpartition("/")[2]
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    """Whether a file is taken for a picture, by its extension."""
+    return path.lower().endswith(EXTENSIONS)
 
 
 def file_size(path: str) -> int:
@@ -48,6 +56,15 @@ def open_file(path: Path, channels: int) -> Image.Image:
     return open_picture(path.read_bytes(), channels)
 
 
+def file_digest(path: Path) -> bytes:
+    """Of the content of a file, to notice that it was changed; empty of one that is unreadable."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, hashlib.blake2b).digest()
+    except OSError:
+        return b""
+
+
 def open_picture(data: bytes, channels: int) -> Image.Image:
     """An 8-bit picture, grey for one channel, RGB for three, upright as its EXIF data say.
 
@@ -56,18 +73,15 @@ def open_picture(data: bytes, channels: int) -> Image.Image:
     Raises:
         UserError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{image.size} pixels exceed the limit of {MAX_PIXELS}.")
-            if image.mode not in _MODES:
-                raise UserError(f"mode {image.mode} is not 8-bit grey or colour.")
-            image.load()
-            with contextlib.suppress(Exception):  # malformed EXIF data: nothing is known
-                ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # whatever the bytes provoke in Pillow
-        raise UserError(f"unusable picture: {error}") from error
+    image = decode.open_picture(data, _PILLOW_FORMATS, _check_size)
+    with contextlib.suppress(Exception):  # malformed EXIF data: nothing is known
+        ImageOps.exif_transpose(image, in_place=True)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _check_size(height: int, width: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{(width, height)} pixels exceed the limit of {MAX_PIXELS}.")
 
 
 def centre_crop(picture: Image.Image, size: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
     OUT/preparation.json        the plan: what is being made of what, and how
     OUT/shard-000000.tar, ...   each a function of the plan and its number alone
+    OUT/shard-000000.source     digest of the files that the shard was made of, written before it
     OUT/dataset.json            there when all shards are, see record.py
 
 So whatever was killed is continued by running it again: shards that are complete stay, others are
@@ -11,13 +12,14 @@ on shards of its own.
 Letters: N samples, S shards.
 """
 
+import hashlib
 import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import connection, get_context, parent_process
@@ -35,6 +37,7 @@ from speed_engine.runtime.files import write_durably
 
 PLAN = "preparation.json"
 _NAME = "preparation"
+_READING_THREADS = 8
 Members = dict[str, bytes]
 _log = logging.getLogger(__name__)
 
@@ -90,8 +93,10 @@ class Preparation:
 def _check_same_plan(path: Path, plan: dict[str, Any]) -> None:
     try:
         there = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete its folder.") from error
+    if not isinstance(there, dict):
+        raise UserError(f"{path} is no plan of a preparation; delete its folder.")
     if there != plan:
         other = {k: there.get(k) for k in sorted({*there, *plan}) if there.get(k) != plan.get(k)}
         asked = {k: plan.get(k) for k in other}
@@ -169,6 +174,7 @@ def make(
     plan = {"source": source.identity, "size": list(size), "samples": len(source)}
     preparation = Preparation(out, {**asdict(options), **plan}, names)
     pending = preparation.pending()
+    _refuse_changed(source, preparation, numbers, set(range(len(names))).difference(pending))
     advance(sum(len(numbers[s]) for s in set(range(len(names))).difference(pending)))
     tasks = [(preparation.path(s), numbers[s]) for s in pending]
     for path, bad in _in_processes(tasks, source, options, size, skip_bad, workers):
@@ -177,6 +183,35 @@ def make(
         advance(next(len(n) for p, n in tasks if p == path))
     classes = {"classes": list(source.classes)} if source.classes else {}
     preparation.finish({**classes, **source.metadata})
+
+
+def _refuse_changed(
+    source: Source, preparation: Preparation, numbers: list[np.ndarray], complete: set[int]
+) -> None:
+    """Raises UserError if a file of a shard that is there already has another content now."""
+    with ThreadPoolExecutor(_READING_THREADS) as threads:
+        for shard in sorted(complete):
+            known = _source_file(preparation.path(shard))
+            if known.exists() and known.read_text() != _content(
+                source, numbers[shard], threads.map
+            ):
+                raise UserError(
+                    f"files of the source have changed since {preparation.path(shard)} was made of "
+                    f"them; delete the folder to prepare all anew, or put the files back."
+                )
+
+
+def _content(source: Source, numbers: np.ndarray, mapped: Callable[..., Iterator[bytes]]) -> str:
+    """Digest of the stored bytes of these samples, hexadecimal; "" if the plan covers them."""
+    contents = [*mapped(source.content, numbers.tolist())]
+    lengths = ",".join(str(len(content)) for content in contents)
+    return (
+        hashlib.sha256(lengths.encode() + b"".join(contents)).hexdigest() if any(contents) else ""
+    )
+
+
+def _source_file(shard: Path) -> Path:
+    return shard.with_suffix(".source")
 
 
 def mixed_order(count: int) -> np.ndarray:
@@ -262,6 +297,8 @@ def _make_shard(path: Path, numbers: np.ndarray) -> tuple[Path, list[str]]:
                     raise UserError(message) from error
                 bad.append(message)
 
+    if content := _content(source, numbers, map):
+        write_durably(_source_file(path), content.encode())
     write_shard(path, samples())
     return path, bad
 

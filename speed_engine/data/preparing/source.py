@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from speed_engine.data.preparing.pictures import is_picture
+
 
 class Record(NamedTuple):
     """One sample as its source has it."""
@@ -25,9 +27,10 @@ class Source(ABC):
     Attributes:
         channels: of the pictures where nothing else is asked for, 1 or 3.
         classes: names in the order of the labels; empty if there are none.
-        identity: changes when the list of samples does.
+        identity: changes when the list of samples does; what it does not cover, ``content`` does.
         metadata: facts about the whole for ``dataset.json``, such as a licence.
-        left_out: how many files beside the samples are no pictures of a known kind, by extension.
+        left_out: what is there and is no sample, with its number: files that are no pictures of a
+            known kind, by extension, hidden ones, and so on.
     """
 
     channels: int = 3
@@ -52,6 +55,10 @@ class Source(ABC):
             OSError: it cannot be read.
         """
 
+    def content(self, i: int) -> bytes:
+        """Digest of the stored bytes of sample ``i``; empty where ``identity`` covers them."""
+        return b""
+
 
 def digest(*parts: Sequence[object]) -> str:
     """SHA-256 of a list of samples, for ``Source.identity``."""
@@ -64,6 +71,16 @@ def numbered_classes(count: int) -> tuple[str, ...]:
 
 
 def by_extension(names: Iterable[str]) -> Mapping[str, int]:
-    """Counts of files for ``Source.left_out``; hidden ones are not looked at anywhere."""
+    """Counts of files for ``Source.left_out``, from their names inside the source."""
     files = [PurePath(name) for name in names]
-    return Counter(f.suffix.lower() or f.name for f in files if not f.name.startswith("."))
+    return Counter("hidden" if is_hidden(str(f)) else f.suffix.lower() or f.name for f in files)
+
+
+def is_sample(name: str) -> bool:
+    """Whether a file of this name inside a source is taken for a picture."""
+    return is_picture(name) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a name inside a source is of a hidden file, or below a hidden folder."""
+    return any(part.startswith(".") and part not in (".", "..") for part in PurePath(name).parts)

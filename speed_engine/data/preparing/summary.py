@@ -51,7 +51,10 @@ class Summary:
             order = np.argsort(counts, kind="stable").tolist()
             named = [f"{self.class_names[c]} {counts[c]:,}" for c in order]
             few = named if len(named) <= 12 else [*named[:3], "...", *named[-3:]]
-            lines.append(f"{len(named):,} classes, smallest first: {', '.join(few)}")
+            if len(named) == 1:
+                lines.append(f"1 class: {few[0]}")
+            else:
+                lines.append(f"{len(named):,} classes, smallest first: {', '.join(few)}")
         return lines
 
     def draw_contact_sheet(self) -> Path:

@@ -16,9 +16,11 @@ from speed_engine.data.format.decode import (
     decode_image,
     decode_label,
     decode_npy,
+    decode_npy_rows,
     decode_pictures,
     describe_member,
 )
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_jpeg_decoder
 
 
@@ -288,3 +290,33 @@ def test_a_damaged_jpeg_of_a_batch_decodes_as_it_does_alone():
             assert np.array_equal(together[1], alone)
             outcomes.add("decoded")
     assert {"decoded", "unusable JPEG picture"} <= outcomes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "uint16"])
+@pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
+def test_numbers_that_are_not_finite_are_counted(dtype, bad):
+    array = np.arange(1, 13).reshape(3, 4).astype("float32")
+    array[1, 2:] = float(bad)
+    if dtype == "uint16":  # bits of bfloat16
+        stored = (array.view(np.uint32) >> 16).astype(np.uint16)
+    else:
+        stored = array.astype(dtype)
+    with pytest.raises(UserError, match="2 of 12 values are NaN or infinite"):
+        decode_npy(npy(stored))
+    rows = np.stack([np.frombuffer(npy(a), np.uint8) for a in (np.ones_like(stored), stored)])
+    assert decode_npy_rows(rows) is None
+    assert decode_npy(npy(np.full(3, 65504, "float16"))).max() == 65504  # the largest
+
+
+@pytest.mark.parametrize("shape", ["(True, 4)", "(4.0,)", "(-1, 4)", f"({10**30},)", "(1,) * 9"])
+def test_a_side_that_is_no_whole_number_is_refused(shape):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    data = b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header.encode() + bytes(4)
+    with pytest.raises(UserError, match="whole number from 1|npy header"):
+        decode_npy(data)
+
+
+def test_a_header_longer_than_any_is_refused_unread():
+    data = b"\x93NUMPY\2\0" + (2**31).to_bytes(4, "little") + bytes(100)
+    with pytest.raises(UserError, match=r"claims 2147483660 bytes; the member has 112"):
+        decode_npy(data)

@@ -1,3 +1,7 @@
+import tarfile
+import tracemalloc
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +10,7 @@ from speed_engine.data.format.decode import UnfitSample
 from speed_engine.data.format.index import ShardError, index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading import stream
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed
@@ -84,3 +89,49 @@ def test_a_streamed_sample_unlike_the_others_is_named(tmp_path):
     samples = stream_samples(reader, FEED, worker=0)
     with pytest.raises(UnfitSample, match=r"x-000000\.tar: sample .*needs one dtype"):
         BatchReader(reader, SHAPE).collect(samples, np.arange(30))
+
+
+def write_tar(path, *members):
+    """Members of (name, size, content); of content that is short the rest is a hole."""
+    with path.open("wb") as file:
+        for name, size, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = size
+            file.write(header.tobuf(tarfile.USTAR_FORMAT, "utf-8") + content)
+            file.seek(-len(content) + size + -size % 512, 1)
+        file.write(bytes(1024))
+
+
+def test_a_streamed_member_larger_than_any_may_be_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BUFFER", 2)
+    monkeypatch.setattr(stream, "MAX_MEMBER", 2**20)
+    array = npy_bytes(np.zeros(SHAPE, np.uint8))
+    members = [("a.npy", len(array), array), ("a.mp4", 2**24, b"")]
+    write_tar(tmp_path / "x.tar", *members)
+    reader = ShardReader(tmp_path, ["npy"])
+    tracemalloc.start()
+    write_tar(tmp_path / "x.tar", *members, ("b.npy", 2**24, b""))  # after it was opened
+    samples = stream_samples(reader, FEED, worker=0)
+    found = {where: sample for where, sample in islice(samples, 2)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+    sound = found[f"{tmp_path}/x.tar: sample 'a'"]
+    assert not isinstance(sound, ShardError) and bytes(sound["npy"]) == array
+    damage = str(found[f"{tmp_path}/x.tar: sample 'b'"])
+    assert "members {'npy': 16777216} of more than 1,048,576 bytes" in damage
+
+
+def test_a_member_larger_than_any_may_be_is_named_when_the_data_set_is_opened(tmp_path):
+    write_tar(tmp_path / "x.tar", ("a.npy", 2**29, b""))
+    with pytest.raises(ShardError, match="x.tar: sample 'a': its member 'npy' has 536,870,912 b"):
+        ShardReader(tmp_path, ["npy"])
+
+
+def test_a_tar_that_is_damaged_under_a_stream_is_named(make_shards):
+    folder = make_shards(4, per_shard=4)
+    reader = ShardReader(folder)
+    path = folder / "x-000000.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ShardError, match=r"x-000000\.tar: .*; it is damaged"):
+        list(islice(stream_samples(reader, FEED, worker=0), 20))

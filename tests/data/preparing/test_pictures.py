@@ -1,5 +1,7 @@
 import hashlib
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -121,3 +123,36 @@ def test_pixels_are_counted_before_they_are_unpacked(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("unpacked"))
     with pytest.raises(ValueError, match="exceed the limit"):
         open_picture(content(pattern(11, 10)), 3)
+
+
+def png(depth: int, extra: bytes = b"") -> bytes:
+    """4 x 4 pixels of colour, each row behind its filter."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    row = b"\0" + bytes(range(12 * depth // 8))
+    header = struct.pack(">IIBBBBB", 4, 4, depth, 2, 0, 0, 0)
+    kept = chunk(b"iCCP", b"big\0\0" + zlib.compress(extra)) if extra else b""
+    pixels = chunk(b"IDAT", zlib.compress(4 * row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + kept + pixels
+
+
+def test_colours_of_sixteen_bits_are_refused_as_greys_are():
+    for read in (lambda data: open_picture(data, 3), lambda data: decode_image(data, "png", 3)):
+        assert read(png(8)) is not None
+        with pytest.raises(UserError, match="16 bits a channel, is not 8-bit"):
+            read(png(16))
+
+
+def test_a_large_colour_profile_does_not_spoil_a_picture():
+    plain, profiled = (np.asarray(open_picture(png(8, extra), 3)) for extra in (b"", bytes(2**23)))
+    assert np.array_equal(plain, profiled)
+    assert decode_image(png(8, bytes(2**23)), "png", 3).shape == (3, 4, 4)
+
+
+def test_what_is_no_picture_is_named_by_its_first_bytes():
+    with pytest.raises(UserError, match=r"no BMP or JPEG.* begins with b'GIF89a'") as error:
+        open_picture(b"GIF89a", 3)
+    assert "0x" not in str(error.value)

@@ -296,3 +296,34 @@ def test_a_full_disk_leaves_what_can_be_continued(pictures, tmp_path, monkeypatc
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         PictureOptions(**options)
+
+
+def test_a_changed_picture_of_equal_size_is_noticed(tmp_path):
+    for i in range(6):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
+    source = ImageFolder(tmp_path / "in")
+    make(source, tmp_path / "out", SMALL, workers=1)
+    make(source, tmp_path / "out", SMALL, workers=1)  # nothing to do
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "in" / "3.bmp")
+    assert ImageFolder(tmp_path / "in").identity == source.identity
+    with pytest.raises(UserError, match="files of the source have changed since .*shard-00000"):
+        make(ImageFolder(tmp_path / "in"), tmp_path / "out", SMALL, workers=1)
+
+
+def test_a_preparation_of_an_older_version_continues(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "1.bmp")
+    make(ImageFolder(tmp_path / "in"), tmp_path / "out", SMALL, workers=1)
+    (tmp_path / "out" / "shard-000000.source").unlink()  # which it did not write
+    make(ImageFolder(tmp_path / "in"), tmp_path / "out", SMALL, workers=1)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000])
+def test_a_plan_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "1.bmp")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "preparation.json").write_text(text)
+    with pytest.raises(UserError, match="preparation.json"):
+        make(ImageFolder(tmp_path / "in"), tmp_path / "out", SMALL, workers=1)

@@ -4,8 +4,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from speed_engine.data.preparing.pictures import EXTENSIONS, file_size, is_picture, open_file
-from speed_engine.data.preparing.source import Record, Source, by_extension, digest
+from speed_engine.data.preparing.pictures import (
+    EXTENSIONS,
+    file_digest,
+    file_size,
+    is_picture,
+    open_file,
+)
+from speed_engine.data.preparing.source import (
+    Record,
+    Source,
+    by_extension,
+    digest,
+    is_hidden,
+    is_sample,
+)
 from speed_engine.runtime.checks import UserError
 
 
@@ -24,7 +37,8 @@ class ImageFolder(Source):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        inside = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        entries = sorted(folder.iterdir())
+        inside = [entry for entry in entries if not is_hidden(entry.name)]
         pictures = [entry for entry in inside if is_picture(entry.name)]
         folders = [entry for entry in inside if entry.is_dir()]
         if pictures and folders:
@@ -34,11 +48,13 @@ class ImageFolder(Source):
             )
         self._files: list[tuple[str, int]] = []  # path below the folder, label
         sizes: list[int] = []
-        others = [entry.name for entry in inside if folders and not entry.is_dir()]
+        # Of a folder without sub-folders, they are among its files below.
+        others = [entry.name for entry in entries if folders and entry not in folders]
         self.classes = tuple(_readable_name(entry) for entry in folders) or ("all",)
         for label, class_folder in enumerate(folders or [folder]):
-            paths = sorted(_files_below(class_folder))
-            found = [path for path in paths if is_picture(path)]
+            paths = sorted(files_below(class_folder))
+            names = [os.path.relpath(path, folder) for path in paths]
+            found = [p for p, name in zip(paths, names, strict=True) if is_sample(name)]
             if not found:
                 raise UserError(
                     f"{class_folder} holds no pictures ({', '.join(EXTENSIONS)}); every sub-folder "
@@ -46,7 +62,7 @@ class ImageFolder(Source):
                 )
             self._files += [(os.path.relpath(path, folder), label) for path in found]
             sizes += map(file_size, found)
-            others += [path for path in paths if not is_picture(path)]
+            others += [name for name in names if not is_sample(name)]
         self.left_out = by_extension(others)
         self.identity = digest(("folder", *self.classes), self._files, sizes)
 
@@ -62,15 +78,30 @@ class ImageFolder(Source):
         path, label = self._files[i]
         return Record(open_file(self._folder / path, channels), label)
 
+    def content(self, i: int) -> bytes:
+        """Of the file."""
+        return file_digest(self._folder / self._files[i][0])
 
-def _files_below(folder: Path) -> Iterator[str]:
+
+def files_below(folder: Path) -> Iterator[str]:
+    """Paths of all files at any depth, through links; of a hidden folder its own path instead.
+
+    Raises:
+        UserError: a link leads to a folder that it is in, itself or by way of other links.
+        OSError: a folder cannot be read.
+    """
+    top = os.path.realpath(folder)
+    inside_of = {str(folder): {top, *map(str, Path(top).parents)}}  # real paths, by path
     for root, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        ancestors = inside_of.pop(root)
+        yield from (os.path.join(root, name) for name in names)
+        yield from (os.path.join(root, name) for name in folders if is_hidden(name))
+        folders[:] = [name for name in folders if not is_hidden(name)]
         for path in (os.path.join(root, name) for name in folders):
-            real = os.path.join(os.path.realpath(path), "")
-            if os.path.islink(path) and os.path.join(os.path.realpath(root), "").startswith(real):
+            real = os.path.realpath(path)
+            if real in ancestors:
                 raise UserError(f"{path} links to a folder that it is in; remove the link.")
-        yield from (os.path.join(root, name) for name in names if not name.startswith("."))
+            inside_of[path] = ancestors | {real}
 
 
 def _raise(error: OSError) -> None:

@@ -1,20 +1,19 @@
 """A zip of pictures."""
 
-import json
 import zipfile
-from pathlib import Path
+import zlib
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 
-from speed_engine.data.preparing.pictures import (
-    EXTENSIONS,
-    MAX_FILE_BYTES,
-    is_picture,
-    open_picture,
-)
+from speed_engine.data.preparing.labels import LABELS, edm_labels, fitting, normalised
+from speed_engine.data.preparing.pictures import EXTENSIONS, MAX_FILE_BYTES, open_picture
 from speed_engine.data.preparing.source import (
     Record,
     Source,
     by_extension,
     digest,
+    is_hidden,
+    is_sample,
     numbered_classes,
 )
 from speed_engine.runtime.checks import UserError
@@ -25,25 +24,28 @@ MAX_RATIO = 200  # of a member to its compressed form; pictures hardly shrink
 class ZipArchive(Source):
     """Pictures in a zip; labels in its ``dataset.json``, as EDM's preparation writes it.
 
-    ``{"labels": [["00000/img00000000.png", 6], ...]}``; without labels all are of one class.
+    ``{"labels": [["00000/img00000000.png", 6], ...]}``; without labels all are of one class. Names
+    are relative to the folder of ``dataset.json``: archives that were packed again often have all
+    in one more folder, or names that begin with ``./``.
 
     Raises:
-        UserError: not a zip, no pictures, a label without a picture, a picture without a label, or
-            a member that is larger than a picture can be.
+        UserError: not a zip, no pictures, a label without a picture, a picture without a label, two
+            files of labels, or a member that is larger than a picture can be.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._zip: zipfile.ZipFile | None = None
         members = {info.filename: info for info in self._open().infolist() if not info.is_dir()}
-        names = sorted(name for name in members if is_picture(name))
+        names = sorted(name for name in members if is_sample(name))
         if not names:
             raise UserError(f"{path} holds no pictures ({', '.join(EXTENSIONS)}).")
-        for name in [*names, *({"dataset.json"} & members.keys())]:
+        listed = self._file_of_labels(members)
+        for name in [*names, *listed]:
             self._check(members[name])
-        others = [name for name in members if not is_picture(name) and name != "dataset.json"]
+        others = [name for name in members if not is_sample(name) and name not in listed]
         self.left_out = by_extension(others)
-        labels = self._labels(names) if "dataset.json" in members else dict.fromkeys(names, 0)
+        labels = self._labels(listed[0], names) if listed else dict.fromkeys(names, 0)
         self._files = [(name, labels[name]) for name in names]
         self.classes = numbered_classes(max(labels.values()) + 1)
         crcs = [members[name].CRC for name in names]
@@ -66,24 +68,25 @@ class ZipArchive(Source):
                 f"accepted."
             )
 
-    def _labels(self, names: list[str]) -> dict[str, int]:
-        try:
-            pairs = json.loads(self._open().read("dataset.json"))["labels"]
-            labels = {str(name): label for name, label in pairs or [(name, 0) for name in names]}
-        except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    def _file_of_labels(self, members: Iterable[str]) -> list[str]:
+        """Its name, if there is one."""
+        listed = [name for name in members if PurePath(name).name == LABELS and not is_hidden(name)]
+        if len(listed) > 1:
             raise UserError(
-                f'{self._path}: dataset.json is not {{"labels": [[name, class], ...]}}: {error!r}.'
-            ) from error
-        for name, label in labels.items():
-            if type(label) is not int or not 0 <= label < 2**31:
-                raise UserError(
-                    f"{self._path}: dataset.json gives {name!r} the label {label!r}; needed: the "
-                    f"number of a class."
-                )
-        if odd := labels.keys() ^ set(names):
-            have = "a label but no picture" if min(odd) in labels else "a picture but no label"
-            raise UserError(f"{self._path}: {min(odd)!r} ({len(odd)} such) has {have}.")
-        return labels
+                f"{self._path} holds several {LABELS}: {sorted(listed)[:3]}; pack each with its "
+                f"pictures in a zip of its own."
+            )
+        return listed
+
+    def _labels(self, listed: str, names: list[str]) -> dict[str, int]:
+        try:
+            content = self._open().read(listed)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self._path}: {listed} is damaged: {error}.") from error
+        labels = edm_labels(content, f"{self._path}: {listed}")
+        if labels is None:
+            return dict.fromkeys(names, 0)
+        return fitting(labels, {normalised(name, listed): name for name in names}, str(self._path))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -97,7 +100,7 @@ class ZipArchive(Source):
         name, label = self._files[i]
         try:
             data = self._open().read(name)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"damaged: {error}") from error
         return Record(open_picture(data, channels), label)
 

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from speed_engine.data.preparing.catalogue import open_source
+from speed_engine.data.preparing.prepare import PictureOptions, make
 from speed_engine.data.preparing.sources.coco import CocoCaptions
 from speed_engine.data.preparing.sources.image_folder import ImageFolder
 from speed_engine.data.preparing.sources.zip_archive import ZipArchive
+from speed_engine.data.preparing.summary import summarise
 from speed_engine.runtime.checks import UserError
 
 
@@ -107,7 +111,7 @@ def test_files_of_other_kinds_are_counted(tmp_path):
     write(tmp_path / "cat" / "a.png", picture(1))
     for name in ("cat/b.GIF", "cat/deep/c.gif", "cat/d.avif", "cat/LICENSE", "notes.txt", ".x.gif"):
         write(tmp_path / name, b"")
-    expected = {".gif": 2, ".avif": 1, "LICENSE": 1, ".txt": 1}
+    expected = {".gif": 2, ".avif": 1, "LICENSE": 1, ".txt": 1, "hidden": 1}
     assert dict(ImageFolder(tmp_path).left_out) == expected
     path = write_zip(tmp_path / "edm.zip", EDM_LABELS)
     assert not ZipArchive(path).left_out
@@ -222,3 +226,138 @@ def test_other_json_is_not_taken_for_captions(tmp_path):
         path = write(tmp_path / "captions.json", text.encode())
         with pytest.raises(ValueError, match="not a file of COCO captions"):
             CocoCaptions(path, tmp_path)
+
+
+@pytest.mark.parametrize("folder, prefix", [("top/", ""), ("./", ""), ("a/b/", ""), ("", "./")])
+def test_a_zip_that_was_packed_again_keeps_its_labels(tmp_path, folder, prefix):
+    path = tmp_path / "edm.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for i, (name, _) in enumerate(EDM_LABELS):
+            archive.writestr(f"{folder}{name}", picture(10 * i))
+        listed = [[prefix + name, label] for name, label in EDM_LABELS]
+        archive.writestr(f"{folder}dataset.json", json.dumps({"labels": listed}))
+    source = ZipArchive(path)
+    assert values(source) == [(0, 0), (10, 1), (20, 2), (30, 0)]
+    assert source.classes == ("0", "1", "2") and not source.left_out
+
+
+def test_hidden_folders_of_a_zip_hold_no_samples_and_two_lists_are_refused(tmp_path):
+    path = write_zip(tmp_path / "edm.zip", EDM_LABELS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("00000/.ipynb_checkpoints/x.png", picture(90))
+        archive.writestr("__MACOSX/._dataset.json", b"junk")
+    assert len(ZipArchive(path)) == 4 and dict(ZipArchive(path).left_out) == {"hidden": 2}
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("more/dataset.json", b"{}")
+    with pytest.raises(UserError, match="several dataset.json"):
+        ZipArchive(path)
+
+
+def test_links_that_lead_round_by_way_of_each_other_are_named(tmp_path):
+    write(tmp_path / "source" / "cat" / "a.png", picture(1))
+    write(tmp_path / "away" / "b.png", picture(2))
+    (tmp_path / "source" / "cat" / "x").symlink_to(tmp_path / "away")
+    (tmp_path / "away" / "y").symlink_to(tmp_path / "source" / "cat")
+    with pytest.raises(UserError, match="x/y links to a folder that it is in"):
+        ImageFolder(tmp_path / "source")
+
+
+def test_every_name_of_jpegs_is_taken(tmp_path):
+    for name in ("a.jfif", "b.jpe", "c.JPG"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "JPEG")
+    assert len(ImageFolder(tmp_path)) == 3
+
+
+def test_metadata_jsonl_gives_labels_and_captions(tmp_path):
+    for i in range(3):
+        write(tmp_path / "sub" / f"{i}.png", picture(10 * i))
+    write(tmp_path / "unlisted.png", picture(90))
+    rows = [
+        {"file_name": f"./sub/{i}.png", "label": label, "text": f"the  {label}", "extra": 1}
+        for i, label in enumerate(("dog", "cat", "dog"))
+    ]
+    text = "\n".join(map(json.dumps, rows)) + "\n"
+    write(tmp_path / "metadata.jsonl", text.encode())
+    for name in (str(tmp_path), f"hf:{tmp_path}"):
+        source = open_source(name)
+        assert source.classes == ("cat", "dog")
+        assert values(source) == [(0, 1), (10, 0), (20, 1)]
+        assert source.read(1, 3).captions == ("the cat",)
+        assert dict(source.left_out) == {"pictures that metadata.jsonl does not list": 1}
+    (tmp_path / "metadata.jsonl").unlink()
+    table = "file_name,label\nsub/0.png,b\nsub/2.png,a\n"
+    write(tmp_path / "metadata.csv", table.encode())
+    assert values(open_source(str(tmp_path))) == [(0, 1), (20, 0)]
+
+
+def test_an_unpacked_edm_folder_has_its_labels(tmp_path):
+    for i, (name, _) in enumerate(EDM_LABELS):
+        write(tmp_path / name, picture(10 * i))
+    write(tmp_path / "dataset.json", json.dumps({"labels": EDM_LABELS}).encode())
+    source = open_source(str(tmp_path))
+    assert values(source) == [(0, 0), (10, 1), (20, 2), (30, 0)]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        (["[]"], "metadata.jsonl, line 1: needed"),
+        (['{"file_name": 3}'], "line 1: needed"),
+        (['{"file_name": "a.png", "label": 1.5}'], "line 1: label 1.5"),
+        (['{"file_name": "gone.png"}'], "'gone.png'.*is not there"),
+        (['{"file_name": "../a.png"}'], "is not there"),
+        (['{"file_name": "a.png"}'] * 2, "'a.png' is there twice"),
+        (['{"file_name": "a.png", "label": 1}', '{"file_name": "b.png"}'], "every picture needs"),
+        (['{"file_name": "a.png", "text": "x"}', '{"file_name": "b.png"}'], "have no caption"),
+        (["{"], "not a list of pictures"),
+        (["[" * 100_000], "not a list of pictures"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_named(tmp_path, lines, message):
+    for name in ("a.png", "b.png"):
+        write(tmp_path / name, picture(1))
+    write(tmp_path / "metadata.jsonl", "\n".join(lines).encode())
+    with pytest.raises(UserError, match=message):
+        open_source(str(tmp_path))
+
+
+def write_tar(path: Path, **members: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_others_tars_are_a_source_whatever_their_order_and_sizes(tmp_path):
+    pictures = {f"{i}.jpg": picture(10 * i, side=6 + i) for i in range(4)}
+    labels = {f"{i}.cls": str(i % 2).encode() for i in range(4)}
+    others = {"0.json": b"{}", "lost.txt": b"x", "lost.cls": b"1"}
+    path = write_tar(tmp_path / "in" / "a.tar", **pictures, **labels, **others)
+    for name in (str(path), str(tmp_path / "in")):
+        source = open_source(name)
+        assert values(source) == [(0, 0), (10, 1), (20, 0), (30, 1)]
+        assert dict(source.left_out) == {"json": 1, "samples without a picture": 1}
+    make(source, tmp_path / "out", PictureOptions(size=4), workers=1)
+    assert summarise(tmp_path / "out").labels.tolist().count(1) == 2
+    before = source.identity
+    write_tar(path, **pictures | {"0.jpg": picture(9)}, **labels, **others)
+    assert open_source(name).identity != before
+    write_tar(path, **pictures, **dict([*labels.items()][1:]))
+    with pytest.raises(UserError, match=r"1 of 4 pictures have no label \(cls\), the first is"):
+        open_source(name)
+
+
+def test_captions_name_pictures_below_their_folder(tmp_path):
+    write(tmp_path / "val" / "sub" / "2.png", picture(6))
+    captions = [{"id": 9, "image_id": 2, "caption": "deep"}]
+    source = coco(tmp_path, captions, [{"id": 2, "file_name": "sub/2.png"}])
+    assert values(source) == [(6, None)]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": [{"id": 1e999, "file_name": "a"}]}'])
+def test_hostile_captions_are_one_error(tmp_path, text):
+    with pytest.raises(UserError, match="not a file of COCO captions"):
+        CocoCaptions(write(tmp_path / "captions.json", text.encode()), tmp_path)

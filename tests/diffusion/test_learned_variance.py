@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from speed_engine.diffusion.discrete import linear
+from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.learned_variance import SquaredErrorAndBound, bound_rows
-from speed_engine.diffusion.method import Method, build_method
+from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.ops import FUSED, REFERENCE, normal

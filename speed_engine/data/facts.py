@@ -1,0 +1,141 @@
+"""What the record of a data set says of it, beside what a configuration says.
+
+A run that does not fit its data is refused before its first step, and what a person left open is
+taken from the record.
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from speed_engine.data.config import DataConfig
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.record import RECORD, Dataset, dataset_from_json, read_record
+from speed_engine.data.format.remote import is_url
+from speed_engine.data.loading.decoding import BatchReader, Shape
+from speed_engine.data.opening import open_data
+from speed_engine.runtime.checks import UserError
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("npy", "bf16.npy", "png", "jpg", "jpeg", "webp")
+_LABEL, _TOKENS = "cls", "tokens.npy"
+_LOOKED_AT = 64  # samples
+
+
+def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
+    """Compare a configuration with the record of its data set; what is not recorded passes.
+
+    Raises:
+        UserError: classes, shape or channels are others, or latents are taken for pictures or
+            pictures for latents; names option, value, and what is recorded.
+    """
+    image = data.members[0]
+    facts: dict[str, Any] = dataset.contents.get(image, {})
+    dtype = facts.get("dtype")
+    shape: tuple[int, ...] = tuple(facts.get("shape") or ())
+    where = f"{data.source} holds {image} of {dtype or 'several dtypes'} and shape {shape or '?'}"
+    is_array = f".{image}".endswith(".npy")
+    channels, *sides = data.image_shape
+    if not data.latents and (channels not in (1, 3) or (is_array and _is_latent(dtype, shape))):
+        raise UserError(
+            f"{where}, and data.image_shape={data.image_shape}: pictures have 1 or 3 channels; if "
+            f"these are latents, add --data.latents --evaluation.features none."
+        )
+    if data.latents and dtype == "uint8":
+        raise UserError(
+            f"{where}: these are pictures, not latents; leave --data.latents out, or make latents "
+            f"of them with `speed-engine shards encode`."
+        )
+    parts = (1, 2) if data.latents else (1,)  # of a posterior: mean and standard deviation
+    fitting = [(part * channels, *sides) for part in parts]
+    if shape and (shape if is_array else (channels, *shape)) not in fitting:
+        wanted = " or ".join(str(of if is_array else of[1:]) for of in fitting)
+        raise UserError(
+            f"{where}; data.image_shape={data.image_shape} needs {wanted}. Correct "
+            f"--data.image-shape or the data."
+        )
+    classes = dataset.contents.get(_LABEL, {}).get("classes")
+    if _LABEL in data.members and classes is not None and classes > data.num_classes:
+        raise UserError(
+            f"{data.source} has labels up to {classes - 1}, {classes} classes; "
+            f"data.num_classes={data.num_classes} is too few: give --data.num-classes {classes}."
+        )
+
+
+def classes_with_samples(data: DataConfig) -> list[int]:
+    """The classes that images are generated of: those that the record says have samples.
+
+    All are, after a warning, where the data set is not at hand.
+    """
+    try:
+        dataset = recorded(data.source) or open_data(data, part=None).dataset
+    except OSError as error:
+        log.warning("images of all data.num_classes are generated, with samples or not: %s", error)
+        return [*range(data.num_classes)]
+    facts = dataset.contents.get(_LABEL, {})
+    present: list[int] | None = facts.get("present")
+    if present is None:  # all, as far as is known
+        present = [*range(facts.get("classes") or data.num_classes)]
+    return [c for c in present if c < data.num_classes] or [*range(data.num_classes)]
+
+
+def recorded(source: str) -> Dataset | None:
+    """The record of a local data set; None where there is none to be read.
+
+    Raises:
+        ShardError: it is damaged.
+    """
+    if source == "digits" or is_url(source):
+        return None
+    record = Path(source).expanduser() / RECORD
+    return dataset_from_json(read_record(record), str(record)) if record.is_file() else None
+
+
+def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
+    """A configuration whose members, shape and classes are those of a record, where it has them."""
+    contents = dataset.contents
+    image = next((name for name in (data.members[0], *IMAGES) if name in contents), None)
+    if image is None:
+        return data
+    others = [name for name in (_LABEL, _TOKENS) if name in contents][:1]
+    conditions = [name for name in data.members[1:] if name in contents] or others
+    found: dict[str, Any] = {"members": (image, *conditions)}
+    shape = contents[image].get("shape")
+    if shape and f".{image}".endswith(".npy"):
+        parts = 2 if "latent_scale" in dataset.metadata else 1  # mean and standard deviation
+        found["image_shape"] = (shape[0] // parts, *shape[1:])
+    elif shape:
+        found["image_shape"] = (data.image_shape[0] if data.image_shape[0] == 1 else 3, *shape)
+    if classes := contents.get(_LABEL, {}).get("classes"):
+        found["num_classes"] = max(classes, len(dataset.metadata.get("classes", ())))
+    if tokens := contents.get(_TOKENS, {}).get("shape"):
+        found["token_shape"] = tuple(tokens)
+    return replace(data, **found)
+
+
+def refuse_unlike_values(data: DataConfig, reader: ShardReader, stored_shape: Shape) -> None:
+    """Look at some samples, spread over the data set, whether they can be pictures.
+
+    Raises:
+        UserError: numbers outside of [-1, 1] are taken for pictures.
+    """
+    if data.latents or not f".{data.members[0]}".endswith(".npy"):
+        return
+    numbers = np.unique(np.linspace(0, len(reader) - 1, _LOOKED_AT).astype(int))
+    batches = BatchReader(reader, stored_shape, on_bad_sample="skip")
+    images = batches.read(numbers, lambda _, attempt: attempt % len(reader)).images
+    if images.is_floating_point() and float(images.abs().max()) > 1.001:  # of a rounded 1
+        raise UserError(
+            f"{data.source} holds numbers from {images.min():.3g} to {images.max():.3g}; pictures "
+            f"are uint8, or floats in [-1, 1]. If these are latents, add "
+            f"--data.latents --evaluation.features none."
+        )
+
+
+def _is_latent(dtype: str | None, shape: tuple[int, ...]) -> bool:
+    """Arrays of numbers that are no pixels: of other channels than pictures have."""
+    return dtype not in (None, "uint8") and len(shape) == 3 and shape[0] not in (1, 3)

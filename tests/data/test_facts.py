@@ -1,0 +1,175 @@
+"""What a data set's record says is used before the first step."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from speed_engine.commands.configured import configured
+from speed_engine.commands.train import TrainCommand
+from speed_engine.config import TrainConfig
+from speed_engine.data.config import DataConfig
+from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.writer import ShardWriter, index_folder
+from speed_engine.data.preparing.check import check_folder
+from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation.conditions import generation_conditions
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.presets import PRESETS
+from speed_engine.run import build_trainer
+from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.world import ALONE
+
+
+def write(folder, images, labels, metadata=None):
+    with ShardWriter(folder, "x", 8, metadata) as writer:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            writer.write(f"{i:04d}", {"npy": npy_bytes(image), "cls": str(label).encode()})
+    return folder
+
+
+def config(folder, **options):
+    data = DataConfig(source=str(folder), **options)
+    evaluation = EvaluationConfig(features="none", num_images=7, solver_steps=1)
+    return TrainConfig(device="cpu", steps=1, batch_size=4, data=data, evaluation=evaluation)
+
+
+def opened(run):
+    return TrainingData(run.data, run.batch_size, run.seed, ALONE, torch.device("cpu"))
+
+
+def generated(run):
+    conditions = generation_conditions(run.data, run.evaluation.num_images, run.seed)
+    return conditions["labels"].tolist()
+
+
+PIXELS = np.zeros((1, 8, 8), np.uint8)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 8])
+def test_latents_are_not_taken_for_pictures(tmp_path, channels):
+    latent = np.zeros((channels, 8, 8), np.float32)
+    folder = write(tmp_path / "x", [latent] * 8, [0] * 8)
+    with pytest.raises(UserError, match=r"npy of float32 and shape .* add --data.latents"):
+        opened(config(folder, image_shape=(channels, 8, 8)))
+    opened(config(folder, image_shape=(channels, 8, 8), latents=True))
+
+
+def test_numbers_outside_of_those_of_pictures_are_refused_as_pictures(tmp_path):
+    images = [np.full((3, 8, 8), value, np.float32) for value in (0, 1, -1, 3, 0, 0, 0, 0)]
+    folder = write(tmp_path / "x", images, [0] * 8)
+    with pytest.raises(UserError, match=r"numbers from -1 to 3; pictures .* in \[-1, 1\]"):
+        opened(config(folder, image_shape=(3, 8, 8)))
+    folder = write(tmp_path / "y", images[:3], [0] * 3)
+    opened(config(folder, image_shape=(3, 8, 8)))
+
+
+def test_pictures_are_not_taken_for_latents(tmp_path):
+    folder = write(tmp_path / "x", [PIXELS] * 8, [0] * 8)
+    with pytest.raises(UserError, match="these are pictures, not latents"):
+        opened(config(folder, latents=True))
+
+
+def test_more_classes_than_configured_are_refused_at_the_start(tmp_path):
+    labels = [i % 10 for i in range(39)] + [10]
+    folder = write(tmp_path / "x", [PIXELS] * 40, labels)
+    with pytest.raises(UserError, match=r"up to 10, 11 classes; .*give --data.num-classes 11"):
+        build_trainer(config(folder), tmp_path / "run", Console(quiet=True))
+    opened(config(folder, num_classes=11))
+
+
+def test_another_shape_is_refused_by_the_record(tmp_path):
+    folder = write(tmp_path / "x", [PIXELS] * 8, [0] * 8)
+    with pytest.raises(UserError, match=r"shape \(1, 8, 8\); data.image_shape=\(1, 16, 16\)"):
+        opened(config(folder, image_shape=(1, 16, 16)))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_classes_without_samples_are_not_generated(tmp_path, indexed):
+    folder = write(tmp_path / "x", [PIXELS] * 24, [(0, 2, 7)[i % 3] for i in range(24)])
+    if not indexed:
+        for path in [*folder.glob("*.json"), *folder.glob("*.safetensors")]:
+            path.unlink()
+    assert generated(config(folder)) == [0, 2, 7, 0, 2, 7, 0]
+
+
+def test_a_record_without_present_classes_bounds_them(tmp_path):
+    """As older versions wrote it."""
+    folder = write(tmp_path / "x", [PIXELS] * 6, [0, 2] * 3)
+    dataset = ShardReader(folder).dataset
+    assert dataset.contents["cls"] == {"classes": 3, "present": [0, 2]}
+    del dataset.contents["cls"]["present"]
+    (folder / "dataset.json").write_text(dataset.to_json())
+    assert generated(config(folder)) == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_run_generates_where_its_data_are_not_at_hand(tmp_path, caplog):
+    labels = generated(config(tmp_path / "gone", num_classes=3))
+    assert labels == [0, 1, 2, 0, 1, 2, 0] and "gone" in caplog.text
+
+
+def parsed(*arguments):
+    presets = {n: (t, TrainCommand(preset=n, config=c)) for n, (t, c) in PRESETS.items()}
+    return configured(presets, [*map(str, arguments)], "train").config.data
+
+
+def test_what_the_record_knows_need_not_be_given(tmp_path):
+    image = np.zeros((3, 16, 12), np.uint8)
+    folder = write(tmp_path / "x", [image] * 8, [0, 4] * 4)
+    data = parsed("digits", "--data.source", folder)
+    assert (data.members, data.image_shape, data.num_classes) == (("npy", "cls"), (3, 16, 12), 5)
+    data = parsed("digits", "--data.source", folder, "--data.num-classes", 9)
+    assert (data.image_shape, data.num_classes) == ((3, 16, 12), 9)
+    assert parsed("digits") == PRESETS["digits"][1].data
+
+
+def write_tar(path, extension="cls"):
+    with tarfile.open(path, "w") as archive:
+        for i in range(4):
+            for kind, content in (("npy", npy_bytes(PIXELS)), (extension, b"0")):
+                info = tarfile.TarInfo(f"{path.stem}{i}.{kind}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_single_tar_is_a_data_set(tmp_path, indexed):
+    for name in ("a", "b"):
+        write_tar(tmp_path / f"{name}.tar")
+    if indexed:
+        index_folder(tmp_path)
+    reader = ShardReader(tmp_path / "b.tar")
+    assert len(reader) == 4 and reader.key(0) == "b0" and len(ShardReader(tmp_path)) == 8
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_tar(tmp_path / "a.tar")
+    assert len(opened(config("~")).reader) == 4
+    assert len(ShardReader("~/a.tar")) == 4
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{00..09}.tar", r"\{00\.\.09\} is a brace pattern .* name the folder"),
+        ("a-{x,y}.tar", "is a brace pattern"),
+        ("a.tar.gz", "is a compressed tar.*unpack it first"),
+        ("a.tgz", "is a compressed tar"),
+    ],
+)
+def test_other_ways_to_name_data_are_explained(tmp_path, source, message):
+    for where in (tmp_path / source, f"https://example.org/{source}"):
+        with pytest.raises(UserError, match=message):
+            ShardReader(where)
+
+
+def test_a_folder_of_compressed_tars_is_explained(tmp_path):
+    (tmp_path / "a-000000.tar.gz").write_bytes(b"\x1f\x8b")
+    for read in (ShardReader, check_folder, index_folder):
+        with pytest.raises(FileNotFoundError, match="compressed ones .* unpack them first"):
+            read(tmp_path)

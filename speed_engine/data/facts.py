@@ -4,26 +4,17 @@ A run that does not fit its data is refused before its first step, and what a pe
 taken from the record.
 """
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from speed_engine.data.config import DataConfig
-from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import RECORD, Dataset, dataset_from_json, read_record
 from speed_engine.data.format.remote import is_url
-from speed_engine.data.loading.decoding import BatchReader, Shape
-from speed_engine.data.opening import open_data
 from speed_engine.runtime.checks import UserError
-
-log = logging.getLogger(__name__)
 
 IMAGES = ("npy", "bf16.npy", "png", "jpg", "jpeg", "webp")
 _LABEL, _TOKENS = "cls", "tokens.npy"
-_LOOKED_AT = 64  # samples
 
 
 def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
@@ -39,7 +30,7 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
     shape: tuple[int, ...] = tuple(facts.get("shape") or ())
     where = f"{data.source} holds {image} of {dtype or 'several dtypes'} and shape {shape or '?'}"
     is_array = f".{image}".endswith(".npy")
-    channels, *sides = data.image_shape
+    channels, height, width = data.image_shape
     if not data.latents and (channels not in (1, 3) or (is_array and _is_latent(dtype, shape))):
         raise UserError(
             f"{where}, and data.image_shape={data.image_shape}: pictures have 1 or 3 channels; if "
@@ -51,9 +42,9 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
             f"of them with `speed-engine shards encode`."
         )
     parts = (1, 2) if data.latents else (1,)  # of a posterior: mean and standard deviation
-    fitting = [(part * channels, *sides) for part in parts]
+    fitting: list[tuple[int, ...]] = [(part * channels, height, width) for part in parts]
     if shape and (shape if is_array else (channels, *shape)) not in fitting:
-        wanted = " or ".join(str(of if is_array else of[1:]) for of in fitting)
+        wanted = " or ".join(str(of if is_array else (height, width)) for of in fitting)
         raise UserError(
             f"{where}; data.image_shape={data.image_shape} needs {wanted}. Correct "
             f"--data.image-shape or the data."
@@ -66,17 +57,12 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
         )
 
 
-def classes_with_samples(data: DataConfig) -> list[int]:
+def classes_with_samples(data: DataConfig, dataset: Dataset | None) -> list[int]:
     """The classes that images are generated of: those that the record says have samples.
 
-    All are, after a warning, where the data set is not at hand.
+    All are where the data set is not at hand.
     """
-    try:
-        dataset = recorded(data.source) or open_data(data, part=None).dataset
-    except OSError as error:
-        log.warning("images of all data.num_classes are generated, with samples or not: %s", error)
-        return [*range(data.num_classes)]
-    facts = dataset.contents.get(_LABEL, {})
+    facts = {} if dataset is None else dataset.contents.get(_LABEL, {})
     present: list[int] | None = facts.get("present")
     if present is None:  # all, as far as is known
         present = [*range(facts.get("classes") or data.num_classes)]
@@ -115,25 +101,6 @@ def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
     if tokens := contents.get(_TOKENS, {}).get("shape"):
         found["token_shape"] = tuple(tokens)
     return replace(data, **found)
-
-
-def refuse_unlike_values(data: DataConfig, reader: ShardReader, stored_shape: Shape) -> None:
-    """Look at some samples, spread over the data set, whether they can be pictures.
-
-    Raises:
-        UserError: numbers outside of [-1, 1] are taken for pictures.
-    """
-    if data.latents or not f".{data.members[0]}".endswith(".npy"):
-        return
-    numbers = np.unique(np.linspace(0, len(reader) - 1, _LOOKED_AT).astype(int))
-    batches = BatchReader(reader, stored_shape, on_bad_sample="skip")
-    images = batches.read(numbers, lambda _, attempt: attempt % len(reader)).images
-    if images.is_floating_point() and float(images.abs().max()) > 1.001:  # of a rounded 1
-        raise UserError(
-            f"{data.source} holds numbers from {images.min():.3g} to {images.max():.3g}; pictures "
-            f"are uint8, or floats in [-1, 1]. If these are latents, add "
-            f"--data.latents --evaluation.features none."
-        )
 
 
 def _is_latent(dtype: str | None, shape: tuple[int, ...]) -> bool:

@@ -1,12 +1,14 @@
 """How a configuration generates: solver and guidance, and the classes, texts or smaller images."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from speed_engine.data.config import DataConfig
-from speed_engine.data.facts import classes_with_samples
+from speed_engine.data.facts import classes_with_samples, recorded
+from speed_engine.data.format.record import Dataset
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.opening import condition_names, open_data, stored_shape
@@ -15,6 +17,8 @@ from speed_engine.encoders.text import TextEncoder
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.runtime.checks import UserError
+
+log = logging.getLogger(__name__)
 
 
 def generation_settings(evaluation: EvaluationConfig) -> GenerationSettings:
@@ -39,12 +43,21 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
     if set(names) <= {"labels"}:
         if not names:
             return {}
-        classes = torch.tensor(classes_with_samples(data))
+        classes = torch.tensor(classes_with_samples(data, _dataset(data)))
         return {"labels": classes[torch.arange(num_images) % len(classes)]}
     reader = open_data(data, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
     stored = BatchReader(reader, stored_shape(data, reader)).read(indices)
     return Cleaning(torch.tensor(seed)).batch(stored).conditions
+
+
+def _dataset(data: DataConfig) -> Dataset | None:
+    """What is known of the data set; None, after a warning, where it is not at hand."""
+    try:
+        return recorded(data.source) or open_data(data, part=None).dataset
+    except OSError as error:
+        log.warning("images of all data.num_classes are generated, with samples or not: %s", error)
+        return None
 
 
 def generation_texts(data: DataConfig, num_images: int) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, shortened
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from speed_engine.data.format.checksums import crc32
-from speed_engine.data.format.index import (
-    ShardError,
-    ShardIndex,
-    index_path,
-    load_index,
-)
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.forms import refuse_other_forms, tars_of
+from speed_engine.data.format.index import ShardIndex, index_path, load_index
 from speed_engine.data.format.record import (
     RECORD,
     Dataset,
@@ -32,8 +28,6 @@ from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)
 
-_BRACES = re.compile(r"\{[^{}/]*(\.\.|,)[^{}/]*\}")
-_COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz)$")
 _TRANSFERS = 16  # indices fetched at a time; shards come one at a time
 
 Loaded = tuple[Dataset, list[ShardIndex]]
@@ -52,43 +46,6 @@ def open_folder(source: str | Path, cache: Cache | None) -> "LocalFolder | Remot
     if cache is None:
         raise UserError(f"{source} needs a cache to fetch its shards into.")
     return RemoteFolder(source, cache)
-
-
-def tars_of(folder: Path) -> list[Path]:
-    """The tars in a folder, by name.
-
-    Raises:
-        FileNotFoundError: there are none; says what is there instead.
-    """
-    if paths := sorted(folder.glob("*.tar")):
-        return paths
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    if packed := [name for name in names if _COMPRESSED.search(name)]:
-        raise FileNotFoundError(
-            f"{folder} holds no .tar shards, but compressed ones ({min(packed)}, ...), which allow "
-            f"no reading at random: unpack them first (gzip -d, zstd -d)."
-        )
-    raise FileNotFoundError(
-        f"{folder} holds no .tar shards; `speed-engine shards make` writes some."
-    )
-
-
-def refuse_other_forms(source: str) -> None:
-    """Refuse what other programs take for data sets, and this one does not.
-
-    Raises:
-        UserError: a brace pattern, or a compressed tar; says what to do.
-    """
-    if match := _BRACES.search(source):
-        raise UserError(
-            f"data.source={source}: {match[0]} is a brace pattern of webdataset; name the folder "
-            f"that holds the shards, all of which are read."
-        )
-    if _COMPRESSED.search(source):
-        raise UserError(
-            f"data.source={source} is a compressed tar, which allows no reading at random; unpack "
-            f"it first (gzip -d, zstd -d) and name the .tar or its folder."
-        )
 
 
 class LocalFolder:

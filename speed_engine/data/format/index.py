@@ -23,15 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from speed_engine.data.format.errors import ShardError
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, check_between
 
 VERSION = 2
 MAX_PRESENT = 4096  # labels that are written down one by one
-
-
-class ShardError(UserError):
-    """A shard or its index is damaged or unusable; the message names the file and the reason."""
 
 
 class Member(NamedTuple):

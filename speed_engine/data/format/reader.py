@@ -17,9 +17,10 @@ import numpy as np
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import MAX_MEMBER
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
-from speed_engine.data.format.index import ShardError, ShardIndex
+from speed_engine.data.format.index import ShardIndex
 from speed_engine.data.format.remote import Cache
 from speed_engine.data.format.repair import RepairList, load_repair_list
 

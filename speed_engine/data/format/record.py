@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.data.format import document
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import (
     VERSION,
     Content,
     Contents,
-    ShardError,
     ShardIndex,
     merge_description,
     without_gaps,

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.runtime.checks import UserError
 
 log = logging.getLogger(__name__)

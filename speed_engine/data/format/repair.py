@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from speed_engine.data.format import document
-from speed_engine.data.format.index import VERSION, ShardError
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import VERSION
 from speed_engine.data.format.record import Dataset
 from speed_engine.runtime.files import write_durably
 

@@ -18,14 +18,8 @@ from typing import Any, Self
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import describe_member
-from speed_engine.data.format.index import (
-    Contents,
-    Member,
-    Samples,
-    ShardError,
-    ShardIndex,
-    merge_member,
-)
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import Contents, Member, Samples, ShardIndex, merge_member
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_MEMBERS = 2**22  # of one tar

@@ -20,12 +20,12 @@ from typing import Any, Self, TypeVar
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import describe_member
-from speed_engine.data.format.folder import tars_of
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.forms import tars_of
 from speed_engine.data.format.index import (
     Contents,
     Member,
     Samples,
-    ShardError,
     ShardIndex,
     index_path,
     load_index,

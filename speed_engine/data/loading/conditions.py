@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from speed_engine.data.format.decode import Buffer, decode_image, decode_label, decode_npy
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.runtime.checks import UserError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}

@@ -31,7 +31,7 @@ from speed_engine.data.format.decode import (
     decode_npy_rows,
     decode_pictures,
 )
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.reader import RawBatch, Sample, ShardReader
 from speed_engine.data.loading.conditions import condition_name, decode_condition
 from speed_engine.data.loading.order import elsewhere

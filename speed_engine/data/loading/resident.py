@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.data.batch import Batch, StoredBatch
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import ATTEMPTS, BatchReader, OnBadSample, Shape

@@ -15,7 +15,7 @@ from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys
 
 from speed_engine.data.format.decode import MAX_MEMBER
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.reader import Sample, ShardReader
 from speed_engine.data.format.tar import key_and_extension
 from speed_engine.data.loading.order import Feed

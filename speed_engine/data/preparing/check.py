@@ -15,8 +15,9 @@ from typing import Any
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import decode_image, decode_label
-from speed_engine.data.format.folder import tars_of
-from speed_engine.data.format.index import Samples, ShardError, ShardIndex, index_path, load_index
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.forms import tars_of
+from speed_engine.data.format.index import Samples, ShardIndex, index_path, load_index
 from speed_engine.data.format.record import refuse_incomplete
 from speed_engine.data.format.repair import RepairList
 from speed_engine.data.format.tar import scan_tar

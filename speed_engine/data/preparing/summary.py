@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from speed_engine.data.format.decode import decode_image, decode_label
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.folder import LocalFolder
-from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.preparing.pictures import FORMATS

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from speed_engine import cli
 from speed_engine.data.format import document
-from speed_engine.data.format.index import ShardError, index_path, load_index
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.record import _checksum, dataset_from_json
 from speed_engine.data.format.repair import load_repair_list
 from speed_engine.runtime.checks import UserError

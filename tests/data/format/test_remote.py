@@ -13,7 +13,7 @@ import fsspec
 import pytest
 
 from speed_engine.data.format import remote
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
 from speed_engine.data.format.writer import ShardWriter

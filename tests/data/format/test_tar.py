@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from speed_engine.data.format.index import ShardError
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.tar import scan_tar
 
 

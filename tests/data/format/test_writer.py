@@ -14,7 +14,8 @@ from safetensors.numpy import save
 from webdataset.compat import WebDataset
 from webdataset.writer import ShardWriter as WebDatasetWriter
 
-from speed_engine.data.format.index import ShardError, index_path, load_index
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.tar import scan_index, scan_tar
 from speed_engine.data.format.writer import ShardWriter

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from speed_engine.data.format.decode import UnfitSample
-from speed_engine.data.format.index import ShardError, index_path, load_index
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading import stream

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from speed_engine import cli
-from speed_engine.data.format.index import ShardError, index_path, load_index
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.repair import load_repair_list
 from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from speed_engine.data.format.decode import decode_image, decode_label
+from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.folder import LocalFolder
-from speed_engine.data.format.index import ShardError
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import Feed

@@ -288,7 +288,7 @@ def comparisons() -> str:
         results = read_results(folder / "results.json")
         sentences = [headline(results, against(results, name)) for name in results.baselines]
         sentences = [f"- {sentence}" for sentence in sentences]
-        size = f"{len(results.contestants)} contestants, {len(results.seeds)} seeds"
+        size = f"{len(results.contestants)} methods, {len(results.seeds)} seeds"
         link = f"[{folder.name}](docs/results/{folder.name}/report.md)"
         text.append(f"{link} ({size}, {results.budget_images:,} images each):\n")
         text += [*sentences, ""]

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from speed_engine import __version__
-from speed_engine.commands.dispatch import known, usage
-from speed_engine.runtime.checks import UserError
+from speed_engine.commands.dispatch import usage
+from speed_engine.runtime.checks import UserError, unknown
 from speed_engine.runtime.files import cache_folder
 
 # name -> (how it is called, what it does); each is a module of speed_engine/commands
@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     _interrupt_when_terminated()
     try:
-        name = known(arguments[0], COMMANDS, "command")
+        name = arguments[0]
+        if name not in COMMANDS:
+            raise unknown("command", name, COMMANDS)
         importlib.import_module(f"speed_engine.commands.{name}").run(arguments[1:], Console())
         if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
             world.leave()

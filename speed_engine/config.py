@@ -34,12 +34,9 @@ from speed_engine.training.config import OptimizerConfig
 def _methods(default: str) -> str:
     """What the help of --method says after its own text."""
     # Not at the top: it needs torch, which only this part of the help does.
-    from speed_engine.diffusion.method import SHARED, options_of
     from speed_engine.diffusion.methods import METHODS
 
-    own = {name: ", ".join(of for of in options_of(name) if of not in SHARED) for name in METHODS}
-    methods = "; ".join(f"{name} ({of})" if of else name for name, of in own.items())
-    return f"(default: {default}) Methods (options): {methods}. All: {', '.join(SHARED)}."
+    return f"(default: {default}) Methods: {', '.join(METHODS)}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,65 +44,78 @@ class TrainConfig:
     """Everything that determines a run."""
 
     method: Annotated[str, tyro.conf.arg(help_behavior_hint=_methods)] = "speed_paper"
-    """How timesteps are drawn and losses weighted, METHOD[+OPTION=VALUE ...], such as
-    speed_paper+k=3; what is left out has the method's own default."""
+    """The timestep distribution and the loss weighting, METHOD[+OPTION=VALUE ...], such as
+    speed_paper+k=3; an option that is left out has the method's own default. `speed-engine methods`
+    explains the methods and their options."""
     steps: int = 3000
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps of the whole run."""
     batch_size: int = 128
-    """Images per optimizer step, all ranks together."""
+    """Number of images in one optimizer step, on all processes together."""
     seed: int = 0
-    """Root of every random choice; runs with equal seeds are equal, on a GPU bit for bit only if
-    deterministic."""
+    """Seed of every random choice. Runs with equal seeds are equal, bit for bit on a CPU; on a GPU
+    that needs --deterministic."""
     schedule: str = "linear"
-    """Noise process: linear, quadratic, cosine, scaled_linear, vp, ve, edm, fdm, flow,
-    shifted_flow."""
+    """Noise process: linear, quadratic, cosine or scaled_linear (noise schedules of DDPM), vp, ve,
+    edm, fdm, flow or shifted_flow."""
     num_timesteps: int = 1000
-    """Timesteps of the process; in continuous time, the resolution of laws and weights."""
+    """Number of timesteps of the process. A process in continuous time uses it as the resolution of
+    timestep distributions and loss weights."""
     prediction: str | None = None
-    """What the model predicts: epsilon, x0, v, velocity, F, negative_F; by default as the baseline
-    does."""
+    """What the model predicts: epsilon, x0, v, velocity, F or negative_F. The default is what the
+    baseline of the process predicts."""
     condition_dropout: float = 0.1
-    """Share of labels or texts hidden in training, so that guidance is possible; in [0, 1]."""
+    """Probability, in [0, 1], that a label or text is hidden from the model in training, which
+    makes classifier-free guidance possible."""
     low_resolution_noise: float = 0.5
-    """Strongest noise, in [0, 1], put on the low-resolution image in training; levels are even."""
+    """Super-resolution: the largest noise level, in [0, 1], that is added to the low-resolution
+    image in training; levels are uniformly distributed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto takes a GPU if there is one."""
     compile: Literal["auto", "on", "graphs", "blocks", "off"] = "auto"
-    """torch.compile the model, or its blocks one by one, whose compilation takes as long for many
-    as for one; graphs also replays it as CUDA graphs, for small models on one GPU, which the host
-    would hold up; auto compiles where that was measured to pay."""
+    """How torch.compile is used: on compiles the whole model, blocks compiles block by block, which
+    takes as long for many blocks as for one, and graphs also replays CUDA graphs, for small models
+    on one GPU. auto compiles where that was measured to pay."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
-    """What computes a DiT's attention: PyTorch, or xFormers where its operators load; auto is
-    PyTorch."""
+    """What computes a DiT's attention: sdpa is PyTorch's, xformers needs the library xFormers; auto
+    is sdpa."""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """Whether operators run by the Triton kernels: auto tests each on the GPU first and runs the
-    PyTorch reference where one fails, which on refuses; off runs references only."""
+    """Whether operators run by the Triton kernels: auto tests each kernel on the GPU first and uses
+    the PyTorch reference where one fails, on stops the run if one fails, and off uses the
+    references only."""
     deterministic: bool = False
-    """On a GPU, compute by deterministic algorithms only, so that equal runs have equal bits, as on
-    a CPU; some are slower."""
+    """On a GPU, use deterministic algorithms only, so that equal runs have equal bits, as they have
+    on a CPU; some algorithms are slower."""
     init_from: Path | None = None
-    """Weights to start from: a file of facebookresearch/DiT, a folder of diffusers, an export."""
+    """Weights to start from: a checkpoint file of facebookresearch/DiT, a folder of diffusers, or
+    what `speed-engine export` wrote. The default is random weights."""
     log_every: int = 50
-    """Optimizer steps between records; the only points where the device is waited for."""
+    """Number of optimizer steps between two records of the loss; only then does the host wait for
+    the device."""
     checkpoint_every: int = 500
-    """Optimizer steps between checkpoints; one more follows the last step."""
+    """Number of optimizer steps between two checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
-    """Checkpoints kept, newest first."""
+    """Number of newest checkpoints that are kept."""
     keep_every: int | None = None
-    """Of the older ones, those at multiples of this step are kept for good; by default none."""
+    """Older checkpoints are kept, too, if their step is a multiple of this number. The default
+    keeps none."""
     microbatch_size: int | None = None
-    """Images per forward and process; gradients of a step are summed over them. By default all."""
+    """Number of images that one process passes through the model at a time; the gradients of a step
+    are summed over them. The default is all of its images at once."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """How several processes (torchrun) hold the parameters: each all of them (ddp), a share (fsdp),
-    or a share within each node (hsdp)."""
+    """How several processes hold the parameters: all of them in each process (ddp), a share in each
+    (fsdp), or a share in each process of a node (hsdp). auto is ddp on CPUs, fsdp on one node of
+    GPUs and hsdp on several."""
     reshard: bool = True
-    """fsdp, hsdp: drop gathered parameters between forward and backward, and gather them again."""
+    """With fsdp and hsdp, free gathered parameters after the forward pass and gather them again for
+    the backward pass, which saves memory."""
     offload: bool = False
-    """fsdp, hsdp: keep parameters and optimizer state in the host's memory."""
+    """With fsdp and hsdp, keep parameters and optimizer state in the host's memory."""
     on_nonfinite: int = 3
-    """A step whose loss or gradient is not finite is skipped; this many in a row stop the run."""
+    """A step whose loss or gradient is not finite is skipped; this many of them in a row stop the
+    run."""
     hang_timeout: float = 900.0
-    """Seconds without a step after which several processes stop and name the one that hangs."""
+    """Number of seconds without a step after which a run of several processes stops and names the
+    process that hangs."""
     model: Annotated[ModelConfig, Discriminator("family")] = field(default_factory=DiTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

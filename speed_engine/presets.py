@@ -1,7 +1,7 @@
 """Named runs: what each trains, and what to expect of it.
 
 The experiments of SpeeD (arXiv 2405.17403) have its recipe: AdamW, rate 1e-4, no decay, 256 images
-a step, average 0.9999 from the first step on, horizontal flips, T = 1000 linear, latents of
+a step, EMA decay 0.9999 from the first step on, horizontal flips, T = 1000 linear, latents of
 sd-vae-ft-ema (its section 3 and tables 7 and 8), DDPM sampling with 250 steps, neither warm-up nor
 clipping, as in its released configurations; k = 5 everywhere, as the paper says (the release has
 k = 2 for FFHQ). MDT trains for 1,000K steps (A.5), super-resolution on 32 images a step (table 9),
@@ -10,10 +10,10 @@ text to image is sampled with guidance 1.5 (A.7). Not from the paper:
     ffhq-unet, imagenet256-unet  network of the released configurations
     imagenet256-*                guidance 1.5 as for texts, where the paper names none
     imagenet256-mdt-s2           network of the MDT paper; the release trains MDTv2-XL/2
-    coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release tells the
-                                 pooled vector of ViT-B/32
-    metfaces512-superres         ours: 64 x 64 pixels beside 64 x 64 latents
-    cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the average
+    coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release conditions on
+                                 the pooled vector of ViT-B/32
+    metfaces512-superres         our own: latents of 64 x 64, conditioned on 64 x 64 pixels
+    cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the EMA
                                  like that of EDM's code; A.6 has the dropout, 0.13, and 50,000
                                  images by EDM's Heun sampler, whose 18 steps are 35 evaluations
 
@@ -35,8 +35,8 @@ RECIPE = OptimizerConfig(
     learning_rate=1e-4, warmup_steps=0, weight_decay=0.0, grad_clip=math.inf, ema_decay=0.9999,
     ema_warmup=False,
 )  # fmt: skip
-# EDM's for CIFAR-10 (appendix A.6): 200 million images, 10 million of warm-up, the average's half
-# life half a million.
+# EDM's for CIFAR-10 (appendix A.6): 200 million images, 10 million of warm-up; the half-life of the
+# EMA is half a million images.
 EDM_BATCH = 512
 EDM_RECIPE = OptimizerConfig(
     learning_rate=1e-3,
@@ -55,12 +55,12 @@ def _speed(
     source: str,
     model: ModelConfig,
     steps: int,
-    *told: str,
+    *conditions: str,
     latent: int = 32,
     batch_size: int = 256,
 ) -> TrainConfig:
     """A run of SpeeD's recipe on latents of ``latent`` x ``latent`` x 4."""
-    guided = CLASS in told or TEXT in told
+    guided = CLASS in conditions or TEXT in conditions
     return TrainConfig(
         steps=steps,
         batch_size=batch_size,
@@ -69,7 +69,7 @@ def _speed(
         model=model,
         data=DataConfig(
             source=f"shards/{source}",
-            members=("npy", *told),
+            members=("npy", *conditions),
             image_shape=(4, latent, latent),
             latents=True,
             num_classes=1000,
@@ -113,7 +113,7 @@ def _edm(process: str) -> TrainConfig:
 
 
 def _emoji(side: int, model: ModelConfig, steps: int, rate: float, images: int) -> TrainConfig:
-    """A run on emoji of ``side`` pixels, which evaluates ``images`` drawn ten times."""
+    """A run on emoji of ``side`` pixels, which ten times evaluates ``images`` generated images."""
     return TrainConfig(
         steps=steps,
         checkpoint_every=steps // 10,
@@ -145,44 +145,50 @@ EMOJI64_UNET = UNetConfig(
     model_channels=64, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(4, 8),
     num_head_channels=32,
 )  # fmt: skip
-UNKNOWN = "the paper's result is not at hand"
-UNMEASURED = "not measured to its end yet"
+UNKNOWN = "no published result is at hand to compare with"
+UNMEASURED = "the whole run is not measured yet"
 
 # name, what it trains, what to expect of it, configuration
 _ROWS = (
-    ("digits", "UCI digits 8 x 8, a DiT of 0.3 M, two minutes on two CPU cores",
-     "FID 0.44 in classifier features, where two halves of the data differ by 0.55", DIGITS),
-    ("emoji32", "emoji of 32 pixels, a DiT of 1.3 M, on CPU cores, too",
+    ("digits",
+     "A DiT with 0.3 M parameters on the UCI digits, 8 x 8 pixels, two minutes on two CPU cores",
+     "it reaches FID 0.44 in classifier features, where two halves of the data differ by 0.55",
+     DIGITS),
+    ("emoji32", "A DiT with 1.3 M parameters on emoji of 32 x 32 pixels, for CPU cores, too",
      UNMEASURED, _emoji(32, EMOJI_DIT, 2_000, 2e-3, 500)),
-    ("emoji32-unet", "emoji of 32 pixels, a U-Net of 6 M",
+    ("emoji32-unet", "A U-Net with 6 M parameters on emoji of 32 x 32 pixels",
      UNMEASURED, _emoji(32, EMOJI_UNET, 20_000, 5e-4, 2000)),
-    ("emoji64", "emoji of 64 pixels, a DiT of 10 M",
+    ("emoji64", "A DiT with 10 M parameters on emoji of 64 x 64 pixels",
      UNMEASURED, _emoji(64, EMOJI64_DIT, 40_000, 5e-4, 2000)),
-    ("emoji64-unet", "emoji of 64 pixels, a U-Net of 6 M",
+    ("emoji64-unet", "A U-Net with 6 M parameters on emoji of 64 x 64 pixels",
      UNMEASURED, _emoji(64, EMOJI64_UNET, 40_000, 5e-4, 2000)),
-    ("metfaces-dit-xl2", "MetFaces 256, DiT-XL/2, told nothing",
-     "the paper: FID 21.1, uniform 29.3", _speed("metfaces256", DIT_XL, 50_000)),
-    ("ffhq-dit-xl2", "FFHQ 256, DiT-XL/2, told nothing",
-     "the paper at 50,000 steps: FID 9.9, uniform 12.9", _speed("ffhq256", DIT_XL, 100_000)),
-    ("ffhq-unet", "FFHQ 256, U-Net, told nothing",
-     "the paper: FID 15.1, uniform 17.4", _speed("ffhq256", UNET, 100_000)),
-    ("imagenet256-dit-xl2", "ImageNet 256, DiT-XL/2, told the class",
+    ("metfaces-dit-xl2", "An unconditional DiT-XL/2 on MetFaces 256",
+     "the paper has FID 21.1, and 29.3 with uniform timesteps",
+     _speed("metfaces256", DIT_XL, 50_000)),
+    ("ffhq-dit-xl2", "An unconditional DiT-XL/2 on FFHQ 256",
+     "the paper has FID 9.9 at 50,000 steps, and 12.9 with uniform timesteps",
+     _speed("ffhq256", DIT_XL, 100_000)),
+    ("ffhq-unet", "An unconditional U-Net on FFHQ 256",
+     "the paper has FID 15.1, and 17.4 with uniform timesteps", _speed("ffhq256", UNET, 100_000)),
+    ("imagenet256-dit-xl2", "A class-conditional DiT-XL/2 on ImageNet 256",
      UNKNOWN, _speed("imagenet256", DIT_XL, 400_000, CLASS)),
-    ("imagenet256-unet", "ImageNet 256, U-Net, told the class",
+    ("imagenet256-unet", "A class-conditional U-Net on ImageNet 256",
      UNKNOWN, _speed("imagenet256", UNET, 400_000, CLASS)),
-    ("imagenet256-mdt-s2", "ImageNet 256, MDT-S/2, told the class",
+    ("imagenet256-mdt-s2", "A class-conditional MDT-S/2 on ImageNet 256",
      UNKNOWN, _speed("imagenet256", MDT_S, 1_000_000, CLASS)),
-    ("cifar10-edm", "CIFAR-10, DDPM++ on EDM's process, told the class",
+    ("cifar10-edm", "A class-conditional DDPM++ on CIFAR-10, by EDM's process",
      UNKNOWN, _edm("edm")),
-    ("cifar10-fdm", "CIFAR-10, DDPM++ on FDM's process, told the class",
+    ("cifar10-fdm", "A class-conditional DDPM++ on CIFAR-10, by FDM's process",
      UNKNOWN, _edm("fdm")),
-    ("coco-t2i-dit-xl2", "MS-COCO 256, DiT-XL/2, told a text",
-     "the paper: FID 25.3, uniform 27.4", _speed("coco256", DIT_XL, 400_000, TEXT)),
-    ("metfaces512-superres", "MetFaces 64 to 512, DiT-XL/2, told the smaller image",
+    ("coco-t2i-dit-xl2", "A DiT-XL/2 on MS-COCO 256, conditioned on texts",
+     "the paper has FID 25.3, and 27.4 with uniform timesteps",
+     _speed("coco256", DIT_XL, 400_000, TEXT)),
+    ("metfaces512-superres",
+     "A DiT-XL/2 on MetFaces 512, conditioned on the image at 64 x 64 pixels",
      UNKNOWN, _speed("metfaces512", DIT_XL, 100_000, LOW, latent=64, batch_size=32)),
 )  # fmt: skip
 
 # name: (one line of help, configuration)
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
-    name: (f"{what} ({expected})", config) for name, what, expected, config in _ROWS
+    name: (f"{what}; {expected}", config) for name, what, expected, config in _ROWS
 }

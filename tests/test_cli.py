@@ -1,7 +1,10 @@
 """The command line as a person meets it; every failure is one message and status 2."""
 
+import dataclasses
+import itertools
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +15,10 @@ import pytest
 import torch
 
 from speed_engine import cli
+from speed_engine.commands.configured import GROUPS
+from speed_engine.config import TrainConfig
 from speed_engine.diffusion.methods import METHODS
+from speed_engine.presets import PRESETS
 from speed_engine.runtime import kernels
 from speed_engine.runtime.kernel_check import Finding
 from speed_engine.runtime.world import join
@@ -127,7 +133,10 @@ def test_process_groups_are_left_after_success_only(capsys, monkeypatch):
 
 def test_unknown_words_list_the_known_ones(capsys):
     message = fails(capsys, "trian")
-    assert "did you mean 'train'? choose from train, sample, evaluate" in message
+    assert (
+        "unknown command 'trian'; did you mean 'train'? Choose from train, sample, evaluate"
+        in message
+    )
     assert "digits" in fails(capsys, "train", "digitz")
     message = fails(capsys, "train", "digits", "--method", "sped")
     assert "uniform, speed_paper" in message
@@ -201,12 +210,119 @@ def test_the_module_runs_like_the_command():
     assert done.returncode == 0 and "train PRESET" in done.stdout
 
 
-def test_the_help_lists_every_method_with_its_options(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "digits", "--help"])
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "METHOD[+OPTION=VALUE ...]" in shown and "speed_paper (k, r, tau, lam);" in shown
-    assert all(method in shown for method in METHODS)
+def shown_help(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments, "--help"])
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def in_one_line(shown: str) -> str:
+    return " ".join(shown.replace("│", " ").split())
+
+
+def test_the_help_names_every_method_and_where_their_options_are_explained(capsys):
+    shown = in_one_line(shown_help(capsys, "train", "digits"))
+    assert "METHOD[+OPTION=VALUE ...]" in shown and "`speed-engine methods` explains" in shown
+    assert f"Methods: {', '.join(METHODS)}." in shown
+
+
+def test_the_help_begins_with_what_matters_first_and_ends_with_the_presets(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = shown_help(capsys, "train")
+    order = ["PRESET", "--method STR", "--data.source", "--steps", "--batch-size", "--run PATH"]
+    titles = ["training", "diffusion", "machine", "checkpoint", "distributed", "model", "data"]
+    order += [f" {title} options " for title in (*titles, "optimizer", "evaluation")]
+    places = [shown.index(text) for text in order]
+    assert places == sorted(places)
+    presets = shown[shown.index("Presets:") :]
+    assert places[-1] < shown.index("Presets:") and all(f"  {name} " in presets for name in PRESETS)
+
+
+def test_every_option_of_training_is_in_the_help_once_with_a_text(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = shown_help(capsys, "train", "imagenet256-unet").splitlines()
+    option = re.compile(r"[│ ] (--[a-z0-9.-]*[a-z0-9])")
+    options = [found[1] for line in lines if (found := option.match(line))]
+    config = PRESETS["imagenet256-unet"][1]
+    expected = {"--run", "--dry-run", "--gpu"}
+    for field in dataclasses.fields(config):
+        section = getattr(config, field.name)
+        if dataclasses.is_dataclass(section):
+            of_section = (of.name for of in dataclasses.fields(section) if of.name != "family")
+            expected |= {f"--{field.name}.{name}".replace("_", "-") for name in of_section}
+        else:
+            expected.add("--" + field.name.replace("_", "-"))
+    assert sorted(options) == sorted(expected)
+    for line, below in itertools.pairwise(lines):
+        assert not option.match(line) or len(below.strip("│ ")) > 20, line
+
+
+def test_the_groups_of_the_help_hold_every_plain_field_of_the_configuration_once():
+    grouped = [name for group in GROUPS.values() for name in group.names]
+    config = TrainConfig()
+    plain = [
+        field.name
+        for field in dataclasses.fields(config)
+        if not dataclasses.is_dataclass(getattr(config, field.name))
+    ]
+    assert sorted(grouped) == sorted(plain)
+
+
+def test_options_reach_their_fields_and_leave_the_others_at_the_presets_values(monkeypatch):
+    started = []
+    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[:2]))
+    preset = PRESETS["imagenet256-unet"][1]
+    cli.main(
+        ["train", "imagenet256-unet", "--run", "somewhere", "--data.members", "npy", "--steps=7"]
+        + ["--model.no-learn-sigma", "--evaluation.guidance", "1", "--optimizer.beta1", "0.5"]
+        + ["--evaluation.guidance-interval", "0.1", "inf"]
+    )
+    config, folder = started[0]
+    assert folder == Path("somewhere")
+    assert config == dataclasses.replace(
+        preset,
+        steps=7,
+        model=dataclasses.replace(preset.model, learn_sigma=False),
+        data=dataclasses.replace(preset.data, members=("npy",)),
+        optimizer=dataclasses.replace(preset.optimizer, beta1=0.5),
+        evaluation=dataclasses.replace(
+            preset.evaluation, guidance=1.0, guidance_interval=(0.1, math.inf)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    "command, parts",
+    [
+        (["sample"], ["[OPTIONS] RUN", "Number of images", "--solver-steps INT"]),
+        (["evaluate"], ["[OPTIONS] RUN", "--metrics [STR ...]", "fid (Fréchet distance"]),
+        (["consistency"], ["RUN_A RUN_B", "--json"]),
+        (["export"], ["RUN", "--layout {original,diffusers}"]),
+        (["shards", "make"], ["SOURCE OUT", "--skip-bad"]),
+        (["shards", "check"], ["FOLDER", "--members"]),
+        (["compare"], ["PRESET", "--methods STR", "--budget-images INT", "Presets:", "emoji32"]),
+        (["plan"], ["PRESET", "--gpus INT", "metfaces512-superres"]),
+    ],
+)
+def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
+    capsys, monkeypatch, command, parts
+):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = in_one_line(shown_help(capsys, *command))
+    assert all(part in shown for part in parts)
+    assert not any(
+        noise in shown for noise in ("default: None", "default: )", "{None}", "--no-json")
+    )
+
+
+def test_a_command_that_needs_a_preset_names_the_presets(capsys):
+    assert "a preset is missing: speed-engine train PRESET; choose from digits" in fails(
+        capsys, "train"
+    )
+    assert "unknown preset 'digitz'; did you mean 'digits'? Choose from digits, emoji32" in fails(
+        capsys, "train", "digitz"
+    )
 
 
 def test_the_methods_are_listed_as_they_are_spelled(capsys):

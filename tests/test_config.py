@@ -103,7 +103,7 @@ def test_a_field_that_is_missing_has_its_default():
         ("data.image_shape", [1, 8, 8, 1], "data.image_shape=[1, 8, 8, 1]: should be of 3 items."),
         ("data.image_shape", [1, 8, "8"], 'data.image_shape.2="8": should be a valid integer.'),
         ("data.image_shape", [1, 10**9, 10**9], "data.image_shape=(1, 1000000000, 1000000000): is"),
-        ("data.members", [], "data.members=(): needs an image"),
+        ("data.members", [], "data.members=(): needs at least the image"),
         ("data.exclude", 5, "data.exclude=5: should be a valid string."),
         ("steps", 10**30, "steps=1000000000000000000000000000000: must be at most 1,000,000,000,"),
         ("hang_timeout", 1e300, "hang_timeout=1e+300: must be positive, at most 10^9 seconds."),
@@ -111,12 +111,12 @@ def test_a_field_that_is_missing_has_its_default():
         ("optimizer.learning_rat", 1, "optimizer.learning_rat is unknown, the nearest is optimi"),
         ("learning_rate", 1, "learning_rate is unknown, the nearest is optimizer.learning_rate;"),
         ("model.dept", 1, "model.dept is unknown, the nearest is model.depth;"),
-        ("method", "speed_papr", "method 'speed_papr' is unknown, the nearest is 'speed_pap"),
+        ("method", "speed_papr", "unknown method 'speed_papr'; did you mean 'speed_paper'? Choose"),
         ("method", "speed_paper+lan=1", "method 'speed_paper' has no option lan, the nearest is"),
         ("method", "speed_paper+k=much", """method 'speed_paper': k="much": should be a valid"""),
         ("method", "speed_paper+k", "method 'speed_paper+k': write METHOD[+OPTION=VALUE ...]"),
-        ("schedule", "cosin", "schedule 'cosin' is unknown, the nearest is 'cosine'; choose from"),
-        ("prediction", "eps", "prediction 'eps' is unknown, the nearest is 'epsilon'; choose from"),
+        ("schedule", "cosin", "unknown schedule 'cosin'; did you mean 'cosine'? Choose from"),
+        ("prediction", "eps", "unknown prediction 'eps'; did you mean 'epsilon'? Choose from"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_value_and_what_is_allowed(path, value, message):
@@ -246,7 +246,7 @@ def test_options_of_a_method_as_0_1_wrote_them_are_read(method, options, spelled
     [
         ({"k": 3}, "method 'uniform' has no option k"),
         ({"mean": [1]}, "method_options.mean=[1]: should be a valid boolean or a valid integer or"),
-        ({"kk": None}, "option of method_options 'kk' is unknown, the nearest is 'k'"),
+        ({"kk": None}, "unknown option of method_options 'kk'; did you mean 'k'? Choose"),
         ([], "method_options=[]: should be an object"),
         ({"k": "3+r=2"}, 'method_options.k="3+r=2": should be a valid boolean'),
     ],

@@ -255,7 +255,7 @@ class Comparison:
         if differing := _differences(before, now):
             raise UserError(
                 f"{self.out} holds a comparison under other conditions: {'; '.join(differing)}. "
-                "Only contestants and seeds can be added to it; name another folder with --out."
+                "Only methods and seeds can be added to it; name another folder with --out."
             )
 
     def _say(self, text: str) -> None:

@@ -61,7 +61,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
         )
         return replace(config, prediction=build_process(config).prediction)
     except UserError as error:
-        raise UserError(f"contestant {name!r}: {error}") from error
+        raise UserError(f"methods={name!r}: {error}") from error
 
 
 def options(name: str) -> dict[str, Any]:

@@ -52,12 +52,12 @@ def extractor_of(runs: Sequence[Path]) -> str:
     """Name of the features that all runs were measured in; empty if none was measured.
 
     Raises:
-        UserError: there are several, whose figures cannot be compared.
+        UserError: there are several, whose metrics cannot be compared.
     """
     names = {record["extractor"] for run in runs for record in evaluations(run)}
     if len(names) > 1:
         raise UserError(
-            "the runs were measured in different features, whose figures cannot be compared: "
+            "the runs were measured in different features, whose metrics cannot be compared: "
             f"{', '.join(sorted(names))}."
         )
     return next(iter(names), "")

@@ -14,15 +14,26 @@ from typing import Any
 from speed_engine.arena import figures, summary
 from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check_installed
+
+
+def check_libraries() -> None:
+    """Refuse to write reports where the libraries for them are not installed.
+
+    Raises:
+        UserError: one of them is missing; it names the extra that has it.
+    """
+    check_installed("the report of a comparison", "plots", "jinja2", "matplotlib")
 
 
 def write_report(folder: Path) -> Path:
     """Write report and pictures beside ``folder/results.json``; returns the path of the HTML.
 
     Raises:
-        UserError: results.json is absent, or is no file of results, or names an unknown baseline.
+        UserError: results.json is absent, or is no file of results, or names an unknown baseline;
+            or a library of the extra ``plots`` is missing.
     """
+    check_libraries()
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} has no results.json; `speed-engine compare` writes it.")
@@ -41,7 +52,7 @@ def _check(results: Results) -> None:
     names = [contestant.name for contestant in results.contestants]
     for baseline in results.baselines:
         if baseline not in names:
-            raise UserError(f"The baseline {baseline} is not among the contestants: {names}.")
+            raise UserError(f"The baseline {baseline} is not among the methods: {names}.")
 
 
 def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def written_interval(ratio: Ratio) -> str:
 def contestants_table(results: Results) -> Table:
     """Who took part, and where it ended; the best first."""
     solver_steps = sorted({k for c in results.curves for k in c.by_solver_steps}, key=int)
-    header = ["contestant", "process", "target", "learning rate", "seeds", results.title]
+    header = ["method", "process", "target", "learning rate", "seeds", results.title]
     header += [f"{steps} steps" for steps in solver_steps] + ["copied share"]
     rows = []
     for contestant in sorted(results.contestants, key=lambda c: _final(results, c)):
@@ -154,7 +154,7 @@ def other_metrics_table(results: Results) -> Table | None:
         cells = [_mean_and_deviation([end[k] for end in ends if k in end]) for k in names]
         rows.append([contestant.name, *cells])
     heads = [_head(name, results.extractor) for name in names]
-    return Table(["contestant", *heads], rows) if names else None
+    return Table(["method", *heads], rows) if names else None
 
 
 def _head(field: str, extractor: str) -> str:
@@ -165,7 +165,7 @@ def _head(field: str, extractor: str) -> str:
 
 def speedup_table(speedups: dict[str, SpeedUp]) -> Table:
     """The largest median first."""
-    header = ["contestant", "verdict", "median over levels", "95 %", "worst", "best"]
+    header = ["method", "verdict", "median over levels", "95 %", "worst", "best"]
     header += ["at final quality", "95 %", "seeds"]
     rows = [
         [name, _short_verdict(s.median), written(s.median), written_interval(s.median)]
@@ -191,7 +191,7 @@ def failed_runs_table(results: Results) -> Table | None:
         for seed in results.seeds
         if (contestant.name, seed) not in present
     ]
-    return Table(["contestant", "seed", "why"], rows) if rows else None
+    return Table(["method", "seed", "why"], rows) if rows else None
 
 
 def at_grid_edge(contestant: Contestant) -> bool:

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -18,35 +17,41 @@ HELD_OUT = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand:
-    """Train contestants at equal budget, with several seeds each, and write a report.
+    """Train methods at equal budget, with several seeds each, and write a report.
 
-    Called again with the same --out, it goes on where it stopped.
+    The same command with the same --out continues where it stopped. The report needs the extra
+    `plots`.
     """
 
-    preset: tyro.conf.Suppress[str]
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    preset: tyro.conf.Positional[str]
+    """The run to start from, whose configuration the options change; `speed-engine compare --help`
+    ends with the list of presets."""
+    config: TrainConfig
     methods: str = "uniform,speed_paper"
-    """Contestants, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...], such as
-    speed_paper@linear:v+k=3; `all` is every method, `ablation` the parts of SpeeD one by one.
-    The baselines that speed-ups are given against join by themselves."""
+    """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
+    such as speed_paper@linear:v+k=3. `all` is every method, `ablation` is SpeeD without each of its
+    parts. The baselines that speed-ups refer to are added."""
     seeds: int = 5
-    """Seeds that count, from --seed on; each is one run of every contestant."""
+    """Number of seeds, from --seed on; every method has one run with each of them."""
     budget_images: int | None = None
-    """Images that every run trains on; default steps times batch-size of the preset."""
+    """Number of images that every run trains on. By default the steps times the batch size of the
+    preset."""
     budget_seconds: float | None = None
-    """Seconds of training in place of images: every run trains on as many as it is expected to in
-    that time, which short runs measure beforehand."""
+    """Seconds of training that replace the budget of images: short runs measure each method's
+    speed first, and every run trains on as many images as its method is expected to reach in
+    that time."""
     evaluations: int = 10
-    """Measurements in a run, at equal numbers of images."""
+    """Number of evaluations in a run, at equal distances in images."""
     learning_rates: tuple[float, ...] = ()
-    """Grid; each contestant takes its best. One run of each rules out those that are far off, the
-    others run with every seed. Default: the preset's own, for all."""
+    """Learning rates of which each method uses its best. One run with each rate rules out those
+    that are far off, and the others run with every seed. By default all methods use the learning
+    rate of the preset."""
     final_solver_steps: tuple[int, ...] = (8, 50)
-    """Also measure the final models with so many evaluations of the model per image."""
+    """Numbers of model evaluations per image with which the final models are measured, too."""
     slots: int | None = None
-    """Runs at a time; default one per GPU, or per CPU core."""
+    """Number of runs at a time. By default one per GPU, or per CPU core."""
     out: Path | None = None
-    """Folder of the comparison; default comparisons/PRESET."""
+    """Folder of the comparison. By default comparisons/PRESET."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -56,10 +61,11 @@ def run(arguments: list[str], console: Console) -> None:
         for name, (text, config) in PRESETS.items()
         if config.evaluation.features != "none"
     }
-    command = configured(presets, arguments, "speed-engine compare")
+    command = configured(presets, arguments, "speed-engine compare", first=("data.source",))
     from speed_engine.arena.compare import Comparison, Plan
-    from speed_engine.arena.report import write_report
+    from speed_engine.arena.report import check_libraries, write_report
 
+    check_libraries()
     plan = Plan(
         config=_within_budget(command),
         contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),

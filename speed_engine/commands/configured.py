@@ -1,19 +1,48 @@
 """Commands that begin with a preset and take every field of its configuration as an option."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-import tyro
-
+from speed_engine.commands.dispatch import columns
+from speed_engine.commands.options import Group, read_options
 from speed_engine.config import TrainConfig
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, unknown
 
 Command = TypeVar("Command")
 
+# Fields of TrainConfig that are no section of their own, as the help groups them.
+GROUPS = {
+    "training": Group(
+        "How long a run trains, from which weights and random numbers.",
+        ("method", "steps", "batch_size", "seed", "init_from", "on_nonfinite"),
+    ),
+    "diffusion": Group(
+        "What noise images are mixed with, and what the model learns to predict.",
+        ("schedule", "num_timesteps", "prediction", "condition_dropout", "low_resolution_noise"),
+    ),
+    "machine": Group(
+        "Where the run computes, and by which implementations.",
+        ("device", "compile", "attention", "kernels", "deterministic"),
+    ),
+    "checkpoint": Group(
+        "How often a run is recorded and saved, and which checkpoints stay.",
+        ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+    ),
+    "distributed": Group(
+        "How several processes, started by torchrun, share the work and the memory.",
+        ("microbatch_size", "parallel", "reshard", "offload", "hang_timeout"),
+    ),
+}
+
 
 def configured(
-    presets: Mapping[str, tuple[str, Command]], arguments: list[str], program: str
+    presets: Mapping[str, tuple[str, Command]],
+    arguments: Sequence[str],
+    program: str,
+    *,
+    first: Sequence[str] = (),
 ) -> Command:
     """The command of the preset that is named first, with the options that follow.
 
@@ -21,43 +50,58 @@ def configured(
     the place of the preset's own; options that are given hold before both.
 
     Args:
-        presets: name -> (one line of help, the command with the preset's configuration).
+        presets: name -> (what it trains, the command with the preset's configuration).
         arguments: of the command line.
-        program: name of the command in its help.
+        program: the name of the command in its help.
+        first: names of the options that the help shows before all others.
 
     Raises:
-        UserError: an option belongs to the method.
+        SystemExit: the help was printed (status 0), or an option is unknown or unreadable (2).
+        UserError: no preset of that name, an option that belongs to the method, or a value that
+            the configuration refuses.
     """
-    _, command = next(iter(presets.values()))
-    _refuse_options_of_methods(arguments, type(command))
-    first = _parsed(presets, arguments, program)
-    name = next((argument for argument in arguments if argument in presets), None)
-    if name is None or _config(first).data.source == _config(presets[name][1]).data.source:
-        return first
+    if not arguments:
+        raise UserError(f"a preset is missing: {program} PRESET; choose from {', '.join(presets)}.")
+    name, *options = arguments
+    if name in ("-h", "--help"):
+        _print_help(presets, program, first)
+        raise SystemExit(0)
+    if name not in presets:
+        raise unknown("preset", name, presets)
     text, preset = presets[name]
-    config = _config(preset)
+    _refuse_options_of_methods(options, type(preset))
+
+    def parsed(command: Command) -> Command:
+        return read_options(
+            command, arguments, program, description=text, first=first, groups=GROUPS
+        )
+
+    command, config = parsed(preset), _config(preset)
+    if _config(command).data.source == config.data.source:
+        return command
     # Not at the top: it needs torch, which the help does without.
     from speed_engine.data.facts import recorded, with_recorded_facts
 
-    dataset = recorded(_config(first).data.source)
+    dataset = recorded(_config(command).data.source)
     if dataset is None:
-        return first
+        return command
     data = with_recorded_facts(config.data, dataset)
     known: Any = dataclasses.replace(
         cast(Any, preset), config=dataclasses.replace(config, data=data)
     )
-    return _parsed({**presets, name: (text, known)}, arguments, program)
+    return parsed(known)
 
 
-def _parsed(
-    presets: Mapping[str, tuple[str, Command]], arguments: list[str], program: str
-) -> Command:
-    return tyro.extras.overridable_config_cli(
-        dict(presets),
-        args=arguments,
-        prog=program,
-        config=(tyro.conf.AvoidSubcommands,),  # the preset has chosen the family of the model
-    )
+def _print_help(
+    presets: Mapping[str, tuple[str, object]], program: str, first: Sequence[str]
+) -> None:
+    """The options with the defaults of the first preset, then the presets."""
+    name, (_, command) = next(iter(presets.items()))
+    with contextlib.suppress(SystemExit):
+        read_options(command, ["--help"], program, first=first, groups=GROUPS)
+    print(f"The defaults above are {name}'s; `{program} PRESET --help` shows those of another.")
+    print("\nPresets:\n")
+    print(columns({name: text for name, (text, _) in presets.items()}), end="")
 
 
 def _config(command: Any) -> TrainConfig:

@@ -1,27 +1,27 @@
-"""Commands by name: their list, and what is said to a name that is none of them."""
+"""Commands and other choices by name, listed for a person."""
 
-import difflib
+import shutil
+import textwrap
 from collections.abc import Mapping
-
-from speed_engine.runtime.checks import UserError
 
 
 def usage(program: str, commands: Mapping[str, tuple[str, str]]) -> str:
-    """The list of commands, one line each."""
-    calls = {name: f"{name} {arguments}".strip() for name, (arguments, _) in commands.items()}
-    width = max(map(len, calls.values())) + 2
-    lines = (f"  {calls[name]:{width}}{does}\n" for name, (_, does) in commands.items())
-    return f"usage: {program} COMMAND ...\n\n{''.join(lines)}"
+    """The list of the commands of a program, one line each.
 
-
-def known(name: str, commands: Mapping[str, object], what: str) -> str:
-    """The name, if there is such a command.
-
-    Raises:
-        UserError: there is none; names the most similar one.
+    Args:
+        program: its name.
+        commands: name -> (how it is called, what it does).
     """
-    if name in commands:
-        return name
-    similar = difflib.get_close_matches(name, commands, n=1)
-    hint = f"did you mean {similar[0]!r}? " if similar else ""
-    raise UserError(f"unknown {what} {name!r}; {hint}choose from {', '.join(commands)}.")
+    calls = {f"{name} {call}".strip(): does for name, (call, does) in commands.items()}
+    return f"usage: {program} COMMAND ...\n\n{columns(calls)}"
+
+
+def columns(texts: Mapping[str, str]) -> str:
+    """Names and what they are, in two columns that fit the terminal."""
+    first = max(map(len, texts)) + 4
+    width = max(shutil.get_terminal_size().columns - first, 40)
+    lines = []
+    for name, text in texts.items():
+        begin, *rest = textwrap.wrap(text, width, break_on_hyphens=False)
+        lines += [f"  {name}".ljust(first) + begin, *(" " * first + line for line in rest)]
+    return "".join(f"{line}\n" for line in lines)

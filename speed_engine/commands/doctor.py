@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from speed_engine.commands.options import read_options
 from speed_engine.presets import PRESETS
 from speed_engine.run import machine_choices
 from speed_engine.runtime import kernels, machine
@@ -21,7 +21,7 @@ class DoctorCommand:
 
 def run(arguments: list[str], console: Console) -> None:
     """Print the choices."""
-    tyro.cli(DoctorCommand, args=arguments, prog="speed-engine doctor")
+    read_options(DoctorCommand, arguments, "speed-engine doctor")
     facts = describe(["speed-engine", "doctor"])
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -1,4 +1,4 @@
-"""``speed-engine evaluate``: measure the averaged model of a run, once for each setting.
+"""``speed-engine evaluate``: measure the EMA of a run's parameters, once per setting.
 
 Its records stand in RUN/metrics.jsonl beside those of training, with ``"evaluated": true``. What
 was measured before with the same settings, in training or here, is found there and not generated
@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import nn
 
 from speed_engine.build import build_evaluator, build_process
+from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.evaluator import Evaluator
@@ -39,44 +40,51 @@ from speed_engine.training.ema import EMA
 
 PART = 500  # images generated at a time, and what a kill costs at most
 
-# What begins the names of figures -> the real images that they compare with, and their number
+# What begins the names of metrics -> the real images that they compare with, and their number
 PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Measure the averaged model of a run against its data; kept in RUN/metrics.jsonl."""
+    """Measure the EMA of a run's parameters against its data, and record it in metrics.jsonl."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     num_images: int | None = None
-    """Images generated; default that of the run, as for all below but the average."""
+    """Number of images to generate. By default that of the run."""
     average: str = EMA
-    """Which average of the run to measure: ema, or one of its optimizer.averages."""
+    """Which EMA of the parameters to measure: ema, or one that the run's optimizer.averages
+    names."""
     solver: str | None = None
-    """How they are generated; euler is ddim."""
+    """Solver that generates the images, SOLVER[+OPTION=VALUE ...], such as ddim+eta=0.5;
+    --evaluation.solver of `speed-engine train --help` lists them. By default that of the run."""
     solver_steps: int | None = None
-    """Model evaluations per image."""
+    """Number of model evaluations per image. By default that of the run."""
     guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 is without guidance. By default that of the run."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma / alpha between which guidance acts."""
+    """Lower and upper noise level sigma / alpha between which guidance acts. By default that of the
+    run."""
     guidance_channels: int | None = None
-    """First channels that guidance acts on; DiT's published samples have 3."""
+    """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
+    default that of the run."""
     features: Literal["classifier", "inception"] | None = None
-    """A classifier trained on the run's data, or the standard Inception network."""
+    """Features that the metrics compare: those of a classifier trained on the run's data, or those
+    of the standard Inception network. By default those of the run."""
     inception_weights: Path | None = None
-    """Its weights file; by default torch hub's cache is searched."""
+    """Weights file of the Inception network. By default it is searched in the cache of torch
+    hub."""
     metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
     clip_model: str | None = None
-    """Of the metric clip: a CLIPModel with its processor, a folder or a name on the hub."""
+    """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
+    Hugging Face hub. By default that of the run."""
     json: bool = False
-    """Print the record as JSON, in place of the table."""
+    """Print the record as JSON instead of a table."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Measure, and show the record."""
-    command = tyro.cli(EvaluateCommand, args=arguments, prog="speed-engine evaluate")
+    command = read_options(EvaluateCommand, arguments, "speed-engine evaluate")
     config = read_config(command.run).with_evaluation(
         num_images=command.num_images,
         solver=command.solver,
@@ -102,10 +110,10 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     Args:
         run: folder.
         config: of the run; its evaluation says how to generate and what to measure.
-        average: which of the run's, by name; the record of another than ``ema`` names it.
+        average: name of the EMA; the record of another than ``ema`` names it.
 
     Raises:
-        UserError: the run has no checkpoint or no such average, or nothing is to be measured.
+        UserError: the run has no checkpoint or no such EMA, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
     step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
@@ -160,7 +168,7 @@ def _generated(
 
 
 def show(record: dict[str, Any], console: Console) -> None:
-    """The figures as a table; of one extractor, for those of two say nothing of each other."""
+    """The metrics as a table; of one extractor, since those of two cannot be compared."""
     steps = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
     console.print(f"step {record['step']}, {record['num_generated']:,} images by {steps}")
     if "extractor" in record:
@@ -180,7 +188,7 @@ def show(record: dict[str, Any], console: Console) -> None:
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
-    """What the figures do not say by themselves: how far few images bias them."""
+    """What the metrics do not say by themselves: how much few images bias them."""
     biased = [
         (prefix + name, prefix, figure)
         for metric in METRICS.values()

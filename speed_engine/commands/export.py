@@ -8,6 +8,7 @@ import torch
 import tyro
 from rich.console import Console
 
+from speed_engine.commands.options import read_options
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.files import save_pretrained
 from speed_engine.run import load_average, read_config
@@ -16,21 +17,22 @@ from speed_engine.training.ema import EMA
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write the averaged model of a run for another library."""
+    """Write the EMA of a run's parameters as weights for another library."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     out: Path
-    """What to write: a .safetensors file for original, a folder for diffusers."""
+    """What to write: a .safetensors file for the layout original, a folder for diffusers."""
     layout: Literal["original", "diffusers"] = "original"
-    """Names as in the model's original code (facebookresearch/DiT), or DiTTransformer2DModel."""
+    """Layout of the weights: original is that of the model's own code (facebookresearch/DiT),
+    diffusers that of DiTTransformer2DModel."""
     average: str = EMA
-    """Which average of the run to write: ema, or one of its optimizer.averages."""
+    """Which EMA of the parameters to write: ema, or one that the run's optimizer.averages names."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Write the weights."""
-    command = tyro.cli(ExportCommand, args=arguments, prog="speed-engine export")
+    command = read_options(ExportCommand, arguments, "speed-engine export")
     config = read_config(command.run)
     model, step = load_average(command.run, config, torch.device("cpu"), command.average)
     for path in save_pretrained(model, command.out, command.layout):

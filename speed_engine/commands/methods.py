@@ -5,10 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from speed_engine.commands.options import read_options
 from speed_engine.diffusion.grammar import Spelling
 from speed_engine.diffusion.method import SHARED, options_of
 from speed_engine.diffusion.methods import METHODS
@@ -18,22 +18,27 @@ from speed_engine.evaluation import method_report
 
 @dataclass(frozen=True)
 class MethodsCommand:
-    """List the methods and the processes that each works on; print or draw what they do."""
+    """List the methods and the processes that each works on; print or plot what they do."""
 
     process: str = "linear"
-    """Noise process of --json and --figures."""
+    """Noise process that --json and --figures are about; `speed-engine train --help` lists them at
+    --schedule."""
     num_timesteps: int = 1000
-    """Its timesteps; in continuous time, the resolution."""
+    """Number of timesteps of that process; in continuous time, the resolution of the output."""
     json: bool = False
-    """Print P and w of every method on the process as JSON, in place of the table."""
+    """Print the timestep distribution P(t) and the loss weights w(t) of every method on the process
+    as JSON, instead of the table."""
     figures: Path | None = None
-    """Folder to write two pictures of the process into: its methods and its increments."""
+    """Folder to write two pictures of the process into: one of its methods, and one of its
+    increments."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Print the table or the arrays, and write the figures."""
-    command = tyro.cli(MethodsCommand, args=arguments, prog="speed-engine methods")
+    command = read_options(MethodsCommand, arguments, "speed-engine methods")
     build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
+    if command.figures is not None:
+        method_report.check_libraries()
     if command.json:
         print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
     else:

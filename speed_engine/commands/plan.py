@@ -1,7 +1,6 @@
 """``speed-engine plan``: what a run would take on many GPUs; nothing is trained."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -16,16 +15,19 @@ from speed_engine.presets import PRESETS
 class PlanCommand:
     """Print what a run would take on many GPUs; nothing is trained."""
 
-    preset: tyro.conf.Suppress[str]
+    preset: tyro.conf.Positional[str]
+    """The run to start from, whose configuration the options change; `speed-engine plan --help`
+    ends with the list of presets."""
     gpus: int = 8
-    """Number of GPUs, of all nodes together."""
+    """Number of GPUs on all nodes together."""
     gpu: GpuName = "h200"
-    """Kind of the GPUs."""
+    """Model of the GPUs."""
     per_node: int = 8
     """Number of GPUs in one node."""
     efficiency: float = 0.45
-    """Share of the GPU's peak rate that the arithmetic reaches; measure it on one GPU first."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """Share of a GPU's peak rate that the run is expected to reach, in (0, 1]; measure it on one
+    GPU first."""
+    config: TrainConfig
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -36,7 +38,9 @@ def run(arguments: list[str], console: Console) -> None:
         name: (text, PlanCommand(preset=name, config=config))
         for name, (text, config) in PRESETS.items()
     }
-    command = configured(presets, arguments, "speed-engine plan")
+    command = configured(
+        presets, arguments, "speed-engine plan", first=("data.source", "batch_size")
+    )
     lines = cluster.describe(
         command.config, command.gpus, command.gpu, command.per_node, command.efficiency
     )

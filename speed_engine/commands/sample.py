@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from speed_engine.build import build_decoder, build_process
+from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.data.opening import null_conditions
 from speed_engine.encoders.hub import sha256_of
@@ -43,44 +44,51 @@ from speed_engine.training.ema import EMA
 
 @dataclass(frozen=True)
 class SampleCommand:
-    """Generate images from the averaged model of a run."""
+    """Generate images with the EMA of a run's parameters."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     count: int = 100
-    """Images, classes or prompts in turn; the picture shows the first ten of each."""
+    """Number of images, from all classes or prompts in turn. The picture shows the first ten of
+    each."""
     average: str = EMA
-    """Which average of the run to generate from: ema, or one of its optimizer.averages."""
+    """Which EMA of the parameters generates: ema, or one that the run's optimizer.averages
+    names."""
     solver: str | None = None
-    """How they are generated; euler is ddim; default that of the run, as for the three below."""
+    """Solver that generates the images, SOLVER[+OPTION=VALUE ...], such as ddim+eta=0.5;
+    --evaluation.solver of `speed-engine train --help` lists them. By default that of the run."""
     solver_steps: int | None = None
-    """Model evaluations per image."""
+    """Number of model evaluations per image. By default that of the run."""
     guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 is without guidance. By default that of the run."""
     guidance_interval: tuple[float, float] | None = None
-    """Noise levels sigma / alpha between which guidance acts."""
+    """Lower and upper noise level sigma / alpha between which guidance acts. By default that of the
+    run."""
     guidance_channels: int | None = None
-    """First channels that guidance acts on; DiT's published samples have 3."""
+    """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
+    default that of the run."""
     prompt: tuple[str, ...] = ()
-    """Texts to generate from, in turn, one row of the picture each; default those of the data."""
+    """Texts to generate from in turn; each has one row in the picture. By default the texts are
+    those of the data."""
     text_encoder: str | None = None
-    """The CLIP text model that the run's data were encoded with: a folder, or a name on the hub."""
+    """The CLIP text model that encoded the run's data, as a folder or a name on the Hugging Face
+    hub; --prompt needs it."""
     seed: int = 0
-    """Root of the noise; image i depends on seed, i and its conditions only."""
+    """Seed of the noise; image i depends on the seed, on i and on its conditions only."""
     batch_size: int = 500
-    """Images at a time and process."""
+    """Number of images that a process generates at a time."""
     compile: Literal["auto", "on", "blocks", "off"] = "auto"
-    """torch.compile the model, or its blocks one by one; auto does so on a GPU, by blocks, and on a
-    CPU where that was measured to pay."""
+    """How torch.compile is used: on compiles the whole model, blocks compiles block by block. auto
+    compiles block by block on a GPU, and on a CPU where that was measured to pay."""
     out: Path | None = None
-    """FILE.png, one picture of the first images; FILE.npz, all of them as ADM's evaluator reads
-    them; or a folder for a PNG of each. The same command continues what was interrupted. Default
-    RUN/samples/sample-seed-SEED.png."""
+    """What to write: FILE.png is one picture of the first images, FILE.npz holds all images as
+    ADM's evaluator reads them, and a folder holds a PNG of each image. The same command continues
+    what was interrupted. By default RUN/samples/sample-seed-SEED.png."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Generate the images."""
-    command = tyro.cli(SampleCommand, args=arguments, prog="speed-engine sample")
+    command = read_options(SampleCommand, arguments, "speed-engine sample")
     config = read_config(command.run).with_evaluation(
         num_images=command.count,
         solver=command.solver,
@@ -116,7 +124,7 @@ def generate_files(
     prompts: Sequence[str] = (),
     text_encoder: str | None = None,
 ) -> None:
-    """Generate ``evaluation.num_images`` images of an averaged model of a run.
+    """Generate ``evaluation.num_images`` images with an EMA of a run's parameters.
 
     They are kept in ``OUT.parts`` until all are there; what was interrupted continues from
     there.
@@ -127,7 +135,7 @@ def generate_files(
         out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
             replaces the one before; else a folder of pictures.
         console: for the first process.
-        average: which of the run's, by name.
+        average: name of the EMA.
         seed: root of the noise.
         batch_size: images at a time and process.
         compile: the model or its blocks, see ``SampleCommand``.

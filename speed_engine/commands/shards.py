@@ -11,7 +11,9 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from speed_engine.commands.dispatch import known, usage
+from speed_engine.commands.dispatch import columns, usage
+from speed_engine.commands.options import read_options
+from speed_engine.runtime.checks import unknown
 
 
 @dataclass(frozen=True)
@@ -19,30 +21,33 @@ class MakeCommand:
     """Write a collection of pictures as shards; killed and run again, it continues."""
 
     source: tyro.conf.Positional[str]
-    """A collection of pictures: digits, a folder, ...; `speed-engine shards --help` lists the
+    """A collection of pictures, such as digits or a folder; `speed-engine shards --help` lists the
     kinds."""
     out: tyro.conf.Positional[Path]
-    """Folder to write; new, empty, or left by the same command."""
+    """Folder to write; it must be new, empty, or left by the same command."""
     images: Path | None = None
-    """Folder of the pictures of captions_*.json."""
+    """Folder of the pictures that a captions_*.json describes."""
     split: str = "train"
-    """Of CIFAR-10 (train, test) and of Hugging Face data sets."""
+    """Part of CIFAR-10 (train or test) or of a Hugging Face data set."""
     size: int | None = None
-    """Crop the central square and resize it to so many pixels, as ADM does; default: as it is."""
+    """Side in pixels to which the central square of each picture is cropped and resized, as ADM
+    does. By default pictures stay as they are."""
     channels: int | None = None
-    """1 or 3; by default 1 for the digits and 3 for all others."""
+    """Number of colour channels, 1 or 3. By default 1 for the digits and 3 for all others."""
     format: Literal["png", "jpg", "webp", "npy"] = "png"
-    """How pictures are stored."""
+    """File format in which the shards hold the pictures."""
     quality: int = 95
-    """Of jpg and webp, 1 to 100."""
+    """Quality of the formats jpg and webp, from 1 to 100."""
     low_size: int | None = None
-    """Store each picture a second time with so many pixels a side, for super-resolution."""
+    """Side in pixels of a second, smaller copy of each picture, for super-resolution. By default
+    there is none."""
     samples_per_shard: int = 1000
-    """The last shard may hold fewer."""
+    """Number of samples in a shard; the last shard may hold fewer."""
     workers: int = os.cpu_count() or 1
-    """Processes."""
+    """Number of processes that prepare pictures."""
     skip_bad: bool = False
-    """Leave unusable pictures out, each with a warning; default: stop at the first."""
+    """Leave unusable pictures out, each with a warning. By default the first one stops the
+    command."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,16 @@ class EncodeCommand:
     shards: tyro.conf.Positional[Path]
     """Folder of the data set to encode."""
     out: tyro.conf.Positional[Path]
-    """Folder to write; new, empty, or left by the same command."""
+    """Folder to write; it must be new, empty, or left by the same command."""
     vae: str | None = None
-    """A diffusers AutoencoderKL, its folder or name on the hub (stabilityai/sd-vae-ft-ema)."""
+    """A diffusers AutoencoderKL, as a folder or a name on the Hugging Face hub
+    (stabilityai/sd-vae-ft-ema), which encodes the pictures. By default they stay as they are."""
     text_encoder: str | None = None
-    """A CLIP text model, its folder or name on the hub (openai/clip-vit-large-patch14)."""
+    """A CLIP text model, as a folder or a name on the Hugging Face hub
+    (openai/clip-vit-large-patch14), which encodes the captions. By default there are no text
+    tokens."""
     batch_size: int = 32
-    """Samples at a time."""
+    """Number of samples encoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,11 @@ class IndexCommand:
     """Make a data set of the tars in a folder, whoever wrote them; reads each once."""
 
     folder: tyro.conf.Positional[Path]
-    """Holds the tars; their indices and dataset.json are written beside them."""
+    """Folder that holds the tars; their indices and dataset.json are written beside them."""
     workers: int = os.cpu_count() or 1
-    """Processes."""
+    """Number of processes that read."""
     metadata: Path | None = None
-    """JSON file of facts about the whole, such as {"latent_scale": 0.18215}."""
+    """JSON file of facts about the whole data set, such as {"latent_scale": 0.18215}."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +86,14 @@ class CheckCommand:
     """Read everything once; exits with status 1 if something is wrong."""
 
     folder: tyro.conf.Positional[Path]
-    """Holds the tars."""
+    """Folder that holds the tars."""
     members: tuple[str, ...] = ()
-    """Extensions that every sample must have; by default those that most have."""
+    """File extensions that every sample must have. By default those that most samples have."""
     workers: int = os.cpu_count() or 1
-    """Processes."""
+    """Number of processes that read."""
     out: Path | None = None
-    """Repair list to write if something is wrong, for data.exclude; default FOLDER/repair.json."""
+    """Repair list for --data.exclude, written if something is wrong. By default
+    FOLDER/repair.json."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -99,9 +108,11 @@ def run(arguments: list[str], console: Console) -> None:
 
         print(usage("speed-engine shards", USES), end="")
         print("\nEach command explains its options with --help. SOURCE is one of:\n")
-        print("".join(f"  {shown(name):25}{kind.text}\n" for name, kind in SOURCES.items()), end="")
+        print(columns({shown(name): kind.text for name, kind in SOURCES.items()}), end="")
         return
-    name = known(arguments[0], USES, "command of shards")
+    name = arguments[0]
+    if name not in USES:
+        raise unknown("command of shards", name, USES)
     try:
         COMMANDS[name](arguments[1:], console)
     except KeyboardInterrupt:
@@ -115,7 +126,7 @@ def _make(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.summary import summarise
     from speed_engine.runtime.progress import SampleProgress
 
-    command = tyro.cli(MakeCommand, args=arguments, prog="speed-engine shards make")
+    command = read_options(MakeCommand, arguments, "speed-engine shards make")
     options = PictureOptions(
         size=command.size,
         channels=3 if command.channels is None else command.channels,
@@ -151,7 +162,7 @@ def _make(arguments: list[str], console: Console) -> None:
 
 
 def _encode(arguments: list[str], console: Console) -> None:
-    command = tyro.cli(EncodeCommand, args=arguments, prog="speed-engine shards encode")
+    command = read_options(EncodeCommand, arguments, "speed-engine shards encode")
 
     import torch
 
@@ -194,7 +205,7 @@ def _index(arguments: list[str], console: Console) -> None:
     from speed_engine.data.format.record import checked_metadata
     from speed_engine.data.format.writer import index_folder
 
-    command = tyro.cli(IndexCommand, args=arguments, prog="speed-engine shards index")
+    command = read_options(IndexCommand, arguments, "speed-engine shards index")
     metadata = None
     if command.metadata is not None:
         name, remedy = str(command.metadata), 'needed: an object such as {"latent_scale": 0.18215}.'
@@ -213,7 +224,7 @@ def _index(arguments: list[str], console: Console) -> None:
 def _check(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.check import check_folder
 
-    command = tyro.cli(CheckCommand, args=arguments, prog="speed-engine shards check")
+    command = read_options(CheckCommand, arguments, "speed-engine shards check")
     found = check_folder(command.folder, command.members, command.workers)
     lines = [f"{name}: {reason}" for name, reason in found.repair.shards.items()]
     lines += [f"{name}: {note}" for name, note in found.notes.items()]

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from speed_engine.commands.configured import configured
+from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
 from speed_engine.presets import PRESETS
@@ -15,16 +15,18 @@ from speed_engine.presets import PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand:
-    """Train a model."""
+    """Train a model; `speed-engine train --resume RUN` continues a run."""
 
-    preset: tyro.conf.Suppress[str]
+    preset: tyro.conf.Positional[str]
+    """The run to start from, whose configuration the options change; `speed-engine train --help`
+    ends with the list of presets."""
     run: Path | None = None
-    """Folder of the run, which must not exist yet. The default is runs/PRESET-METHOD-SEED."""
+    """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED."""
     dry_run: bool = False
-    """Train nothing: print what the run would take in memory and arithmetic."""
+    """Print the memory and the arithmetic that the run would take, and train nothing."""
     gpu: GpuName = "h200"
-    """The GPU that --dry-run computes the expected step time for."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """GPU for which --dry-run computes the expected time of a step."""
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ResumeCommand:
     resume: Path
     """Folder of the run."""
     steps: int | None = None
-    """Optimizer steps of the whole run, to train longer than it was set to."""
+    """Number of optimizer steps of the whole run, to train longer than the run was set to. By
+    default the number stays as it was."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -42,7 +45,7 @@ def run(arguments: list[str], console: Console) -> None:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
         if "--help" in arguments or "-h" in arguments:
             arguments = ["--help"]
-        command = tyro.cli(ResumeCommand, args=arguments, prog="speed-engine train")
+        command = read_options(ResumeCommand, arguments, "speed-engine train")
         from speed_engine import run as runs
 
         runs.resume(command.resume, console, command.steps)
@@ -51,7 +54,12 @@ def run(arguments: list[str], console: Console) -> None:
         name: (text, TrainCommand(preset=name, config=config))
         for name, (text, config) in PRESETS.items()
     }
-    command = configured(presets, arguments, "speed-engine train")
+    command = configured(
+        presets,
+        arguments,
+        "speed-engine train",
+        first=("method", "data.source", "steps", "batch_size"),
+    )
     config = command.config
     if command.dry_run:
         from speed_engine.planning import cost

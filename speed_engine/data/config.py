@@ -12,45 +12,52 @@ _MOST_VALUES = 2**28  # of one image or text: 1 GiB in float32
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from."""
+    """Which images are trained on, what they come with, and how they are read."""
 
     source: str = "digits"
-    """An embedded data set (digits), the path of a folder of shards (.tar), or its URL (https,
-    http, s3, gs)."""
+    """Data set to train on: digits, which is part of the package, the path of a folder of shards or
+    of a single .tar, or the URL of a folder (https, http, s3, gs)."""
     members: tuple[str, ...] = ("npy", "cls")
-    """Extensions of a sample's image (npy, png, jpg, jpeg, webp), then of what the model is told of
-    it: cls, tokens.npy, low.npy (low.png, ...)."""
+    """File extensions of a sample: first that of the image (npy, bf16.npy, png, jpg, jpeg, webp),
+    then those of what the model is conditioned on: cls for the class, tokens.npy for a text,
+    low.npy, low.png, ... for a low-resolution image."""
     image_shape: tuple[int, int, int] = (1, 8, 8)
-    """Channels, height, width of what the model draws."""
+    """Channels, height and width of an image, or of a latent."""
     latents: bool = False
-    """Images are latents of an autoencoder: unbounded, and no pictures without its decoder."""
+    """Whether the images are latents of an autoencoder. They are unbounded, and become pictures by
+    --data.vae only."""
     vae: str | None = None
-    """That autoencoder, a diffusers AutoencoderKL (folder or hub name), to decode what is drawn."""
+    """The autoencoder of the latents, a diffusers AutoencoderKL as a folder or a name on the
+    Hugging Face hub, which decodes generated latents. By default latents are not decoded."""
     num_classes: int = 10
-    """Labels are 0 .. num_classes - 1."""
+    """Number of classes; labels are 0 to one less than it."""
     token_shape: tuple[int, int] = (77, 768)
-    """Tokens of a text and their width."""
+    """Number of tokens of a text, and the width of a token."""
     low_shape: tuple[int, int, int] = (3, 64, 64)
-    """Channels, height, width of the low-resolution image."""
+    """Channels, height and width of the low-resolution image."""
     workers: int = 0
-    """Processes that read ahead; 0 reads in the training process."""
+    """Number of processes that read ahead; with 0 the training process reads."""
     window: int = 8
-    """Shards that are shuffled together; more mixes better, fewer reads more sequentially."""
+    """Number of shards that are shuffled together. A larger window mixes better, a smaller one
+    reads more sequentially."""
     mode: Literal["exact", "stream"] = "exact"
-    """The order that any number of ranks resumes exactly, or webdataset's streaming, which is not
-    exact and reads shards from end to end."""
+    """exact reads in an order that any number of processes resumes exactly. stream is webdataset's
+    streaming, which reads shards from end to end and does not resume exactly."""
     flip: bool = False
-    """Mirror one image in two, left to right; of latents an approximation."""
+    """Mirror half of the images, chosen at random, from left to right; for latents this is an
+    approximation."""
     resident: Literal["auto", "on", "off"] = "auto"
-    """Keep the whole data set in the device's memory; auto does so on a GPU where it fits well, and
-    on a CPU if it is small. The run is the same either way."""
+    """Whether the whole data set is kept in the device's memory; auto does so on a GPU where it
+    fits well, and on a CPU if it is small. The results are the same either way."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
-    """A damaged sample is replaced by another and counted, or ends the run."""
+    """What happens to a damaged sample: skip replaces it by another and counts it, stop ends the
+    run."""
     held_out: float = 0.0
-    """Share of the samples, in [0, 0.9], chosen by a hash of their keys, that is never trained on:
-    evaluation measures against both parts."""
+    """Share of the samples, in [0, 0.9], that is never trained on; a hash of the key decides.
+    Evaluation then measures against both parts."""
     exclude: Path | None = None
-    """Repair list of `speed-engine shards check`: what it names is left out."""
+    """A repair list that `speed-engine shards check` wrote; the samples and shards that it names
+    are left out."""
     cache_gb: float = 100.0
     """Disk space for shards that come from a URL, in 10^9 bytes."""
 
@@ -63,7 +70,7 @@ class DataConfig:
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
                 "leave one of them at its default."
             )
-        check("data.members", self.members, bool(self.members), "needs an image at least")
+        check("data.members", self.members, bool(self.members), "needs at least the image")
         check("data.cache_gb", self.cache_gb, 0 < self.cache_gb <= 1e9, "must lie in (0, 10^9]")
         check_between("data.workers", self.workers, 0, 10_000)
         check_between("data.window", self.window, 1, 10**9)

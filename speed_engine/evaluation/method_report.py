@@ -20,6 +20,7 @@ from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.schedule import NoiseSchedule
+from speed_engine.runtime.checks import check_installed
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up
 SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
@@ -60,8 +61,22 @@ def _arrays(name: str, schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
+def check_libraries() -> None:
+    """Refuse to draw where the library for it is not installed.
+
+    Raises:
+        UserError: it is missing; the error names the extra that has it.
+    """
+    check_installed("a figure of the methods", "plots", "matplotlib")
+
+
 def draw_figures(process: str, num_timesteps: int, folder: Path) -> list[Path]:
-    """Write both figures of a process; returns their paths."""
+    """Write both figures of a process; returns their paths.
+
+    Raises:
+        UserError: matplotlib, of the extra ``plots``, is missing.
+    """
+    check_libraries()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"methods-{process}.png", folder / f"increments-{process}.png"]
     for path, draw in zip(paths, (_draw_methods, _draw_increments), strict=True):

@@ -170,7 +170,9 @@ METRICS = {
 
 FIGURES = {name: figure for metric in METRICS.values() for name, figure in metric.figures.items()}
 
-HELP = "Any of {}.".format(", ".join(f"{name} ({m.about})" for name, m in METRICS.items()))
+HELP = "Metrics to compute: {}.".format(
+    ", ".join(f"{name} ({m.about})" for name, m in METRICS.items())
+)
 
 
 def fields(metric: str, held_out: bool) -> list[str]:

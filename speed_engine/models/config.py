@@ -42,33 +42,39 @@ def _check_model(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig:
-    """A diffusion transformer (DiT); one conditioned on texts attends to them in every block."""
+    """A diffusion transformer (DiT); if it is conditioned on texts, every block attends to them."""
 
     SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, DiT-S/2 to DiT-XL/8, DiT-XL/2-modern, in place of the next five."""
+    """A published size, DiT-S/2 to DiT-XL/8 or DiT-XL/2-modern, which sets the next five
+    options."""
     patch_size: int = 2
-    """Pixels per token, along each side; divides height and width."""
+    """Side of a token's patch in pixels; it divides height and width."""
     dim: int = 64
-    """Width of a token; a multiple of 4 and of num_heads."""
+    """Width of a token; it is a multiple of 4 and of num_heads."""
     depth: int = 4
     """Number of blocks."""
     num_heads: int = 4
-    """Attention heads per block."""
+    """Number of attention heads of a block."""
     variant: Literal["original", "modern"] = "original"
-    """modern has QK-norm, rotary positions and SwiGLU in its blocks."""
+    """original is DiT as published; modern has QK-norm, rotary positions and SwiGLU in its
+    blocks."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    """Also learn the variance of the reverse steps, by the variational bound, as IDDPM and DiT
+    do."""
     frequency_shift: float = 0
-    """Of the sinusoidal features of t: 0 as in DiT, 1 for weights of diffusers."""
+    """Shift of the frequencies in the sinusoidal embedding of t: 0 as in DiT, 1 for weights of
+    diffusers."""
     checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    """Share of the activations that the backward pass recomputes to save memory: 0 recomputes none,
+    0.5 those that are cheap, 1 all."""
     residual_dtype: Literal["auto", "bfloat16"] = "auto"
-    """Of the tokens from block to block: auto is float32, bfloat16 moves a sixth less memory."""
+    """Data type of the tokens between blocks: auto is float32; bfloat16 moves a sixth less
+    memory."""
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -79,7 +85,7 @@ class DiTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MDTConfig:
-    """A masked diffusion transformer (MDT): every image is denoised twice, once partly hidden."""
+    """A masked diffusion transformer (MDT): it denoises every image twice, once partly masked."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "version", "patch_size", "dim", "depth", "num_heads", "decode_layers",
@@ -87,27 +93,30 @@ class MDTConfig:
     family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2, MDTv2-XL/2, in place of the next six."""
+    """A published size, MDT-S/2 to MDT-XL/8, MDTv2-S/2 or MDTv2-XL/2, which sets the next six
+    options."""
     version: Literal[1, 2] = 1
-    """Of the paper."""
+    """Version of the paper that the network follows, MDT (1) or MDTv2 (2)."""
     patch_size: int = 2
-    """Pixels per token, along each side; divides height and width."""
+    """Side of a token's patch in pixels; it divides height and width."""
     dim: int = 64
-    """Width of a token; a multiple of 4 and of num_heads."""
+    """Width of a token; it is a multiple of 4 and of num_heads."""
     depth: int = 4
-    """Number of blocks, the interpolater not counted."""
+    """Number of blocks, without the interpolater."""
     num_heads: int = 4
-    """Attention heads per block."""
+    """Number of attention heads of a block."""
     decode_layers: int = 2
-    """How many of the blocks decode; version 2 leaves an even number to the encoder."""
+    """Number of the blocks that are the decoder; version 2 leaves an even number to the encoder."""
     mask_ratio: float = 0.3
-    """Share of the tokens hidden, in (0, 1); in version 2 up to 0.2 more."""
+    """Share of the tokens that is masked, in (0, 1); version 2 masks up to 0.2 more."""
     mlp_ratio: float = 4.0
     """Hidden width of the feed-forward layers, in units of dim."""
     learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    """Also learn the variance of the reverse steps, by the variational bound, as IDDPM and DiT
+    do."""
     checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    """Share of the activations that the backward pass recomputes to save memory: 0 recomputes none,
+    0.5 those that are cheap, 1 all."""
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -118,7 +127,7 @@ class MDTConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """The U-Net of ADM and latent diffusion; one conditioned on texts attends to them, too."""
+    """The U-Net of ADM and latent diffusion; if it is conditioned on texts, it attends to them."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
@@ -127,29 +136,33 @@ class UNetConfig:
     family: tyro.conf.Suppress[Literal["unet"]] = "unet"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, such as speed or adm-64, in place of the next eight."""
+    """A published size, such as speed or adm-64, which sets the next eight options."""
     model_channels: int = 32
-    """Channels at multiplier 1; a multiple of 32."""
+    """Number of channels at multiplier 1; it is a multiple of 32."""
     channel_mult: tuple[float, ...] = (1, 2)
-    """Multiplier of every level, finest first; each level halves height and width."""
+    """Multiplier of the channels at every level, the finest first; each level halves height and
+    width."""
     num_res_blocks: int = 1
-    """Residual blocks of a level."""
+    """Number of residual blocks of a level."""
     attention_resolutions: tuple[int, ...] = (2,)
-    """Downsampling rates, powers of two, at which there is attention."""
+    """Downsampling rates, powers of two, of the levels that have attention."""
     num_heads: int = 1
-    """Attention heads; not used where num_head_channels is given."""
+    """Number of attention heads; it is not used where num_head_channels is given."""
     num_head_channels: int | None = None
-    """Channels of a head."""
+    """Number of channels of an attention head; by default num_heads decides."""
     scale_shift_norm: bool = False
-    """The timestep scales and shifts inside the norm, rather than being added before it."""
+    """Whether the timestep scales and shifts the normalised activations, rather than being added
+    before."""
     resblock_updown: bool = False
-    """Residual blocks change the resolution, rather than convolutions."""
+    """Whether residual blocks change the resolution, rather than convolutions."""
     dropout: float = 0.0
-    """Probability inside residual blocks, in [0, 1)."""
+    """Probability of dropout inside residual blocks, in [0, 1)."""
     learn_sigma: bool = False
-    """Learn the variance of the reverse steps, too, by the variational bound (IDDPM, DiT)."""
+    """Also learn the variance of the reverse steps, by the variational bound, as IDDPM and DiT
+    do."""
     checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    """Share of the activations that the backward pass recomputes to save memory: 0 recomputes none,
+    0.5 those that are cheap, 1 all."""
 
     def __post_init__(self) -> None:
         _check_model(self)
@@ -161,7 +174,7 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EdmUNetConfig:
-    """EDM's U-Nets, DDPM++ and ADM as its authors train them, class-conditional or not."""
+    """One of EDM's U-Nets, DDPM++ or ADM, as EDM's authors train them."""
 
     SIZED: ClassVar[tuple[str, ...]] = (
         "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",
@@ -170,23 +183,26 @@ class EdmUNetConfig:
     family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
     """Which of the families this is, in config.json."""
     size: str | None = None
-    """Published size, such as ddpm++-cifar10, in place of the next six."""
+    """A published size, such as ddpm++-cifar10, which sets the next six options."""
     network: Literal["ddpm++", "adm"] = "ddpm++"
-    """Of the two."""
+    """Which of EDM's two networks it is, DDPM++ or ADM."""
     model_channels: int = 32
-    """Channels at multiplier 1; a multiple of 4."""
+    """Number of channels at multiplier 1; it is a multiple of 4."""
     channel_mult: tuple[int, ...] = (1, 2)
-    """Multiplier of every level, finest first; each level halves height and width."""
+    """Multiplier of the channels at every level, the finest first; each level halves height and
+    width."""
     num_blocks: int = 1
-    """Blocks of a level."""
+    """Number of residual blocks of a level."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Heights in pixels at which there is attention."""
+    """Heights in pixels of the levels that have attention."""
     dropout: float = 0.0
-    """Probability inside blocks, in [0, 1)."""
+    """Probability of dropout inside blocks, in [0, 1)."""
     learn_sigma: tyro.conf.Suppress[bool] = False
-    """These networks learn no variance."""
+    """Also learn the variance of the reverse steps, by the variational bound, as IDDPM and DiT
+    do."""
     checkpointing: float = 0
-    """Activations recomputed in the backward pass: 0 none, 0.5 the cheap ones, 1 all."""
+    """Share of the activations that the backward pass recomputes to save memory: 0 recomputes none,
+    0.5 those that are cheap, 1 all."""
 
     def __post_init__(self) -> None:
         _check_model(self)

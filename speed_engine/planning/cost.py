@@ -117,7 +117,7 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
         f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",
         "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
-        f"{_short(8 * cost.parameters)}B, AdamW {_short(8 * cost.parameters)}B, average "
+        f"{_short(8 * cost.parameters)}B, AdamW {_short(8 * cost.parameters)}B, EMA "
         f"{_short(4 * cost.parameters)}B; float32",
         "activations": f"{_short(cost.activation_bytes)}B per image in float32; under bfloat16 "
         f"autocast, which halves what products read but not what norms and residuals keep, "

@@ -1,6 +1,7 @@
 """How bad input is refused: one exception and one sentence for all of it."""
 
 import difflib
+import importlib
 import math
 from collections.abc import Iterable, Mapping
 
@@ -68,6 +69,27 @@ def check_positive(name: str, value: float) -> None:
     check(name, value, 0 < value < math.inf, "must be positive and finite")
 
 
+def check_installed(what: str, extra: str, *libraries: str) -> None:
+    """Refuse what needs libraries that are not installed.
+
+    Args:
+        what: needs them, such as ``the report of a comparison``.
+        extra: of this package, which has them.
+        libraries: names of modules, which are imported.
+
+    Raises:
+        UserError: one of them cannot be imported.
+    """
+    for library in libraries:
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise UserError(
+                f"{what} needs the library {library} ({error}): "
+                f"pip install 'speed-engine[{extra}]'."
+            ) from error
+
+
 def shortened(value: object) -> str:
     """A value as a message shows it: its text, cut where it is long."""
     text = str(value)
@@ -80,12 +102,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """What to raise where a name is not among the known ones, at least one."""
+    """The error to raise where a name is not among the known ones; it proposes a similar name."""
     known = list(known)
-    return UserError(
-        f"{kind} {shortened(name)!r} is unknown, the nearest is {nearest(name, known)!r}; choose "
-        f"from {', '.join(known)}."
-    )
+    similar = difflib.get_close_matches(name, known, n=1)
+    proposal = f"did you mean {similar[0]!r}? Choose" if similar else "choose"
+    return UserError(f"unknown {kind} {shortened(name)!r}; {proposal} from {', '.join(known)}.")
 
 
 def require_shapes(

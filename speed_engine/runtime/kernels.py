@@ -26,7 +26,7 @@ KERNEL_FAMILIES = {
         "QK-norm with RoPE, group norm with SiLU",
         "by count 10 and 8 tensors moved, forward and backward together; not measured on a GPU",
     ),
-    "update": ("AdamW and averages in one sweep, if asked for", "moves 36 bytes per parameter"),
+    "update": ("AdamW and EMAs in one sweep, if asked for", "moves 36 bytes per parameter"),
 }
 
 

@@ -79,10 +79,10 @@ def choose_generation(compile: str, device: str) -> Choice:
         device: ``cuda`` or ``cpu``.
     """
     if compile == "off":
-        return Choice("off", "the averaged model is not compiled, as training is not")
+        return Choice("off", "the EMA is not compiled, as training is not")
     if device == "cuda":
-        return Choice("blocks", "the averaged model is compiled block by block")
-    return Choice("off", "the averaged model stays eager on a CPU, where compiling rarely pays")
+        return Choice("blocks", "the EMA is compiled block by block")
+    return Choice("off", "the EMA stays eager on a CPU, where compiling rarely pays")
 
 
 def choose_attention(wanted: str, device: str) -> Choice:
@@ -148,7 +148,7 @@ def choose_update(wanted: str, kernel: Choice) -> Choice:
     if wanted == "auto":
         return Choice(
             "separate",
-            "PyTorch's fused AdamW, then the average, move 40 bytes per parameter; one sweep moves "
+            "PyTorch's fused AdamW, then the EMA, move 40 bytes per parameter; one sweep moves "
             "36 and made DiT-XL/2's step 1 % faster on an H200, which is within its spread",
         )
     if wanted == "separate":
@@ -192,7 +192,7 @@ def choose_parallel(wanted: str, world: World, device: str) -> Choice:
         return Choice(wanted, "asked for")
     if device == "cpu":
         return Choice("ddp", "processes on one host share its memory anyway")
-    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and average are shared out")
+    return Choice("fsdp" if nodes == 1 else "hsdp", "optimizer state and EMA are sharded")
 
 
 @dataclass(frozen=True, kw_only=True)

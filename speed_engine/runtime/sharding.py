@@ -65,7 +65,7 @@ def distribute(
 ) -> None:
     """Lay the parameters of a model out over the processes, in place; alone, nothing happens.
 
-    Each of the model's ``blocks`` is gathered, used and, if told so, dropped by
+    Each of the model's ``blocks`` is gathered, used and, if asked to, dropped by
     itself; communication overlaps with the blocks beside it. A model without gradients, an average,
     drops all that it gathered after every use: only a backward pass would do so later, and without
     one it would be used again with the parameters that it had first.

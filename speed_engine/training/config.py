@@ -1,4 +1,4 @@
-"""Configuration of the optimizer and the averages."""
+"""Configuration of the optimizer and the EMAs."""
 
 import math
 from dataclasses import dataclass
@@ -9,39 +9,43 @@ from speed_engine.runtime.checks import check, check_between, check_positive
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """What updates the parameters, and the averages of them (EMA)."""
+    """How the parameters are updated, and their exponential moving averages (EMA)."""
 
     name: str = "adamw"
-    """The optimizer: adamw."""
+    """Name of the optimizer; there is adamw."""
     learning_rate: float = 1e-3
-    """Step size after warm-up."""
+    """Learning rate after the warm-up."""
     warmup_steps: int = 100
-    """Optimizer steps over which the step size rises linearly."""
+    """Number of optimizer steps over which the learning rate rises linearly."""
     beta1: float = 0.9
-    """Decay of the first moment, in [0, 1)."""
+    """Decay of AdamW's first moment, in [0, 1)."""
     momentum_decay: Literal["none", "demon", "geometric"] | None = None
-    """How beta1 falls over the run; demon compensates the rate; by default as the method does."""
+    """How beta1 falls over the run: not at all (none), by demon, which adjusts the learning rate to
+    it, or geometrically. The default is what the method does."""
     beta2: float = 0.999
-    """Decay of the second moment, in [0, 1)."""
+    """Decay of AdamW's second moment, in [0, 1)."""
     weight_decay: float = 0.0
-    """Decoupled decay per step, in units of the learning rate."""
+    """Decoupled weight decay of AdamW: in a step a parameter shrinks by this share times the
+    learning rate."""
     grad_clip: float = 1.0
-    """Largest gradient norm; inf never clips."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it, and inf never clips."""
     update: Literal["auto", "separate", "one_sweep"] = "auto"
-    """Clip, optimizer and averages one after the other, or AdamW with both in one sweep over
-    memory."""
+    """How a step updates the parameters: separate clips, applies the optimizer and updates the
+    EMA one after the other; one_sweep does AdamW and the EMA in one pass over memory. auto is
+    separate."""
     ema_decay: float = 0.999
-    """Share of the average kept per step, in [0, 1)."""
+    """Decay of the EMA of the parameters per step, in [0, 1)."""
     ema_warmup: bool = True
-    """The share rises to that as (1 + step) / (10 + step); False has it from the first step on."""
+    """Whether the decay warms up to that value, as (1 + step) / (10 + step), rather than having it
+    from the first step on."""
     averages: tuple[str, ...] = ()
-    """Further averages, kept in checkpoints beside that one: ema=DECAY, of another decay,
-    constant=DECAY, without warm-up, and power=GAMMA, whose decay is (1 - 1 / step)**(GAMMA + 1)
-    (EDM2). --average generates from one."""
+    """Further EMAs that checkpoints hold beside the first: ema=DECAY has another decay,
+    constant=DECAY one without warm-up, and power=GAMMA the decay (1 - 1 / step)**(GAMMA + 1) of
+    EDM2. The option --average of other commands selects one."""
 
     def __post_init__(self) -> None:
         once = len(set(self.averages)) == len(self.averages)
-        check("optimizer.averages", self.averages, once, "name each average once")
+        check("optimizer.averages", self.averages, once, "name each EMA once")
         check_positive("optimizer.learning_rate", self.learning_rate)
         check_between("optimizer.warmup_steps", self.warmup_steps, 0, 10**12)
         decays = 0 <= self.weight_decay < math.inf

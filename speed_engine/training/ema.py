@@ -29,7 +29,7 @@ def warming_up(final: float) -> Decay:
         UserError: the final decay is outside [0, 1).
     """
     if not 0 <= final < 1:
-        raise UserError(f"an average's decay must lie in [0, 1); got {final:g}.")
+        raise UserError(f"the decay of an EMA must lie in [0, 1); got {final:g}.")
     return lambda step: min(final, (1 + step) / (10 + step))
 
 
@@ -53,7 +53,7 @@ def power(gamma: float) -> Decay:
         UserError: gamma is not positive.
     """
     if gamma <= 0:
-        raise UserError(f"a power-function average needs a positive exponent; got {gamma:g}.")
+        raise UserError(f"a power-function EMA needs a positive exponent; got {gamma:g}.")
     return lambda step: (1 - 1 / step) ** (gamma + 1)
 
 
@@ -65,7 +65,7 @@ DECAYS: dict[str, Callable[[float], Decay]] = {
 
 
 def decay_of(average: str) -> Decay:
-    """The decay of an average named RULE=NUMBER, such as ``power=6.94`` or ``ema=0.9999``.
+    """The decay of the EMA named RULE=NUMBER, such as ``power=6.94`` or ``ema=0.9999``.
 
     Raises:
         UserError: the rule is unknown, or the number is missing or out of range.

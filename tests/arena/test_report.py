@@ -189,5 +189,5 @@ def test_the_report_is_the_same_each_time(tmp_path):
 def test_bad_input_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no results.json"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match="baseline nobody is not among the contestants"):
+    with pytest.raises(ValueError, match="baseline nobody is not among the methods"):
         report(dataclasses.replace(comparison({"a": 1.0}), baselines=("nobody",)), tmp_path)

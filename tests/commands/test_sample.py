@@ -96,7 +96,7 @@ def test_images_come_from_the_average_that_is_named(run, straight, tmp_path, cap
         archives[average] = out.read_bytes()
     assert archives["ema"] == straight != archives["power=1"]
     message = fails(capsys, "sample", run, "--average", "swa", "--out", tmp_path / "x.npz", *HOW)
-    assert "holds no average 'swa'; this run keeps ema, power=1" in message
+    assert "holds no EMA 'swa'; this run keeps ema, power=1" in message
 
 
 def test_pictures_and_archive_hold_the_same_images(run, straight, tmp_path):

@@ -230,7 +230,7 @@ def test_a_process_without_convergence_area_says_so_and_is_sampled_uniformly(cap
         ("speed_paper", {"k": True}, "k=true: should be a valid number"),
         ("uniform", {"weight_on": "x0"}, "should be 'definition' or 'prediction'"),
         ("p2", {"gamma": math.inf}, "P2 needs both to be at least 0, and finite"),
-        ("speed_papr", {}, "the nearest is 'speed_paper'; choose from uniform, speed_paper"),
+        ("speed_papr", {}, r"did you mean 'speed_paper'\? Choose from uniform, speed_paper"),
     ],
 )
 def test_options_out_of_range_are_named(name, options, message):

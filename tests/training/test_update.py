@@ -261,7 +261,7 @@ def test_a_run_with_further_averages_keeps_each_by_name(tmp_path, monkeypatch):
         model, step = run.load_average(folder, config, torch.device("cpu"), average)
         group = average if average == "ema" else f"ema:{average}"
         assert step == 8 and torch.equal(model.state_dict()[name], theirs[f"{group}/{name}"])
-    with pytest.raises(UserError, match=r"no average 'swa'; this run keeps ema, power=6\.94, con"):
+    with pytest.raises(UserError, match=r"no EMA 'swa'; this run keeps ema, power=6\.94, con"):
         run.load_average(folder, config, torch.device("cpu"), "swa")
 
 
@@ -280,7 +280,7 @@ def test_what_no_run_can_be_made_of_is_refused_first(settings, message, tmp_path
 
 
 def test_an_average_is_named_once():
-    with pytest.raises(UserError, match="name each average once"):
+    with pytest.raises(UserError, match="name each EMA once"):
         OptimizerConfig(averages=("power=7", "power=7"))
 
 

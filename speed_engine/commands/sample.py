@@ -36,10 +36,12 @@ from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begu
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average, read_config
 from speed_engine.runtime import machine
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check_between
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
 from speed_engine.training.ema import EMA
+
+OTHER_FILES = (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip", ".tar", ".pt", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def generate_files(
         UserError: before anything is generated, for what does not fit the model, a file that is
             there already, or the first parts of other images.
     """
+    check_between("batch_size", batch_size, 1, 10**9)
     world = join(machine.torch_device(config.device).type)
     console = console if world.is_first else Console(quiet=True)
     folder = out.with_name(f"{out.name}.parts")
@@ -201,6 +204,11 @@ def generate_files(
 def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
     if out.suffix == ".png":
         return
+    if out.suffix in OTHER_FILES:
+        raise UserError(
+            f"{out}: images are written as FILE.png, FILE.npz, or a folder of PNGs, which does not "
+            f"end in {out.suffix}."
+        )
     if config.data.latents and config.data.vae is None:
         raise UserError(
             f"{out} is to hold pictures, and this run generates latents; its data.vae is not set. "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 _MOST = 10**12  # of steps, images, files: no run comes near
+_LISTED = 3  # tensors of a model in a message
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -120,7 +121,7 @@ def require_shapes(
         source: what holds them, for the message.
 
     Raises:
-        UserError: a tensor is missing, left over or of another shape; lists all of them.
+        UserError: tensors are missing, left over or of another shape; names some of each.
     """
     if found == expected:
         return
@@ -131,6 +132,12 @@ def require_shapes(
         if expected[name] != found[name]
     ]
     raise UserError(
-        f"{source} is a checkpoint of another model: "
-        f"missing {missing}, unexpected {unexpected}, reshaped {reshaped}."
+        f"{source} is a checkpoint of another model: missing {_some(missing)}, "
+        f"unexpected {_some(unexpected)}, reshaped {_some(reshaped)}."
     )
+
+
+def _some(names: list[str]) -> str:
+    """The first of many, and how many there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{names[:_LISTED]}{more}"

@@ -26,6 +26,8 @@ from speed_engine.runtime.checks import UserError, require_shapes
 
 LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+RUN_FILE = "ema.safetensors"  # in the folder of a run
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 SHIFT = "frequency_shift"  # in the metadata of files written here
 
 
@@ -34,8 +36,10 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
 
     Args:
         model: of the file's sizes.
-        path: a .safetensors file of either layout, a folder that diffusers saved, or a .pt file, of
-            which the average is taken where there is one. A .pt file is a pickle: it is read by
+        path: a .safetensors file of either layout, a folder that diffusers saved, of a model or of
+            a pipeline, the folder of a run that is complete, or a .pt file, of which the EMA is
+            taken where there is one; prefixes of names that torch.compile and
+            DistributedDataParallel add are left out. A .pt file is a pickle: it is read by
             PyTorch's restricted reader, which runs no code.
 
     Raises:
@@ -43,10 +47,10 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
             other shapes (lists them); time features of another frequency shift; diffusers' layout
             for a model that it cannot hold, or with embeddings that differ between blocks.
     """
-    path = path / DIFFUSERS_FILE if path.is_dir() else path
+    path = _weights_in(path) if path.is_dir() else path
     tensors, metadata = _read(path)
     try:
-        ours = _as_ours(model, tensors, metadata)
+        ours = _as_ours(model, _unwrapped(tensors), metadata)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     require_shapes(shapes(model.state_dict()), shapes(ours), path)
@@ -88,6 +92,30 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder.
+
+    Raises:
+        UserError: there is none, or several.
+    """
+    names = (DIFFUSERS_FILE, f"transformer/{DIFFUSERS_FILE}", f"unet/{DIFFUSERS_FILE}", RUN_FILE)
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder} holds {' and '.join(path.name for path in found) or 'none'} of "
+            f"{', '.join(names)}; name the file of weights. A run has {RUN_FILE} when it is complete."
+        )
+    return found[0]
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same names without what wrappers of a model put before all of them."""
+    for prefix in WRAPPERS * len(WRAPPERS):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file."""
     if not path.is_file():
@@ -104,7 +132,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # DiT's training script stores its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(
             f"{path} holds more than tensors, or is damaged; nothing of it was run. If you trust "
             f"it, convert it to .safetensors elsewhere. ({str(error).splitlines()[0]})"

@@ -132,6 +132,9 @@ def test_finished_images_are_not_overwritten_but_the_picture_is(run, tmp_path, c
     "options, message",
     [
         (["--solver", "plms"], "ddpm_large"),
+        (["--batch-size", "0"], "batch_size=0"),
+        (["--batch-size", "-3"], "batch_size=-3"),
+        (["--out", "x.jpg"], "x.jpg: images are written as FILE.png, FILE.npz, or a folder"),
         (["--solver-steps", "1001"], "must be at most num_timesteps=1000"),
         (["--guidance-interval", "3", "1"], "guidance_interval=(3.0, 1.0): needs two noise levels"),
     ],

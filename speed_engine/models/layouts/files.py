@@ -99,13 +99,13 @@ def _weights_in(folder: Path) -> Path:
         UserError: there is none, or several.
     """
     names = (DIFFUSERS_FILE, f"transformer/{DIFFUSERS_FILE}", f"unet/{DIFFUSERS_FILE}", RUN_FILE)
-    found = [folder / name for name in names if (folder / name).is_file()]
+    found = [name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         raise UserError(
-            f"{folder} holds {' and '.join(path.name for path in found) or 'none'} of "
-            f"{', '.join(names)}; name the file of weights. A run has {RUN_FILE} when it is complete."
+            f"{folder} holds {' and '.join(found) or 'none'} of {', '.join(names)}; name the file "
+            f"of weights. A run has {RUN_FILE} when it is complete."
         )
-    return found[0]
+    return folder / found[0]
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -133,6 +133,52 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("place", ["ema.safetensors", f"transformer/{DIFFUSERS_FILE}"])
+def test_weights_are_found_in_the_folder_of_a_run_and_of_a_pipeline(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    save_pretrained(model(), tmp_path / "x.safetensors", "original")
+    (tmp_path / "x.safetensors").rename(tmp_path / place)
+    net = model()
+    torch.nn.init.zeros_(net.final_layer.linear.weight)
+    load_pretrained(net, tmp_path)
+    assert same_state(net, model())
+
+
+def test_a_folder_without_weights_or_with_several_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="holds none of diffusion_pytorch_model"):
+        load_pretrained(model(), tmp_path)
+    for name in (DIFFUSERS_FILE, "ema.safetensors"):
+        save_pretrained(model(), tmp_path / f"{name}.safetensors", "original")
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / name)
+    with pytest.raises(ValueError, match="safetensors and ema.safetensors of"):
+        load_pretrained(model(), tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_every_name_is_left_out(tmp_path, prefix):
+    tensors = {prefix + name: value for name, value in model().state_dict().items()}
+    torch.save(tensors, tmp_path / "x.pt")
+    net = model()
+    torch.nn.init.zeros_(net.final_layer.linear.weight)
+    load_pretrained(net, tmp_path / "x.pt")
+    assert same_state(net, model())
+
+
+def test_a_file_that_was_cut_is_named(tmp_path):
+    torch.save(model().state_dict(), tmp_path / "x.pt")
+    for size in (5000, 3):
+        (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:size])
+        with pytest.raises(ValueError, match="cut.pt holds more than tensors, or is damaged"):
+            load_pretrained(model(), tmp_path / "cut.pt")
+
+
+def test_tensors_of_another_model_are_named_in_a_line(tmp_path):
+    torch.save({f"other.{i}": torch.zeros(1) for i in range(500)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="and 497 more") as raised:
+        load_pretrained(model(), tmp_path / "x.pt")
+    assert len(str(raised.value)) < 600
+
+
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path, layout):
     save_pretrained(model(), tmp_path / "x.safetensors", layout)

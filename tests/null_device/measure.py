@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch._inductor.utils import clear_caches
 
-from speed_engine import build
 from speed_engine.build import build_engine, build_model, build_process
 from speed_engine.config import TrainConfig
+from speed_engine.data import opening
 from speed_engine.data.batch import Batch
 from speed_engine.data.opening import condition_shapes, null_conditions
 from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.presets import PRESETS
 from speed_engine.run import machine_choices
-from speed_engine.runtime import machine
+from speed_engine.runtime import kernels
 from speed_engine.runtime.world import ALONE
 from speed_engine.training.ema import EMA
 from speed_engine.training.engine import Engine
@@ -156,9 +156,9 @@ MEASUREMENTS: dict[str, Callable[..., dict[Any, Any]]] = {
 
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
-    tokens = lambda config: np.zeros(config.data.token_shape, np.float32)
+    tokens = lambda data: np.zeros(data.token_shape, np.float32)
     with (
-        patch.object(build, "_null_tokens", tokens),  # of no shards
-        patch.object(machine, "check_kernels", lambda device: []),  # no kernel could pass
+        patch.object(opening, "_null_tokens", tokens),  # of no shards
+        patch.object(kernels, "check_kernels", lambda device: []),  # no kernel could pass
     ):
         print(json.dumps(MEASUREMENTS[command](*arguments)))

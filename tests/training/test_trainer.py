@@ -287,7 +287,7 @@ def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
 
 
 def test_a_bad_option_leaves_no_run_folder(tmp_path):
-    with pytest.raises(ValueError, match="is unknown"):
+    with pytest.raises(ValueError, match="unknown method .sped."):
         start(dataclasses.replace(TINY, method="sped"), tmp_path / "run", quiet())
     assert not (tmp_path / "run").exists()
 

@@ -77,7 +77,7 @@ def run(arguments: list[str], console: Console) -> None:
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
     Comparison(plan, out, slots, threads, console).run()
-    console.print(f"report    {write_report(out)}", highlight=False, soft_wrap=True)
+    console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _fair(config: TrainConfig) -> TrainConfig:

@@ -113,7 +113,7 @@ def run(arguments: list[str], console: Console) -> None:
         print(json.dumps({**facts, "comparisons": [_as_json(c) for c in comparisons]}))
     else:
         _print(comparisons, console)
-        console.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+        console.print(f"picture: {picture}", highlight=False, markup=False, soft_wrap=True)
 
 
 def complete_checkpoints(run: Path) -> dict[int, Path]:

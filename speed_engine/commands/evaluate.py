@@ -172,7 +172,9 @@ def show(record: dict[str, Any], console: Console) -> None:
     steps = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
     console.print(f"step {record['step']}, {record['num_generated']:,} images by {steps}")
     if "extractor" in record:
-        console.print(f"features of {record['extractor']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"features of {record['extractor']}", highlight=False, markup=False, soft_wrap=True
+        )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
     for part, count in PARTS.values():
@@ -184,7 +186,7 @@ def show(record: dict[str, Any], console: Console) -> None:
             table.add_row(title(name, record.get("extractor")), *cells)
     console.print(table, highlight=False)
     for line in _notes(record):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:

@@ -198,7 +198,9 @@ def generate_files(
         rows = torch.arange(total) % len(prompts) if prompts else grid_rows(total, conditions)
         where = _write(images, rows, conditions.get("labels"), out)
         images.remove()
-        console.print(f"{total} images of step {step}: {where}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{total} images of step {step}: {where}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:

@@ -245,7 +245,7 @@ def _check(arguments: list[str], console: Console) -> None:
     if found.repair:
         out = command.out or command.folder / "repair.json"
         found.repair.save(out)
-        console.print(f"repair list: {out}", highlight=False, soft_wrap=True)
+        console.print(f"repair list: {out}", highlight=False, markup=False, soft_wrap=True)
     if lines:
         sys.exit(1)
 

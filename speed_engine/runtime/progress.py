@@ -46,7 +46,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print a line; it stays above the live one."""
-        self._bar.console.print(text, highlight=False, soft_wrap=True)
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -92,7 +92,7 @@ class SampleProgress:
         if self._bar.disable and now - self._said > self._interval:
             self._said = now
             line = f"{self._done:,}/{self._total:,} samples  {text}"
-            self._bar.console.print(line, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

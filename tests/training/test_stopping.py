@@ -39,10 +39,18 @@ def straight(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture(autouse=True)
+def hears_ctrl_c():
+    """A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def asked_to_stop(number: signal.Signals) -> None:
     """As long work that a signal meets; it ends when the signal is answered."""
     os.kill(os.getpid(), number)
-    time.sleep(600)
+    time.sleep(60)
     pytest.fail("the signal was not answered")
 
 
@@ -121,6 +129,12 @@ def test_waiting_for_data_is_given_up(monkeypatch, tmp_path, straight):
     assert checkpoints(run)[-1] == "step-00000007"
     resume(run, Console(quiet=True))
     assert_same(run, straight)
+
+
+def test_brackets_in_the_name_of_a_run_are_no_markup(tmp_path):
+    run, said = tmp_path / "x[/y] [red]", io.StringIO()
+    start(dataclasses.replace(CONFIG, steps=4), run, Console(file=said, width=300))
+    assert said.getvalue().count(str(run)) >= 3
 
 
 def test_a_run_without_a_checkpoint_is_resumed_from_its_start(monkeypatch, tmp_path, straight):

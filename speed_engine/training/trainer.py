@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -161,6 +161,7 @@ class Trainer:
         self._introduce()
         first, last = engine.steps_done, loop.steps
         with (
+            closing(self.records) if self.world.is_first else nullcontext(),
             closing(self.data.batches(first * loop.batch_size, loop.resident)) as batches,
             TrainingProgress(self.console, first, last) as self.progress,
             Watchdog(self.world, loop.hang_timeout) as self.watchdog,
@@ -178,8 +179,6 @@ class Trainer:
                 self._count(batch, engine.step(batch))
                 stopping = self._fire(self.stop.agreed())
             self.checkpoints.wait()
-        if self.world.is_first:
-            self.records.close()
         if stopping:
             stop = self.stop
             cause = "a signal to another process" if stop.signal is None else stop.signal.name

@@ -37,8 +37,13 @@ def test_a_full_disk_costs_the_curves_and_neither_records_nor_the_end(
         full.wait()
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    before = threading.enumerate()
     records = RunLog(tmp_path, resume_step=0)
-    (thread,) = (each for each in threading.enumerate() if isinstance(each, _AsyncWriterThread))
+    (thread,) = (
+        each
+        for each in threading.enumerate()
+        if isinstance(each, _AsyncWriterThread) and each not in before
+    )
     monkeypatch.setattr(RecordWriter, "write", write)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for step in range(steps):

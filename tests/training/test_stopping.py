@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
 import fault_harness
 from speed_engine.config import TrainConfig
@@ -110,6 +112,7 @@ def test_an_evaluation_is_lost_with_its_process_and_made_up_for(monkeypatch, tmp
         patch.setattr(Evaluator, "generate", dies)
         start(config, run, Console(quiet=True))
     assert checkpoints(run) == ["step-00000004"]  # saved before it was evaluated
+    assert not any(isinstance(each, _AsyncWriterThread) for each in threading.enumerate())
     resume(run, Console(quiet=True))
     assert_same(run, straight)
 

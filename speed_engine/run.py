@@ -283,7 +283,7 @@ def load_average_of(
     settle_operators(config, "off" if config.kernels == "off" else "auto", device)
     model = build_model(config)
     load_parameters(model, tensors, path)
-    step = checkpoint.read_state(path)["step"]
+    step = checkpoint.read_state(path).step
     return model.to(device).eval().requires_grad_(False), step
 
 

@@ -1,0 +1,70 @@
+"""Hostile input of the right syntax, for tests and bench_attacks.py: JSON that is mutated.
+
+Everything is a function of a ``random.Random``.
+"""
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+DEPTH = 10_000
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 2, 3.5, -0.0, 1e308, -1e308, 2**31, 2**63, -(2**63), 2**64,
+    10**12, 10**400, float("nan"), float("inf"), float("-inf"), "", "x", "2", "nan", "\x00",
+    "\udcff", "../x", "/etc/passwd", "<script>", "[red]", "a" * 5000, [], {}, [[]], [None], [0],
+    [-1], [1, 2, 3], {"": 0}, {"x": {}}, [1e308] * 3, ["a"], {"step": 1},
+)  # fmt: skip
+
+
+def mutated(document: Any, rng: random.Random) -> str:
+    """JSON text of a document in which one to three places are another thing.
+
+    A value is replaced by a hostile one or one of elsewhere in the document, is left out, doubled,
+    renamed, or nested ten thousand deep.
+    """
+    document = {"": copy.deepcopy(document)}
+    deep = rng.random() < 0.05
+    for _ in range(rng.randint(1, 3)):
+        places = list(_places(document))
+        holder, key = rng.choice(places)
+        change = rng.choice(["value", "value", "value", "other", "remove", "wrap", "rename", "add"])
+        if change == "value":
+            holder[key] = copy.deepcopy(rng.choice(VALUES))
+        elif change == "other":
+            other, name = rng.choice(places)
+            holder[key] = copy.deepcopy(other[name])
+        elif change == "remove" and holder is not document:
+            del holder[key]
+        elif change == "wrap":
+            holder[key] = rng.choice([[holder[key]], {"x": holder[key]}])
+        elif change == "rename" and isinstance(holder, dict) and holder is not document:
+            holder[rng.choice(["x", "", "__class__", f"{key} "])] = holder.pop(key)
+        elif change == "add" and isinstance(holder[key], dict | list):
+            _add(holder[key], copy.deepcopy(rng.choice(VALUES)))
+    if deep:
+        holder, key = rng.choice(list(_places(document)))
+        holder[key] = _DEEP
+    text = json.dumps(document[""])
+    opened, closed = rng.choice([("[", "]"), ('{"x":', "}")])
+    return text.replace(json.dumps(_DEEP), opened * DEPTH + "0" + closed * DEPTH)
+
+
+_DEEP = "nested deep"
+
+
+def _places(document: Any) -> Iterator[tuple[Any, Any]]:
+    """(holder, key or index) of every value."""
+    items = document.items() if isinstance(document, dict) else enumerate(document)
+    for key, value in items:
+        yield document, key
+        if isinstance(value, dict | list):
+            yield from _places(value)
+
+
+def _add(holder: Any, value: Any) -> None:
+    if isinstance(holder, dict):
+        holder["added"] = value
+    else:
+        holder.append(value)

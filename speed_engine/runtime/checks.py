@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 MOST = 10**12  # of steps, images, files: no run comes near
+MOST_TIMESTEPS = 10**6  # of a process, whose tables are in memory
 _LISTED = 3  # tensors of a model in a message
 _SHOWN = 60  # characters of a value in a message
 

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from speed_engine import __version__
 from speed_engine.commands.dispatch import usage
@@ -53,7 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
         name = arguments[0]
         if name not in COMMANDS:
             raise unknown("command", name, COMMANDS)
-        importlib.import_module(f"speed_engine.commands.{name}").run(arguments[1:], Console())
+        importlib.import_module(f"speed_engine.commands.{name}").run(
+            arguments[1:],
+            Console(markup=False, emoji=False),  # nothing in users' names is another thing
+        )
         if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
             world.leave()
     except BrokenPipeError:  # whoever reads the output has enough
@@ -115,6 +118,6 @@ class _LowerCaseLevel(logging.Formatter):
 
 
 def _fail(message: str) -> NoReturn:
-    text = f"[red]error:[/red] {escape(message)}"
+    text = Text.assemble(("error:", "red"), " ", message)
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     sys.exit(2)

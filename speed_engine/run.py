@@ -68,7 +68,9 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
     if world.from_first(folder.exists):
         if restarted and world.from_first((folder / EMA_FILE).exists):
             if world.is_first:  # a process died on its way out
-                console.print(f"{folder} was complete before the restart.", markup=False)
+                console.print(
+                    f"{folder} was complete before the restart.", markup=False, emoji=False
+                )
             return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
             return _continued(read_config(folder), folder, console, world)
@@ -112,7 +114,9 @@ def _continued(config: TrainConfig, folder: Path, console: Console, world: World
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
     if not saved and world.is_first:
-        console.print(f"{folder} has no checkpoint yet; training from its start.", markup=False)
+        console.print(
+            f"{folder} has no checkpoint yet; training from its start.", markup=False, emoji=False
+        )
     if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
     if world.is_first:
@@ -162,6 +166,7 @@ def build_trainer(
     Raises:
         UserError: an option does not fit another, the machine, or the data.
     """
+    _check_name(folder)
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
     data = TrainingData(config.data, config.batch_size, config.seed, world, device)
@@ -206,6 +211,16 @@ def build_trainer(
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the run's folder {folder} has a name that is no Unicode, which TensorBoard's curves "
+            "need; choose another with --run, or rename it."
+        ) from error
 
 
 def settle_operators(

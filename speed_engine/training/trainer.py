@@ -214,7 +214,7 @@ class Trainer:
             self._say(f"{name:10}{text}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _is_due(self, every: int) -> bool:
         step = self.engine.steps_done

@@ -1,4 +1,4 @@
-"""Hostile input of the right syntax, for tests and bench_attacks.py: JSON that is mutated.
+"""Hostile input, for tests and bench_attacks.py: mutated JSON, and random command lines.
 
 Everything is a function of a ``random.Random``.
 """
@@ -6,7 +6,8 @@ Everything is a function of a ``random.Random``.
 import copy
 import json
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 DEPTH = 10_000
@@ -49,6 +50,41 @@ def mutated(document: Any, rng: random.Random) -> str:
     text = json.dumps(document[""])
     opened, closed = rng.choice([("[", "]"), ('{"x":', "}")])
     return text.replace(json.dumps(_DEEP), opened * DEPTH + "0" + closed * DEPTH)
+
+
+# Values for options. Numbers that are valid for most are small: nothing here may take long.
+WORDS = (
+    "0", "1", "2", "3", "4", "8", "-1", "-3", "0.5", "1.0", "-0.5", "nan", "inf", "-inf", "1e308",
+    "1e-308", "10000000000000", "9" * 400, "-" + "9" * 30, "0x10", "1_0", "1,0", "", " ", "x",
+    "auto", "on", "off", "none", "None", "True", "False", "true", "ema", "power=1", "../x",
+    "/etc/passwd", "/dev/null", "/proc/self/mem", "~", "<script>", "[red]", "[/x]", "$HOME",
+    "`id`", "; id", "\n", "\udcff", "é", "\u202e", "a" * 300, "{}", "[]", "uniform",
+    "speed_paper", "speed_paper+k=0", "speed_paper+k=nan", "uniform+x=1", "ddim",
+    "heun+s_churn=-1", "dpmpp_2m", "fid", "copies", "fid,x", "digits", "linear", "edm", "velocity",
+    "v", "--", "-", "--help", "@x", "http://127.0.0.1:1/x", "hf:x", "s3://x/y", "classifier",
+    "inception", "webdataset", "random", "png", "npy", "cls",
+)  # fmt: skip
+
+
+def options_of(help_text: str) -> tuple[str, ...]:
+    """Names of the options that a help text shows."""
+    return tuple(sorted(set(re.findall(r"--[a-z][a-z0-9.-]*", help_text)) - {"--help"}))
+
+
+def arguments(rng: random.Random, given: Sequence[str], options: Sequence[str]) -> list[str]:
+    """``given`` with up to four options of random values, and now and then with less or more."""
+    line = list(given)
+    if line and rng.random() < 0.1:
+        line.pop(rng.randrange(len(line)))
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        if options:
+            line += [
+                rng.choice(options),
+                *(rng.choice(WORDS) for _ in range(rng.choice([1, 1, 1, 2]))),
+            ]
+    if not options or rng.random() < 0.1:
+        line.insert(rng.randint(0, len(line)), rng.choice(WORDS))
+    return line
 
 
 _DEEP = "nested deep"

@@ -52,6 +52,24 @@ def mutated(document: Any, rng: random.Random) -> str:
     return text.replace(json.dumps(_DEEP), opened * DEPTH + "0" + closed * DEPTH)
 
 
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Bytes overwritten, cut, stretched or repeated in one to four places, or noise."""
+    if rng.random() < 0.1:
+        return rng.randbytes(rng.randint(0, 2000))
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        place = rng.randrange(len(data) + 1) if rng.random() < 0.6 else rng.randrange(200)
+        piece = rng.choice([rng.randbytes(rng.randint(1, 8)), b"\xff" * 4, b"\0" * 8, b"9" * 12])
+        change = rng.choice(["overwrite", "overwrite", "cut", "insert", "repeat"])
+        if change == "overwrite":
+            data[place : place + len(piece)] = piece
+        elif change == "cut":
+            del data[place : place + rng.choice([1, 4, 512, len(data)])]
+        else:
+            data[place:place] = piece if change == "insert" else data[place : place + 512]
+    return bytes(data)
+
+
 # Values for options. Numbers that are valid for most are small: nothing here may take long.
 WORDS = (
     "0", "1", "2", "3", "4", "8", "-1", "-3", "0.5", "1.0", "-0.5", "nan", "inf", "-inf", "1e308",

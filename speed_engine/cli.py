@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"speed-engine {__version__}")
         return
     _interrupt_when_terminated()
+    _repeat_lost_interrupts()
     try:
         name = arguments[0]
         if name not in COMMANDS:
@@ -83,6 +84,19 @@ def _interrupt_when_terminated() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def _repeat_lost_interrupts() -> None:
+    """Ctrl-C in a callback of the interpreter, such as those of imports, is lost: send it again."""
+    known = sys.unraisablehook
+
+    def repeat(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            known(lost)
+
+    sys.unraisablehook = repeat
 
 
 def _prepare_process() -> None:

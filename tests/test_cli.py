@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,35 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_wor
     assert "error: interrupted" in fails(capfd, "doctor")
     assert ended == [signal.SIGTERM, "what it started is stopped"]
     signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_that_a_callback_loses_is_sent_again(capfd, monkeypatch):
+    """As importing loses it: an exception in a callback of a weak reference is ignored."""
+    from speed_engine.commands import doctor
+
+    class Held:
+        pass
+
+    def loses(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    def long_command(arguments, console):
+        held = Held()
+        reference = weakref.ref(held, loses)
+        del held
+        assert reference() is None
+        time.sleep(5)
+
+    monkeypatch.setattr(doctor, "run", long_command)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        said = fails(capfd, "doctor")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "error: interrupted" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

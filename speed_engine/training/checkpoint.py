@@ -159,7 +159,7 @@ class Checkpoints:
     def commit(self, temporary: Path, state: State) -> None:
         """Turn the files of all processes into a checkpoint, and delete old ones."""
         (temporary / _STATE).write_text(json.dumps(asdict(state)))
-        files = {_STATE: asdict(_describe(temporary / _STATE))}
+        files = {_STATE: asdict(describe(temporary / _STATE))}
         for description in sorted(temporary.glob(f"*{_DESCRIPTION}")):
             files[description.name.removesuffix(_DESCRIPTION)] = json.loads(description.read_text())
             description.unlink()
@@ -199,7 +199,7 @@ class _Writer(HuggingFaceStorageWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         written = super().write_data(plan, planner)
         for name in {str(result.storage_data.relative_path) for result in written.value()}:
-            description = json.dumps(asdict(_describe(self._temporary / name)))
+            description = json.dumps(asdict(describe(self._temporary / name)))
             (self._temporary / f"{name}{_DESCRIPTION}").write_text(description)
         return written
 
@@ -359,7 +359,7 @@ def verify(checkpoint: Path) -> None:
         path = checkpoint / name
         if not path.is_file():
             raise InvalidCheckpoint(f"{path} is missing")
-        if _describe(path) != expected:
+        if describe(path) != expected:
             raise InvalidCheckpoint(f"{path} does not match its checksum")
     # A file beside them would be read as tensors of another process, or tempt someone to unpickle.
     if added := {path.name for path in checkpoint.iterdir()} - {*manifest.files, _MANIFEST}:
@@ -381,7 +381,8 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
-def _describe(path: Path) -> _File:
+def describe(path: Path) -> _File:
+    """What the manifest says of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return _File(path.stat().st_size, digest)

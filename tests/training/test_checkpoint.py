@@ -139,7 +139,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_never_opened(tmp_path, name):
         checkpoint.verify(path)
     # Even one whose manifest vouches for it is not unpickled.
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = vars(checkpoint._describe(path / name))
+    manifest["files"][name] = vars(checkpoint.describe(path / name))
     (path / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.verify(path)
     with contextlib.suppress(UserError):  # a state that is not JSON

@@ -21,6 +21,7 @@ import random
 import shutil
 import signal
 import struct
+import sys
 import tarfile
 import tempfile
 import time
@@ -473,6 +474,7 @@ def main() -> None:
     path = result_path("attacks")
     figures = json.loads(path.read_text()) if path.exists() and not given.afresh else {}
     figures.pop("environment", None)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # figures are kept
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["SPEED_ENGINE_CACHE"] = f"{temporary}/cache"
         os.environ["HF_HUB_OFFLINE"] = "1"

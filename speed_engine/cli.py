@@ -42,26 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``speed-engine``; bad input exits with status 2 and one message."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _prepare_process()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage("speed-engine", COMMANDS) + "\n" + EXAMPLES, end="")
-        return
-    if arguments[0] == "--version":
-        print(f"speed-engine {__version__}")
-        return
     _interrupt_when_terminated()
     _repeat_lost_interrupts()
     try:
-        name = arguments[0]
-        if name not in COMMANDS:
-            raise unknown("command", name, COMMANDS)
-        importlib.import_module(f"speed_engine.commands.{name}").run(
-            arguments[1:],
-            Console(markup=False, emoji=False),  # nothing in users' names is another thing
-        )
-        if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
-            world.leave()
+        _command(arguments)
+        _flush()
     except BrokenPipeError:  # whoever reads the output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         sys.exit(1)
     except (UserError, OSError, FloatingPointError) as error:
         _fail(str(error))
@@ -70,6 +57,41 @@ def main(arguments: list[str] | None = None) -> None:
             "interrupted; `speed-engine train --resume RUN` continues a run from its last "
             "checkpoint; `sample`, `evaluate`, `compare` and `shards` continue by the same command."
         )
+
+
+def _command(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage("speed-engine", COMMANDS) + "\n" + EXAMPLES, end="")
+        return
+    if arguments[0] == "--version":
+        print(f"speed-engine {__version__}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    importlib.import_module(f"speed_engine.commands.{name}").run(
+        arguments[1:],
+        Console(markup=False, emoji=False),  # nothing in users' names is another thing
+    )
+    if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
+        world.leave()
+
+
+def _flush() -> None:
+    """A full disk is met here, and not when the interpreter ends."""
+    if sys.stdout is None:  # it was closed
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _print_no_more()
+        raise
+
+
+def _print_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt_when_terminated() -> None:

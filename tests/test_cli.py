@@ -367,3 +367,17 @@ def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monk
     monkeypatch.setattr("speed_engine.run.start", lambda config, folder, _: started.append(folder))
     cli.main(["train", "digits", "--method", "speed_paper+lam=0.70+k=3.0", "--seed", "4"])
     assert started == [Path("runs/digits-speed_paper-k=3-lam=0.7-4")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], [], ["methods", "--help"]])
+def test_output_that_cannot_be_written_is_one_error(arguments):
+    command = [sys.executable, "-m", "speed_engine", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

@@ -138,11 +138,13 @@ class Place:
 def kills(place: Place, count: int, findings: Findings) -> None:
     """Chains of kills of one command, which then comes to its end."""
     phases: dict[str, Callable[[Place], tuple[list[str], list[str], Callable[[Path], Any]]]] = {
-        "training": lambda _: _training("--evaluation.every 1000 --checkpoint-every 10"),
-        "evaluation": lambda _: _training("--evaluation.every 2 --checkpoint-every 10"),
-        "saving": lambda _: _training("--evaluation.every 1000 --checkpoint-every 1"),
+        "training": lambda _: _training(
+            "--steps 1000 --evaluation.every 9999 --checkpoint-every 10"
+        ),
+        "evaluation": lambda _: _training("--steps 120 --evaluation.every 2 --checkpoint-every 10"),
+        "saving": lambda _: _training("--steps 120 --evaluation.every 9999 --checkpoint-every 1"),
         "pruning": lambda _: _training(
-            "--evaluation.every 1000 --checkpoint-every 1 --keep-checkpoints 1"
+            "--steps 120 --evaluation.every 9999 --checkpoint-every 1 --keep-checkpoints 1"
         ),
         "shards make": _making,
         "compare": lambda _: _comparing(),
@@ -159,6 +161,8 @@ def kills(place: Place, count: int, findings: Findings) -> None:
             expected[phase] = result(straight)
         rng, out = random.Random(turn), place.new() / "out"
         for _ in range(min(CHAIN, count - done)):
+            if (out / "ema.safetensors").exists() or (out / "report.html").exists():
+                break
             line = again if (out / "config.json").exists() else first
             done, turn = done + 1, turn + 1
             _kill(place, phase, [word.format(out=out) for word in line], out, rng, findings)
@@ -205,7 +209,7 @@ def _kill(
 
 
 def _training(options: str) -> tuple[list[str], list[str], Callable[[Path], Any]]:
-    first = ["train", *TINY, "--steps", "120", *options.split(), "--run", "{out}"]
+    first = ["train", *TINY, *options.split(), "--run", "{out}"]
 
     def result(run: Path) -> Any:
         tensors = {k: v.double().sum().item() for k, v in faults.parameters(run).items()}

@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
-from webdataset.filters import shuffle
+from webdataset.filters import pick
 from webdataset.tariterators import group_by_keys
 
 from speed_engine.data.format.decode import MAX_MEMBER
@@ -21,6 +21,7 @@ from speed_engine.data.format.tar import key_and_extension
 from speed_engine.data.loading.order import Feed
 
 BUFFER = 2000  # samples that are shuffled together, per worker
+BUFFER_BYTES = 2**30  # of them together: of large ones there are fewer
 
 
 def stream_samples(
@@ -35,7 +36,7 @@ def stream_samples(
     """
     rng = random.Random(f"{feed.seed} {feed.start} {feed.rank} {worker}")
     files = _files(reader, rng)
-    for sample in shuffle(BUFFER, initial=BUFFER // 2, rng=rng)(group_by_keys(files)):
+    for sample in _shuffled(group_by_keys(files), rng):
         if not reader.takes(sample["__key__"]):
             continue
         where = f"{sample['__url__']}: sample {sample['__key__']!r}"
@@ -47,6 +48,28 @@ def stream_samples(
             yield where, ShardError(f"{where}: members {sizes} of more than {MAX_MEMBER:,} bytes.")
         else:
             yield where, {key: memoryview(data) for key, data in found.items()}
+
+
+def _shuffled(samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Endless samples as webdataset shuffles them, in a buffer that is bounded in bytes, too."""
+    buffer: list[dict[str, Any]] = []
+    held = 0
+    for sample in samples:
+        buffer.append(sample)
+        held += _bytes(sample)
+        if len(buffer) < BUFFER and held < BUFFER_BYTES:
+            buffer.append(next(samples))
+            held += _bytes(buffer[-1])
+        while len(buffer) >= BUFFER // 2 or held >= BUFFER_BYTES:
+            chosen = pick(buffer, rng)
+            held -= _bytes(chosen)
+            yield chosen
+            if held < BUFFER_BYTES:
+                break
+
+
+def _bytes(sample: dict[str, Any]) -> int:
+    return sum(len(value) for value in sample.values() if isinstance(value, bytes))
 
 
 def _files(reader: ShardReader, rng: random.Random) -> Iterator[dict[str, Any]]:

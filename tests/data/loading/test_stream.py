@@ -1,3 +1,5 @@
+import itertools
+import random
 import tarfile
 import tracemalloc
 from itertools import islice
@@ -5,6 +7,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from webdataset.filters import shuffle
 
 from speed_engine.data.format.decode import UnfitSample
 from speed_engine.data.format.errors import ShardError
@@ -136,3 +139,24 @@ def test_a_tar_that_is_damaged_under_a_stream_is_named(make_shards):
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(ShardError, match=r"x-000000\.tar: .*; it is damaged"):
         list(islice(stream_samples(reader, FEED, worker=0), 20))
+
+
+def test_the_buffer_of_a_stream_shuffles_as_webdataset_and_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(stream, "BUFFER", 20)
+
+    def samples():
+        for i in itertools.count():
+            seen.append(i)
+            yield {"__key__": str(i), "npy": bytes(100)}
+
+    seen: list[int] = []
+    theirs = shuffle(20, initial=10, rng=random.Random(0))(samples())
+    ours = stream._shuffled(samples(), random.Random(0))
+    first = [sample["__key__"] for sample in islice(ours, 200)]
+    assert first == [sample["__key__"] for sample in islice(theirs, 200)]
+    monkeypatch.setattr(stream, "BUFFER_BYTES", 500)
+    seen.clear()
+    ours = stream._shuffled(samples(), random.Random(0))
+    for given in range(1, 200):
+        next(ours)
+        assert len(seen) - given <= 5

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
+from speed_engine.models.config import DiTConfig, MDTConfig
 from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.training import muon
 from speed_engine.training.muon import Muon, hidden_matrices, orthogonal
@@ -101,9 +101,7 @@ def test_embeddings_heads_norms_and_biases_are_left_to_adamw():
     assert found == [(f"blocks.{i}.{name}.weight", n) for i in range(2) for name, n in kinds]
 
 
-@pytest.mark.parametrize(
-    "model", [DiTConfig(size="DiT-S/2-modern"), MDTConfig(size="MDT-S/2"), UNetConfig(size="speed")]
-)
+@pytest.mark.parametrize("model", [DiTConfig(size="DiT-S/2-modern"), MDTConfig(size="MDT-S/2")])
 def test_the_parts_of_a_fused_weight_are_whole(model):
     with torch.device("meta"):
         weights = list(hidden_matrices(build_model(TrainConfig(model=model))))

@@ -1,6 +1,7 @@
 """A run and its folder: start it, continue it, and read what it left.
 
-RUN/config.json         resolved configuration; what ``--resume`` reads
+RUN/config.json         resolved configuration, its paths absolute; what ``--resume`` reads
+RUN/changes.jsonl       what later resumptions changed of it, from which step on
 RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; RUN/tensorboard the same
 RUN/checkpoints/        see training/checkpoint.py
@@ -10,9 +11,14 @@ RUN/ema.safetensors     the EMA of the parameters, once the run is complete
 Several processes, started by torchrun, train one run together; the first one writes.
 """
 
+import json
 import os
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -26,11 +32,12 @@ from speed_engine.build import (
     build_process,
 )
 from speed_engine.config import TrainConfig, from_json, to_json
+from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
 from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
-from speed_engine.runtime.checks import UserError, require_shapes
+from speed_engine.runtime.checks import UserError, require_shapes, shortened
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.kernels import settle_kernels
@@ -42,6 +49,18 @@ from speed_engine.training.ema import EMA, average_group
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
 
 CONFIG_FILE = "config.json"
+CHANGES_FILE = "changes.jsonl"
+# What a resumed run may change: how long and how fast it trains, and what it measures and keeps.
+# Whether moved data are the same is for their fingerprint to say.
+MAY_CHANGE = frozenset(
+    """
+    steps log_every checkpoint_every keep_checkpoints keep_every on_nonfinite hang_timeout
+    device compile attention kernels deterministic microbatch_size parallel reshard offload
+    data.source data.vae data.workers data.resident data.on_bad_sample data.cache_gb
+    optimizer.learning_rate optimizer.grad_clip
+    """.split()
+)
+_SECTION_MAY_CHANGE = "evaluation."
 
 
 def start(config: TrainConfig, folder: Path, console: Console) -> None:
@@ -58,7 +77,19 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
     with deterministic(config.deterministic):
         trainer = _begun(config, folder, console)
         if trainer is not None:
-            trainer.train()
+            with _nothing_left_of_a_failed_start(trainer):
+                trainer.train()
+
+
+@contextmanager
+def _nothing_left_of_a_failed_start(trainer: Trainer) -> Iterator[None]:
+    """The folder of a run that fails in its first step is removed: there is nothing to resume."""
+    try:
+        yield
+    except Exception:
+        if trainer.world.is_first and trainer.engine.steps_done == 0:
+            shutil.rmtree(trainer.folder, ignore_errors=True)
+        raise
 
 
 def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | None:
@@ -72,10 +103,13 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
             return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
             return _continued(read_config(folder), folder, console, world)
+        if world.from_first(lambda: not (folder / CONFIG_FILE).exists()):
+            raise UserError(f"{folder} exists and is no run; name another folder with --run.")
         raise UserError(
             f"{folder} exists already; continue it with `speed-engine train --resume {folder}`, "
-            "or name another folder with --run."
+            "which takes changed options, or name another folder with --run."
         )
+    config = _with_absolute_paths(config)
     trainer, config = build_trainer(config, folder, console, world, config.init_from)
     if world.is_first:
         text = to_json(config)
@@ -84,24 +118,95 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
     return trainer
 
 
-def resume(folder: Path, console: Console, steps: int | None = None) -> None:
+def resume(
+    folder: Path,
+    console: Console,
+    steps: int | None = None,
+    *,
+    changed: TrainConfig | None = None,
+) -> None:
     """Continue a run from its newest complete checkpoint, or from its start if there is none yet.
 
     Args:
         folder: of the run.
         console: what the first process prints to.
         steps: optimizer steps of the whole run; by default those it was started with.
+        changed: the configuration to continue with; by default that of the run.
 
     Raises:
-        UserError: the folder is not a run, its checkpoint is of another model or other data, or
-            there is nothing left to do.
+        UserError: the folder is not a run, its checkpoint is of another model or other data, the
+            changed configuration is of another run, or there is nothing left to do.
     """
-    config = read_config(folder)
+    before = _with_absolute_paths(read_config(folder))
+    config = before if changed is None else _with_absolute_paths(changed)
     if steps is not None:
         config = replace(config, steps=steps)
+    changes = _changes(before, config)
+    _refuse_another_run(changes, folder)
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
-        _continued(config, folder, console, world).train()
+        trainer = _continued(config, folder, console, world)
+        if changes and world.is_first:
+            _record_changes(changes, folder, trainer.engine.steps_done)
+        trainer.train()
+
+
+def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, list[Any]]:
+    """[before, after] of every option that differs, by its name."""
+    old, new = _options(before), _options(after)
+    names = sorted(old.keys() | new.keys())
+    return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        section = value if isinstance(value, dict) else None
+        found |= {name: value} if section is None else {f"{name}.{k}": v for k, v in value.items()}
+    return found
+
+
+def _refuse_another_run(changes: dict[str, list[Any]], folder: Path) -> None:
+    fixed = [n for n in changes if n not in MAY_CHANGE and not n.startswith(_SECTION_MAY_CHANGE)]
+    if fixed:
+        texts = [f"{n}={shortened(changes[n][0])} (not {shortened(changes[n][1])})" for n in fixed]
+        raise UserError(
+            f"{folder} was started with {', '.join(texts)}, which a resumed run keeps: model, "
+            f"method, data and batch size are what the run is. Leave the options out, or start a "
+            f"new run, from these weights by --init-from {folder}."
+        )
+
+
+def _record_changes(changes: dict[str, list[Any]], folder: Path, step: int) -> None:
+    line = json.dumps({"step": step, "changes": changes}, default=str) + "\n"
+    with (folder / CHANGES_FILE).open("a") as file:
+        file.write(line)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """What a run reads, wherever it is resumed from."""
+    data, evaluation = config.data, config.evaluation
+    source, vae, clip = data.source, data.vae, evaluation.clip_model
+    if source != "digits" and not is_url(source):
+        source = str(_absolute(Path(source)))
+    return replace(
+        config,
+        init_from=_absolute(config.init_from),
+        data=replace(data, source=source, exclude=_absolute(data.exclude), vae=_folder_or_hub(vae)),
+        evaluation=replace(
+            evaluation,
+            inception_weights=_absolute(evaluation.inception_weights),
+            clip_model=_folder_or_hub(clip),
+        ),
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def _folder_or_hub(name: str | None) -> str | None:
+    return str(_absolute(Path(name))) if name and Path(name).expanduser().exists() else name
 
 
 def _continued(config: TrainConfig, folder: Path, console: Console, world: World) -> Trainer:
@@ -171,7 +276,7 @@ def build_trainer(
     evaluator = build_evaluator(config, process, world)
     model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
-        load_pretrained(model, init_from)
+        _load_weights(model, init_from)
     engine = build_engine(config, process, model, choices, world, device)
     where = choices.device.value
     if world.size > 1:
@@ -206,6 +311,15 @@ def build_trainer(
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Of a file, or of a run: the EMA of one that is not complete is in its newest checkpoint."""
+    if not (path / CHECKPOINTS).is_dir() or (path / EMA_FILE).is_file():
+        load_pretrained(model, path)
+        return
+    newest = newest_checkpoint(path)
+    load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
 
 
 def settle_operators(

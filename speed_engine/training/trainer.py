@@ -210,7 +210,10 @@ class Trainer:
         self.progress.step(self.engine.steps_done)
 
     def _introduce(self) -> None:
-        for name, text in {"run": self.folder, **self.introduction}.items():
+        lines = {"run": self.folder, **self.introduction}
+        if step := self.engine.steps_done:
+            lines["resumed"] = f"from step {step} of {self.loop.steps}"
+        for name, text in lines.items():
             self._say(f"{name:10}{text}")
 
     def _say(self, text: str) -> None:

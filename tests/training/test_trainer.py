@@ -282,6 +282,7 @@ def test_too_few_images_for_fid_are_refused_before_training(tmp_path):
 
 def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").touch()
     with pytest.raises(ValueError, match=r"exists already; .*--resume .* --run"):
         start(TINY, tmp_path / "run", quiet())
 

@@ -34,6 +34,7 @@ from speed_engine.build import (
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
@@ -281,6 +282,8 @@ def build_trainer(
     where = choices.device.value
     if world.size > 1:
         where = f"{world.size} x {where}, {choices.parallel.value}"
+    names = class_names(config.data) if "cls" in config.data.members else []
+    classes = f", {len(names)} classes: {shortened(', '.join(names))}" if len(names) > 1 else ""
     parameters = sum(p.numel() for p in engine.model.parameters())
     trainer = Trainer(
         Loop(
@@ -303,7 +306,7 @@ def build_trainer(
         world=world,
         console=console,
         introduction={
-            "data": f"{len(data.reader):,} images of shape {config.data.image_shape}",
+            "data": f"{len(data.reader):,} images of shape {config.data.image_shape}{classes}",
             "model": f"{parameters:,} parameters on {where}",
             "method": config.method,
             "features": evaluator.extractor.describe() if evaluator.extractor else "none",
@@ -358,7 +361,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_average(
-    run: Path, config: TrainConfig, device: torch.device, name: str = EMA
+    run: Path, config: TrainConfig, device: torch.device, name: str = EMA, step: int | None = None
 ) -> tuple[nn.Module, int]:
     """(model with the EMA of the parameters, its step) from a run's newest complete checkpoint.
 
@@ -367,10 +370,20 @@ def load_average(
         config: of the run.
         device: of the model.
         name: of the EMA: ``ema``, or one of ``optimizer.averages``.
+        step: of the checkpoint; by default the newest.
 
     Raises:
-        UserError: there is no checkpoint, it belongs to another model, or lacks the EMA.
+        UserError: there is no such checkpoint, it belongs to another model, or lacks the EMA.
+        InvalidCheckpoint: the one that was asked for is damaged.
     """
+    if step is not None:
+        path = run / CHECKPOINTS / f"step-{step:08d}"
+        if not path.is_dir():
+            there = sorted((run / CHECKPOINTS).glob("step-*"))
+            kept = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there) or "none"
+            raise UserError(f"{run} has no checkpoint of step {step}; it keeps those of: {kept}.")
+        checkpoint.verify(path)
+        return load_average_of(path, config, device, name)
     while True:
         path = newest_checkpoint(run)
         try:

@@ -161,8 +161,16 @@ def _noise(
 
 
 def grid_rows(num_images: int, conditions: Conditions) -> Tensor:
-    """(N,) int64 row of each image in a grid: its class, or else as many in each as fit."""
-    return conditions.get("labels", torch.arange(num_images) // GRID_COLUMNS)
+    """(N,) int64 row of each image in a grid: a row per class, or else as many in each as fit.
+
+    More classes than a grid has rows are shown one after the other, as images without classes are.
+    """
+    labels = conditions.get("labels")
+    if labels is not None:
+        classes, row = labels.unique(return_inverse=True)
+        if len(classes) <= GRID_ROWS:
+            return row
+    return torch.arange(num_images) // GRID_COLUMNS
 
 
 def save_images(images: Tensor, rows: Tensor, path: Path) -> Path:
@@ -194,8 +202,9 @@ def save_grid(images: Tensor, rows: Tensor, path: Path) -> None:
     scale = max(1, -(-GRID_IMAGE_PIXELS // min(height, width)))
     gap = max(2, scale // 2)
     num_rows = min(GRID_ROWS, int(rows.max()) + 1)
+    num_columns = min(GRID_COLUMNS, int(rows.bincount().max()))
     lines = num_rows * (height * scale + gap) + gap
-    columns = GRID_COLUMNS * (width * scale + gap) + gap
+    columns = num_columns * (width * scale + gap) + gap
     canvas = np.full((lines, columns, channels), 96, dtype=np.uint8)
     for row in range(num_rows):
         for column, image in enumerate(images[rows == row][:GRID_COLUMNS]):

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speed_engine.data.batch import Batch
@@ -25,7 +24,7 @@ from speed_engine.evaluation.evaluator import Evaluation, Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.environment import describe
-from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.files import save_tensors, write_durably
 from speed_engine.runtime.progress import TrainingProgress
 from speed_engine.runtime.records import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.runtime.sharding import whole
@@ -377,7 +376,7 @@ class Trainer:
         if not self.world.is_first:
             return
         temporary = self.folder / f".{EMA_FILE}"
-        self._try_to_write(temporary, lambda: save_file(average, temporary))
+        self._try_to_write(temporary, lambda: save_tensors(average, temporary))
         if temporary.exists():
             temporary.rename(self.folder / EMA_FILE)
         if self.newest_evaluation is not None:

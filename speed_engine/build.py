@@ -4,6 +4,7 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,8 @@ from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.configured import build_averages, build_update
 from speed_engine.training.ema import EMA, Ema
 from speed_engine.training.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 def build_process(config: TrainConfig) -> Method:
@@ -222,6 +225,8 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     training, held_out, clip, texts = None, None, None, ()
     if settings.features != "none":
         training, held_out = real_images(config.data, settings)
+        if world.is_first and (doubt := training.extractor.doubt()):
+            log.warning("%s", doubt)
     if "clip" in settings.metrics and settings.clip_model is not None:
         clip = ClipScore(settings.clip_model, torch_device(config.device))
         texts = generation_texts(config.data, settings.num_images)

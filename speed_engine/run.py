@@ -43,6 +43,7 @@ from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.runtime.progress import announced
 from speed_engine.runtime.sharding import COMPUTE_DTYPES
 from speed_engine.runtime.world import ALONE, World, join
 from speed_engine.training import checkpoint
@@ -270,12 +271,16 @@ def build_trainer(
     """
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
-    data = TrainingData(config.data, config.batch_size, config.seed, world, device)
-    settle_operators(config, config.kernels, device, world)
+    with announced("opening the data set"):
+        data = TrainingData(config.data, config.batch_size, config.seed, world, device)
+    with announced("trying kernels and attention on this device"):
+        settle_operators(config, config.kernels, device, world)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
-    evaluator = build_evaluator(config, process, world)
-    model = build_model(config, choices.attention.value).to(device)
+    with announced("reading the real images that generated ones are compared with"):
+        evaluator = build_evaluator(config, process, world)
+    with announced("making the model"):
+        model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
         _load_weights(model, init_from)
     engine = build_engine(config, process, model, choices, world, device)
@@ -285,6 +290,10 @@ def build_trainer(
     names = class_names(config.data) if "cls" in config.data.members else []
     classes = f", {len(names)} classes: {shortened(', '.join(names))}" if len(names) > 1 else ""
     parameters = sum(p.numel() for p in engine.model.parameters())
+    how = choices.compile.value
+    compiling = {
+        "compile": f"{how}; the first steps compile, which takes seconds to minutes and is kept"
+    }
     trainer = Trainer(
         Loop(
             steps=config.steps,
@@ -310,6 +319,7 @@ def build_trainer(
             "model": f"{parameters:,} parameters on {where}",
             "method": config.method,
             "features": evaluator.extractor.describe() if evaluator.extractor else "none",
+            **(compiling if how != "off" else {}),
         },
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)

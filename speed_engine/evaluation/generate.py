@@ -6,7 +6,7 @@ Letters: N images, B images per batch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,7 @@ def generate(
     seed: int,
     latents: bool = False,
     batch_size: int = 500,
+    advance: Callable[[float], object] = lambda images: None,
 ) -> Tensor:
     """Generate images, computing in the precision that the model is trained in on its device.
 
@@ -94,6 +95,8 @@ def generate(
         seed: root of the noise.
         latents: images are not bounded by [-1, 1] and are returned as they are.
         batch_size: B, images at a time; changes nothing but memory and rounding.
+        advance: called with how many images were generated since, of which a step of a solver
+            makes a part.
 
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
@@ -115,6 +118,7 @@ def generate(
     def predict(x: Tensor, t: float) -> Tensor:
         # The schedule is asked on the CPU, and its numbers travel in kernels' arguments: no step
         # waits for the device.
+        advance(len(x) / settings.steps)
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
         at = schedule.model_time(time)
         times = torch.full((len(x),), at.item(), dtype=at.dtype, device=device)

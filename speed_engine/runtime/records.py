@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from speed_engine.runtime.files import write_durably
 
 RECORDS = "metrics.jsonl"
+LAG = 2  # steps between a question to the device and its answer, see stopping.py
 log = logging.getLogger(__name__)
 
 
@@ -87,6 +89,7 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+        self._answers: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # on their way to the host
 
     def add(self, skipped: Tensor) -> None:
         """() float32, 1 if the step was skipped."""
@@ -98,6 +101,30 @@ class SkippedSteps:
         """(steps skipped in the run, most of them in a row); waits for the device."""
         total, _, most = self._counts.int().tolist()
         return total, most
+
+    def may_have(self, most: int, wait: bool) -> bool:
+        """Whether so many steps in a row were skipped, as far as the host knows; to call each step.
+
+        On a GPU the answer is a few steps old.
+
+        Args:
+            most: steps in a row.
+            wait: for the answer of ``LAG`` steps ago, so that all processes hear the same.
+        """
+        if not self._counts.is_cuda:
+            return int(self._counts[2]) >= most
+        if len(self._answers) <= LAG:
+            answer = torch.empty((), pin_memory=True).copy_(self._counts[2], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._answers.append((answer, arrived))
+        answer, arrived = self._answers[0]
+        if wait and len(self._answers) > LAG:
+            arrived.synchronize()
+        if not (len(self._answers) > LAG if wait else arrived.query()):
+            return False
+        self._answers.popleft()
+        return int(answer) >= most
 
     def state(self) -> list[float]:
         """What a checkpoint must keep."""

@@ -198,3 +198,11 @@ def test_unfit_training_data_are_refused(change, message, tmp_path):
 def test_a_fingerprint_cannot_leave_the_cache_folder(tmp_path):
     with pytest.raises(ValueError, match="fingerprint='../x'"):
         classifier_for(*blobs(), tmp_path, "../x")
+
+
+@pytest.mark.parametrize("accuracy, warned", [(0.56, True), (0.79, True), (0.8, False)])
+def test_a_classifier_that_is_often_wrong_is_doubted(accuracy, warned):
+    features = classifier._as_features(classifier.Classifier(1, 3), accuracy)
+    doubt = features.doubt()
+    assert (doubt is not None) == warned
+    assert doubt is None or f"right on {accuracy:.1%} of held-out images only" in doubt

@@ -27,6 +27,7 @@ from speed_engine.arena.bootstrap import Array, Bootstrap
 from speed_engine.arena.results import Curve, Results
 from speed_engine.runtime.checks import UserError
 
+LEAST_GAIN = 1.1  # times that a baseline must become better after its first evaluation
 Unit = Literal["images", "seconds"]
 
 
@@ -36,7 +37,7 @@ class Ratio:
 
     low: float
     high: float
-    interval: tuple[float, float] | None = None  # 95 %; none from a single seed
+    interval: tuple[float, float] | None = None  # 95 %; none below LEAST_SEEDS
 
     @property
     def faster(self) -> bool:
@@ -120,7 +121,8 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     running best rewards noise a little: with it, 3 came out as 2.92, and 1 as 0.99.
 
     Raises:
-        UserError: no seed is complete for both, or there are fewer than two levels of quality.
+        UserError: no seed is complete for both, or the baseline did not improve on its first
+            evaluation, so that there are no levels of quality.
     """
     runs, of_baseline = complete_runs(results, method), complete_runs(results, baseline)
     seeds = tuple(sorted(runs.keys() & of_baseline.keys()))
@@ -129,9 +131,8 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     bootstrap = Bootstrap(len(seeds))
     m = _mean_curve(runs, seeds, results.metric, unit, bootstrap)
     b = _mean_curve(of_baseline, seeds, results.metric, unit, bootstrap)
+    _refuse_without_learning(of_baseline, seeds, results.metric, baseline, bootstrap)
     records = np.flatnonzero(np.diff(b[1][0]) < 0) + 1  # later ones repeat the best so far
-    if not len(records):
-        raise UserError(f"{baseline} never improved after its first evaluation: no levels.")
     records[-1] = b[1].shape[1] - 1  # a resample may improve even later
     levels = b[1][:, records]
     low, high = _brackets(levels, m, b)
@@ -146,6 +147,22 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
         worst=Ratio(math.exp(low[0].min()), math.exp(high[0].min())),
         best=Ratio(math.exp(low[0].max()), math.exp(high[0].max())),
     )
+
+
+def _refuse_without_learning(
+    runs: dict[int, Curve], seeds: tuple[int, ...], metric: str, name: str, bootstrap: Bootstrap
+) -> None:
+    """Levels between a first and a best quality that are the same but for noise measure noise."""
+    _, _, quality = stacked(runs, seeds, metric)
+    mean = bootstrap.counts / len(seeds) @ quality  # (R, E) log
+    gain = mean[:, 0] - mean[:, 1:].min(axis=1, initial=np.inf)
+    interval = bootstrap.interval(gain, gain)
+    if gain[0] <= math.log(LEAST_GAIN) or (interval is not None and interval[0] <= 0):
+        raise UserError(
+            f"{name} did not measurably improve after its first evaluation: at its best, {metric} "
+            f"was {math.exp(gain[0]):.2f} times better ({LEAST_GAIN:g} times, and more than the "
+            "spread of the seeds, are needed). Evaluate earlier, train longer, or look at the data."
+        )
 
 
 def _mean_curve(

@@ -14,7 +14,8 @@ text to image is sampled with guidance 1.5 (A.7). Not from the paper:
                                  the pooled vector of ViT-B/32
     metfaces512-superres         our own: latents of 64 x 64, conditioned on 64 x 64 pixels
     dit-s, dit-b, unet-s         our own, for your own images: a rectified flow with logit-normal
-                                 timesteps (SD3); shape and classes are those of the data
+                                 timesteps (SD3); shape and classes are those of the data. Time
+                                 features as in diffusers, where exports then answer equally
     cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the EMA
                                  like that of EDM's code; A.6 has the dropout, 0.13, and 50,000
                                  images by EDM's Heun sampler, whose 18 steps are 35 evaluations
@@ -182,9 +183,9 @@ _ROWS = (
      "it reaches FID 0.44 in classifier features, where two halves of the data differ by 0.55",
      DIGITS),
     ("dit-s", "A DiT-S/2 with 33 M parameters on your own images, as a flow",
-     UNMEASURED, _own_images(DiTConfig(size="DiT-S/2"), 100_000, 2e-4)),
+     UNMEASURED, _own_images(DiTConfig(size="DiT-S/2", frequency_shift=1), 100_000, 2e-4)),
     ("dit-b", "A DiT-B/2 with 130 M parameters on your own images, as a flow",
-     UNMEASURED, _own_images(DiTConfig(size="DiT-B/2"), 200_000, 1e-4)),
+     UNMEASURED, _own_images(DiTConfig(size="DiT-B/2", frequency_shift=1), 200_000, 1e-4)),
     ("unet-s", "A U-Net with 6 M parameters on your own images, as a flow",
      UNMEASURED, _own_images(OWN_UNET, 50_000, 5e-4)),
     ("emoji32", "A DiT with 1.3 M parameters on emoji of 32 x 32 pixels, for CPU cores, too",

@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from speed_engine.run import build_trainer, load_average, read_config, resume, s
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.engine import Engine
 
+ROOT = Path(__file__).parents[1]
 TINY = TrainConfig(
     steps=4,
     batch_size=8,
@@ -130,6 +134,19 @@ def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
     assert read_config(Path("run")).data.source == str(tmp_path / "shards")
     monkeypatch.chdir("/")
     resume(tmp_path / "run", quiet(), steps=5)
+
+
+def test_two_processes_train_without_a_warning(tmp_path):
+    options = """--steps 2 --batch-size 8 --model.dim 16 --model.depth 1 --model.num-heads 2
+        --evaluation.features none --evaluation.num-images 4 --evaluation.solver-steps 2"""
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "speed_engine", "train", "digits"]
+        + ["--run", str(tmp_path / "run"), "--parallel", "fsdp", *options.split()],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "warning" not in done.stdout.lower(), done.stdout
 
 
 def test_data_that_were_moved_are_found_by_their_new_name(tmp_path):

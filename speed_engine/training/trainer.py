@@ -314,10 +314,11 @@ class Trainer:
                 with self.stop.interrupting(alone):
                     called = model if alone else self.stop.watched(model)
                     images = self.evaluator.generate(called, advance)
+                    validation = self.evaluator.validate(called)
                 if self.world.is_first:
                     comparing = announced("comparing generated images with real ones")
                     with self.stop.interrupting(True), comparing:
-                        found = self.evaluator.measure(images)
+                        found = self.evaluator.measure(images, validation)
                     self._keep_evaluation(images, found)
             except Stopped:
                 pass

@@ -96,6 +96,12 @@ def test_a_resumed_run_says_from_which_step_and_takes_what_may_change(run, capsy
     }
 
 
+def test_the_learning_rate_is_recorded(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    assert rates == pytest.approx([1e-3 * step / 100 for step in (2, 4)])  # it warms up
+
+
 def test_a_resumption_without_changes_records_none(run):
     config = dataclasses.replace(TINY, steps=6)
     start(config, run.with_name("other"), quiet())

@@ -22,6 +22,13 @@ from torch import Tensor
 from speed_engine.runtime.files import write_durably
 
 RECORDS = "metrics.jsonl"
+# Of an evaluation, what depends on no step, so that a curve of it is a line.
+CONSTANTS = frozenset(
+    """
+    images num_generated num_reference num_held_out feature_dim solver_steps guidance
+    guidance_channels fid_within fid_within_images held_out_fid_within held_out_fid_within_images
+    """.split()
+)
 LAG = 2  # steps between a question to the device and its answer, see stopping.py
 log = logging.getLogger(__name__)
 
@@ -159,14 +166,14 @@ class RunLog:
         )
         self.lost = 0
 
-    def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Record figures at a step."""
         self._append(as_json({"step": step, **figures}).encode() + b"\n", step)
         if self._curves is None:
             return
         try:
             for name, value in figures.items():
-                if not isinstance(value, str):
+                if isinstance(value, int | float) and name not in CONSTANTS:
                     self._curves.add_scalar(name, value, step)
         except OSError as error:
             self._end_curves(f"at step {step}", error)

@@ -265,6 +265,7 @@ class Trainer:
         figures["bad_samples"] = self._count_bad()
         if skipped:
             figures["skipped_steps"] = skipped
+        figures["learning_rate"] = self.engine.update.learning_rate(step)
         self._record({**figures, "images_per_second": rate})
         self.progress.figures(step, figures["loss"], rate, step_seconds)
 

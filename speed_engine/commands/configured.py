@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
 from speed_engine.config import TrainConfig
+from speed_engine.presets import OWN_IMAGES
 from speed_engine.runtime.checks import UserError, unknown
 
 Command = TypeVar("Command")
@@ -47,7 +48,8 @@ def configured(
     """The command of the preset that is named first, with the options that follow.
 
     Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
-    the place of the preset's own; options that are given hold before both.
+    the place of the preset's own; options that are given hold before both. A source alone, without
+    a preset, is trained on by the first preset for own images.
 
     Args:
         presets: name -> (what it trains, the command with the preset's configuration).
@@ -60,12 +62,17 @@ def configured(
         UserError: no preset of that name, an option that belongs to the method, or a value that
             the configuration refuses.
     """
-    if not arguments:
-        raise UserError(f"a preset is missing: {program} PRESET; choose from {', '.join(presets)}.")
-    name, *options = arguments
-    if name in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         _print_help(presets, program, first)
         raise SystemExit(0)
+    if any(argument.partition("=")[0] == "--data.source" for argument in arguments[:1]):
+        arguments = [OWN_IMAGES[0], *arguments]
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            f"a preset is missing: {program} PRESET [options], or, to train on your own images, "
+            f"{program} --data.source SHARDS [options]; choose from {', '.join(presets)}."
+        )
+    name, *options = arguments
     if name not in presets:
         raise unknown("preset", name, presets)
     text, preset = presets[name]
@@ -76,20 +83,30 @@ def configured(
             command, arguments, program, description=text, first=first, groups=GROUPS
         )
 
-    command, config = parsed(preset), _config(preset)
-    if _config(command).data.source == config.data.source:
+    command = parsed(preset)
+    source = _config(command).data.source
+    if source == _config(preset).data.source and name not in OWN_IMAGES:
         return command
-    # Not at the top: it needs torch, which the help does without.
-    from speed_engine.data.facts import recorded, with_recorded_facts
-
-    dataset = recorded(_config(command).data.source)
-    if dataset is None:
-        return command
-    data = with_recorded_facts(config.data, dataset)
-    known: Any = dataclasses.replace(
-        cast(Any, preset), config=dataclasses.replace(config, data=data)
-    )
+    config = _of_data_set(_config(preset), source)
+    known: Any = dataclasses.replace(cast(Any, preset), config=config)
     return parsed(known)
+
+
+def _of_data_set(config: TrainConfig, source: str) -> TrainConfig:
+    """A preset's configuration on a data set, as far as its record says what is there."""
+    # Not at the top: it needs numpy, which the help does without.
+    from speed_engine.data.facts import has_several_classes, recorded, with_recorded_facts
+
+    dataset = recorded(source)
+    if dataset is None:
+        return config
+    data = with_recorded_facts(dataclasses.replace(config.data, source=source), dataset)
+    features = config.evaluation.features
+    if data.latents or (features == "classifier" and not has_several_classes(data, dataset)):
+        features = "none"  # there is nothing to train a classifier of
+    return dataclasses.replace(
+        config, data=data, evaluation=dataclasses.replace(config.evaluation, features=features)
+    )
 
 
 def _print_help(

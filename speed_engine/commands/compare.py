@@ -24,8 +24,9 @@ class CompareCommand:
     """
 
     preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change; `speed-engine compare --help`
-    ends with the list of presets."""
+    """The run to start from, whose configuration the options change: a preset, which `speed-engine
+    compare --help` lists at its end, or a file, FILE.toml or FILE.json, which says itself how many
+    images it holds out and what is measured."""
     config: TrainConfig
     methods: str = "uniform,speed_paper"
     """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
@@ -56,12 +57,17 @@ class CompareCommand:
 
 def run(arguments: list[str], console: Console) -> None:
     """``speed-engine compare``."""
-    presets = {
-        name: (text, CompareCommand(preset=name, config=_fair(config)))
-        for name, (text, config) in PRESETS.items()
-        if config.evaluation.features != "none"
-    }
-    command = configured(presets, arguments, "speed-engine compare", first=("data.source",))
+    command = configured(
+        lambda name, config: CompareCommand(preset=name, config=config),
+        arguments,
+        "speed-engine compare",
+        first=("data.source",),
+        presets={
+            name: (text, _fair(config))
+            for name, (text, config) in PRESETS.items()
+            if config.evaluation.features != "none"
+        },
+    )
     from speed_engine.arena.compare import Comparison, Plan
     from speed_engine.arena.report import check_libraries, write_report
 

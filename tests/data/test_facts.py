@@ -113,8 +113,8 @@ def test_a_run_generates_where_its_data_are_not_at_hand(tmp_path, caplog):
 
 
 def parsed(*arguments):
-    presets = {n: (t, TrainCommand(preset=n, config=c)) for n, (t, c) in PRESETS.items()}
-    return configured(presets, [*map(str, arguments)], "train").config.data
+    command = lambda name, config: TrainCommand(preset=name, config=config)
+    return configured(command, [*map(str, arguments)], "train").config.data
 
 
 def test_what_the_record_knows_need_not_be_given(tmp_path):

@@ -1,0 +1,143 @@
+"""Configuration files: TOML or JSON, with the names that a run's ``config.json`` has.
+
+    preset = "digits"          # what the file starts from; by default every field's own default
+    steps = 500
+
+    [optimizer]
+    learning_rate = 2e-3
+
+What is said later holds: a preset, then what the record of the data set knows, then the file, then
+the command line or the arguments of a call.
+"""
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from speed_engine.config import TrainConfig, parsed, to_json, with_values
+from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import UserError, unknown
+from speed_engine.runtime.files import write_durably
+
+SUFFIXES = (".toml", ".json")
+
+
+class Origin(NamedTuple):
+    """What a configuration starts from."""
+
+    name: str  # of the preset or the file, which names the run
+    text: str  # one line about it
+    preset: TrainConfig
+    values: Mapping[str, Any]  # of the file, in place of the preset's
+
+    def config(self, *later: Mapping[str, Any]) -> TrainConfig:
+        """The configuration, with further values that hold before those of the file.
+
+        Where they name another ``data.source`` than the preset, what its record knows (members,
+        shape, classes) takes the place of the preset's own.
+
+        Args:
+            later: values as ``with_values`` takes them; of two, the last one holds.
+
+        Raises:
+            UserError: a name that does not exist, or a value that the configuration refuses.
+        """
+        layers = [self.values, *later]
+        config = _layered(self.preset, layers)
+        if config.data.source == self.preset.data.source:
+            return config
+        # Not at the top: it needs torch, which the help does without.
+        from speed_engine.data.facts import recorded, with_recorded_facts
+
+        dataset = recorded(config.data.source)
+        if dataset is None:
+            return config
+        data = with_recorded_facts(self.preset.data, dataset)
+        return _layered(dataclasses.replace(self.preset, data=data), layers)
+
+
+def _layered(config: TrainConfig, layers: list[Mapping[str, Any]]) -> TrainConfig:
+    for values in layers:
+        config = with_values(config, values) if values else config
+    return config
+
+
+def origin(name: str, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS) -> Origin:
+    """A preset by its name, or a file of a configuration by its path.
+
+    Args:
+        name: a key of ``presets``, or a path that ends in .toml or .json.
+        presets: name -> (what it trains, its configuration).
+
+    Raises:
+        UserError: neither, or the file cannot be read, or names a preset that does not exist.
+    """
+    if name in presets:
+        return Origin(name, *presets[name], {})
+    path = Path(name).expanduser()
+    if path.suffix not in SUFFIXES:
+        raise unknown("preset", name, presets)
+    values = _read(path)
+    preset = values.pop("preset", None)
+    if preset is None:
+        return Origin(path.stem, f"The configuration of {path}", TrainConfig(), values)
+    if preset not in presets:
+        raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
+    return Origin(path.stem, f"{preset} as {path} changes it", presets[preset][1], values)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist; give a preset, or the path of a configuration file."
+        ) from None
+    try:
+        return tomllib.loads(content.decode()) if path.suffix == ".toml" else parsed(content)
+    except ValueError as error:  # UserErrors are ValueErrors
+        raise UserError(f"{path}: {error}") from None
+
+
+def write(config: TrainConfig, path: Path) -> None:
+    """Write a whole configuration, which ``origin`` reads.
+
+    Args:
+        config: every field is written, but for those of TOML that are None, which it has no word
+            for: they are the defaults.
+        path: ends in .toml or .json; a file that is there is replaced.
+
+    Raises:
+        UserError: another suffix, or a name in the configuration is no Unicode text.
+        OSError: the file cannot be written.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: a configuration is written as FILE.toml or FILE.json.")
+    text = to_json(config)
+    if path.suffix == ".toml":
+        text = _toml(json.loads(text))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, text.encode())
+
+
+def _toml(values: Mapping[str, Any]) -> str:
+    """Fields first, for what follows the name of a section belongs to it."""
+    sections = {name: value for name, value in values.items() if isinstance(value, dict)}
+    plain = {name: value for name, value in values.items() if name not in sections}
+    return _lines(plain) + "".join(f"\n[{name}]\n{_lines(of)}" for name, of in sections.items())
+
+
+def _lines(values: Mapping[str, Any]) -> str:
+    return "".join(f"{name} = {_value(v)}\n" for name, v in values.items() if v is not None)
+
+
+def _value(value: Any) -> str:
+    """A value of JSON as TOML writes it: DEL must be escaped, and infinity has another name."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value).replace("Infinity", "inf")

@@ -4,7 +4,7 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -245,15 +245,22 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     )
 
 
-def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+def build_decoder(
+    config: TrainConfig, metadata: Mapping[str, Any] | None = None
+) -> Callable[[Tensor], Tensor] | None:
     """Generated latents to pictures, by the configured VAE; None where there is none.
+
+    Args:
+        config: of the run.
+        metadata: what the data set records; by default it is asked.
 
     Raises:
         UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
     """
     if config.data.vae is None:
         return None
-    metadata = open_data(config.data).dataset.metadata
+    if metadata is None:
+        metadata = open_data(config.data).dataset.metadata
     if "latent_scale" not in metadata:
         raise UserError(
             f"{config.data.source} does not record its latent_scale, which decoding needs; "

@@ -279,12 +279,29 @@ def load_average_of(
     if not tensors:
         kept = ", ".join((EMA, *config.optimizer.averages))
         raise UserError(f"{path} holds no EMA {name!r}; this run keeps {kept}.")
+    step = checkpoint.read_state(path)["step"]
+    return load_network(tensors, config, device, path), step
+
+
+def load_network(
+    tensors: dict[str, Tensor], config: TrainConfig, device: torch.device, source: Path
+) -> nn.Module:
+    """A configured model with trained parameters, to be used.
+
+    Args:
+        tensors: the parameters, by name.
+        config: of the run that trained them.
+        device: of the model.
+        source: what the parameters were read from, for messages.
+
+    Raises:
+        UserError: they are of another model.
+    """
     # What a run asked for where it was trained need not be there where it is used.
     settle_operators(config, "off" if config.kernels == "off" else "auto", device)
     model = build_model(config)
-    load_parameters(model, tensors, path)
-    step = checkpoint.read_state(path)["step"]
-    return model.to(device).eval().requires_grad_(False), step
+    load_parameters(model, tensors, source)
+    return model.to(device).eval().requires_grad_(False)
 
 
 def newest_checkpoint(run: Path) -> Path:

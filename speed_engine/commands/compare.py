@@ -15,6 +15,22 @@ from speed_engine.runtime.checks import UserError
 HELD_OUT = 0.3
 
 
+def _fair(config: TrainConfig) -> TrainConfig:
+    """A preset with a part of the data held out, and measured against both parts."""
+    return replace(
+        config,
+        data=replace(config.data, held_out=HELD_OUT),
+        evaluation=replace(config.evaluation, metrics=("fid", "copies")),
+    )
+
+
+FAIR_PRESETS = {
+    name: (text, _fair(config))
+    for name, (text, config) in PRESETS.items()
+    if config.evaluation.features != "none"
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand:
     """Train methods at equal budget, with several seeds each, and write a report.
@@ -62,12 +78,17 @@ def run(arguments: list[str], console: Console) -> None:
         arguments,
         "speed-engine compare",
         first=("data.source",),
-        presets={
-            name: (text, _fair(config))
-            for name, (text, config) in PRESETS.items()
-            if config.evaluation.features != "none"
-        },
+        presets=FAIR_PRESETS,
     )
+    compare(command, console)
+
+
+def compare(command: CompareCommand, console: Console) -> Path:
+    """Run what is missing of a comparison, write its report, and return its folder.
+
+    Raises:
+        UserError: what does not fit, or a library of the extra ``plots`` is missing.
+    """
     from speed_engine.arena.compare import Comparison, Plan
     from speed_engine.arena.report import check_libraries, write_report
 
@@ -84,15 +105,7 @@ def run(arguments: list[str], console: Console) -> None:
     slots, threads = _slots(command)
     Comparison(plan, out, slots, threads, console).run()
     console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _fair(config: TrainConfig) -> TrainConfig:
-    """A preset with a part of the data held out, and measured against both parts."""
-    return replace(
-        config,
-        data=replace(config.data, held_out=HELD_OUT),
-        evaluation=replace(config.evaluation, metrics=("fid", "copies")),
-    )
+    return out
 
 
 def _within_budget(command: CompareCommand) -> TrainConfig:

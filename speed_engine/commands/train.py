@@ -74,6 +74,9 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine import run as runs
 
-    method = config.method.replace("+", "-")
-    folder = command.run or Path("runs") / f"{command.preset}-{method}-{config.seed}"
-    runs.start(config, folder, console)
+    runs.start(config, command.run or run_folder(command.preset, config), console)
+
+
+def run_folder(name: str, config: TrainConfig) -> Path:
+    """Where a run of a preset, or of a file of that name, is by default."""
+    return Path("runs") / f"{name}-{config.method.replace('+', '-')}-{config.seed}"

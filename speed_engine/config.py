@@ -92,6 +92,9 @@ class TrainConfig:
     log_every: int = 50
     """Number of optimizer steps between two records of the loss; only then does the host wait for
     the device."""
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What shows the records and pictures beside metrics.jsonl: tensorboard, wandb (Weights &
+    Biases) or mlflow, one or several, or none."""
     checkpoint_every: int = 500
     """Number of optimizer steps between two checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
@@ -156,6 +159,8 @@ class TrainConfig:
             "latents are no pictures that could be compared; choose none",
         )
         self._check_metrics()
+        once = len(set(self.logger)) == len(self.logger)
+        check("logger", " ".join(self.logger), once, "name each logger once")
         check(
             "attention",
             self.attention,
@@ -211,6 +216,14 @@ def to_json(config: TrainConfig) -> str:
             f"a path or name in the configuration is not UTF-8 ({error}); rename it."
         ) from error
     return _INFINITY.sub(r"\g<1>1e999", text)
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every value as JSON has it, by its dotted name, such as ``optimizer.beta1``."""
+    values: dict[str, Any] = json.loads(to_json(config))
+    sections = {name: of for name, of in values.items() if isinstance(of, dict)}
+    plain = {name: value for name, value in values.items() if name not in sections}
+    return plain | {f"{name}.{f}": v for name, of in sections.items() for f, v in of.items()}
 
 
 def from_json(text: str | bytes) -> TrainConfig:

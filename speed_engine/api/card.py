@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
-from speed_engine.config import TrainConfig, to_json
+from speed_engine.config import TrainConfig, flat
 from speed_engine.data.opening import condition_names
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, title, written
 from speed_engine.presets import PRESETS
@@ -97,9 +97,9 @@ images = se.load("{name}").generate(16)
 
 def nearest_preset(config: TrainConfig) -> str:
     """The preset that a configuration differs least from, and the values that differ."""
-    own, differing = _flat(config), {}
+    own, differing = flat(config), {}
     for name, (_, preset) in PRESETS.items():
-        known = _flat(preset)
+        known = flat(preset)
         differing[name] = {
             field: value
             for field, value in own.items()
@@ -108,11 +108,3 @@ def nearest_preset(config: TrainConfig) -> str:
     name = min(differing, key=lambda name: len(differing[name]))
     changes = ", ".join(f"{field} = {json.dumps(v)}" for field, v in differing[name].items())
     return f"`{name}`" + (f" with {changes}" if changes else "")
-
-
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    """Every value by its dotted name."""
-    values: dict[str, Any] = json.loads(to_json(config))
-    sections = {name: of for name, of in values.items() if isinstance(of, dict)}
-    flat = {name: value for name, value in values.items() if name not in sections}
-    return flat | {f"{name}.{f}": value for name, of in sections.items() for f, value in of.items()}

@@ -30,7 +30,7 @@ GROUPS = {
     ),
     "checkpoint": Group(
         "How often a run is recorded and saved, and which checkpoints stay.",
-        ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+        ("log_every", "logger", "checkpoint_every", "keep_checkpoints", "keep_every"),
     ),
     "distributed": Group(
         "How several processes, started by torchrun, share the work and the memory.",

@@ -33,6 +33,7 @@ from speed_engine.evaluation.conditions import (
 )
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.references import real_images
+from speed_engine.evaluation.validation import IMAGES, Validation, validation_of
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
@@ -239,9 +240,23 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         image_shape=config.data.image_shape,
         latents=config.data.latents,
         decode=build_decoder(config),
+        validation=build_validation(config, process, world) if "loss" in settings.metrics else None,
         num_images=settings.num_images,
         seed=config.seed,
         world=world,
+    )
+
+
+def build_validation(
+    config: TrainConfig, process: Method, world: World = ALONE, images: int = IMAGES
+) -> Validation:
+    """The validation loss on the configured data; arguments as of ``validation_of``.
+
+    Raises:
+        UserError: a sample is damaged and the policy is to stop.
+    """
+    return validation_of(
+        config.data, process, config.seed, torch_device(config.device, world), world, images
     )
 
 

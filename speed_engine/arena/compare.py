@@ -25,6 +25,7 @@ from rich.console import Console
 
 from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import measure_final
+from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
@@ -200,6 +201,7 @@ class Comparison:
             config=json.loads(to_json(plan.config)),
             environment=describe([]) | where,
             command=shlex.join(["speed-engine", *sys.argv[1:]]),
+            references=measure_references(plan.config),
         )
 
     def _execute(self, what: str, runs: Sequence[Run]) -> None:

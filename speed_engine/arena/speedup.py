@@ -62,6 +62,7 @@ class SpeedUp:
     median: Ratio  # over levels
     worst: Ratio  # over levels, as is the best; extremes of noise, hence without interval
     best: Ratio
+    beyond: Ratio | None  # median over the levels beyond the Gaussian; None where there are none
 
     @property
     def final(self) -> Ratio:
@@ -135,6 +136,10 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     records[-1] = b[1].shape[1] - 1  # a resample may improve even later
     levels = b[1][:, records]
     low, high = _brackets(levels, m, b)
+    far = np.exp(levels[0]) < (0.0 if results.floor is None else results.floor)
+    beyond = None
+    if far.any():
+        beyond = _ratio(_median(low[:, far]), _median(high[:, far]), bootstrap)
     return SpeedUp(
         method,
         baseline,
@@ -145,6 +150,7 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
         median=_ratio(_median(low), _median(high), bootstrap),
         worst=Ratio(math.exp(low[0].min()), math.exp(high[0].min())),
         best=Ratio(math.exp(low[0].max()), math.exp(high[0].max())),
+        beyond=beyond,
     )
 
 

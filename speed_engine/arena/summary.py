@@ -2,13 +2,14 @@
 
 import math
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from speed_engine.arena.results import Contestant, Curve, Results
 from speed_engine.arena.speedup import Ratio, SpeedUp, complete_runs, speed_up, why_unusable
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
+LOSS = "validation_loss"
 CANDIDATE = "speed_plus"  # the method that the goals are about
 
 
@@ -39,6 +40,7 @@ class Against:
     """Everything against one baseline."""
 
     baseline: str
+    metric: str  # its title
     by_images: dict[str, SpeedUp]  # by contestant
     by_seconds: dict[str, SpeedUp]
     missing: dict[str, str]  # contestant: why it has no speed-up
@@ -49,6 +51,21 @@ def against(results: Results, baseline: str) -> Against:
     return _compare(results, baseline, {c.name: baseline for c in results.contestants})
 
 
+def against_in_loss(results: Results, baseline: str) -> Against | None:
+    """The same by the validation loss, of contestants on the baseline's process; None if unknown.
+
+    Losses of different processes cannot be compared.
+    """
+    by_loss = replace(results, metric=LOSS)
+    schedule = {c.name: c.schedule for c in results.contestants}
+    rivals: dict[str, str | None] = {
+        name: baseline
+        for name in schedule
+        if schedule[name] == schedule[baseline] and complete_runs(by_loss, name)
+    }
+    return _compare(by_loss, baseline, rivals) if len(rivals) > 1 else None
+
+
 def against_own_uniform(results: Results) -> Against:
     """Speed-ups over uniform timesteps on the same process and target."""
     plain = {(c.schedule, c.prediction): c.name for c in results.contestants if _is_plain(c)}
@@ -57,7 +74,7 @@ def against_own_uniform(results: Results) -> Against:
 
 
 def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
-    found = Against(label, {}, {}, {})
+    found = Against(label, results.title, {}, {}, {})
     for name, rival in rivals.items():
         if name == rival:
             continue
@@ -94,6 +111,29 @@ def headline(results: Results, found: Against) -> str:
         f"Against {found.baseline}, {best} has a speed-up of {written(ratio)} in images "
         f"{WHERE[where]}{interval_in_words(ratio)}. {verdict}{chosen}"
     )
+
+
+def floor_in_words(results: Results) -> list[str]:
+    """Of each baseline, whether it has learned more than mean and covariance; none if unknown."""
+    if results.floor is None:
+        return []
+    sentences = []
+    for name in results.baselines:
+        runs = complete_runs(results, name).values()
+        if not runs:
+            continue
+        ends = [_last(run, results.metric) for run in runs]
+        beats = max(ends) < results.floor
+        verdict = (
+            "so it has learned more than first and second moments."
+            if beats
+            else "so speed-ups over it are undecided: they may be of learning two moments only."
+        )
+        sentences.append(
+            f"{name} ends at {_mean_and_deviation(ends)}; a Gaussian per class, without a network, "
+            f"has {_number(results.floor)}, {verdict}"
+        )
+    return sentences
 
 
 def written(ratio: Ratio) -> str:
@@ -140,6 +180,13 @@ def contestants_table(results: Results) -> Table:
             + [_learning_rate(contestant), f"{len(runs)} of {len(results.seeds)}", final]
             + [*of_steps, share]
         )
+    for name, values in results.references.items():
+        if results.metric in values:
+            copied = values.get("copied_share")
+            share = "–" if copied is None else f"{copied:.1%}"
+            blanks = ["–"] * len(solver_steps)
+            value = _number(values[results.metric])
+            rows.append([f"{name}, no training", "–", "–", "–", "–", value, *blanks, share])
     return Table(header, rows)
 
 
@@ -165,10 +212,11 @@ def _head(field: str, extractor: str) -> str:
 
 def speedup_table(speedups: dict[str, SpeedUp]) -> Table:
     """The largest median first."""
-    header = ["method", "verdict", "median over levels", "95 %", "worst", "best"]
-    header += ["at final quality", "95 %", "seeds"]
+    header = ["method", "verdict", "median over levels", "95 %", "beyond the Gaussian", "95 %"]
+    header += ["worst", "best", "at final quality", "95 %", "seeds"]
     rows = [
         [name, _short_verdict(s.median), written(s.median), written_interval(s.median)]
+        + (["–", "–"] if s.beyond is None else [written(s.beyond), written_interval(s.beyond)])
         + [written(s.worst), written(s.best), written(s.final), written_interval(s.final)]
         + [str(len(s.seeds))]
         for name, s in speedups.items()

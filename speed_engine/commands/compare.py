@@ -20,7 +20,7 @@ def _fair(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=replace(config.data, held_out=HELD_OUT),
-        evaluation=replace(config.evaluation, metrics=("fid", "copies")),
+        evaluation=replace(config.evaluation, metrics=("fid", "copies", "loss")),
     )
 
 

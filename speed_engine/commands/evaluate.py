@@ -16,7 +16,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands.options import read_options
@@ -131,11 +130,14 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     device = machine.choose_device(config.device).value
     how = machine.choose_generation(config.compile, device).value
     folder = run / "samples" / f"step-{step:08d}.parts"
-    parts = _generated(evaluator, model, how, folder, world)
+    weights = sha256_of(model.state_dict())
+    forward: Any = compiled(model, how)
+    parts = _generated(evaluator, forward, weights, how, folder, world)
+    validation = evaluator.validate(forward)
     if not world.is_first:
         return None
     images = parts.images()
-    found = evaluator.measure(images)
+    found = evaluator.measure(images, validation)
     assert found is not None  # some field is measured
     parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
@@ -150,19 +152,18 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
 
 
 def _generated(
-    evaluator: Evaluator, model: nn.Module, how: str, folder: Path, world: World
+    evaluator: Evaluator, forward: Any, weights: str, how: str, folder: Path, world: World
 ) -> ImageParts:
     """The images, on disk until all are there: a measurement that was killed goes on there."""
     total = evaluator.num_images
     settings = evaluator.circumstances() | {
-        "weights": sha256_of(model.state_dict()),
+        "weights": weights,
         "conditions": sha256_of(evaluator.conditions),
         "seed": evaluator.seed,
     }
     if how != "off":
         settings["compile"] = how
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        forward: Any = compiled(model, how)
         generate = partial(evaluator.generate_some, forward)
         return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 

@@ -37,11 +37,12 @@ class EvaluationConfig:
     default it acts on all channels."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """Features that FID and other metrics compare: those of a classifier trained on these data,
-    those of the standard Inception network, or none; then images are generated and not measured."""
+    those of the standard Inception network, or none; then images are generated, and only metrics
+    that need no features are measured."""
     inception_weights: Path | None = None
     """Weights file of the Inception network. By default it is searched in the cache of torch
     hub."""
-    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid")
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid", "loss")
     clip_model: str | None = None
     """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
     Hugging Face hub."""

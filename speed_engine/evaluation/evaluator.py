@@ -15,6 +15,7 @@ from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import ENOUGH, HELD_OUT, METRICS, fields, title, written
+from speed_engine.evaluation.validation import Validation
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE, World
 
@@ -62,6 +63,7 @@ class Evaluator:
         conditions: (num_images, ...) each, of the images generated.
         null: what hides them for guidance.
         decode: latents to pictures; None leaves what is generated as it is.
+        validation: of the metric loss.
 
     Raises:
         UserError: too few images for a metric with this extractor, images of other channels than
@@ -84,6 +86,7 @@ class Evaluator:
     held_out: ImageSet | None = None
     clip: ClipScore | None = None
     texts: tuple[str, ...] = ()
+    validation: Validation | None = None
 
     def __post_init__(self) -> None:
         check_guidance(self.settings.guidance, self.conditions, self.null)
@@ -100,8 +103,12 @@ class Evaluator:
         Every process generates its part of the images and gets all; the first one measures them,
         the others have None.
         """
-        images = self.generate(model)
-        return images, self.measure(images) if self.world.is_first else None
+        images, validation = self.generate(model), self.validate(model)
+        return images, self.measure(images, validation) if self.world.is_first else None
+
+    def validate(self, model: nn.Module) -> float | None:
+        """The validation loss, on every process; None where it is not to be measured."""
+        return None if self.validation is None else self.validation(model)
 
     def generate(self, model: nn.Module) -> Tensor:
         """The images alone, on every process."""
@@ -127,8 +134,13 @@ class Evaluator:
         )
         return images if self.decode is None else self.decode(images)
 
-    def measure(self, images: Tensor) -> Evaluation | None:
-        """What is to be measured of images that were generated; None if that is nothing."""
+    def measure(self, images: Tensor, validation: float | None = None) -> Evaluation | None:
+        """What is to be measured of images that were generated; None if that is nothing.
+
+        Args:
+            images: (N, C, H, W), of ``generate``.
+            validation: of ``validate``.
+        """
         measured = [METRICS[name] for name in self._measured()]
         if not measured:
             return None
@@ -138,6 +150,7 @@ class Evaluator:
             "held_out": self.held_out,
             "texts": self.texts,
             "clip": self.clip,
+            "validation": validation,
         }
         if self.extractor is not None:
             logits = any("logits" in metric.needs for metric in measured)
@@ -182,6 +195,7 @@ class Evaluator:
             there |= {"generated", "logits", "real", "training"}
         there |= {"held_out"} if self.held_out is not None else set()
         there |= {"texts", "clip"} if self.clip is not None else set()
+        there |= {"validation"} if self.validation is not None else set()
         return tuple(name for name in self.metrics if there >= set(METRICS[name].needs))
 
     def _real(self) -> dict[str, ImageSet]:

@@ -16,6 +16,7 @@ A function's arguments are what its entry needs, of these:
     held_out    features of the images that were not
     texts       (N,) texts that the images were generated from
     clip        a ``ClipScore``
+    validation  the error of the model at fixed timesteps and noise, see validation.py
 """
 
 from collections.abc import Callable, Mapping
@@ -159,6 +160,13 @@ METRICS = {
         figures={"copied_share": Figure("copied share", "lower")},
         needs=("generated", "training", "held_out"),
         compute=_copied_share,
+    ),
+    "loss": Metric(
+        about="validation loss: the error at fixed timesteps and noise, of held-out images where "
+        "there are some, else of training images",
+        figures={"validation_loss": Figure("validation loss", "lower")},
+        needs=("validation",),
+        compute=lambda validation: {"validation_loss": validation},
     ),
     "clip": Metric(
         about="CLIP score of pictures and their texts; needs evaluation.clip_model",

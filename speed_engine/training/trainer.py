@@ -310,10 +310,12 @@ class Trainer:
         with self.clock.paused():
             try:
                 with self.stop.interrupting(alone):
-                    images = self.evaluator.generate(model if alone else self.stop.watched(model))
+                    called = model if alone else self.stop.watched(model)
+                    images = self.evaluator.generate(called)
+                    validation = self.evaluator.validate(called)
                 if self.world.is_first:
                     with self.stop.interrupting(True):
-                        found = self.evaluator.measure(images)
+                        found = self.evaluator.measure(images, validation)
                     self._keep_evaluation(images, found)
             except Stopped:
                 pass

@@ -6,14 +6,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from arena_curves import comparison
+from arena_curves import BUDGET, comparison
 from PIL import Image
 
 from speed_engine.arena import summary
 from speed_engine.arena.figures import PER_PANEL
 from speed_engine.arena.report import write_report
-from speed_engine.arena.results import Results, write_results
-from speed_engine.arena.speedup import Ratio
+from speed_engine.arena.results import GAUSSIAN, Results, write_results
+from speed_engine.arena.speedup import Ratio, speed_up
 
 SPEEDS = {"uniform": 1.0, "speed_paper": 2.0, "min_snr": 1.0, "uniform@flow": 3.0}
 
@@ -191,3 +191,45 @@ def test_bad_input_is_refused_by_name(tmp_path):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="baseline nobody is not among the methods"):
         report(dataclasses.replace(comparison({"a": 1.0}), baselines=("nobody",)), tmp_path)
+
+
+def with_floor(results, floor: float):
+    references = {GAUSSIAN: {"held_out_fid": floor, "copied_share": 0.01}}
+    return dataclasses.replace(results, references=references)
+
+
+def test_a_baseline_that_does_not_beat_a_gaussian_is_said_first(tmp_path):
+    results = comparison({"uniform": 1.0, "p2": 2.0}, 3, 0.01)
+    end = 1000 * BUDGET**-0.6
+    sound, empty = with_floor(results, 2 * end), with_floor(results, end / 2)
+    (sentence,) = summary.floor_in_words(sound)
+    assert "it has learned more than first and second moments" in sentence
+    (sentence,) = summary.floor_in_words(empty)
+    assert "speed-ups over it are undecided" in sentence
+    html, markdown = report(sound, tmp_path)
+    for page in (html, markdown):
+        assert "Gaussian per class, no training" in page
+        assert page.index("ends at") < page.index("has a speed-up of")
+    assert summary.floor_in_words(results) == []
+
+
+def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():
+    results = comparison({"uniform": 1.0, "p2": 2.0}, 3)
+    end = 1000 * BUDGET**-0.6
+    found = speed_up(with_floor(results, 1.5 * end), "p2", "uniform")
+    assert 0 < sum(level < 1.5 * end for level in found.levels) < len(found.levels)
+    assert found.beyond is not None and found.beyond.low == pytest.approx(2)
+    assert speed_up(with_floor(results, end / 2), "p2", "uniform").beyond is None
+    assert speed_up(results, "p2", "uniform").beyond is None
+
+
+def test_the_validation_loss_compares_contestants_of_one_process():
+    results = comparison({"uniform@flow": 1.0, "p2@flow": 3.0, "uniform": 2.0}, 3)
+    assert summary.against_in_loss(results, "uniform@flow") is None  # not measured
+    for curve in results.curves:
+        for point in curve.points:
+            point.values["validation_loss"] = point.values["held_out_fid"] ** 2
+    found = summary.against_in_loss(results, "uniform@flow")
+    assert found is not None and found.metric == "validation loss"
+    assert set(found.by_images) == {"p2@flow"}
+    assert found.by_images["p2@flow"].median.low == pytest.approx(3)

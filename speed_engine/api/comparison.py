@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.console import Console
 
-from speed_engine.api.training import from_where
 from speed_engine.arena import summary
 from speed_engine.arena.results import Results, read_results
 from speed_engine.commands.compare import FAIR_PRESETS, CompareCommand
 from speed_engine.commands.compare import compare as run_comparison
+from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
 
 
@@ -95,10 +95,10 @@ def compare(
         ... )  # doctest: +ELLIPSIS
         8 runs
         ...
-        >>> sorted(row["method"] for row in found.table)
-        ['logit_normal@flow:velocity', 'min_snr', 'uniform', 'uniform@flow:velocity']
+        >>> "min_snr" in [row["method"] for row in found.table]
+        True
     """
-    start = from_where(config, FAIR_PRESETS)
+    start = origin(config, FAIR_PRESETS)
     command = CompareCommand(
         preset=start.name,
         config=start.config(changes),

@@ -1,6 +1,5 @@
 """Training from Python: the runs of ``speed-engine train``."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from rich.console import Console
 from speed_engine import run as runs
 from speed_engine.api.loading import Device, of_run
 from speed_engine.api.model import Model
-from speed_engine.commands.config_file import Origin, origin
+from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
 from speed_engine.config import TrainConfig, with_values
-from speed_engine.presets import PRESETS
 from speed_engine.runtime.records import read_records
 from speed_engine.training.ema import EMA
 
@@ -127,17 +125,8 @@ def train(
         >>> run.metrics[-1]["step"]
         2
     """
-    start = from_where(config)
+    start = origin(config)
     whole = start.config(changes)
     place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
     runs.start(whole, place, console or Console())
     return Run(place)
-
-
-def from_where(
-    config: str | Path | TrainConfig, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS
-) -> Origin:
-    """What a configuration starts from: a preset, a file, or another configuration."""
-    if isinstance(config, TrainConfig):
-        return Origin(config.model.family, "a configuration", config, {})
-    return origin(str(config), presets)

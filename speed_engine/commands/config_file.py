@@ -65,19 +65,24 @@ def _layered(config: TrainConfig, layers: list[Mapping[str, Any]]) -> TrainConfi
     return config
 
 
-def origin(name: str, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS) -> Origin:
-    """A preset by its name, or a file of a configuration by its path.
+def origin(
+    of: str | Path | TrainConfig, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS
+) -> Origin:
+    """A preset by its name, a file of a configuration by its path, or a configuration itself.
 
     Args:
-        name: a key of ``presets``, or a path that ends in .toml or .json.
+        of: a key of ``presets``, a path that ends in .toml or .json, or a configuration, which is
+            called as its family of models.
         presets: name -> (what it trains, its configuration).
 
     Raises:
         UserError: neither, or the file cannot be read, or names a preset that does not exist.
     """
+    if isinstance(of, TrainConfig):
+        return Origin(of.model.family, "A configuration", of, {})
+    name, path = str(of), Path(of).expanduser()
     if name in presets:
         return Origin(name, *presets[name], {})
-    path = Path(name).expanduser()
     if path.suffix not in SUFFIXES:
         raise unknown("preset", name, presets)
     values = _read(path)

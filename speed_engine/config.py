@@ -182,12 +182,13 @@ class TrainConfig:
     def _check_metrics(self) -> None:
         data, named = self.data, " ".join(self.evaluation.metrics)
         there = {
-            "held_out": data.held_out > 0,
+            "held_out": data.holds_out,
             "texts": any(member.startswith("tokens") for member in data.members),
             "images": not data.latents or data.vae is not None,
         }
         remedy = {
-            "held_out": "images that were never trained on; set data.held_out, such as to 0.1",
+            "held_out": "images that were never trained on; set data.held_out, such as to 0.1, or "
+            "data.test_source",
             "texts": "a model that is conditioned on texts (tokens.npy among data.members)",
             "images": "pictures; set data.vae to decode latents",
         }

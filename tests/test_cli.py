@@ -329,7 +329,10 @@ def test_the_methods_are_listed_as_they_are_spelled(capsys):
     cli.main(["methods"])
     shown = capsys.readouterr().out
     assert "min_snr+gamma=5: Min-SNR weighting" in shown
-    assert "+stratified=None+normalised=None+weight_on=definition+weigh_bound=False" in shown
+    assert (
+        "+stratified=None+normalised=None+weight_on=definition+max_weight=inf+weigh_bound=False"
+        in shown
+    )
 
 
 def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monkeypatch):

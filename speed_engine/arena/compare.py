@@ -66,7 +66,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The one that decides; lower is better."""
-        return "held_out_fid" if self.config.data.held_out else "fid"
+        return "held_out_fid" if self.config.data.holds_out else "fid"
 
     @property
     def reported_seeds(self) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ def _fair(config: TrainConfig) -> TrainConfig:
     """A preset with a part of the data held out, and measured against both parts."""
     return replace(
         config,
-        data=replace(config.data, held_out=HELD_OUT),
+        data=config.data if config.data.holds_out else replace(config.data, held_out=HELD_OUT),
         evaluation=replace(config.evaluation, metrics=("fid", "copies", "loss")),
     )
 

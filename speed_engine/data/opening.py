@@ -34,13 +34,16 @@ def open_data(
     Args:
         data: configuration.
         members: extensions to read; by default the configured ones.
-        part: of the samples, or None for both parts.
+        part: of the samples, or None for both parts of ``data.source``.
 
     Raises:
         UserError: they are damaged, or lack a member that the model is to be conditioned on.
     """
+    source = data.source
+    if part == "held_out" and data.test_source is not None:
+        source = data.test_source
     return ShardReader(
-        _source(data),
+        _place(source),
         members or data.members,
         Cache(cache_folder() / "shards", int(data.cache_gb * 1e9)),
         data.exclude,
@@ -99,11 +102,11 @@ def build_cleaning(
     )
 
 
-def _source(data: DataConfig) -> Path | str:
+def _place(source: str) -> Path | str:
     """Path or URL of the shards; an embedded data set is written to the cache first."""
-    if data.source == "digits":
+    if source == "digits":
         return digits_folder()
-    return data.source if is_url(data.source) else Path(data.source).expanduser()
+    return source if is_url(source) else Path(source).expanduser()
 
 
 def _stores_posterior(data: DataConfig, reader: ShardReader) -> bool:
@@ -114,7 +117,7 @@ def _stores_posterior(data: DataConfig, reader: ShardReader) -> bool:
 
 
 def _null_tokens(data: DataConfig) -> np.ndarray:
-    source = _source(data)
+    source = _place(data.source)
     if isinstance(source, Path):
         return load_null_tokens(source)
     return decode_null_tokens(open_data(data).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")

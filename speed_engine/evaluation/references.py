@@ -40,7 +40,20 @@ def real_images(data: DataConfig, evaluation: EvaluationConfig) -> tuple[ImageSe
         return ImageSet(images, int(rows.sum()), extractor, file)
 
     training = part("training", ~is_held_out)
+    if data.test_source is not None:
+        return training, _test_images(data, extractor)
     return training, part("held_out", is_held_out) if share else None
+
+
+def _test_images(data: DataConfig, extractor: Extractor) -> ImageSet:
+    """Of another data set than that which is trained on."""
+    image, shape = data.members[0], data.image_shape
+    reader = open_data(data, [image], part="held_out")
+    file = statistics_path(
+        cache_folder() / "statistics", reader.fingerprint, image, shape, extractor
+    )
+    images = lambda: torch.from_numpy(read_all(reader, shape, data.on_bad_sample)[0])
+    return ImageSet(images, len(reader), extractor, file)
 
 
 def _extractor(

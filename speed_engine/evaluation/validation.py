@@ -115,7 +115,7 @@ def validation_of(
     Raises:
         UserError: a sample is damaged and the policy is to stop.
     """
-    reader = open_data(data, part="held_out" if data.held_out else "training")
+    reader = open_data(data, part="held_out" if data.holds_out else "training")
     numbers = np.linspace(0, len(reader), min(images, len(reader)), endpoint=False).astype(int)
 
     def substitute(place: int, attempt: int) -> int:

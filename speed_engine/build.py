@@ -4,6 +4,7 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -32,8 +33,8 @@ from speed_engine.evaluation.conditions import (
     generation_texts,
 )
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.references import real_images
-from speed_engine.evaluation.validation import IMAGES, Validation, validation_of
+from speed_engine.evaluation.references import real_images, validation_of
+from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
@@ -44,6 +45,8 @@ from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.configured import build_averages, build_update
 from speed_engine.training.ema import EMA, Ema
 from speed_engine.training.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 def build_process(config: TrainConfig) -> Method:
@@ -223,6 +226,8 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     training, held_out, clip, texts = None, None, None, ()
     if settings.features != "none":
         training, held_out = real_images(config.data, settings)
+        if world.is_first and (doubt := training.extractor.doubt()):
+            log.warning("%s", doubt)
     if "clip" in settings.metrics and settings.clip_model is not None:
         clip = ClipScore(settings.clip_model, torch_device(config.device))
         texts = generation_texts(config.data, settings.num_images)

@@ -98,6 +98,8 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     # Plain lines: a path that is wrapped can neither be copied nor searched for.
     logging.basicConfig(level=logging.WARNING, handlers=[_handler()])
+    if os.environ.get("RANK", "0") == "0":  # what takes long is said once
+        logging.getLogger("speed_engine.runtime.progress").setLevel(logging.INFO)
 
 
 def _handler() -> logging.Handler:
@@ -107,9 +109,14 @@ def _handler() -> logging.Handler:
 
 
 class _LowerCaseLevel(logging.Formatter):
-    """Writes ``warning: ...``; the level's own name stays as it is, other libraries print it."""
+    """Writes ``warning: ...``; the level's own name stays as it is, other libraries print it.
+
+    What is done now, at the level INFO, is written without a level.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.INFO:
+            return f"{record.getMessage()} ..."
         own = logging.makeLogRecord(record.__dict__ | {"levelname": record.levelname.lower()})
         return super().format(own)
 

@@ -87,8 +87,9 @@ class TrainConfig:
     """On a GPU, use deterministic algorithms only, so that equal runs have equal bits, as they have
     on a CPU; some algorithms are slower."""
     init_from: Path | None = None
-    """Weights to start from: a checkpoint file of facebookresearch/DiT, a folder of diffusers, or
-    what `speed-engine export` wrote. The default is random weights."""
+    """Weights to start from: the folder of another run, whose EMA is taken, a checkpoint file of
+    facebookresearch/DiT, a folder of diffusers, or what `speed-engine export` wrote. The default is
+    random weights."""
     log_every: int = 50
     """Number of optimizer steps between two records of the loss; only then does the host wait for
     the device."""

@@ -1,6 +1,7 @@
 """A run and its folder: start it, continue it, and read what it left.
 
-RUN/config.json         resolved configuration; what ``--resume`` reads
+RUN/config.json         resolved configuration, its paths absolute; what ``--resume`` reads
+RUN/changes.jsonl       what later resumptions changed of it, from which step on
 RUN/environment.json    versions, hardware, command
 RUN/metrics.jsonl       records; loggers show the same, such as TensorBoard of RUN/tensorboard
 RUN/checkpoints/        see training/checkpoint.py
@@ -10,10 +11,15 @@ RUN/ema.safetensors     the EMA of the parameters, once the run is complete
 Several processes, started by torchrun, train one run together; the first one writes.
 """
 
+import json
 import os
-from dataclasses import replace
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,23 +33,39 @@ from speed_engine.build import (
     build_process,
 )
 from speed_engine.config import TrainConfig, flat, from_json, to_json
+from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
-from speed_engine.runtime.checks import UserError, require_shapes
+from speed_engine.runtime.checks import UserError, require_shapes, shortened
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.loggers import check_loggers, open_loggers
 from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.runtime.progress import announced
 from speed_engine.runtime.sharding import COMPUTE_DTYPES
 from speed_engine.runtime.world import ALONE, World, join
-from speed_engine.training import checkpoint
-from speed_engine.training.ema import EMA, average_group
+from speed_engine.training import checkpoint, post_hoc
+from speed_engine.training.ema import EMA, average_group, decay_of
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
 
 CONFIG_FILE = "config.json"
+CHANGES_FILE = "changes.jsonl"
+# What a resumed run may change: how long and how fast it trains, and what it measures and keeps.
+# Whether moved data are the same is for their fingerprint to say.
+MAY_CHANGE = frozenset(
+    """
+    steps log_every logger checkpoint_every keep_checkpoints keep_every on_nonfinite hang_timeout
+    device compile attention kernels deterministic microbatch_size parallel reshard offload
+    data.source data.test_source data.vae data.workers data.resident data.on_bad_sample
+    data.cache_gb
+    optimizer.learning_rate optimizer.grad_clip
+    """.split()
+)
+_SECTION_MAY_CHANGE = "evaluation."
 
 
 def start(config: TrainConfig, folder: Path, console: Console) -> None:
@@ -60,7 +82,19 @@ def start(config: TrainConfig, folder: Path, console: Console) -> None:
     with deterministic(config.deterministic):
         trainer = _begun(config, folder, console)
         if trainer is not None:
-            trainer.train()
+            with _nothing_left_of_a_failed_start(trainer):
+                trainer.train()
+
+
+@contextmanager
+def _nothing_left_of_a_failed_start(trainer: Trainer) -> Iterator[None]:
+    """The folder of a run that fails in its first step is removed: there is nothing to resume."""
+    try:
+        yield
+    except Exception:
+        if trainer.world.is_first and trainer.engine.steps_done == 0:
+            shutil.rmtree(trainer.folder, ignore_errors=True)
+        raise
 
 
 def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | None:
@@ -74,10 +108,13 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
             return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
             return _continued(read_config(folder), folder, console, world)
+        if world.from_first(lambda: not (folder / CONFIG_FILE).exists()):
+            raise UserError(f"{folder} exists and is no run; name another folder with --run.")
         raise UserError(
             f"{folder} exists already; continue it with `speed-engine train --resume {folder}`, "
-            "or name another folder with --run."
+            "which takes changed options, or name another folder with --run."
         )
+    config = _with_absolute_paths(config)
     trainer, config = build_trainer(config, folder, console, world, config.init_from)
     if world.is_first:
         text = to_json(config)
@@ -86,24 +123,103 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
     return trainer
 
 
-def resume(folder: Path, console: Console, steps: int | None = None) -> None:
+def resume(
+    folder: Path,
+    console: Console,
+    steps: int | None = None,
+    *,
+    changed: TrainConfig | None = None,
+) -> None:
     """Continue a run from its newest complete checkpoint, or from its start if there is none yet.
 
     Args:
         folder: of the run.
         console: what the first process prints to.
         steps: optimizer steps of the whole run; by default those it was started with.
+        changed: the configuration to continue with; by default that of the run.
 
     Raises:
-        UserError: the folder is not a run, its checkpoint is of another model or other data, or
-            there is nothing left to do.
+        UserError: the folder is not a run, its checkpoint is of another model or other data, the
+            changed configuration is of another run, or there is nothing left to do.
     """
-    config = read_config(folder)
+    before = _with_absolute_paths(read_config(folder))
+    config = before if changed is None else _with_absolute_paths(changed)
     if steps is not None:
         config = replace(config, steps=steps)
+    changes = _changes(before, config)
+    _refuse_another_run(changes, folder)
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
-        _continued(config, folder, console, world).train()
+        trainer = _continued(config, folder, console, world)
+        if changes and world.is_first:
+            _record_changes(changes, folder, trainer.engine.steps_done)
+        trainer.train()
+
+
+def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, list[Any]]:
+    """[before, after] of every option that differs, by its name."""
+    old, new = _options(before), _options(after)
+    names = sorted(old.keys() | new.keys())
+    return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        section = value if isinstance(value, dict) else None
+        found |= {name: value} if section is None else {f"{name}.{k}": v for k, v in value.items()}
+    return found
+
+
+def _refuse_another_run(changes: dict[str, list[Any]], folder: Path) -> None:
+    fixed = [n for n in changes if n not in MAY_CHANGE and not n.startswith(_SECTION_MAY_CHANGE)]
+    if fixed:
+        texts = [f"{n}={shortened(changes[n][0])} (not {shortened(changes[n][1])})" for n in fixed]
+        raise UserError(
+            f"{folder} was started with {', '.join(texts)}, which a resumed run keeps: model, "
+            f"method, data and batch size are what the run is. Leave the options out, or start a "
+            f"new run, from these weights by --init-from {folder}."
+        )
+
+
+def _record_changes(changes: dict[str, list[Any]], folder: Path, step: int) -> None:
+    line = json.dumps({"step": step, "changes": changes}, default=str) + "\n"
+    with (folder / CHANGES_FILE).open("a") as file:
+        file.write(line)
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """What a run reads, wherever it is resumed from."""
+    data, evaluation = config.data, config.evaluation
+    vae, clip = data.vae, evaluation.clip_model
+    return replace(
+        config,
+        init_from=_absolute(config.init_from),
+        data=replace(
+            data,
+            source=_absolute_source(data.source),
+            test_source=data.test_source and _absolute_source(data.test_source),
+            exclude=_absolute(data.exclude),
+            vae=_folder_or_hub(vae),
+        ),
+        evaluation=replace(
+            evaluation,
+            inception_weights=_absolute(evaluation.inception_weights),
+            clip_model=_folder_or_hub(clip),
+        ),
+    )
+
+
+def _absolute_source(source: str) -> str:
+    return source if source == "digits" or is_url(source) else str(_absolute(Path(source)))
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def _folder_or_hub(name: str | None) -> str | None:
+    return str(_absolute(Path(name))) if name and Path(name).expanduser().exists() else name
 
 
 def _continued(config: TrainConfig, folder: Path, console: Console, world: World) -> Trainer:
@@ -167,19 +283,29 @@ def build_trainer(
     check_loggers(config.logger)
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
-    data = TrainingData(config.data, config.batch_size, config.seed, world, device)
-    settle_operators(config, config.kernels, device, world)
+    with announced("opening the data set"):
+        data = TrainingData(config.data, config.batch_size, config.seed, world, device)
+    with announced("trying kernels and attention on this device"):
+        settle_operators(config, config.kernels, device, world)
     choices = machine_choices(config, world, data.num_bytes)
     process = build_process(config)
-    evaluator = build_evaluator(config, process, world)
-    model = build_model(config, choices.attention.value).to(device)
+    with announced("reading the real images that generated ones are compared with"):
+        evaluator = build_evaluator(config, process, world)
+    with announced("making the model"):
+        model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
-        load_pretrained(model, init_from)
+        _load_weights(model, init_from)
     engine = build_engine(config, process, model, choices, world, device)
     where = choices.device.value
     if world.size > 1:
         where = f"{world.size} x {where}, {choices.parallel.value}"
+    names = class_names(config.data) if "cls" in config.data.members else []
+    classes = f", {len(names)} classes: {shortened(', '.join(names))}" if len(names) > 1 else ""
     parameters = sum(p.numel() for p in engine.model.parameters())
+    how = choices.compile.value
+    compiling = {
+        "compile": f"{how}; the first steps compile, which takes seconds to minutes and is kept"
+    }
     trainer = Trainer(
         Loop(
             steps=config.steps,
@@ -201,15 +327,25 @@ def build_trainer(
         world=world,
         console=console,
         introduction={
-            "data": f"{len(data.reader):,} images of shape {config.data.image_shape}",
+            "data": f"{len(data.reader):,} images of shape {config.data.image_shape}{classes}",
             "model": f"{parameters:,} parameters on {where}",
             "method": config.method,
             "features": evaluator.extractor.describe() if evaluator.extractor else "none",
+            **(compiling if how != "off" else {}),
         },
         open_loggers=partial(open_loggers, config.logger, folder, flat(config)),
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Of a file, or of a run: the EMA of one that is not complete is in its newest checkpoint."""
+    if not (path / CHECKPOINTS).is_dir() or (path / EMA_FILE).is_file():
+        load_pretrained(model, path)
+        return
+    newest = newest_checkpoint(path)
+    load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
 
 
 def settle_operators(
@@ -248,7 +384,7 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_average(
-    run: Path, config: TrainConfig, device: torch.device, name: str = EMA
+    run: Path, config: TrainConfig, device: torch.device, name: str = EMA, step: int | None = None
 ) -> tuple[nn.Module, int]:
     """(model with the EMA of the parameters, its step) from a run's newest complete checkpoint.
 
@@ -257,10 +393,20 @@ def load_average(
         config: of the run.
         device: of the model.
         name: of the EMA: ``ema``, or one of ``optimizer.averages``.
+        step: of the checkpoint; by default the newest.
 
     Raises:
-        UserError: there is no checkpoint, it belongs to another model, or lacks the EMA.
+        UserError: there is no such checkpoint, it belongs to another model, or lacks the EMA.
+        InvalidCheckpoint: the one that was asked for is damaged.
     """
+    if step is not None:
+        path = run / CHECKPOINTS / f"step-{step:08d}"
+        if not path.is_dir():
+            there = sorted((run / CHECKPOINTS).glob("step-*"))
+            kept = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there) or "none"
+            raise UserError(f"{run} has no checkpoint of step {step}; it keeps those of: {kept}.")
+        checkpoint.verify(path)
+        return load_average_of(path, config, device, name)
     while True:
         path = newest_checkpoint(run)
         try:
@@ -280,6 +426,8 @@ def load_average_of(
         UserError: it belongs to another model, or lacks the EMA.
     """
     tensors = checkpoint.load_group(path, average_group(name))
+    if not tensors and name.startswith(post_hoc.RULE):
+        tensors = _reconstructed(path, config, name)
     if not tensors:
         kept = ", ".join((EMA, *config.optimizer.averages))
         raise UserError(f"{path} holds no EMA {name!r}; this run keeps {kept}.")
@@ -306,6 +454,20 @@ def load_network(
     model = build_model(config)
     load_parameters(model, tensors, source)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _reconstructed(path: Path, config: TrainConfig, name: str) -> dict[str, Tensor]:
+    """A power-function average of another length than those that the run kept; none without them.
+
+    Raises:
+        UserError: the name does not parse.
+    """
+    decay_of(name)
+    step = checkpoint.read_state(path)["step"]
+    kept = sorted(path.parent.glob("step-*"))
+    stored = post_hoc.stored_averages(kept, config.optimizer.averages, step)
+    exponent = float(name.removeprefix(post_hoc.RULE))
+    return post_hoc.reconstructed(stored, step, exponent) if stored else {}
 
 
 def newest_checkpoint(run: Path) -> Path:

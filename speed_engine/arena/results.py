@@ -90,6 +90,17 @@ class Results:
         """Of the metric that decides, such as ``held-out FID (classifier features)``."""
         return metrics.title(self.metric, self.extractor)
 
+    @property
+    def data(self) -> str:
+        """Name of the data set, such as ``digits``; of a folder of shards its own name."""
+        source = str(self.config.get("data", {}).get("source", "unknown data"))
+        return Path(source.rstrip("/")).name or source
+
+    @property
+    def tuned(self) -> bool:
+        """Whether contestants chose their learning rates from a grid."""
+        return any(len(contestant.tuning) > 1 for contestant in self.contestants)
+
 
 def write_results(results: Results, path: Path) -> None:
     """As JSON."""

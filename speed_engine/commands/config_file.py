@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from speed_engine.config import TrainConfig, parsed, to_json, with_values
-from speed_engine.presets import PRESETS
+from speed_engine.presets import OWN_IMAGES, PRESETS
 from speed_engine.runtime.checks import UserError, unknown
 from speed_engine.runtime.files import write_durably
 
@@ -32,6 +32,7 @@ class Origin(NamedTuple):
     text: str  # one line about it
     preset: TrainConfig
     values: Mapping[str, Any]  # of the file, in place of the preset's
+    own_images: bool = False  # whether the preset takes any images, of which a record tells
 
     def config(self, *later: Mapping[str, Any]) -> TrainConfig:
         """The configuration, with further values that hold before those of the file.
@@ -47,16 +48,26 @@ class Origin(NamedTuple):
         """
         layers = [self.values, *later]
         config = _layered(self.preset, layers)
-        if config.data.source == self.preset.data.source:
+        if config.data.source == self.preset.data.source and not self.own_images:
             return config
-        # Not at the top: it needs torch, which the help does without.
-        from speed_engine.data.facts import recorded, with_recorded_facts
+        return _layered(_of_data_set(self.preset, config.data.source), layers)
 
-        dataset = recorded(config.data.source)
-        if dataset is None:
-            return config
-        data = with_recorded_facts(self.preset.data, dataset)
-        return _layered(dataclasses.replace(self.preset, data=data), layers)
+
+def _of_data_set(config: TrainConfig, source: str) -> TrainConfig:
+    """A preset's configuration on a data set, as far as its record says what is there."""
+    # Not at the top: it needs numpy, which the help does without.
+    from speed_engine.data.facts import has_several_classes, recorded, with_recorded_facts
+
+    dataset = recorded(source)
+    if dataset is None:
+        return config
+    data = with_recorded_facts(dataclasses.replace(config.data, source=source), dataset)
+    features = config.evaluation.features
+    if data.latents or (features == "classifier" and not has_several_classes(data, dataset)):
+        features = "none"  # there is nothing to train a classifier of
+    return dataclasses.replace(
+        config, data=data, evaluation=dataclasses.replace(config.evaluation, features=features)
+    )
 
 
 def _layered(config: TrainConfig, layers: list[Mapping[str, Any]]) -> TrainConfig:
@@ -82,7 +93,7 @@ def origin(
         return Origin(of.model.family, "A configuration", of, {})
     name, path = str(of), Path(of).expanduser()
     if name in presets:
-        return Origin(name, *presets[name], {})
+        return Origin(name, *presets[name], {}, name in OWN_IMAGES)
     if path.suffix not in SUFFIXES:
         raise unknown("preset", name, presets)
     values = _read(path)
@@ -91,7 +102,8 @@ def origin(
         return Origin(path.stem, f"The configuration of {path}", TrainConfig(), values)
     if preset not in presets:
         raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
-    return Origin(path.stem, f"{preset} as {path} changes it", presets[preset][1], values)
+    text, own_images = f"{preset} as {path} changes it", preset in OWN_IMAGES
+    return Origin(path.stem, text, presets[preset][1], values, own_images)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from speed_engine.commands.config_file import origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
 from speed_engine.config import TrainConfig
-from speed_engine.presets import PRESETS
+from speed_engine.presets import OWN_IMAGES, PRESETS
 from speed_engine.runtime.checks import UserError
 
 Command = TypeVar("Command")
@@ -51,7 +51,7 @@ def configured(
 
     Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
     the place of the preset's own; what a file says holds before both, and what an option says
-    before all.
+    before all. A source alone, without a preset, is trained on by the first preset for own images.
 
     Args:
         command: makes the command of a name and a configuration.
@@ -65,12 +65,17 @@ def configured(
         UserError: no preset or file of that name, an option that belongs to the method, or a value
             that the configuration refuses.
     """
-    if not arguments:
-        raise UserError(f"a preset is missing: {program} PRESET; choose from {', '.join(presets)}.")
-    name, *options = arguments
-    if name in ("-h", "--help"):
+    if arguments and arguments[0] in ("-h", "--help"):
         _print_help(command, presets, program, first)
         raise SystemExit(0)
+    if any(argument.partition("=")[0] == "--data.source" for argument in arguments[:1]):
+        arguments = [OWN_IMAGES[0], *arguments]
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            f"a preset is missing: {program} PRESET [options], or, to train on your own images, "
+            f"{program} --data.source SHARDS [options]; choose from {', '.join(presets)}."
+        )
+    name, *options = arguments
     start = origin(name, presets)
 
     def with_options(config: TrainConfig) -> Command:

@@ -31,7 +31,7 @@ from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.progress import SampleProgress
+from speed_engine.runtime.progress import SampleProgress, announced
 from speed_engine.runtime.records import RECORDS, append_record, as_json, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
@@ -137,7 +137,8 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     if not world.is_first:
         return None
     images = parts.images()
-    found = evaluator.measure(images, validation)
+    with announced("comparing generated images with real ones"):
+        found = evaluator.measure(images, validation)
     assert found is not None  # some field is measured
     parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}

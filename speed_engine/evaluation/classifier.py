@@ -24,6 +24,7 @@ from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.progress import announced
 
 FEATURES_VERSION = 1  # raise it with any change to the network or its training
 FEATURE_DIM = 64
@@ -33,6 +34,7 @@ EPOCHS = 8  # at least; 72 % of CIFAR-10 at 16 pixels are then right
 BATCH_SIZE = 128  # images per step
 LEARNING_RATE = 5e-3  # at its peak; it falls to zero along a cosine
 WEIGHT_DECAY = 1e-2
+TRUSTED_ACCURACY = 0.8  # below, its features hardly tell classes apart
 HOLD_OUT_EVERY = 5  # one image in five, in the order of a seeded permutation
 
 
@@ -56,6 +58,16 @@ class ClassifierFeatures(Extractor):
         return (
             f"{self.feature_dim} of a classifier of these data, "
             f"right on {self.accuracy:.1%} of held-out images"
+        )
+
+    def doubt(self) -> str | None:
+        """Features that cannot tell the classes apart cannot tell good images from bad ones."""
+        if self.accuracy >= TRUSTED_ACCURACY:
+            return None
+        return (
+            f"the classifier whose features are compared is right on {self.accuracy:.1%} of "
+            "held-out images only, so its FID can be low for bad images: look at the images, or "
+            "use --evaluation.features inception (`evaluate`: --features inception)."
         )
 
 
@@ -155,7 +167,8 @@ def classifier_for(
     if path.exists():
         return _load(path, channels=images.shape[1], num_classes=int(labels.max()) + 1)
     seed = 0
-    network, accuracy = train_classifier(images, labels, seed)
+    with announced("training a classifier of these images, whose features FID compares; once"):
+        network, accuracy = train_classifier(images, labels, seed)
     _save(path, network, accuracy, seed)
     return _as_features(network, accuracy)
 

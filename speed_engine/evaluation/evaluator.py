@@ -110,16 +110,33 @@ class Evaluator:
         """The validation loss, on every process; None where it is not to be measured."""
         return None if self.validation is None else self.validation(model)
 
-    def generate(self, model: nn.Module) -> Tensor:
-        """The images alone, on every process."""
+    def generate(
+        self, model: nn.Module, advance: Callable[[float], object] = lambda images: None
+    ) -> Tensor:
+        """The images alone, on every process.
+
+        Args:
+            model: as of ``generate_some``.
+            advance: called with how many images, or parts of one, this process generated since.
+        """
         # Each process generates equally many, for sharded models compute together: the last image
         # again where there is none left.
-        share = -(-self.num_images // self.world.size)
-        first = self.world.rank * share
+        first, share = self.world.rank * self.share, self.share
         ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
-        return self.world.gather_on_host(self.generate_some(model, ids))[: self.num_images]
+        images = self.generate_some(model, ids, advance)
+        return self.world.gather_on_host(images)[: self.num_images]
 
-    def generate_some(self, model: nn.Module, ids: Tensor) -> Tensor:
+    @property
+    def share(self) -> int:
+        """Images that each process generates."""
+        return -(-self.num_images // self.world.size)
+
+    def generate_some(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        advance: Callable[[float], object] = lambda images: None,
+    ) -> Tensor:
         """(B,) int64 -> (B, C, H, W): these of the images, on this process alone."""
         images = generate(
             model,
@@ -131,6 +148,7 @@ class Evaluator:
             null=self.null,
             seed=self.seed,
             latents=self.latents,
+            advance=advance,
         )
         return images if self.decode is None else self.decode(images)
 

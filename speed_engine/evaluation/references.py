@@ -1,4 +1,4 @@
-"""The real images that generated ones are compared to, and the features they are compared by."""
+"""The real images that a model is measured by: compared with generated ones, and denoised."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,17 +7,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from speed_engine.data.batch import StoredBatch
 from speed_engine.data.config import DataConfig
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.loading.decoding import read_all
-from speed_engine.data.opening import open_data
+from speed_engine.data.loading.decoding import BatchReader, read_all
+from speed_engine.data.loading.order import elsewhere
+from speed_engine.data.opening import build_cleaning, open_data, stored_shape
+from speed_engine.diffusion.fitted import Method
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
+from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
+from speed_engine.runtime.world import ALONE, World
 
 
 def real_images(data: DataConfig, evaluation: EvaluationConfig) -> tuple[ImageSet, ImageSet | None]:
@@ -54,6 +59,40 @@ def _test_images(data: DataConfig, extractor: Extractor) -> ImageSet:
     )
     images = lambda: torch.from_numpy(read_all(reader, shape, data.on_bad_sample)[0])
     return ImageSet(images, len(reader), extractor, file)
+
+
+def validation_of(
+    data: DataConfig,
+    process: Method,
+    seed: int,
+    device: torch.device,
+    world: World = ALONE,
+    images: int = IMAGES,
+) -> Validation:
+    """With images of the held-out part, or of the training part where nothing is held out.
+
+    Args:
+        data: the configured data set; images are taken at equal distances over all of it.
+        process: on which the model is trained.
+        seed: root of the noise, and of the draws from posteriors of latents.
+        device: of the model.
+        world: the processes.
+        images: at most so many.
+
+    Raises:
+        UserError: a sample is damaged and the policy is to stop.
+    """
+    reader = open_data(data, part="held_out" if data.holds_out else "training")
+    numbers = np.linspace(0, len(reader), min(images, len(reader)), endpoint=False).astype(int)
+
+    def substitute(place: int, attempt: int) -> int:
+        return elsewhere(int(numbers[place]), attempt, len(reader))
+
+    batches = BatchReader(reader, stored_shape(data, reader), on_bad_sample=data.on_bad_sample)
+    stored = batches.read(numbers, substitute)
+    stored = StoredBatch(stored.images, stored.conditions, stored.ids).to(device)
+    cleaning = build_cleaning(data, reader, seed, device)._replace(flip=False)
+    return Validation(process, cleaning.batch(stored), seed, world)
 
 
 def _extractor(

@@ -11,15 +11,10 @@ Letters: B images, M of them all, W processes.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from speed_engine.data.batch import Batch, StoredBatch
-from speed_engine.data.config import DataConfig
-from speed_engine.data.loading.decoding import BatchReader
-from speed_engine.data.loading.order import elsewhere
-from speed_engine.data.opening import build_cleaning, open_data, stored_shape
+from speed_engine.data.batch import Batch
 from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.prediction import linear_form, weight_conversion
 from speed_engine.ops import Stream, normal
@@ -92,37 +87,3 @@ class Validation:
                 answers.append(model(x_in[part], time[part], **conditions)[:, : x.shape[1]].float())
         errors = (torch.cat(answers) - wanted).double().square().flatten(1).mean(1)
         return (errors * self._counts).sum().cpu()
-
-
-def validation_of(
-    data: DataConfig,
-    process: Method,
-    seed: int,
-    device: torch.device,
-    world: World = ALONE,
-    images: int = IMAGES,
-) -> Validation:
-    """With images of the held-out part, or of the training part where nothing is held out.
-
-    Args:
-        data: the configured data set; images are taken at equal distances over all of it.
-        process: on which the model is trained.
-        seed: root of the noise, and of the draws from posteriors of latents.
-        device: of the model.
-        world: the processes.
-        images: at most so many.
-
-    Raises:
-        UserError: a sample is damaged and the policy is to stop.
-    """
-    reader = open_data(data, part="held_out" if data.holds_out else "training")
-    numbers = np.linspace(0, len(reader), min(images, len(reader)), endpoint=False).astype(int)
-
-    def substitute(place: int, attempt: int) -> int:
-        return elsewhere(int(numbers[place]), attempt, len(reader))
-
-    batches = BatchReader(reader, stored_shape(data, reader), on_bad_sample=data.on_bad_sample)
-    stored = batches.read(numbers, substitute)
-    stored = StoredBatch(stored.images, stored.conditions, stored.ids).to(device)
-    cleaning = build_cleaning(data, reader, seed, device)._replace(flip=False)
-    return Validation(process, cleaning.batch(stored), seed, world)

@@ -196,6 +196,6 @@ def open_loggers(
                 logger.close()
             raise UserError(
                 f"the logger {name} cannot begin: {error}; see that its key and its server are set "
-                f"in the environment, or leave it out of --logger. {run} trains by --resume."
+                f"in the environment, or leave it out of --logger."
             ) from error
     return opened

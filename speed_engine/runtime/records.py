@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,14 @@ from speed_engine.runtime.loggers import Logger
 
 RECORDS = "metrics.jsonl"
 NO_LOGGERS: Mapping[str, Logger] = MappingProxyType({})
+# Of an evaluation, what depends on no step, so that a curve of it is a line.
+CONSTANTS = frozenset(
+    """
+    images num_generated num_reference num_held_out feature_dim solver_steps guidance
+    guidance_channels fid_within fid_within_images held_out_fid_within held_out_fid_within_images
+    """.split()
+)
+LAG = 2  # steps between a question to the device and its answer, see stopping.py
 log = logging.getLogger(__name__)
 
 
@@ -90,6 +99,7 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+        self._answers: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # on their way to the host
 
     def add(self, skipped: Tensor) -> None:
         """() float32, 1 if the step was skipped."""
@@ -101,6 +111,30 @@ class SkippedSteps:
         """(steps skipped in the run, most of them in a row); waits for the device."""
         total, _, most = self._counts.int().tolist()
         return total, most
+
+    def may_have(self, most: int, wait: bool) -> bool:
+        """Whether so many steps in a row were skipped, as far as the host knows; to call each step.
+
+        On a GPU the answer is a few steps old.
+
+        Args:
+            most: steps in a row.
+            wait: for the answer of ``LAG`` steps ago, so that all processes hear the same.
+        """
+        if not self._counts.is_cuda:
+            return int(self._counts[2]) >= most
+        if len(self._answers) <= LAG:
+            answer = torch.empty((), pin_memory=True).copy_(self._counts[2], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._answers.append((answer, arrived))
+        answer, arrived = self._answers[0]
+        if wait and len(self._answers) > LAG:
+            arrived.synchronize()
+        if not (len(self._answers) > LAG if wait else arrived.query()):
+            return False
+        self._answers.popleft()
+        return int(answer) >= most
 
     def state(self) -> list[float]:
         """What a checkpoint must keep."""
@@ -134,10 +168,14 @@ class RunLog:
         self._loggers = dict(loggers)
         self.lost = 0
 
-    def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Record figures at a step."""
         self._append(as_json({"step": step, **figures}).encode() + b"\n", step)
-        numbers = {name: of for name, of in figures.items() if isinstance(of, int | float)}
+        numbers = {
+            name: of
+            for name, of in figures.items()
+            if isinstance(of, int | float) and name not in CONSTANTS
+        }
         self._tell(f"at step {step}", lambda logger: logger.figures(step, numbers))
 
     def picture(self, step: int, path: Path) -> None:

@@ -55,7 +55,8 @@ class OptimizerConfig:
     averages: tuple[str, ...] = ()
     """Further EMAs that checkpoints hold beside the first: ema=DECAY has another decay,
     constant=DECAY one without warm-up, and power=GAMMA the decay (1 - 1 / step)**(GAMMA + 1) of
-    EDM2. The option --average of other commands selects one."""
+    EDM2. The option --average of other commands selects one, and makes power-function averages
+    of other lengths from two or more that were kept."""
 
     def __post_init__(self) -> None:
         once = len(set(self.averages)) == len(self.averages)

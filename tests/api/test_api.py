@@ -213,7 +213,7 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.train("digits", model={"dept": 5}), "model.dept is unknown, the nearest"),
         (lambda run: se.train("digits", run.folder), "run exists already; continue it"),
         (lambda run: run.evaluate(num_image=5), "evaluation.num_image is unknown, the nearest"),
-        (lambda run: run.model("power=9"), "holds no EMA 'power=9'; this run keeps ema, power=1"),
+        (lambda run: run.model("ema=0.5"), "holds no EMA 'ema=0.5'; this run keeps ema, power=1"),
         (lambda run: se.load("nothing-here"), "nothing-here is no folder; give the folder of"),
         (lambda run: se.load(ROOT), "is not a run folder: it has no config.json"),
         (lambda run: se.compare("ffhq-unet"), "unknown preset 'ffhq-unet'"),

@@ -203,3 +203,11 @@ def test_a_fingerprint_cannot_leave_the_cache_folder(tmp_path):
 def test_larger_data_sets_are_trained_on_for_longer():
     assert classifier.training_steps(1797) == classifier.training_steps(4000) == 300
     assert classifier.training_steps(50_000) == 2500  # 8 epochs of four images in five
+
+
+@pytest.mark.parametrize("accuracy, warned", [(0.56, True), (0.79, True), (0.8, False)])
+def test_a_classifier_that_is_often_wrong_is_doubted(accuracy, warned):
+    features = classifier._as_features(classifier.Classifier(1, 3), accuracy)
+    doubt = features.doubt()
+    assert (doubt is not None) == warned
+    assert doubt is None or f"right on {accuracy:.1%} of held-out images only" in doubt

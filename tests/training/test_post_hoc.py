@@ -1,9 +1,18 @@
 """Averages that were not kept, from those that were."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
+from speed_engine import run
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power
 from speed_engine.training.post_hoc import combination
 
@@ -60,3 +69,28 @@ def test_inner_products_are_those_of_the_profiles():
     both = [torch.where(t <= s, (g + 1) * t**g / s ** (g + 1), 0.0) for s, g in pairs.tolist()]
     expected = torch.stack([torch.stack([(p * q).sum() / 1000 for q in both]) for p in both])
     torch.testing.assert_close(_products(pairs, pairs), expected, rtol=1e-4, atol=0)
+
+
+def test_a_run_s_average_of_another_length_is_made_of_those_it_kept(tmp_path):
+    averages = ("power=6.94", "power=16.97")
+    config = TrainConfig(
+        steps=60, batch_size=4, checkpoint_every=10, keep_checkpoints=6, device="cpu",
+        model=DiTConfig(dim=16, depth=1, num_heads=2),
+        optimizer=OptimizerConfig(averages=(*averages, "power=10"), learning_rate=0.01),
+        evaluation=EvaluationConfig(every=60, num_images=4, solver_steps=2, features="none"),
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    run.start(config, folder, Console(quiet=True))
+    tracked, _ = run.load_average(folder, config, torch.device("cpu"), "power=10")
+    without = replace(config, optimizer=replace(config.optimizer, averages=averages))
+    found, kept = (
+        run.load_average(folder, without, torch.device("cpu"), name)[0].state_dict()
+        for name in ("power=9.5", "power=6.94")
+    )
+    for name, value in tracked.state_dict().items():
+        if value.is_floating_point() and not torch.equal(value, kept[name]):
+            away = (kept[name] - value).norm()
+            assert (found[name] - value).norm() < away / 2, name
+    plain = replace(config, optimizer=OptimizerConfig())
+    with pytest.raises(UserError, match=r"no EMA 'power=9.5'; this run keeps ema"):
+        run.load_average(folder, plain, torch.device("cpu"), "power=9.5")

@@ -122,16 +122,21 @@ def test_decoded_latents_are_compared_with_the_pictures_of_the_reference(folder,
     assert of_statistics.figures["fid"] == pytest.approx(found.figures["fid"], rel=1e-6)
 
 
-def test_statistics_of_an_archive_are_used_before_its_pictures(folder, pixel_features, tmp_path):
-    images, _ = pictures()
+def test_statistics_of_an_archive_are_used_before_its_pictures_for_inception_alone(
+    folder, pixel_features, tmp_path, monkeypatch
+):
+    images, classes = pictures()
     mu, sigma = np.full(768, 7.0), np.eye(768)
-    np.savez(tmp_path / "both.npz", arr_0=images, mu=mu, sigma=sigma, mu_s=mu)
+    np.savez(tmp_path / "both.npz", arr_0=images, arr_1=classes, mu=mu, sigma=sigma)
     config = config_of(
         folder, reference=str(tmp_path / "both.npz"), features="inception", metrics=("kid",)
     )
     real = evaluator_of(config).reference
     assert real is not None and len(real) == COUNT
     assert (real.statistics["mu"] == 7).all() and real.features.mean() > 7
+    monkeypatch.setattr(references, "classifier_for", lambda *arguments: pixel_features)
+    of_classifier = evaluator_of(config.with_evaluation(features="classifier")).reference
+    assert of_classifier is not None and (of_classifier.statistics["mu"] > 7).all()
 
 
 @pytest.mark.parametrize("reference", ["pictures", "pictures.npz"])

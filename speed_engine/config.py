@@ -154,12 +154,7 @@ class TrainConfig:
             self.evaluation.solver_steps <= self.num_timesteps,
             f"must be at most num_timesteps={self.num_timesteps}",
         )
-        check(
-            "evaluation.features",
-            self.evaluation.features,
-            not self.data.latents or self.evaluation.features == "none",
-            "latents are no pictures that could be compared; choose none",
-        )
+        self._check_pictures()
         self._check_metrics()
         once = len(set(self.logger)) == len(self.logger)
         check("logger", " ".join(self.logger), once, "name each logger once")
@@ -181,18 +176,32 @@ class TrainConfig:
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         return dataclasses.replace(self, evaluation=dataclasses.replace(self.evaluation, **given))
 
+    def _check_pictures(self) -> None:
+        """Latents are compared as pictures, with pictures."""
+        features = self.evaluation.features
+        if not self.data.latents or features == "none":
+            return
+        for option, value, what in (
+            ("data.vae", self.data.vae, "which decodes what is generated"),
+            ("evaluation.reference", self.evaluation.reference, "the real pictures"),
+        ):
+            need = f"latents are compared as pictures: set {option}, {what}, or choose none"
+            check("evaluation.features", features, value is not None, need)
+
     def _check_metrics(self) -> None:
         data, named = self.data, " ".join(self.evaluation.metrics)
         there = {
             "held_out": data.holds_out,
             "texts": any(member.startswith("tokens") for member in data.members),
             "images": not data.latents or data.vae is not None,
+            "training": self.evaluation.reference is None,
         }
         remedy = {
             "held_out": "images that were never trained on; set data.held_out, such as to 0.1, or "
             "data.test_source",
             "texts": "a model that is conditioned on texts (tokens.npy among data.members)",
             "images": "pictures; set data.vae to decode latents",
+            "training": "the pictures that are trained on; leave evaluation.reference out",
         }
         for metric in self.evaluation.metrics:
             for need in sorted(METRICS[metric].needs, reverse=True):

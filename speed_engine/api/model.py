@@ -247,4 +247,5 @@ class Model:
     @cached_property
     def _decode(self) -> Callable[[Tensor], Tensor] | None:
         device: Any = next(self.network.parameters()).device.type  # what trained it may be another
-        return build_decoder(dataclasses.replace(self.config, device=device), self.facts.metadata)
+        config = dataclasses.replace(self.config, device=device)
+        return build_decoder(config, metadata=self.facts.metadata)

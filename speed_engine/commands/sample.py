@@ -191,7 +191,7 @@ def generate_files(
     how = machine.choose_compile(compile, device, batches * settings.steps).value
     on = machine.torch_device(config.device, world)
     model, step = load_average(run, config, on, average, step)
-    process, decode = build_process(config), build_decoder(config)
+    process, decode = build_process(config), build_decoder(config, world)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part
+from speed_engine.data.format.index import Contents
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
 from speed_engine.data.loading.clean import Cleaning
@@ -45,11 +47,17 @@ def open_data(
     return ShardReader(
         _place(source),
         members or data.members,
-        Cache(cache_folder() / "shards", int(data.cache_gb * 1e9)),
+        _cache(data),
         data.exclude,
         data.held_out,
         part,
     )
+
+
+def contents_of(data: DataConfig) -> Contents:
+    """What is known of the members that the configured shards have, by their extensions."""
+    folder = open_folder(_place(data.source), _cache(data))
+    return folder.load(())[0].contents
 
 
 def condition_names(data: DataConfig) -> tuple[str, ...]:
@@ -100,6 +108,10 @@ def build_cleaning(
         shift=float(metadata.get("latent_shift", 0.0)),
         flip=data.flip,
     )
+
+
+def _cache(data: DataConfig) -> Cache:
+    return Cache(cache_folder() / "shards", int(data.cache_gb * 1e9))
 
 
 def _place(source: str) -> Path | str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.encoders.clip import ClipScore
+from speed_engine.encoders.vae import Decoder
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
@@ -53,11 +54,14 @@ class Evaluator:
     Attributes:
         table: the linear form of the process that the model was trained on.
         settings: how images are generated.
-        training: the images that are trained on; None compares with none.
+        training: the images that are trained on; None compares with none of them.
         extractor: of the features that are compared; None with no images to compare with.
         metrics: keys of ``METRICS``; those that lack what they need are not measured.
         held_out: real images that are not trained on, of the same extractor; None if there are
             none.
+        reference: real images, or their statistics, of the same extractor, that take the place of
+            the training and held-out images; None compares with those.
+        reference_sha256: of the content of the reference.
         clip: of the metric of that name.
         texts: (num_images,) what it compares with.
         conditions: (num_images, ...) each, of the images generated.
@@ -67,7 +71,8 @@ class Evaluator:
 
     Raises:
         UserError: too few images for a metric with this extractor, images of other channels than
-            it takes, or guidance on a model that is conditioned on nothing that can be hidden.
+            it takes, a reference of statistics for a metric that needs images, or guidance on a
+            model that is conditioned on nothing that can be hidden.
     """
 
     table: TimestepTable
@@ -81,9 +86,11 @@ class Evaluator:
     num_images: int
     seed: int
     world: World = ALONE
-    decode: Callable[[Tensor], Tensor] | None = None
+    decode: Decoder | None = None
     metrics: tuple[str, ...] = ("fid", "kid")
     held_out: ImageSet | None = None
+    reference: ImageSet | None = None
+    reference_sha256: str | None = None
     clip: ClipScore | None = None
     texts: tuple[str, ...] = ()
     validation: Validation | None = None
@@ -92,10 +99,14 @@ class Evaluator:
         check_guidance(self.settings.guidance, self.conditions, self.null)
         if self.extractor is None:
             return
-        _check_channels(self.image_shape[0], self.extractor)
+        shape, decode = self.image_shape, self.decode
+        channels, _, _ = shape if decode is None else decode.picture_shape(shape)
+        _check_channels(channels, self.extractor)
         for metric in self._measured():
             for real in self._real().values():
-                _check_counts(metric, self.num_images, len(real), self.extractor)
+                # Of statistics alone there are no images to count.
+                count = len(real) or _check_statistics(metric, self.num_images)
+                _check_counts(metric, self.num_images, count, self.extractor)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, Evaluation | None]:
         """Images (N, C, H, W), decoded or as ``generate`` returns them, and what was measured.
@@ -188,15 +199,18 @@ class Evaluator:
     def circumstances(self) -> dict[str, Any]:
         """The fields of a record that say what was measured and how."""
         facts: dict[str, Any] = {"num_generated": self.num_images, **self.settings.record()}
-        if self.extractor is not None and self.training is not None:
+        facts["reference_sha256"] = self.reference_sha256
+        if self.extractor is not None and (real := self._real().get("")) is not None:
             facts |= {
                 "extractor": self.extractor.name,
                 "weights_sha256": self.extractor.weights_sha256,
                 "feature_dim": self.extractor.feature_dim,
-                "num_reference": len(self.training),
+                "num_reference": len(real) or None,
             }
         if self.held_out is not None:
             facts["num_held_out"] = len(self.held_out)
+        if self.decode is not None:
+            facts["vae_weights_sha256"] = self.decode.weights_sha256
         if self.clip is not None:
             facts["clip_weights_sha256"] = self.clip.weights_sha256
         return facts
@@ -209,8 +223,9 @@ class Evaluator:
     def _measured(self) -> tuple[str, ...]:
         """The metrics whose needs are there."""
         there = {"images"}
-        if self.extractor is not None and self.training is not None:
-            there |= {"generated", "logits", "real", "training"}
+        if self.extractor is not None and self._real():
+            there |= {"generated", "logits", "real"}
+        there |= {"training"} if self.training is not None else set()
         there |= {"held_out"} if self.held_out is not None else set()
         there |= {"texts", "clip"} if self.clip is not None else set()
         there |= {"validation"} if self.validation is not None else set()
@@ -218,6 +233,8 @@ class Evaluator:
 
     def _real(self) -> dict[str, ImageSet]:
         """What begins the names of figures -> the real images that they compare with."""
+        if self.reference is not None:
+            return {"": self.reference}
         parts = {"": self.training, HELD_OUT: self.held_out}
         return {prefix: real for prefix, real in parts.items() if real is not None}
 
@@ -250,6 +267,19 @@ def _check_channels(channels: int, extractor: Extractor) -> None:
             f"images have {channels} channels, {extractor.name} takes {extractor.channels}; "
             "use an extractor trained on images like these."
         )
+
+
+def _check_statistics(name: str, num_generated: int) -> int:
+    """The number of images that statistics count as, if the metric needs no more than those."""
+    metric = METRICS[name]
+    if "real" in metric.needs and not metric.by_statistics:
+        enough = " ".join(other for other in METRICS if METRICS[other].by_statistics)
+        raise UserError(
+            f"evaluation.metrics: {name} compares with real pictures, and evaluation.reference "
+            f"holds their statistics only, which suffice for {enough}; leave {name} out, or name "
+            "pictures."
+        )
+    return num_generated
 
 
 def _check_counts(name: str, num_generated: int, num_real: int, extractor: Extractor) -> None:

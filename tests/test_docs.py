@@ -14,12 +14,14 @@ import os
 import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ FOREIGN = {
     "pre-commit": "the hooks of a clone",
     "source": "the shell of the reader",
 }
-# Python blocks that are compiled, and whose imports are tried, but which are not run.
+# Python blocks that are compiled, and whose imports of ours are tried, but which are not run.
 NOT_RUN = {
     "DiTPipeline.from_pretrained": "needs an exported run; tests/models/layouts exports one",
     "se.train(": "trains and compares; tests/api/notebook.py does so at a smaller size",
@@ -83,9 +85,7 @@ class Block:
 def blocks(page: Path) -> tuple[Block, ...]:
     text = page.read_text()
     fenced = re.finditer(r"^ *```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    return tuple(
-        Block(page, text.count("\n", 0, of.start()) + 1, of[1], of[2]) for of in fenced
-    )
+    return tuple(Block(page, text.count("\n", 0, of.start()) + 1, of[1], of[2]) for of in fenced)
 
 
 @cache
@@ -104,7 +104,12 @@ def of_language(*languages: str) -> list[Block]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The words of each command; of what may be left out or chosen, all and the first."""
+    """The words of each command; of what may be left out or chosen, all and the first.
+
+    ``...`` is a value after an option, and else what may follow; N is a number.
+    """
+    text = re.sub(r"(--\S+) \.\.\.", r"\1 VALUE", text).replace(" ...", "")
+    text = re.sub(r"(--\S+) N\b", r"\1 1", text)
     text = re.sub(r"\[(--[^\]]*)\]", r"\1", text.replace("\\\n", " "))
     text = re.sub(r"\b([a-z]+)(?:\|[a-z]+)+", r"\1", text)
     for line in text.splitlines():
@@ -138,7 +143,6 @@ def read(monkeypatch, tmp_path) -> Callable[[list[str]], Any]:
             monkeypatch.setattr(module, "read_options", stop)
 
     def command_of(arguments: list[str]) -> Any:
-        arguments = [word for word in arguments if word != "..."]
         if all(word in {*cli.COMMANDS, *shards.USES} for word in arguments):
             return None  # the name alone, as a sentence has it
         arguments = ["digits" if word == "PRESET" else word for word in arguments]
@@ -188,7 +192,8 @@ def check(read) -> Callable[[list[str]], None]:
     """Whether a command exists as it is written."""
 
     def torchrun(words: list[str]) -> None:
-        asked = get_args_parser().parse_args(words)
+        named = "-m" not in words  # in a sentence, without what it starts
+        asked = get_args_parser().parse_args([*words, "script"] if named else words)
         if asked.module:
             assert asked.training_script == "speed_engine", words
             read(asked.training_script_args)
@@ -244,6 +249,8 @@ def test_every_command_of_a_page_is_one_that_the_command_line_takes(page, check)
             except Exception as error:
                 raise AssertionError(f"{block}: {shlex.join(words)}: {error}") from error
     for code in in_code(page):
+        if page.name == "paper.md" and code.startswith("speed-engine train"):
+            continue  # those have a test of their own below
         if re.match(r"(speed-engine|torchrun|pip install) ", code):
             code = re.sub(r" --[\w.-]+$", "", code)  # an option that is only named
             for words in commands(code):
@@ -319,15 +326,18 @@ def test_data_blocks_can_be_read():
         tomllib.loads(block.text)
 
 
-def given() -> dict[str, Any]:
+def given(text: str) -> dict[str, Any]:
     """What the loops have that the blocks of a page are put into."""
-    from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
-
     image = torch.zeros(4, 1, 8, 8)
-    return {
-        "noise_scheduler": DDPMScheduler(), "batch_size": 4, "step": 0, "device": "cpu",
+    names = {
+        "batch_size": 4, "step": 0, "device": "cpu",
         "prediction": image, "target": image + 1, "F": torch.nn.functional,
     }  # fmt: skip
+    if "noise_scheduler" in text:
+        from diffusers import DDPMScheduler  # pyright: ignore[reportPrivateImportUsage]
+
+        names["noise_scheduler"] = DDPMScheduler()
+    return names
 
 
 @pytest.mark.parametrize("block", of_language("python"), ids=str)
@@ -336,8 +346,9 @@ def test_python_blocks_run(block, tmp_path, monkeypatch, capsys):
     tree = ast.parse(block.text)
     if any(text in block.text for text in NOT_RUN):
         imports = [of for of in tree.body if isinstance(of, ast.Import | ast.ImportFrom)]
-        tree = ast.Module(imports, type_ignores=[])
-    exec(compile(tree, str(block), "exec"), given())
+        ours = [of for of in imports if "speed_engine" in ast.unparse(of)]
+        tree = ast.Module(ours, type_ignores=[])
+    exec(compile(tree, str(block), "exec"), given(block.text))
 
 
 def headings(page: Path) -> set[str]:
@@ -366,6 +377,7 @@ def test_every_page_is_in_the_navigation():
         assert f": {page.relative_to(DOCS)}\n" in navigation, f"{page} is not in mkdocs.yml"
 
 
+@pytest.mark.long  # it counts a network of 675 million parameters twice
 def test_the_console_shows_what_the_command_prints(monkeypatch, capsys):
     """Of a command that needs no data; lines may be left out from ``...`` on."""
     for block in of_language("console"):
@@ -398,17 +410,16 @@ def test_every_command_of_the_paper_s_page_passes_a_dry_run(monkeypatch, capsys)
     """The counting itself, which takes seconds, is left to the test below."""
     configs = []
     monkeypatch.setattr(cost, "describe", lambda config, gpu: configs.append(config) or {})
-    commands = paper_commands()
-    table_10 = [["--schedule", name] for name in ("quadratic", "cosine")]
-    commands += [
-        [*words, *schedule]
-        for words in commands
-        if words[1:2] == ["ffhq-dit-xl2"] and len(words) == 4
-        for schedule in table_10
-    ]
-    for words in commands:
+    for words in paper_commands():
         cli.main([*words, "--dry-run"])
-    assert len(configs) == len(commands) > 60
+    assert len(configs) > 40
+    table_10 = [
+        config
+        for config, words in zip(configs, paper_commands(), strict=True)
+        if words[1] == "ffhq-dit-xl2" and len(words) == 4
+    ]
+    assert len(table_10) == 8
+    configs += [replace(of, schedule=name) for of in table_10 for name in ("quadratic", "cosine")]
     for config in configs:
         build_process(config)
 
@@ -441,7 +452,7 @@ def test_what_was_measured_here_is_what_the_report_says():
 
 
 @pytest.fixture
-def launch(tmp_path, monkeypatch, read) -> Callable[[str], subprocess.Popen[str]]:
+def launch(tmp_path, monkeypatch, read) -> Callable[[str], subprocess.Popen[bytes]]:
     """Start a script of docs/slurm.md where torchrun and SLURM write down how they are called."""
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -459,17 +470,16 @@ def launch(tmp_path, monkeypatch, read) -> Callable[[str], subprocess.Popen[str]
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
     for name, value in {"NNODES": "2", "JOB_ID": "7", "JOB_NODELIST": "node-[1-2]"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    scripts = {"one": 0, "slurm": 1}
 
     def start(name: str) -> subprocess.Popen[str]:
-        script = of_page("slurm.md", "bash")[scripts[name]].text
-        return subprocess.Popen(["bash", "-c", script], text=True)
+        return subprocess.Popen(["bash", "-c", launch_script(name)])
 
     return start
 
 
-def of_page(name: str, language: str) -> list[Block]:
-    return [block for block in blocks(DOCS / name) if block.language == language]
+def launch_script(name: str) -> str:
+    one, slurm = (block.text for block in blocks(DOCS / "slurm.md") if block.language == "bash")
+    return {"one": one, "slurm": slurm}[name]
 
 
 @pytest.mark.parametrize("name", ["one", "slurm"])
@@ -500,3 +510,45 @@ def test_before_its_time_is_over_the_job_saves_and_queues_itself_again(launch, t
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=60) == 0
     assert said.read_text().splitlines()[1:] == ["saved", "scontrol requeue 7"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["one", "slurm"])
+def test_two_processes_train_by_a_launch_script_and_continue_when_it_runs_again(
+    launch, tmp_path, name
+):
+    """With the digits in place of the run, and torchrun itself."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
+    torchrun = f'PYTHONPATH={paths} exec {sys.executable} -m torch.distributed.run "$@"'
+    (tmp_path / "bin/torchrun").write_text(f"#!/bin/bash\n{torchrun}\n")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    quick = "--steps 2000 --checkpoint-every 5 --device cpu --evaluation.features none"
+    changes = {
+        "imagenet256-dit-xl2": f"digits {quick} --model.depth 1",
+        "--nproc-per-node 8": "--nproc-per-node 2",
+        '"$SLURM_NNODES"': "1",
+        "$first:29500": f"localhost:{port}",
+    }
+    script = launch_script(name)
+    for old, new in changes.items():
+        script = script.replace(old, new)
+    job = subprocess.Popen(["bash", "-c", script], start_new_session=True)
+    checkpoints = tmp_path / "runs/xl/checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("step-*")):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    if name == "slurm":
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=120) == 0
+        assert (tmp_path / "said").read_text() == "scontrol requeue 7\n"
+    else:
+        os.killpg(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=120) != 0
+    saved = max(int(of.name.split("-")[1]) for of in checkpoints.glob("step-*"))
+    assert saved < 2000
+    again = script.replace('--resume "$run"', f'--resume "$run" --steps {saved + 3}')
+    assert subprocess.run(["bash", "-c", again], timeout=300, check=False).returncode == 0
+    assert (checkpoints / f"step-{saved + 3:08d}").is_dir()

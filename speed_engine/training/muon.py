@@ -64,6 +64,12 @@ def hidden_matrices(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
                 yield module.weight, getattr(module, "parts", 1)
 
 
+def step_flops(weight: Tensor, parts: int) -> int:
+    """Of the products of one step for a weight that holds so many maps."""
+    rows, columns = sorted((len(weight) // parts, weight[0].numel()))
+    return parts * STEPS * (4 * rows**2 * columns + 2 * rows**3)
+
+
 class Muon(torch.optim.Optimizer):
     """See the head of this module.
 

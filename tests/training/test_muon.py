@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
@@ -107,3 +108,13 @@ def test_the_parts_of_a_fused_weight_are_whole(model):
         weights = list(hidden_matrices(build_model(TrainConfig(model=model))))
     assert any(parts > 1 for _, parts in weights)
     assert all(len(weight) % parts == 0 for weight, parts in weights)
+
+
+@pytest.mark.parametrize("shape, parts", [((24, 8), 3), ((8, 24), 1), ((6, 4, 3, 3), 1)])
+def test_the_cost_is_that_of_the_products(shape, parts):
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.ones(shape)
+    optimizer = Muon([(weight, parts)], lr=1.0)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert muon.step_flops(weight, parts) == counter.get_total_flops()

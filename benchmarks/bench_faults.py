@@ -35,8 +35,9 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
+from speed_engine.runtime.records import Sums
 from speed_engine.training import checkpoint
-from speed_engine.training.checkpoint import Checkpoints
+from speed_engine.training.checkpoint import Checkpoints, State
 from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.optimizers import Hyperparameters, adamw
@@ -170,7 +171,7 @@ def saving(folder: Path, count: int) -> dict[str, Any]:
     for number in range(1, count + 1):
         alone += [step(), step()]
         begun = time.perf_counter()
-        checkpoints.save(number, tensors, {})
+        checkpoints.save(tensors, State(number, Sums((), 0.0), 0, (0.0, 0.0, 0.0), 0.0, ""))
         waits.append(time.perf_counter() - begun)
         while checkpoints.is_saving:
             beside.append(step())

@@ -116,8 +116,8 @@ class Training:
 
     Args:
         run: folder of the run; what the processes print goes to ``RUN.out`` unless said otherwise.
-        arguments: of ``speed-engine train``.
-        world: processes.
+        arguments: of ``speed-engine train``, or of another command.
+        world: processes; 0 waits for ``begin``.
         fault: planted in the processes.
         out: file for what they print.
         environment: variables to set.
@@ -141,11 +141,19 @@ class Training:
                 "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
                 "OMP_NUM_THREADS": "1", **environment,
             }  # fmt: skip
-            target = (self.out, list(arguments), variables, rank, fault)
-            self.processes.append(SERVER.Process(target=_train, args=target))
+            target = (self.out, ["train", *arguments], variables, rank, fault)
+            self.processes.append(SERVER.Process(target=_run, args=target))
+        self._arguments = list(arguments)
         for process in self.processes:  # not daemons: those may not have loader workers
             process.start()
         RUNNING.append(self)
+
+    def begin(self, command: str, cwd: Path, **environment: str) -> None:
+        """Start one process of any command in a folder."""
+        variables = {"OMP_NUM_THREADS": "1", **environment}
+        target = (self.out, [command, *self._arguments], variables, 0, None, cwd)
+        self.processes.append(SERVER.Process(target=_run, args=target))
+        self.processes[0].start()
 
     def wait_for(self, event: Callable[[], bool], seconds: float = 600) -> bool:
         """Until the event, True, or the end of any process, False.
@@ -256,14 +264,17 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def _train(
+def _run(
     out: Path,
     arguments: list[str],
     variables: dict[str, str],
     rank: int,
     fault: Fault | None,
+    cwd: Path | None = None,
 ) -> None:
     os.environ.update(variables)
+    if cwd is not None:
+        os.chdir(cwd)
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -272,7 +283,7 @@ def _train(
         fault(rank)
     from speed_engine.cli import main
 
-    main(["train", *arguments])
+    main(arguments)
     sys.stdout.flush()
 
 

@@ -5,6 +5,7 @@ process.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -40,6 +41,7 @@ from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import Choices, torch_device
+from speed_engine.runtime.memory import check_memory
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.configured import build_averages, build_update
@@ -94,6 +96,9 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
 
     Attention is not taken from the configuration, since what trained a model need not be there
     where it is used.
+
+    Raises:
+        UserError: its parameters alone are more than this machine's memory.
     """
     data, conditions = config.data, condition_names(config.data)
     channels, height, width = data.image_shape
@@ -105,6 +110,14 @@ def build_model(config: TrainConfig, attention: str = "sdpa") -> nn.Module:
         low_channels=data.low_shape[0] if "low_resolution" in conditions else None,
         attention=attention,
     )
+    if torch.get_default_device().type != "meta":
+        with torch.device("meta"):
+            sketch = build_network(config.model, shape)
+        check_memory(
+            f"the model's {sum(p.numel() for p in sketch.parameters()):,} parameters",
+            sum(p.nbytes for p in sketch.parameters()),
+            f"choose a smaller model, or fewer classes than data.num_classes={data.num_classes:,}",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return build_network(config.model, shape)
@@ -223,6 +236,11 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         UserError: there are too few images for a metric, or what it needs is missing.
     """
     settings = config.evaluation
+    check_memory(
+        f"evaluation.num_images={settings.num_images:,} images",
+        settings.num_images * math.prod(config.data.image_shape),
+        "lower it",
+    )
     training, held_out, clip, texts = None, None, None, ()
     if settings.features != "none":
         training, held_out = real_images(config.data, settings)

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from speed_engine import __version__
 from speed_engine.commands.dispatch import usage
@@ -42,22 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``speed-engine``; bad input exits with status 2 and one message."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _prepare_process()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage("speed-engine", COMMANDS) + "\n" + EXAMPLES, end="")
-        return
-    if arguments[0] == "--version":
-        print(f"speed-engine {__version__}")
-        return
     _interrupt_when_terminated()
+    _repeat_lost_interrupts()
     try:
-        name = arguments[0]
-        if name not in COMMANDS:
-            raise unknown("command", name, COMMANDS)
-        importlib.import_module(f"speed_engine.commands.{name}").run(arguments[1:], Console())
-        if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
-            world.leave()
+        _command(arguments)
+        _flush()
     except BrokenPipeError:  # whoever reads the output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         sys.exit(1)
     except (UserError, OSError, FloatingPointError) as error:
         _fail(str(error))
@@ -66,6 +57,41 @@ def main(arguments: list[str] | None = None) -> None:
             "interrupted; `speed-engine train --resume RUN` continues a run from its last "
             "checkpoint; `sample`, `evaluate`, `compare` and `shards` continue by the same command."
         )
+
+
+def _command(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage("speed-engine", COMMANDS) + "\n" + EXAMPLES, end="")
+        return
+    if arguments[0] == "--version":
+        print(f"speed-engine {__version__}")
+        return
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    importlib.import_module(f"speed_engine.commands.{name}").run(
+        arguments[1:],
+        Console(markup=False, emoji=False),  # nothing in users' names is another thing
+    )
+    if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
+        world.leave()
+
+
+def _flush() -> None:
+    """A full disk is met here, and not when the interpreter ends."""
+    if sys.stdout is None:  # it was closed
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _print_no_more()
+        raise
+
+
+def _print_no_more() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt_when_terminated() -> None:
@@ -80,6 +106,19 @@ def _interrupt_when_terminated() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
+
+
+def _repeat_lost_interrupts() -> None:
+    """Ctrl-C in a callback of the interpreter, such as those of imports, is lost: send it again."""
+    known = sys.unraisablehook
+
+    def repeat(lost: "sys.UnraisableHookArgs") -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            known(lost)
+
+    sys.unraisablehook = repeat
 
 
 def _prepare_process() -> None:
@@ -122,6 +161,6 @@ class _LowerCaseLevel(logging.Formatter):
 
 
 def _fail(message: str) -> NoReturn:
-    text = f"[red]error:[/red] {escape(message)}"
+    text = Text.assemble(("error:", "red"), " ", message)
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     sys.exit(2)

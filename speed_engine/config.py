@@ -21,6 +21,7 @@ from speed_engine.evaluation.metrics import METRICS
 from speed_engine.models.config import DiTConfig, ModelConfig
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import (
+    MOST_TIMESTEPS,
     UserError,
     check,
     check_between,
@@ -129,7 +130,7 @@ class TrainConfig:
         check_between("batch_size", self.batch_size, 1, 10**6)
         timeout = self.hang_timeout
         check("hang_timeout", timeout, 0 < timeout <= 1e9, "must be positive, at most 10^9 seconds")
-        check_between("num_timesteps", self.num_timesteps, 2, 10**6)
+        check_between("num_timesteps", self.num_timesteps, 2, MOST_TIMESTEPS)
         check(
             "condition_dropout",
             self.condition_dropout,

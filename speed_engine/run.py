@@ -102,7 +102,9 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
     if world.from_first(folder.exists):
         if restarted and world.from_first((folder / EMA_FILE).exists):
             if world.is_first:  # a process died on its way out
-                console.print(f"{folder} was complete before the restart.", markup=False)
+                console.print(
+                    f"{folder} was complete before the restart.", markup=False, emoji=False
+                )
             return None
         if restarted and world.from_first(lambda: (folder / CONFIG_FILE).exists()):
             return _continued(read_config(folder), folder, console, world)
@@ -228,7 +230,9 @@ def _continued(config: TrainConfig, folder: Path, console: Console, world: World
     init_from = None if saved else config.init_from
     trainer, _ = build_trainer(config, folder, console, world, init_from)
     if not saved and world.is_first:
-        console.print(f"{folder} has no checkpoint yet; training from its start.", markup=False)
+        console.print(
+            f"{folder} has no checkpoint yet; training from its start.", markup=False, emoji=False
+        )
     if saved:
         trainer.load(Path(world.from_first(lambda: str(newest_checkpoint(folder)))))
     if world.is_first:
@@ -278,6 +282,7 @@ def build_trainer(
     Raises:
         UserError: an option does not fit another, the machine, or the data.
     """
+    _check_name(folder)
     keep_freed_memory()
     device = machine.torch_device(config.device, world)
     with announced("opening the data set"):
@@ -342,6 +347,16 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         return
     newest = newest_checkpoint(path)
     load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
+
+
+def _check_name(folder: Path) -> None:
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the run's folder {folder} has a name that is no Unicode, which TensorBoard's curves "
+            "need; choose another with --run, or rename it."
+        ) from error
 
 
 def settle_operators(
@@ -431,7 +446,7 @@ def load_average_of(
     settle_operators(config, "off" if config.kernels == "off" else "auto", device)
     model = build_model(config)
     load_parameters(model, tensors, path)
-    step = checkpoint.read_state(path)["step"]
+    step = checkpoint.read_state(path).step
     return model.to(device).eval().requires_grad_(False), step
 
 
@@ -442,7 +457,7 @@ def _reconstructed(path: Path, config: TrainConfig, name: str) -> dict[str, Tens
         UserError: the name does not parse.
     """
     decay_of(name)
-    step = checkpoint.read_state(path)["step"]
+    step = checkpoint.read_state(path).step
     kept = sorted(path.parent.glob("step-*"))
     stored = post_hoc.stored_averages(kept, config.optimizer.averages, step)
     exponent = float(name.removeprefix(post_hoc.RULE))

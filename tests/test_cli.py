@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,35 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_wor
     assert "error: interrupted" in fails(capfd, "doctor")
     assert ended == [signal.SIGTERM, "what it started is stopped"]
     signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_that_a_callback_loses_is_sent_again(capfd, monkeypatch):
+    """As importing loses it: an exception in a callback of a weak reference is ignored."""
+    from speed_engine.commands import doctor
+
+    class Held:
+        pass
+
+    def loses(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    def long_command(arguments, console):
+        held = Held()
+        reference = weakref.ref(held, loses)
+        del held
+        assert reference() is None
+        time.sleep(5)
+
+    monkeypatch.setattr(doctor, "run", long_command)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        said = fails(capfd, "doctor")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "error: interrupted" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -360,3 +390,17 @@ def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monk
     monkeypatch.setattr("speed_engine.run.start", lambda config, folder, _: started.append(folder))
     cli.main(["train", "digits", "--method", "speed_paper+lam=0.70+k=3.0", "--seed", "4"])
     assert started == [Path("runs/digits-speed_paper-k=3-lam=0.7-4")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], [], ["methods", "--help"]])
+def test_output_that_cannot_be_written_is_one_error(arguments):
+    command = [sys.executable, "-m", "speed_engine", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr == "error: [Errno 28] No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

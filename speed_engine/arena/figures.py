@@ -164,8 +164,8 @@ def _panels(
         for contestant, colour in zip(group, _COLOURS, strict=False):
             line(axes, contestant.name, colour, "-")
         also(axes)
-        axes.set_xlabel(x, fontsize=9)
-        axes.set_ylabel(y, fontsize=9)
+        axes.set_xlabel(x, fontsize=9, parse_math=False)
+        axes.set_ylabel(y, fontsize=9, parse_math=False)
         drawn.append((Panel(folder / f"{stem}-{number}.png", title), figure, axes))
     _finish([axes for _, _, axes in drawn], stem, log_y)
     for panel, figure, _ in drawn:

@@ -7,6 +7,7 @@ FOLDER/figures/        the pictures
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def write_report(folder: Path) -> Path:
     pictures.mkdir()
     content = _content(results, folder, pictures)
     for name in ("report.md", "report.html"):
-        (folder / name).write_text(_render(name, folder, content), encoding="utf-8")
+        # A path that is no Unicode is shown by its numbers.
+        page = _render(name, folder, content).encode("utf-8", "backslashreplace")
+        (folder / name).write_bytes(page)
     return folder / "report.html"
 
 
@@ -99,7 +102,7 @@ def _section(found: summary.Against, panels: list[figures.Panel]) -> dict[str, A
 
 
 def _render(name: str, folder: Path, content: dict[str, Any]) -> str:
-    """One template; HTML is escaped, Markdown's tables are kept whole."""
+    """One template; names of users are text in it, never HTML or Markdown."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -114,6 +117,16 @@ def _render(name: str, folder: Path, content: dict[str, Any]) -> str:
             "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         ),
         "relative": lambda path: path.relative_to(folder).as_posix(),
-        "cell": lambda text: " ".join(text.replace("|", "\\|").split()),
+        "text": _as_markdown,
+        "fence": lambda text: "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0)),
     }
     return environment.get_template(name).render(content)
+
+
+def _as_markdown(text: str) -> str:
+    """Markdown, one line of it, that shows a text as it is.
+
+    An underscore within a word is no markup, and many names of methods have one.
+    """
+    line = " ".join(text.split())
+    return re.sub(r"[\\`*\[\]<>|&#~$]|\b_|_\b|(?<!\w)_(?!\w)", r"\\\g<0>", line)

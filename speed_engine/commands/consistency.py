@@ -129,7 +129,7 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
         except checkpoint.InvalidCheckpoint as damage:
             _log.warning("%s; it is left out.", damage)
         else:
-            found[checkpoint.read_state(path)["step"]] = path
+            found[checkpoint.read_state(path).step] = path
     if not found:
         raise UserError(f"{run} has no complete checkpoint; train it first.")
     return found
@@ -157,7 +157,7 @@ def _check_same_task(
             "latents": config.data.latents,
             "conditions": sorted(condition_names(config.data)),
             "classes": config.data.num_classes,
-            "data (SHA-256)": checkpoint.read_state(paths[max(paths)])["data"][:12],
+            "data (SHA-256)": checkpoint.read_state(paths[max(paths)]).data[:12],
         }
 
     of_a, of_b = map(facts, configs, checkpoints)

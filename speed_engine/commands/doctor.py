@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from speed_engine.commands.options import read_options
 from speed_engine.presets import PRESETS
@@ -28,7 +28,7 @@ def run(arguments: list[str], console: Console) -> None:
     table.add_row("python", facts["python"], packages)
     table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
     for name, (value, reason) in machine_choices(PRESETS["digits"][1]).shown().items():
-        table.add_row(name, f"[bold]{value}[/bold]", reason)
+        table.add_row(name, Text(value, "bold"), reason)
     table.add_row("cache", "", str(cache_folder()))
     console.print(table, highlight=False)
     console.print(_tested_kernels(machine.choose_device("auto").value), highlight=False)
@@ -42,6 +42,6 @@ def _tested_kernels(device: str) -> Table | str:
     for head in ("kernel", "family", "test", "error"):
         table.add_column(head)
     for finding in kernels.kernel_findings(device):
-        outcome = "passed" if finding.passed else f"[red]{escape(finding.problem or '')}[/red]"
+        outcome = Text("passed") if finding.passed else Text(finding.problem or "", "red")
         table.add_row(finding.operator, finding.family, outcome, f"{finding.error:.2g}")
     return table

@@ -115,7 +115,7 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
         UserError: the run has no checkpoint or no such EMA, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
-    step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run))["step"])
+    step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run)).step)
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
         raise UserError(

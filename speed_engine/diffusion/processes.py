@@ -11,7 +11,7 @@ from speed_engine.diffusion.continuous import (
 )
 from speed_engine.diffusion.discrete import cosine, linear, quadratic, scaled_linear
 from speed_engine.diffusion.schedule import NoiseSchedule
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import MOST_TIMESTEPS, UserError, check_between
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": linear,
@@ -35,4 +35,5 @@ def build_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
     """
     if name not in SCHEDULES:
         raise UserError(f"schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}.")
+    check_between("num_timesteps", num_timesteps, 2, MOST_TIMESTEPS)
     return SCHEDULES[name](num_timesteps)

@@ -17,6 +17,7 @@ from speed_engine.encoders.text import TextEncoder
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings
 from speed_engine.runtime.checks import UserError, unknown
+from speed_engine.runtime.memory import check_memory
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,11 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
     Classes that have samples come in turn; texts and smaller images are those of the first samples,
     with their classes: of samples that are held out, where some are, since others could be known by
     heart.
+
+    Raises:
+        UserError: their numbers alone are more than this machine's memory.
     """
+    check_memory(f"the numbers of {num_images:,} images", 8 * num_images, "ask for fewer")
     names = condition_names(data)
     if set(names) <= {"labels"}:
         if not names:

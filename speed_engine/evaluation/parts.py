@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.world import ALONE, World
@@ -141,7 +142,9 @@ def _begin(images: ImageParts, settings: dict[str, Any]) -> list[int]:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    there = json.loads((folder / SETTINGS).read_text())
+    there: dict[str, Any] = strict.read_file(
+        dict[str, Any], folder / SETTINGS, "Delete the folder, and its images are made anew."
+    )
     differing = sorted(
         name for name in {*there, *settings} if there.get(name) != settings.get(name)
     )

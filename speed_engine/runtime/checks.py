@@ -5,7 +5,8 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping
 
-_MOST = 10**12  # of steps, images, files: no run comes near
+MOST = 10**12  # of steps, images, files: no run comes near
+MOST_TIMESTEPS = 10**6  # of a process, whose tables are in memory
 _LISTED = 3  # tensors of a model in a message
 _SHOWN = 60  # characters of a value in a message
 
@@ -58,7 +59,7 @@ def check_counts(section: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None:
-            check_between(section + name, value, 1, _MOST)
+            check_between(section + name, value, 1, MOST)
 
 
 def check_positive(name: str, value: float) -> None:

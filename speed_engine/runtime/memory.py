@@ -1,4 +1,4 @@
-"""Memory that this process frees stays its own, for the next step.
+"""Memory of the host: what is more than it has is refused, what is freed is kept for the next step.
 
 As glibc comes, it returns large tensors to the system when they are freed, and the system clears
 every page of the next ones: 144,000 page faults in a compiled step of DiT-S/2 on a CPU, a tenth of
@@ -6,11 +6,33 @@ its time. The batches that a loader puts together on the host fare alike.
 """
 
 import ctypes
+import os
 from typing import Any
+
+from speed_engine.runtime.checks import UserError
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 # Bytes, less than an int holds: of the largest tensor that is kept, and of what stays free at most.
 KEPT = 2**30
+
+
+def check_memory(what: str, num_bytes: int, remedy: str) -> None:
+    """Refuse what this machine cannot hold, before it is asked for.
+
+    Args:
+        what: takes the memory, in the plural.
+        num_bytes: that it takes.
+        remedy: what to change; a clause.
+
+    Raises:
+        UserError: it is more than all of the host's memory.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory:
+        raise UserError(
+            f"{what} take {num_bytes / 1e9:,.1f} GB, and this machine has {memory / 1e9:,.1f} GB "
+            f"of memory; {remedy}."
+        )
 
 
 def keep_freed_memory() -> bool:

@@ -93,7 +93,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """Print a line; it stays above the live one."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -13,12 +13,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import MOST, UserError, check, check_between, shortened
 from speed_engine.runtime.files import write_durably
 
 RECORDS = "metrics.jsonl"
@@ -30,6 +33,19 @@ CONSTANTS = frozenset(
     """.split()
 )
 LAG = 2  # steps between a question to the device and its answer, see stopping.py
+_REMEDY = "Put back the file that the run wrote, or delete the line."
+_FIGURE = (int, float, type(None)), "a number"  # of a field that is not named here
+_TEXT = (str,), "a text"
+_KINDS = {
+    "step": ((int,), "a whole number"),
+    "images": ((int,), "a whole number"),
+    "seconds": ((int, float), "a number"),
+    "guidance_interval": ((list,), "a list"),
+    "evaluated": ((bool,), "true or false"),
+    **dict.fromkeys(
+        ("extractor", "weights_sha256", "clip_weights_sha256", "solver", "average"), _TEXT
+    ),
+}
 log = logging.getLogger(__name__)
 
 
@@ -53,14 +69,31 @@ class IntervalMean:
         self._count.zero_()
         return dict(zip(self._names, means, strict=True))
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint inside an interval must keep; JSON holds a float32 exactly."""
-        return {"sum": self._sum.tolist(), "count": self._count.item()}
+    def state(self) -> "Sums":
+        """What a checkpoint inside an interval must keep."""
+        return Sums(tuple(self._sum.tolist()), self._count.item())
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state``."""
-        self._sum.copy_(torch.tensor(state["sum"]))
-        self._count.fill_(state["count"])
+    def load_state(self, state: "Sums") -> None:
+        """Inverse of ``state``.
+
+        Raises:
+            UserError: it is of other scalars.
+        """
+        need = f"should have {len(self._names)} items, for {', '.join(self._names)}"
+        check("means.sum", state.sum, len(state.sum) == len(self._names), need)
+        self._sum.copy_(torch.tensor(state.sum))
+        self._count.fill_(state.count)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """An interval that is not over; JSON holds a float32 exactly."""
+
+    sum: tuple[float, ...]  # one per scalar
+    count: float  # of the steps that count
+
+    def __post_init__(self) -> None:
+        check_between("means.count", self.count, 0, MOST)
 
 
 class TrainingClock:
@@ -133,11 +166,12 @@ class SkippedSteps:
         self._answers.popleft()
         return int(answer) >= most
 
-    def state(self) -> list[float]:
+    def state(self) -> tuple[float, float, float]:
         """What a checkpoint must keep."""
-        return self._counts.tolist()
+        total, row, most = self._counts.tolist()
+        return total, row, most
 
-    def load_state(self, state: list[float]) -> None:
+    def load_state(self, state: tuple[float, float, float]) -> None:
         """Inverse of ``state``."""
         self._counts.copy_(torch.tensor(state))
 
@@ -158,7 +192,7 @@ class RunLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         path = run / RECORDS
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
+        kept = [line for line, record in _records(path) if record["step"] <= resume_step]
         write_durably(path, "".join(kept).encode())
         self._file = path.open("ab", buffering=0)
         self._curves: SummaryWriter | None = SummaryWriter(
@@ -211,9 +245,11 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
     Half a line that a kill left is no record. NaN and Infinity, which older versions wrote and JSON
     does not have, are None, too.
+
+    Raises:
+        UserError: a line is no record; names it and the field.
     """
-    lines = _lines(run / RECORDS)
-    return [json.loads(line, parse_constant=lambda name: None) for line in lines]
+    return [record for _, record in _records(run / RECORDS)]
 
 
 def as_json(record: Mapping[str, Any]) -> str:
@@ -236,8 +272,39 @@ def append_record(run: Path, record: Mapping[str, Any]) -> None:
         file.write(as_json(record).encode() + b"\n")
 
 
-def _lines(path: Path) -> list[str]:
-    """Complete lines; a killed run can leave half of one."""
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The complete lines and what they say; a killed run can leave half of one."""
     if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text ({error}); {_REMEDY}") from error
+    for number, line in enumerate(lines, start=1):
+        if line.endswith("\n"):
+            try:
+                yield line, _checked(strict.parse(line, _finite_or_none))
+            except UserError as error:
+                raise UserError(f"{path}, line {number}: {error} {_REMEDY}") from error
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A record whose fields are of their kinds."""
+    if not isinstance(record, dict):
+        raise UserError(f"it is {shortened(record)}: should be an object.")
+    in_training = "extractor" in record and "evaluated" not in record
+    needed = {"step", "images", "seconds"} if in_training else {"step"}
+    if missing := needed - record.keys():
+        raise UserError(f"it has no field {min(missing)!r}.")
+    for name, value in record.items():
+        kind, need = _KINDS.get(name, _FIGURE)
+        if type(value) not in kind:
+            raise UserError(f"{shortened(name)}={shortened(value)}: should be {need}.")
+        if type(value) is int:
+            check_between(shortened(name), value, -(2**62), 2**62)
+    check_between("step", record["step"], 0, MOST)
+    return record
+
+
+def _finite_or_none(text: str) -> float | None:
+    return value if math.isfinite(value := float(text)) else None

@@ -9,12 +9,15 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from speed_engine.runtime.checks import UserError, nearest, shortened
+
+MAX_BYTES = 2**28  # of one document
 
 
 def read(kind: Any, value: Any, where: str = "") -> Any:
@@ -36,6 +39,49 @@ def read(kind: Any, value: Any, where: str = "") -> Any:
     for path, found in _taken_for_numbers(value, result):
         raise UserError(f"{_joined(where, *path)}={json.dumps(found)}: should be a whole number.")
     return result
+
+
+def read_file(kind: Any, path: Path, remedy: str = "") -> Any:
+    """A JSON file as one of ``kind``, see ``read``.
+
+    Args:
+        kind: a type as in an annotation.
+        path: of the file.
+        remedy: what to do about one that is none; a sentence, or nothing.
+
+    Raises:
+        OSError: it cannot be read.
+        UserError: it is longer than any, no JSON, or of another shape; names file and field.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        text = f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read. {remedy}"
+        raise UserError(text.rstrip())
+    try:
+        return read(kind, parse(path.read_bytes()))
+    except UserError as error:
+        raise UserError(f"{path}: {error} {remedy}".rstrip()) from error
+
+
+def parse(content: bytes | str, number: Callable[[str], Any] = float) -> Any:
+    """A JSON document.
+
+    Args:
+        content: of the document.
+        number: makes something of the text of NaN, of infinities, and of every number with a point
+            or an exponent.
+
+    Raises:
+        UserError: it is none, is nested too deeply, or is refused by ``number``.
+    """
+    try:
+        document = json.loads(content, parse_constant=number, parse_float=number)
+        json.dumps(document)
+    except UserError:
+        raise
+    # RecursionError: brackets nested ten thousand deep. ValueError: a number of too many digits.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"it is not JSON of this kind: {shortened(error)}.") from error
+    return document
 
 
 @functools.cache
@@ -65,12 +111,15 @@ def _refusal(errors: list[Any], kind: Any, value: Any, where: str) -> UserError:
             f"{shortened(name)} is unknown, the nearest is {known}; was it written by another "
             "version?"
         )
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        return UserError(f"{name or 'it'} has no field {first['loc'][-1]!r}.")
     if first["type"] == "union_tag_invalid":
         name += f".{first['ctx']['discriminator'].strip(chr(39))}"
         found = first["ctx"]["tag"]
     # Where there are several types, there is an error of each.
     needs = dict.fromkeys(_need(error) for error in errors if _part(error["loc"], value)[0] == path)
-    return UserError(f"{name}={shortened(json.dumps(found))}: should be {' or '.join(needs)}.")
+    shown = f"{name}={shortened(json.dumps(found))}" if name else f"it is {shortened(found)}"
+    return UserError(f"{shown}: should be {' or '.join(needs)}.")
 
 
 def _need(error: Any) -> str:

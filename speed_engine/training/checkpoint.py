@@ -14,14 +14,17 @@ of processes. With several nodes the folder must be on a file system that all of
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -31,7 +34,10 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import MOST, UserError, check_between
 from speed_engine.runtime.files import sync
+from speed_engine.runtime.records import Sums
 from speed_engine.runtime.world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -42,8 +48,49 @@ _STATE = "state.json"
 _DESCRIPTION = ".description"  # beside a file that a process wrote, until the manifest holds it
 
 
+_REMEDY = "Delete this checkpoint, and the one before it is used; or put its files back."
+
+
 class InvalidCheckpoint(Exception):
     """A checkpoint is incomplete or damaged; the message names the file."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run carries on beside its tensors: ``state.json``."""
+
+    step: int  # optimizer steps done
+    means: Sums  # of the interval that is not over
+    bad_samples: int  # replaced so far
+    skipped: tuple[float, float, float]  # steps: all, in a row, most in a row
+    seconds: float  # trained
+    data: str  # fingerprint of the data set
+
+    def __post_init__(self) -> None:
+        counts = {"step": self.step, "bad_samples": self.bad_samples, "seconds": self.seconds}
+        for name, value in counts.items():
+            check_between(name, value, 0, MOST)
+        for value in self.skipped:
+            check_between("skipped", value, 0, MOST)
+
+
+@dataclass(frozen=True)
+class _File:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    schema: int
+    step: int
+    files: dict[str, _File]
+
+    def __post_init__(self) -> None:
+        check_between("schema", self.schema, SCHEMA, SCHEMA)
+        for name in self.files:
+            if Path(name).name != name:
+                raise UserError(f"files names one outside of the checkpoint: {name!r}.")
 
 
 class Checkpoints:
@@ -67,24 +114,23 @@ class Checkpoints:
                 shutil.rmtree(left)
         world.barrier()
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    def save(self, tensors: Mapping[str, Tensor], state: State) -> None:
         """Begin to write ``step-NNNNNNNN``; tensors may change as soon as this returns.
 
         A disk that is full or read-only costs this checkpoint, not the run and not the checkpoints
         before: the failure is logged and listed in ``failures``.
 
         Args:
-            step: optimizer steps done.
             tensors: by ``group/name``, sharded or equal on every process.
-            state: JSON, equal on every process.
+            state: equal on every process.
         """
         self.wait()
-        temporary = self.folder / f".tmp-{step:08d}"
+        temporary = self.folder / f".tmp-{state.step:08d}"
         try:
             temporary.parent.mkdir(parents=True, exist_ok=True)
             saving = async_save(
                 dict(tensors),
-                storage_writer=_Writer(self, temporary, step, state),
+                storage_writer=_Writer(self, temporary, state),
                 process_group=self.world.background,
                 no_dist=self.world.size == 1,
             )
@@ -110,18 +156,18 @@ class Checkpoints:
         """Whether one is being written now."""
         return self._pending is not None and not self._pending[1].done()
 
-    def commit(self, temporary: Path, step: int, state: dict[str, Any]) -> None:
+    def commit(self, temporary: Path, state: State) -> None:
         """Turn the files of all processes into a checkpoint, and delete old ones."""
-        (temporary / _STATE).write_text(json.dumps(state))
-        files = {_STATE: _describe(temporary / _STATE)}
+        (temporary / _STATE).write_text(json.dumps(asdict(state)))
+        files = {_STATE: asdict(describe(temporary / _STATE))}
         for description in sorted(temporary.glob(f"*{_DESCRIPTION}")):
             files[description.name.removesuffix(_DESCRIPTION)] = json.loads(description.read_text())
             description.unlink()
-        manifest = {"schema": SCHEMA, "step": step, "files": files}
+        manifest = {"schema": SCHEMA, "step": state.step, "files": files}
         (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (temporary / _STATE, temporary / _MANIFEST, temporary):
             sync(path)
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / f"step-{state.step:08d}"
         if final.exists():  # left by a run that went on from an earlier checkpoint
             _delete(final)
         temporary.rename(final)
@@ -145,17 +191,15 @@ class Checkpoints:
 class _Writer(HuggingFaceStorageWriter):
     """Safetensors, described by the process that wrote them, committed by the first one."""
 
-    def __init__(
-        self, checkpoints: Checkpoints, temporary: Path, step: int, state: dict[str, Any]
-    ) -> None:
+    def __init__(self, checkpoints: Checkpoints, temporary: Path, state: State) -> None:
         super().__init__(str(temporary), save_distributed=True)
-        self._commit = lambda: checkpoints.commit(temporary, step, state)
+        self._commit = lambda: checkpoints.commit(temporary, state)
         self._temporary = temporary
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         written = super().write_data(plan, planner)
         for name in {str(result.storage_data.relative_path) for result in written.value()}:
-            description = json.dumps(_describe(self._temporary / name))
+            description = json.dumps(asdict(describe(self._temporary / name)))
             (self._temporary / f"{name}{_DESCRIPTION}").write_text(description)
         return written
 
@@ -163,7 +207,7 @@ class _Writer(HuggingFaceStorageWriter):
         self._commit()
 
 
-def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) -> dict[str, Any]:
+def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) -> State:
     """Fill ``tensors`` in place, whatever layout and number of processes wrote them.
 
     Args:
@@ -173,8 +217,19 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
 
     Returns:
         The checkpoint's state.
+
+    Raises:
+        UserError: the state is no such document, or the tensors are damaged or of other dtypes.
     """
-    stored = {current_name(name): name for name in _stored(checkpoint)}
+    known = _stored(checkpoint)
+    stored = {current_name(name): name for name in known}
+    for name, tensor in tensors.items():
+        there = known[stored.get(name, name)].properties.dtype
+        if there != tensor.dtype:
+            raise UserError(
+                f"{checkpoint}: {name} is {_short(there)} there and {_short(tensor.dtype)} here; "
+                f"it is of another model, or damaged. {_REMEDY}"
+            )
     load_state_dict(
         {stored.get(name, name): tensor for name, tensor in tensors.items()},
         storage_reader=HuggingFaceStorageReader(str(checkpoint)),
@@ -185,21 +240,28 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
 
 
 def load_group(checkpoint: Path, group: str) -> dict[str, Tensor]:
-    """The whole tensors of one group, by name, on the CPU."""
+    """The whole tensors of one group, by name, on the CPU.
+
+    Raises:
+        UserError: what the files say of their tensors cannot be.
+    """
     reader = HuggingFaceStorageReader(str(checkpoint))
-    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
-        for name, tensor in stored.items()
+        for name, tensor in _stored(checkpoint).items()
         if name.startswith(f"{group}/")
     }
     load_state_dict(tensors, storage_reader=reader, no_dist=True)  # pyright: ignore[reportArgumentType]
     return {name.removeprefix(f"{group}/"): tensor for name, tensor in tensors.items()}
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The counters of a checkpoint."""
-    return json.loads((checkpoint / _STATE).read_text())
+def read_state(checkpoint: Path) -> State:
+    """The counters of a checkpoint.
+
+    Raises:
+        UserError: its document is of another shape; names file and field.
+    """
+    return strict.read_file(State, checkpoint / _STATE, _REMEDY)
 
 
 def shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -218,8 +280,45 @@ def current_name(name: str) -> str:
 
 
 def _stored(checkpoint: Path) -> dict[str, Any]:
-    """What is stored of each tensor, by the name it was written with."""
-    return HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    """What is stored of each tensor, by the name it was written with.
+
+    Raises:
+        UserError: the files cannot be read as tensors, or what they say of their places in the
+            whole leaves gaps, or more than memory holds.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(checkpoint))
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        for name, tensor in stored.items():
+            parts = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+            fits = math.prod(tensor.size) == parts and all(
+                len(chunk.offsets) == len(chunk.sizes) and min(chunk.offsets, default=0) >= 0
+                for chunk in tensor.chunks
+            )
+            if not fits:
+                shape = tuple(tensor.size)
+                raise UserError(f"the parts of {name} do not make up its shape {shape}")
+    except FileNotFoundError:
+        raise
+    # Whatever the files provoke: JSON of another structure in their headers, or too deep.
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,  # of a number beyond 64 bits; RecursionError is one
+        OverflowError,
+        IndexError,
+    ) as error:
+        raise UserError(
+            f"{checkpoint}: its tensors cannot be read ({error!r}). {_REMEDY}"
+        ) from error
+    return stored
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def newest(folder: Path) -> Path:
@@ -228,16 +327,20 @@ def newest(folder: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
+    damages: list[InvalidCheckpoint] = []
     for checkpoint in sorted(folder.glob("step-*"), reverse=True):
         try:
             verify(checkpoint)
         except InvalidCheckpoint as damage:
             if not checkpoint.exists():  # deleted by the run meanwhile, which has newer ones
                 return newest(folder)
-            log.warning("%s; falling back to the checkpoint before it.", damage)
+            damages.append(damage)
         else:
+            for damage in damages:
+                log.warning("%s; falling back to the checkpoint before it.", damage)
             return checkpoint
-    raise FileNotFoundError(f"{folder} holds no complete checkpoint; train from the start.")
+    why = f" ({damages[0]})" if damages else ""
+    raise FileNotFoundError(f"{folder} holds no complete checkpoint{why}; train from the start.")
 
 
 def verify(checkpoint: Path) -> None:
@@ -247,24 +350,19 @@ def verify(checkpoint: Path) -> None:
         InvalidCheckpoint: one is missing, was added, or its size or checksum differs.
     """
     try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        manifest: _Manifest = strict.read_file(_Manifest, checkpoint / _MANIFEST)
+    except OSError as error:
         raise InvalidCheckpoint(f"{checkpoint / _MANIFEST} cannot be read ({error})") from error
-    if manifest.get("schema") != SCHEMA:
-        raise InvalidCheckpoint(
-            f"{checkpoint} has schema {manifest.get('schema')}; this version reads {SCHEMA}"
-        )
-    for name, expected in files.items():
+    except UserError as error:
+        raise InvalidCheckpoint(str(error).rstrip(".")) from error
+    for name, expected in manifest.files.items():
         path = checkpoint / name
-        if Path(name).name != name:
-            raise InvalidCheckpoint(f"{checkpoint / _MANIFEST} names a file outside it: {name!r}")
         if not path.is_file():
             raise InvalidCheckpoint(f"{path} is missing")
-        if _describe(path) != expected:
+        if describe(path) != expected:
             raise InvalidCheckpoint(f"{path} does not match its checksum")
     # A file beside them would be read as tensors of another process, or tempt someone to unpickle.
-    if added := {path.name for path in checkpoint.iterdir()} - {*files, _MANIFEST}:
+    if added := {path.name for path in checkpoint.iterdir()} - {*manifest.files, _MANIFEST}:
         raise InvalidCheckpoint(f"{checkpoint} holds files that are not its own: {sorted(added)}")
 
 
@@ -283,7 +381,8 @@ def _root_cause(error: BaseException) -> str:
     return str(error)
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> _File:
+    """What the manifest says of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return _File(path.stat().st_size, digest)

@@ -36,7 +36,7 @@ def stored_averages(
     exponents = {float(name.removeprefix(RULE)): name for name in averages if name.startswith(RULE)}
     found = {}
     for path in checkpoints:
-        at = checkpoint.read_state(path)["step"]
+        at = checkpoint.read_state(path).step
         if at <= step:
             found |= {(at, exponent): (path, name) for exponent, name in exponents.items()}
     return found

@@ -112,27 +112,27 @@ class Trainer:
         """Take over the state of a checkpoint."""
         state = checkpoint.read_state(path)
         fingerprint = self.data.reader.fingerprint
-        if state["data"] != fingerprint:
+        if state.data != fingerprint:
             raise UserError(
                 f"{self.data.source} holds other data than when {path} was written "
-                f"(SHA-256 {fingerprint[:12]}, then {state['data'][:12]}); put the shards back as "
+                f"(SHA-256 {fingerprint[:12]}, then {state.data[:12]}); put the shards back as "
                 "they were, or start a new run."
             )
         complete = self.world.from_first((self.folder / EMA_FILE).exists)
-        if state["step"] > self.loop.steps or (state["step"] == self.loop.steps and complete):
+        if state.step > self.loop.steps or (state.step == self.loop.steps and complete):
             raise UserError(
-                f"{self.folder} is complete at step {state['step']} of {self.loop.steps}; "
+                f"{self.folder} is complete at step {state.step} of {self.loop.steps}; "
                 "--steps N trains it longer."
             )
         tensors = self._tensors()
         ours = {name: tuple(value.shape) for name, value in tensors.items()}
         require_shapes(ours, checkpoint.shapes(path), path)
         checkpoint.load(path, tensors, self.world)
-        self.means.load_state(state["means"])
-        self.bad_samples = state["bad_samples"]
-        self.skipped.load_state(state["skipped"])
-        self.clock = TrainingClock(state["seconds"])
-        self.engine.steps_done = state["step"]
+        self.means.load_state(state.means)
+        self.bad_samples = state.bad_samples
+        self.skipped.load_state(state.skipped)
+        self.clock = TrainingClock(state.seconds)
+        self.engine.steps_done = state.step
 
     def train(self) -> None:
         """Run to the last step; each event fires at its interval and after the last step.
@@ -218,7 +218,7 @@ class Trainer:
             self._say(f"{name:10}{text}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _is_due(self, every: int) -> bool:
         step = self.engine.steps_done
@@ -364,15 +364,15 @@ class Trainer:
         self._check_skipped()
         step = self.engine.steps_done
         self.watchdog.doing(step, "saving")
-        state = {
-            "step": step,
-            "means": self.means.state(),
-            "bad_samples": self._count_bad(),
-            "skipped": self.skipped.state(),
-            "seconds": self.clock.seconds,
-            "data": self.data.reader.fingerprint,
-        }
-        self.checkpoints.save(step, self._tensors(), state)
+        state = checkpoint.State(
+            step=step,
+            means=self.means.state(),
+            bad_samples=self._count_bad(),
+            skipped=self.skipped.state(),
+            seconds=self.clock.seconds,
+            data=self.data.reader.fingerprint,
+        )
+        self.checkpoints.save(self._tensors(), state)
         self.watchdog.doing(step, "training")
 
     def _finish(self) -> None:

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from arena_curves import BUDGET, comparison
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from speed_engine.arena import summary
@@ -90,7 +91,7 @@ def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(written):
 def test_failed_runs_are_listed_with_their_reason(written):
     _, html, markdown = written
     assert "4 runs failed or are missing" in html and "4 runs failed or are missing" in markdown
-    assert html.count("loss | &lt;NaN&gt;") == markdown.count("loss \\| <NaN>") == 4
+    assert html.count("loss | &lt;NaN&gt;") == markdown.count("loss \\| \\<NaN\\>") == 4
     assert "No seed is complete for both uniform@flow and uniform." in html
 
 
@@ -229,6 +230,48 @@ def test_many_contestants_are_spread_over_panels(tmp_path):
 def test_the_report_is_the_same_each_time(tmp_path):
     results = comparison({"a": 1.0, "b": 2.0}, 2, 0.1)
     assert report(results, tmp_path) == report(results, tmp_path)
+
+
+HOSTILE = (
+    "$\\oops$ <script>alert(1)</script> [red] [x](http://a) | `tick` ```\n# head\n* $x$ &lt; \udcff"
+)
+
+
+def test_what_users_name_is_text_in_every_page(tmp_path):
+    """Also the reason of a failure, the features and the command, which are anybody's words."""
+    results = comparison({"uniform": 1.0, "min_snr": 2.0}, 3, 0.03)
+    curves = [
+        dataclasses.replace(c, failure=HOSTILE, points=()) if c.seed == 1 else c
+        for c in results.curves
+    ]
+    hostile = dataclasses.replace(
+        results, curves=tuple(curves), extractor=HOSTILE[:-1], command=f"x --run {HOSTILE}"
+    )
+    html, markdown = report(hostile, tmp_path)
+    for page in (html, MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)):
+        shown = Texts(page)
+        assert not {"script", "a"} & shown.tags
+        assert {tag for tag in shown.tags if tag in ("em", "h6")} == set()
+        said = " ".join("".join(shown.texts).split())
+        for part in ("<script>alert(1)</script>", "[red]", "[x](http://a)", "| `tick` ```"):
+            assert said.count(part) >= 3
+        assert "# head * $x$ &lt; \\udcff" in said
+
+
+class Texts(HTMLParser):
+    """What a browser shows, and the tags that there are."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_data(self, data):
+        self.texts.append(data)
 
 
 def test_bad_input_is_refused_by_name(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import states
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -41,7 +42,7 @@ def run(tmp_path):
     checkpoints = Checkpoints(folder / "checkpoints")
     tensors = {f"ema/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema:power=1/{name}": -value for name, value in model.state_dict().items()}
-    checkpoints.save(7, tensors, {"step": 7})
+    checkpoints.save(tensors, states.at(7))
     checkpoints.wait()
     return folder
 
@@ -153,7 +154,7 @@ def test_training_starts_from_what_was_exported(run, tmp_path, layout, capsys):
     cli.main([*start, "--optimizer.learning-rate", "1e-12"])
     newest = checkpoint.newest(tuned / "checkpoints")
     wanted = checkpoint.load_group(checkpoint.newest(run / "checkpoints"), "ema")
-    assert checkpoint.read_state(newest)["step"] == 2
+    assert checkpoint.read_state(newest).step == 2
     for part in ("model", "ema"):
         tuned_weights = checkpoint.load_group(newest, part)
         torch.testing.assert_close(tuned_weights, wanted, rtol=0, atol=1e-6)

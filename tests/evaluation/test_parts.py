@@ -9,6 +9,7 @@ from PIL import Image
 
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
+from speed_engine.runtime.checks import UserError
 
 
 class Model:
@@ -45,6 +46,14 @@ def test_other_settings_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"seed 0 \(now 1\), solver None \(now heun\); finish"):
         generate(tmp_path / "parts", Model(), seed=1, solver="heun")
     assert is_begun(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "null", "{", "[" * 10_000])
+def test_settings_that_are_none_are_named(tmp_path, text):
+    generate(tmp_path, Model())
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(UserError, match=r"settings\.json: .*Delete the folder"):
+        generate(tmp_path, Model())
 
 
 def test_a_damaged_part_is_named(tmp_path):

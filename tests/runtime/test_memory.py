@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_host_memory
-from speed_engine.runtime.memory import keep_freed_memory
+from speed_engine.runtime.memory import check_memory, keep_freed_memory
 
 FAULTS = """
 import resource, sys
@@ -43,3 +44,9 @@ def test_another_c_library_keeps_nothing(monkeypatch):
     monkeypatch.setattr("speed_engine.runtime.memory._mallopt", lambda: None)
     assert not keep_freed_memory()
     assert choose_host_memory().value == "returned"
+
+
+def test_what_this_machine_cannot_hold_is_refused_with_a_remedy():
+    check_memory("two numbers", 16, "forget one")
+    with pytest.raises(UserError, match=r"numbers take 1,000,000,000\.0 GB, .* forget some\.$"):
+        check_memory("many numbers", 10**18, "forget some")

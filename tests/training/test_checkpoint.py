@@ -12,12 +12,14 @@ import sys
 import time
 
 import pytest
+import states
 import torch
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import load_average
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
 
@@ -30,7 +32,7 @@ TENSORS = {
 
 def write(folder, step, tensors=TENSORS, **keep):
     checkpoints = Checkpoints(folder, **keep)
-    checkpoints.save(step, tensors, {"step": step})
+    checkpoints.save(tensors, states.at(step))
     checkpoints.wait()
     assert not checkpoints.failures
     return folder / f"step-{step:08d}"
@@ -44,7 +46,7 @@ def read(path):
 
 def test_what_is_saved_is_loaded(tmp_path):
     state, tensors = read(write(tmp_path, 7))
-    assert state == {"step": 7}
+    assert state == states.at(7)
     assert all(torch.equal(tensors[name], value) for name, value in TENSORS.items())
     assert torch.equal(
         checkpoint.load_group(tmp_path / "step-00000007", "ema")["w"], torch.zeros(2)
@@ -54,7 +56,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_tensors_may_change_once_saving_has_begun(tmp_path):
     tensors = {"model/w": torch.zeros(1_000_000)}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, tensors, {})
+    checkpoints.save(tensors, states.at(1))
     tensors["model/w"] += 1
     checkpoints.wait()
     assert not checkpoint.load_group(tmp_path / "step-00000001", "model")["w"].any()
@@ -83,7 +85,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         except checkpoint.InvalidCheckpoint as error:
             assert path.name in str(error)
         else:  # a flip in the manifest's white space or step number changes nothing that is loaded
-            assert file.name == "manifest.json" and state == {"step": 1}
+            assert file.name == "manifest.json" and state == states.at(1)
             assert torch.equal(tensors["model/w"], TENSORS["model/w"])
         file.write_bytes(original)
 
@@ -137,10 +139,10 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_never_opened(tmp_path, name):
         checkpoint.verify(path)
     # Even one whose manifest vouches for it is not unpickled.
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = checkpoint._describe(path / name)
+    manifest["files"][name] = vars(checkpoint.describe(path / name))
     (path / "manifest.json").write_text(json.dumps(manifest))
     checkpoint.verify(path)
-    with contextlib.suppress(UnicodeDecodeError):  # a state that is not JSON
+    with contextlib.suppress(UserError):  # a state that is not JSON
         read(path)
     assert not trace.exists()
 
@@ -162,13 +164,13 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_no_litter(small_disk, caplo
     run = small_disk / "run"
     write(run, 1)
     checkpoints = Checkpoints(run)
-    checkpoints.save(2, {"model/w": torch.zeros(1_000_000)}, {})
+    checkpoints.save({"model/w": torch.zeros(1_000_000)}, states.at(2))
     checkpoints.wait()
     assert len(checkpoints.failures) == 1 and checkpoints.failures[0].startswith("2: ")
     assert "no checkpoint of step 2" in caplog.text and "earlier ones are intact" in caplog.text
     assert [path.name for path in run.iterdir()] == ["step-00000001"]
     read(checkpoint.newest(run))
-    checkpoints.save(3, TENSORS, {})  # there is room again
+    checkpoints.save(TENSORS, states.at(3))  # there is room again
     checkpoints.wait()
     assert checkpoint.newest(run).name == "step-00000003"
 
@@ -176,11 +178,11 @@ def test_a_full_disk_costs_one_checkpoint_and_leaves_no_litter(small_disk, caplo
 @pytest.mark.long
 def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
     code = (
-        "import sys, torch\nfrom pathlib import Path\n"
+        "import states, sys, torch\nfrom pathlib import Path\n"
         "from speed_engine.training.checkpoint import Checkpoints\n"
         "checkpoints = Checkpoints(Path(sys.argv[1]), keep=2)\n"
         "for step in range(1, 10_000):\n"
-        "    checkpoints.save(step, {'model/w': torch.zeros(500_000)}, {'step': step})\n"
+        "    checkpoints.save({'model/w': torch.zeros(500_000)}, states.at(step))\n"
         "    checkpoints.wait()\n"
         "    print(step, flush=True)\n"
     )
@@ -189,8 +191,9 @@ def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
     for _ in range(5):
         shutil.rmtree(folder, ignore_errors=True)
         writer = subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
         assert writer.stdout is not None
         for _ in range(rng.randint(1, 5)):
             writer.stdout.readline()
@@ -199,7 +202,7 @@ def test_kill_9_while_saving_always_leaves_a_complete_checkpoint(tmp_path):
         finished = [int(line) for line in writer.stdout.read().split()]
         writer.wait()
         newest = checkpoint.newest(folder)
-        assert checkpoint.read_state(newest)["step"] >= max(finished, default=1)
+        assert checkpoint.read_state(newest).step >= max(finished, default=1)
 
 
 WRITTEN_BY_0_1 = {
@@ -217,7 +220,7 @@ def test_names_that_version_0_1_wrote_are_those_of_this_version(tmp_path, prefix
         for i, name in enumerate(names)
     }
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, written, {"step": 1})
+    checkpoints.save(written, states.at(1))
     checkpoints.wait()
     path = tmp_path / "step-00000001"
     now = [

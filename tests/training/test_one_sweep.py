@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import states
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +94,7 @@ def test_either_way_continues_the_other_s_run(kinds, tmp_path):
     for step in range(2):
         first.step(batch(step))
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(2, everything(first), {})
+    checkpoints.save(everything(first), states.at(2))
     checkpoints.wait()
     load(newest(tmp_path), everything(second))
     second.steps_done = 2

@@ -1,6 +1,6 @@
 """JSON documents of a data set: parsed with bounds, and compared with what they should hold."""
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ from speed_engine.data.format.errors import ShardError
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, shortened
 
-MAX_BYTES = 2**28  # of one document
 MAX_COUNT = 2**62  # of bytes, samples, classes: their sums still fit 64 bits
 
 
@@ -19,8 +18,8 @@ def read_file(path: Path) -> bytes:
         OSError: it cannot be read.
         ShardError: it is longer than any.
     """
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise ShardError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are read.")
+    if (size := path.stat().st_size) > strict.MAX_BYTES:
+        raise ShardError(f"{path} has {size:,} bytes; at most {strict.MAX_BYTES:,} are read.")
     return path.read_bytes()
 
 
@@ -36,11 +35,9 @@ def parse(content: bytes | str, source: str, remedy: str) -> dict[str, Any]:
         ShardError: it is none, or nested too deeply.
     """
     try:
-        document = json.loads(content, parse_constant=_refuse, parse_float=_finite)
-        json.dumps(document).encode()
-    # RecursionError: brackets nested ten thousand deep. UnicodeEncodeError is a ValueError.
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{source} is not JSON of this kind ({error!r}); {remedy}") from error
+        document = strict.parse(content, _finite)
+    except UserError as error:
+        raise ShardError(f"{source}: {error} {remedy[:1].upper()}{remedy[1:]}") from error
     if not isinstance(document, dict):
         raise ShardError(f"{source} is not an object but {shortened(document)}; {remedy}")
     return document
@@ -66,12 +63,7 @@ def check_count(name: str, value: int) -> None:
         raise UserError(f"{name}={shortened(value)}: must lie in [0, {MAX_COUNT:,}].")
 
 
-def _refuse(constant: str) -> float:
-    raise UserError(f"{constant} is no number of JSON")
-
-
 def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise UserError(f"{shortened(text)} is too large a number")
+    if not math.isfinite(value := float(text)):
+        raise UserError(f"{shortened(text)} is no number of JSON.")
     return value

@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from speed_engine import cli
-from speed_engine.data.format import document
 from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.record import _checksum, dataset_from_json
 from speed_engine.data.format.repair import load_repair_list
+from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 
 HUGE = 10**400
@@ -83,7 +83,7 @@ def test_a_repair_list_of_another_shape_names_file_and_field(tmp_path, field, va
 
 
 def test_a_document_longer_than_any_is_refused_unread(tmp_path, monkeypatch):
-    monkeypatch.setattr(document, "MAX_BYTES", 10)
+    monkeypatch.setattr(strict, "MAX_BYTES", 10)
     (tmp_path / "repair.json").write_text("x" * 11)
     with pytest.raises(ShardError, match=r"repair\.json has 11 bytes; at most 10"):
         load_repair_list(tmp_path / "repair.json")

@@ -6,7 +6,7 @@ process.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -283,15 +283,22 @@ def build_validation(
     )
 
 
-def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
+def build_decoder(
+    config: TrainConfig, metadata: Mapping[str, Any] | None = None
+) -> Callable[[Tensor], Tensor] | None:
     """Generated latents to pictures, by the configured VAE; None where there is none.
+
+    Args:
+        config: of the run.
+        metadata: what the data set records; by default it is asked.
 
     Raises:
         UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
     """
     if config.data.vae is None:
         return None
-    metadata = open_data(config.data).dataset.metadata
+    if metadata is None:
+        metadata = open_data(config.data).dataset.metadata
     if "latent_scale" not in metadata:
         raise UserError(
             f"{config.data.source} does not record its latent_scale, which decoding needs; "

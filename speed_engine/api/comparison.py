@@ -72,8 +72,8 @@ def compare(
     Args:
         config: a preset, of which 30 % of the images are held out, or a configuration or its file,
             which says itself what is held out.
-        methods: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...] each. The baselines that speed-ups
-            refer to are added.
+        methods: ``METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]`` each. The baselines that
+            speed-ups refer to are added.
         folder: of the comparison. By default comparisons/NAME.
         seeds: number of runs of each method.
         evaluations: of each run, at equal distances.
@@ -87,7 +87,7 @@ def compare(
         UserError: a method or a field that does not exist, a folder with another comparison, or
             the extra ``plots`` is not installed.
 
-    Example:
+    Examples:
         >>> budget = {"steps": 20, "seeds": 2, "evaluations": 2, "final_solver_steps": [4]}
         >>> quick = {"num_images": 500, "solver_steps": 4}
         >>> found = se.compare(

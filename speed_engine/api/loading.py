@@ -53,7 +53,7 @@ def load(
     Raises:
         UserError: there is no such folder or model, a run has no checkpoint, or a file is damaged.
 
-    Example:
+    Examples:
         >>> model = se.load("runs/mine")
         >>> model.facts.step, model.config.method
         (20, 'speed_paper')

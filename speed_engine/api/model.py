@@ -101,7 +101,7 @@ class Model:
             UserError: an option out of range, a class that does not exist, or a condition that the
                 model does not have.
 
-        Example:
+        Examples:
             >>> model = se.load("runs/mine")
             >>> images = model.generate(4, labels=[3, 7], seed=1, solver="heun", steps=6)
             >>> images.shape, images.dtype
@@ -143,7 +143,7 @@ class Model:
         Raises:
             OSError: a file cannot be written.
 
-        Example:
+        Examples:
             >>> folder = se.load("runs/mine").save_pretrained("digits-model")
             >>> sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
             ['README.md', 'model.safetensors', 'null.safetensors']
@@ -187,7 +187,7 @@ class Model:
         Raises:
             UserError: the library huggingface_hub is not installed.
 
-        Example:
+        Examples:
             >>> model = se.load("runs/mine")
             >>> model.push_to_hub("me/digits", private=True)  # doctest: +SKIP
         """

@@ -43,7 +43,7 @@ class Run:
         Records hold ``step``, ``images`` and ``seconds``, and those of training ``loss``, those of
         an evaluation ``fid`` and others; a figure that was not finite is None.
 
-        Example:
+        Examples:
             >>> run = se.Run("runs/mine")
             >>> [record["step"] for record in run.metrics if "loss" in record]
             [10, 20]
@@ -61,7 +61,7 @@ class Run:
         Raises:
             UserError: the run has no checkpoint yet, or no such EMA.
 
-        Example:
+        Examples:
             >>> se.Run("runs/mine").model().facts.step
             20
         """
@@ -82,7 +82,7 @@ class Run:
         Raises:
             UserError: a field that does not exist, or what cannot be measured.
 
-        Example:
+        Examples:
             >>> record = se.Run("runs/mine").evaluate(num_images=500, solver_steps=4)
             >>> record["fid"] > 0
             True
@@ -116,7 +116,7 @@ def train(
             there already.
         FloatingPointError: too many steps in a row were not finite.
 
-    Example:
+    Examples:
         >>> quick = {"num_images": 500, "solver_steps": 4}
         >>> run = se.train("digits", "runs/two", steps=2, model={"depth": 1}, evaluation=quick)
         ... # doctest: +ELLIPSIS

@@ -230,7 +230,7 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
         UserError: it is no scheduler of these kinds, predicts something else, or holds another
             number of timesteps than it says.
 
-    Example:
+    Examples:
         >>> process = se.from_diffusers(scheduler)
         >>> process.num_timesteps, process.prediction
         (1000, 'epsilon')

@@ -60,7 +60,7 @@ def build_method(
         UserError: an unknown name, an option that the method does not have, one of another type or
             out of range, or something that is no process.
 
-    Example:
+    Examples:
         >>> method = se.build_method("speed_paper+k=3", scheduler)
         >>> timesteps, weights = method.draw(8, step=0)
         >>> timesteps.shape, weights.shape

@@ -63,7 +63,7 @@ FOREIGN = {
 }
 # Python blocks that are compiled, and whose imports of ours are tried, but which are not run.
 NOT_RUN = {
-    "DiTPipeline.from_pretrained": "needs an exported run; tests/models/layouts exports one",
+    "DiTPipeline.from_pretrained": "needs an exported run; tests/commands/test_export.py makes one",
     "se.train(": "trains and compares; tests/api/notebook.py does so at a smaller size",
 }
 

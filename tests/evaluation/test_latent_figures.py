@@ -114,7 +114,7 @@ def test_decoded_latents_are_compared_with_the_pictures_of_the_reference(folder,
     both = decoded, torch.from_numpy(many).permute(0, 3, 1, 2)
     generated, real = (statistics_of(x.flatten(1).double()) for x in both)
     assert found.figures["fid"] == pytest.approx(frechet_distance(generated, real), rel=1e-6)
-    np.savez(folder / "statistics.npz", **real)
+    np.savez(folder / "statistics.npz", mu=real["mu"], sigma=real["sigma"])
     of_statistics = evaluator_of(
         config.with_evaluation(reference=str(folder / "statistics.npz"))
     ).measure(decoded)

@@ -49,6 +49,7 @@ TINY = (
 ANSWER = 30  # seconds in which a command that is asked to stop does, on a busy machine
 LONGEST = 180  # seconds of one command
 SHOWN = 5  # failures that are written down
+CHAIN = 10  # kills of one command before it comes to its end
 KINDS = ("tracebacks", "hangs", "silent_losses", "files_outside")
 
 
@@ -149,7 +150,7 @@ def kills(place: Place, count: int, findings: Findings) -> None:
     expected: dict[str, Any] = {}
     done, turn = 0, findings.seed
     while done < count:
-        phase = list(phases)[(turn // 5) % len(phases)]
+        phase = list(phases)[(turn // CHAIN) % len(phases)]
         first, again, result = phases[phase](place)
         if phase not in expected:
             straight = place.new() / "out"
@@ -157,7 +158,7 @@ def kills(place: Place, count: int, findings: Findings) -> None:
             assert code == 0, said
             expected[phase] = result(straight)
         rng, out = random.Random(turn), place.new() / "out"
-        for _ in range(min(5, count - done)):
+        for _ in range(min(CHAIN, count - done)):
             line = again if (out / "config.json").exists() else first
             done, turn = done + 1, turn + 1
             _kill(place, phase, [word.format(out=out) for word in line], out, rng, findings)
@@ -179,7 +180,7 @@ def _kill(
     before = max((p.name for p in (out / "checkpoints").glob("step-*")), default="")
     started = faults.Training(place.folder / "call", line[1:], 0)
     started.begin(line[0], cwd=place.folder / "work", HOME=str(place.folder / "home"))
-    moment = time.monotonic() + rng.uniform(0.1, 6)
+    moment = time.monotonic() + rng.uniform(0.1, 5)
     if not started.wait_for(lambda: time.monotonic() > moment):
         findings.attacked(f"{phase}, ended before")
     else:

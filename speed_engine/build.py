@@ -6,6 +6,7 @@ process.
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -284,12 +285,15 @@ def build_validation(
     )
 
 
-def build_decoder(config: TrainConfig, world: World = ALONE) -> Decoder | None:
+def build_decoder(
+    config: TrainConfig, world: World = ALONE, metadata: Mapping[str, Any] | None = None
+) -> Decoder | None:
     """Generated latents to pictures, by the configured VAE; None where there is none.
 
     Args:
         config: of the run.
         world: the processes, of which each decodes on its own device.
+        metadata: what the data set records; by default it is asked.
 
     Raises:
         UserError: the VAE cannot be loaded or is of other latents, or the data set does not say how
@@ -297,7 +301,8 @@ def build_decoder(config: TrainConfig, world: World = ALONE) -> Decoder | None:
     """
     if config.data.vae is None:
         return None
-    metadata = open_data(config.data).dataset.metadata
+    if metadata is None:
+        metadata = open_data(config.data).dataset.metadata
     if "latent_scale" not in metadata:
         raise UserError(
             f"{config.data.source} does not record its latent_scale, which decoding needs; "

@@ -7,11 +7,11 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from speed_engine.commands import config_file
 from speed_engine.commands.configured import GROUPS, configured
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
-from speed_engine.presets import PRESETS
 from speed_engine.runtime.checks import UserError
 
 
@@ -20,10 +20,13 @@ class TrainCommand:
     """Train a model; `speed-engine train --resume RUN` continues a run."""
 
     preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change; `speed-engine train --help`
-    ends with the list of presets."""
+    """The run to start from, whose configuration the options change: a preset, which `speed-engine
+    train --help` lists at its end, or a file, FILE.toml or FILE.json, such as the config.json of a
+    run."""
     run: Path | None = None
     """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED."""
+    save_config: Path | None = None
+    """Write the whole configuration to this file, FILE.toml or FILE.json, and train nothing."""
     dry_run: bool = False
     """Print the memory and the arithmetic that the run would take, and train nothing."""
     gpu: GpuName = "h200"
@@ -49,17 +52,19 @@ def run(arguments: list[str], console: Console) -> None:
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
         _resume(arguments, console)
         return
-    presets = {
-        name: (text, TrainCommand(preset=name, config=config))
-        for name, (text, config) in PRESETS.items()
-    }
     command = configured(
-        presets,
+        lambda name, config: TrainCommand(preset=name, config=config),
         arguments,
         "speed-engine train",
         first=("method", "data.source", "steps", "batch_size"),
     )
     config = command.config
+    if command.save_config is not None:
+        config_file.write(config, command.save_config)
+        console.print(
+            f"written   {command.save_config}", highlight=False, markup=False, soft_wrap=True
+        )
+        return
     if command.dry_run:
         from speed_engine.planning import cost
 
@@ -68,9 +73,12 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine import run as runs
 
-    method = config.method.replace("+", "-")
-    folder = command.run or Path("runs") / f"{command.preset}-{method}-{config.seed}"
-    runs.start(config, folder, console)
+    runs.start(config, command.run or run_folder(command.preset, config), console)
+
+
+def run_folder(name: str, config: TrainConfig) -> Path:
+    """Where a run of a preset, or of a file of that name, is by default."""
+    return Path("runs") / f"{name}-{config.method.replace('+', '-')}-{config.seed}"
 
 
 def _resume(arguments: Sequence[str], console: Console) -> None:

@@ -59,6 +59,12 @@ def build_method(
     Raises:
         UserError: an unknown name, an option that the method does not have, one of another type or
             out of range, or something that is no process.
+
+    Examples:
+        >>> method = se.build_method("speed_paper+k=3", scheduler)
+        >>> timesteps, weights = method.draw(8, step=0)
+        >>> timesteps.shape, weights.shape
+        (torch.Size([8]), torch.Size([8]))
     """
     if not isinstance(schedule, NoiseSchedule):
         schedule = from_diffusers(schedule)

@@ -78,7 +78,8 @@ def open_archive(path: Path) -> Archive:
         raise _unusable(path, f"holds {', '.join(names) or 'nothing'}")
     if shape is not None and (dtype != np.uint8 or len(shape) != 4 or shape[3] != 3):
         raise _unusable(path, f"holds {PICTURES} of {dtype} and shape {shape}")
-    if labels is not None and shape is not None and not _are_classes(labels, shape[0]):
+    count = None if shape is None else tuple(shape[:1])
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != count):
         raise _unusable(path, f"holds {LABELS} of {labels.dtype} and shape {labels.shape}")
     if statistics is not None and not _are_statistics(**statistics):
         shapes = " and ".join(str(array.shape) for array in statistics.values())
@@ -95,10 +96,6 @@ def _head(path: Path) -> tuple[Any, np.dtype]:
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     return shape, dtype
-
-
-def _are_classes(labels: np.ndarray, count: int) -> bool:
-    return labels.dtype.kind in "iu" and labels.shape == (count,)
 
 
 def _are_statistics(mu: np.ndarray, sigma: np.ndarray) -> bool:

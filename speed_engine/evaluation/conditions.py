@@ -48,7 +48,7 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
     if set(names) <= {"labels"}:
         if not names:
             return {}
-        classes = torch.tensor(classes_with_samples(data, _dataset(data)))
+        classes = torch.tensor(classes_with_samples(data, known_dataset(data)))
         return {"labels": classes[torch.arange(num_images) % len(classes)]}
     reader = open_data(data, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
@@ -90,7 +90,7 @@ def of_classes(data: DataConfig, num_images: int, classes: Sequence[str]) -> Con
     return {"labels": torch.tensor(labels)[torch.arange(num_images) % len(labels)]}
 
 
-def _dataset(data: DataConfig) -> Dataset | None:
+def known_dataset(data: DataConfig) -> Dataset | None:
     """What is known of the data set; None, after a warning, where it is not at hand."""
     try:
         return recorded(data.source) or open_data(data, part=None).dataset

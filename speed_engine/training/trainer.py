@@ -25,6 +25,7 @@ from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import save_tensors, write_durably
+from speed_engine.runtime.loggers import Logger
 from speed_engine.runtime.progress import TrainingProgress, announced
 from speed_engine.runtime.records import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.runtime.sharding import whole
@@ -83,6 +84,7 @@ class Trainer:
         world: the processes of the run.
         console: what the first process prints to.
         introduction: lines about the run that are printed first, by their heads.
+        open_loggers: of the first process, by name, from the step that is given on.
     """
 
     def __init__(
@@ -97,11 +99,12 @@ class Trainer:
         world: World,
         console: Console,
         introduction: Mapping[str, str],
+        open_loggers: Callable[[int], Mapping[str, Logger]],
     ) -> None:
         self.loop, self.folder, self.engine = loop, folder, engine
         self.data, self.evaluator, self.device, self.world = data, evaluator, device, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.introduction = introduction
+        self.introduction, self.open_loggers = introduction, open_loggers
         self.means = IntervalMean(FIGURES, device)
         self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(device)
@@ -149,7 +152,8 @@ class Trainer:
             command = describe(sys.argv)
             text = json.dumps(command, indent=2) + "\n"
             write_durably(self.folder / "environment.json", text.encode())
-            self.records = RunLog(self.folder, engine.steps_done)
+            loggers = self.open_loggers(engine.steps_done)
+            self.records = RunLog(self.folder, engine.steps_done, loggers)
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS, self.world, loop.keep_checkpoints, loop.keep_every
         )
@@ -337,6 +341,8 @@ class Trainer:
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.folder / "samples" / f"step-{step:08d}.png"
         where = self._try_to_write(where, lambda: save_images(images, rows, where))
+        if where.suffix == ".png" and where.exists():
+            self.records.picture(step, where)
         self.newest_evaluation = quality, where
         self.progress.say(f"step {step}/{self.loop.steps}  {quality}{where}")
 

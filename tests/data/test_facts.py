@@ -114,8 +114,8 @@ def test_a_run_generates_where_its_data_are_not_at_hand(tmp_path, caplog):
 
 
 def command(*arguments):
-    presets = {n: (t, TrainCommand(preset=n, config=c)) for n, (t, c) in PRESETS.items()}
-    return configured(presets, [*map(str, arguments)], "train")
+    made = lambda name, config: TrainCommand(preset=name, config=config)
+    return configured(made, [*map(str, arguments)], "train")
 
 
 def parsed(*arguments):

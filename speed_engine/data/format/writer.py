@@ -12,9 +12,7 @@ with an ``.incomplete`` marker, so a killed writer leaves nothing that could pas
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -43,6 +41,7 @@ from speed_engine.data.format.record import (
 from speed_engine.data.format.tar import BLOCK, scan_index
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import sync, write_durably
+from speed_engine.runtime.workers import worker_processes
 
 T = TypeVar("T")
 
@@ -205,8 +204,7 @@ def each_shard(function: Callable[[Path], T], paths: Sequence[Path], workers: in
     if workers <= 1 or len(paths) <= 1:
         yield from map(function, paths)
         return
-    # Not forked: the caller may have threads, such as those of PyTorch.
-    with ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
+    with worker_processes(min(workers, len(paths))) as pool:
         yield from pool.map(function, paths)
 
 

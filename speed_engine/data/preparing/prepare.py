@@ -15,14 +15,10 @@ Letters: N samples, S shards.
 import hashlib
 import json
 import logging
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_pi
 from speed_engine.data.preparing.source import Source
 from speed_engine.runtime.checks import UserError, check
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.workers import worker_processes
 
 PLAN = "preparation.json"
 _NAME = "preparation"
@@ -247,22 +244,17 @@ def _in_processes(
     workers: int,
 ) -> Iterator[tuple[Path, list[str]]]:
     """Each shard's path and its bad samples, as it is completed."""
-    setup = (source, options, size, skip_bad)
-    # Spawned, not forked: the parent has threads.
-    pool = ProcessPoolExecutor(
-        min(workers, max(len(tasks), 1)), get_context("spawn"), _start_worker, setup
-    )
+    count = min(workers, max(len(tasks), 1))
     try:
-        futures = [pool.submit(_make_shard, path, numbers) for path, numbers in tasks]
-        for future in as_completed(futures):
-            yield future.result()
+        with worker_processes(count, _start_worker, source, options, size, skip_bad) as pool:
+            futures = [pool.submit(_make_shard, path, numbers) for path, numbers in tasks]
+            for future in as_completed(futures):
+                yield future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a worker process was killed; if memory ran out, use fewer workers. Run the same "
             "command again to continue."
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 _worker: tuple[Source, PictureOptions, tuple[int, int], bool]  # of this process
@@ -271,16 +263,6 @@ _worker: tuple[Source, PictureOptions, tuple[int, int], bool]  # of this process
 def _start_worker(*setup: Any) -> None:
     global _worker
     _worker = setup  # type: ignore[assignment]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for tasks for ever."""
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
 
 
 def _make_shard(path: Path, numbers: np.ndarray) -> tuple[Path, list[str]]:

@@ -113,32 +113,6 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(p
     assert len(kept) >= 4  # of the second kill; what was complete was not written again
 
 
-def test_workers_end_with_a_parent_that_was_killed(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; "
-        "from speed_engine.data.preparing import prepare; "
-        "from concurrent.futures import ProcessPoolExecutor; "
-        "from multiprocessing import get_context; "
-        "pool = ProcessPoolExecutor(1, get_context('spawn'), prepare._start_worker, (None,)); "
-        "import os; print(pool.submit(os.getpid).result(), flush=True); time.sleep(600)"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 300
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        if "Z (zombie)" in Path(f"/proc/{worker}/status").read_text():
-            break
-        time.sleep(0.05)
-    else:
-        assert not Path(f"/proc/{worker}").exists()
-
-
 def make_from(tmp_path, contents: Mapping[str, bytes | None], size: int | None = 2):
     """Shards of two samples from files; of None, links to nothing."""
     folder = tmp_path / "in"

@@ -46,7 +46,11 @@ _KINDS = {
     "guidance_interval": ((list,), "a list"),
     "evaluated": ((bool,), "true or false"),
     **dict.fromkeys(
-        ("extractor", "weights_sha256", "clip_weights_sha256", "solver", "average"), _TEXT
+        """
+        extractor weights_sha256 clip_weights_sha256 vae_weights_sha256 reference_sha256 solver
+        average
+        """.split(),
+        _TEXT,
     ),
 }
 log = logging.getLogger(__name__)

@@ -286,7 +286,9 @@ def comparisons() -> str:
     text = []
     for folder in sorted(COMPARISONS.glob("*/")):
         results = read_results(folder / "results.json")
-        sentences = [headline(results, against(results, name)) for name in results.baselines]
+        sentences = [
+            headline(results, against(results, name), "speed_plus") for name in results.baselines
+        ]
         sentences = [f"- {sentence}" for sentence in sentences]
         size = f"{len(results.contestants)} methods, {len(results.seeds)} seeds"
         link = f"[{folder.name}](docs/results/{folder.name}/report.md)"

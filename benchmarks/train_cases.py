@@ -18,7 +18,8 @@ from speed_engine.presets import PRESETS
 from speed_engine.training.configured import UPDATES
 from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.schedules import linear_warmup
 
 DITS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 CPU_BATCH = {"DiT-S/2": 8, "unet": 4}  # images of 32 x 32 x 4 per step on two cores

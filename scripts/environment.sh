@@ -1,4 +1,4 @@
-# Sourced by demo and test: makes .venv beside the project and installs the project with the extras
+# Sourced by demo, docs and test: makes .venv beside the project and installs the project with the extras
 # named in $1, at the releases of constraints.txt; again only where it or pyproject.toml changed.
 # With "latest" as $2: the newest releases, looked for each time, in .venv-latest.
 # Leaves the interpreter's path in $PYTHON.

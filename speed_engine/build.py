@@ -4,9 +4,9 @@ Training, generation and evaluation all build through here, so that they agree o
 process.
 """
 
+import logging
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,14 +26,15 @@ from speed_engine.diffusion.method import build_method, options_of
 from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.encoders.clip import ClipScore
-from speed_engine.encoders.vae import decode_latents, load_vae
+from speed_engine.encoders.vae import Decoder, load_vae
 from speed_engine.evaluation.conditions import (
     generation_conditions,
     generation_settings,
     generation_texts,
 )
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.references import real_images
+from speed_engine.evaluation.references import real_images, validation_of
+from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each, compiled
 from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
@@ -45,6 +46,8 @@ from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.configured import build_averages, build_update
 from speed_engine.training.ema import EMA, Ema
 from speed_engine.training.engine import Engine
+
+log = logging.getLogger(__name__)
 
 
 def build_process(config: TrainConfig) -> Method:
@@ -231,52 +234,91 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
     Raises:
         UserError: there are too few images for a metric, or what it needs is missing.
     """
-    settings = config.evaluation
+    settings, decode = config.evaluation, build_decoder(config, world)
+    shape = picture_shape(config, decode)
     check_memory(
         f"evaluation.num_images={settings.num_images:,} images",
-        settings.num_images * math.prod(config.data.image_shape),
+        settings.num_images * math.prod(shape),
         "lower it",
     )
-    training, held_out, clip, texts = None, None, None, ()
+    real, clip, texts = None, None, ()
     if settings.features != "none":
-        training, held_out = real_images(config.data, settings)
+        real = real_images(config.data, settings, shape)
+        if world.is_first and (doubt := real.extractor.doubt()):
+            log.warning("%s", doubt)
     if "clip" in settings.metrics and settings.clip_model is not None:
         clip = ClipScore(settings.clip_model, torch_device(config.device))
         texts = generation_texts(config.data, settings.num_images)
     return Evaluator(
         table=process.table,
         settings=generation_settings(settings),
-        training=training,
-        extractor=None if training is None else training.extractor,
+        training=real and real.training,
+        extractor=real and real.extractor,
         metrics=settings.metrics,
-        held_out=held_out,
+        held_out=real and real.held_out,
+        reference=real and real.reference,
+        reference_sha256=real and real.reference_sha256,
         clip=clip,
         texts=texts,
         conditions=generation_conditions(config.data, settings.num_images, config.seed),
         null=null_conditions(config.data),
         image_shape=config.data.image_shape,
         latents=config.data.latents,
-        decode=build_decoder(config),
+        decode=decode,
+        validation=build_validation(config, process, world) if "loss" in settings.metrics else None,
         num_images=settings.num_images,
         seed=config.seed,
         world=world,
     )
 
 
-def build_decoder(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
-    """Generated latents to pictures, by the configured VAE; None where there is none.
+def build_validation(
+    config: TrainConfig, process: Method, world: World = ALONE, images: int = IMAGES
+) -> Validation:
+    """The validation loss on the configured data; arguments as of ``validation_of``.
 
     Raises:
-        UserError: the VAE cannot be loaded, or the data set does not say how latents are scaled.
+        UserError: a sample is damaged and the policy is to stop.
+    """
+    return validation_of(
+        config.data, process, config.seed, torch_device(config.device, world), world, images
+    )
+
+
+def build_decoder(
+    config: TrainConfig, world: World = ALONE, metadata: Mapping[str, Any] | None = None
+) -> Decoder | None:
+    """Generated latents to pictures, by the configured VAE; None where there is none.
+
+    Args:
+        config: of the run.
+        world: the processes, of which each decodes on its own device.
+        metadata: what the data set records; by default it is asked.
+
+    Raises:
+        UserError: the VAE cannot be loaded or is of other latents, or the data set does not say how
+            latents are scaled.
     """
     if config.data.vae is None:
         return None
-    metadata = open_data(config.data).dataset.metadata
+    if metadata is None:
+        metadata = open_data(config.data).dataset.metadata
     if "latent_scale" not in metadata:
         raise UserError(
             f"{config.data.source} does not record its latent_scale, which decoding needs; "
             "`speed-engine shards index --metadata` records it."
         )
-    vae = load_vae(config.data.vae, torch_device(config.device))
-    scale, shift = metadata["latent_scale"], metadata.get("latent_shift", 0.0)
-    return partial(decode_latents, vae, scale=scale, shift=shift)
+    vae = load_vae(config.data.vae, torch_device(config.device, world))
+    channels = config.data.image_shape[0]
+    if vae.config.latent_channels != channels:
+        raise UserError(
+            f"data.vae={config.data.vae} decodes latents of {vae.config.latent_channels} channels, "
+            f"those of {config.data.source} have {channels}; name the VAE that encoded them."
+        )
+    return Decoder(vae, metadata["latent_scale"], metadata.get("latent_shift", 0.0))
+
+
+def picture_shape(config: TrainConfig, decode: Decoder | None) -> tuple[int, int, int]:
+    """(channels, height, width) of what is generated, decoded where there is a decoder."""
+    shape = config.data.image_shape
+    return shape if decode is None else decode.picture_shape(shape)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -45,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     _interrupt_when_terminated()
     _repeat_lost_interrupts()
     try:
-        _command(arguments)
+        if run := _chosen(arguments):
+            run(arguments[1:], Console(markup=False, emoji=False))  # users' names are no markup
+            if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
+                world.leave()
         _flush()
     except BrokenPipeError:  # whoever reads the output has enough
         _print_no_more()
@@ -59,22 +63,22 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
 
-def _command(arguments: list[str]) -> None:
+def _chosen(arguments: list[str]) -> Callable[[list[str], Console], None] | None:
+    """The command that is named first; none where a help or a version was asked for, and printed.
+
+    Raises:
+        UserError: there is no command of that name.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage("speed-engine", COMMANDS) + "\n" + EXAMPLES, end="")
-        return
+        return None
     if arguments[0] == "--version":
         print(f"speed-engine {__version__}")
-        return
+        return None
     name = arguments[0]
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    importlib.import_module(f"speed_engine.commands.{name}").run(
-        arguments[1:],
-        Console(markup=False, emoji=False),  # nothing in users' names is another thing
-    )
-    if world := sys.modules.get("speed_engine.runtime.world"):  # not every command needs it
-        world.leave()
+    return importlib.import_module(f"speed_engine.commands.{name}").run
 
 
 def _flush() -> None:
@@ -137,6 +141,8 @@ def _prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
     # Plain lines: a path that is wrapped can neither be copied nor searched for.
     logging.basicConfig(level=logging.WARNING, handlers=[_handler()])
+    if os.environ.get("RANK", "0") == "0":  # what takes long is said once
+        logging.getLogger("speed_engine.runtime.progress").setLevel(logging.INFO)
 
 
 def _handler() -> logging.Handler:
@@ -146,9 +152,14 @@ def _handler() -> logging.Handler:
 
 
 class _LowerCaseLevel(logging.Formatter):
-    """Writes ``warning: ...``; the level's own name stays as it is, other libraries print it."""
+    """Writes ``warning: ...``; the level's own name stays as it is, other libraries print it.
+
+    What is done now, at the level INFO, is written without a level.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.INFO:
+            return f"{record.getMessage()} ..."
         own = logging.makeLogRecord(record.__dict__ | {"levelname": record.levelname.lower()})
         return super().format(own)
 

@@ -7,6 +7,7 @@ Every field is an option of ``speed-engine train`` and says its unit. Configurat
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,11 +88,15 @@ class TrainConfig:
     """On a GPU, use deterministic algorithms only, so that equal runs have equal bits, as they have
     on a CPU; some algorithms are slower."""
     init_from: Path | None = None
-    """Weights to start from: a checkpoint file of facebookresearch/DiT, a folder of diffusers, or
-    what `speed-engine export` wrote. The default is random weights."""
+    """Weights to start from: the folder of another run, whose EMA is taken, a checkpoint file of
+    facebookresearch/DiT, a folder of diffusers, or what `speed-engine export` wrote. The default is
+    random weights."""
     log_every: int = 50
     """Number of optimizer steps between two records of the loss; only then does the host wait for
     the device."""
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What shows the records and pictures beside metrics.jsonl: tensorboard, wandb (Weights &
+    Biases) or mlflow, one or several, or none."""
     checkpoint_every: int = 500
     """Number of optimizer steps between two checkpoints; one more follows the last step."""
     keep_checkpoints: int = 3
@@ -149,13 +154,10 @@ class TrainConfig:
             self.evaluation.solver_steps <= self.num_timesteps,
             f"must be at most num_timesteps={self.num_timesteps}",
         )
-        check(
-            "evaluation.features",
-            self.evaluation.features,
-            not self.data.latents or self.evaluation.features == "none",
-            "latents are no pictures that could be compared; choose none",
-        )
+        self._check_pictures()
         self._check_metrics()
+        once = len(set(self.logger)) == len(self.logger)
+        check("logger", " ".join(self.logger), once, "name each logger once")
         check(
             "attention",
             self.attention,
@@ -174,17 +176,32 @@ class TrainConfig:
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         return dataclasses.replace(self, evaluation=dataclasses.replace(self.evaluation, **given))
 
+    def _check_pictures(self) -> None:
+        """Latents are compared as pictures, with pictures."""
+        features = self.evaluation.features
+        if not self.data.latents or features == "none":
+            return
+        for option, value, what in (
+            ("data.vae", self.data.vae, "which decodes what is generated"),
+            ("evaluation.reference", self.evaluation.reference, "the real pictures"),
+        ):
+            need = f"latents are compared as pictures: set {option}, {what}, or choose none"
+            check("evaluation.features", features, value is not None, need)
+
     def _check_metrics(self) -> None:
         data, named = self.data, " ".join(self.evaluation.metrics)
         there = {
-            "held_out": data.held_out > 0,
+            "held_out": data.holds_out,
             "texts": any(member.startswith("tokens") for member in data.members),
             "images": not data.latents or data.vae is not None,
+            "training": self.evaluation.reference is None,
         }
         remedy = {
-            "held_out": "images that were never trained on; set data.held_out, such as to 0.1",
+            "held_out": "images that were never trained on; set data.held_out, such as to 0.1, or "
+            "data.test_source",
             "texts": "a model that is conditioned on texts (tokens.npy among data.members)",
             "images": "pictures; set data.vae to decode latents",
+            "training": "the pictures that are trained on; leave evaluation.reference out",
         }
         for metric in self.evaluation.metrics:
             for need in sorted(METRICS[metric].needs, reverse=True):
@@ -213,6 +230,14 @@ def to_json(config: TrainConfig) -> str:
     return _INFINITY.sub(r"\g<1>1e999", text)
 
 
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every value as JSON has it, by its dotted name, such as ``optimizer.beta1``."""
+    values: dict[str, Any] = json.loads(to_json(config))
+    sections = {name: of for name, of in values.items() if isinstance(of, dict)}
+    plain = {name: value for name, value in values.items() if name not in sections}
+    return plain | {f"{name}.{f}": v for name, of in sections.items() for f, v in of.items()}
+
+
 def from_json(text: str | bytes) -> TrainConfig:
     """Inverse of ``to_json``; a field that is missing has its default, as the file may be older.
 
@@ -220,22 +245,61 @@ def from_json(text: str | bytes) -> TrainConfig:
         UserError: not a JSON object in UTF-8, an unknown field, a value of another type than the
             field's or out of its range, or a method, process or prediction that does not exist.
     """
+    return _checked(parsed(text))
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """A configuration with other values, read as strictly as those of a file.
+
+    Args:
+        config: what has the other values; it stays as it is.
+        values: by name, as in ``config.json``; a section is a mapping of its own values or the
+            whole dataclass. A model of another family starts from that family's defaults.
+
+    Raises:
+        UserError: as ``from_json``.
+    """
+    merged: dict[str, Any] = json.loads(to_json(config))
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            value = dataclasses.asdict(value)
+        before = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(before, dict):
+            same = value.get("family", before.get("family")) == before.get("family")
+            value = {**(before if same else {}), **value}
+        merged[name] = value
+    # Through JSON, which makes lists of tuples and texts of paths.
+    return _checked(json.loads(json.dumps(merged, default=str)))
+
+
+def _checked(values: dict[str, Any]) -> TrainConfig:
     try:
-        config = strict.read(TrainConfig, _of_this_version(_parsed(text)))
+        config = strict.read(TrainConfig, _of_this_version(values))
     except RecursionError:
-        raise UserError(
-            "the configuration is nested too deeply; a section holds values and lists only."
-        ) from None
+        raise _too_deep() from None
     _check_names(config)
     return config
 
 
-def _parsed(text: str | bytes) -> dict[str, Any]:
+def _too_deep() -> UserError:
+    return UserError(
+        "the configuration is nested too deeply; a section holds values and lists only."
+    )
+
+
+def parsed(text: str | bytes) -> dict[str, Any]:
+    """The values of a file, unchecked.
+
+    Raises:
+        UserError: not a JSON object in UTF-8, or one that has a name twice.
+    """
     try:
         text = text if isinstance(text, str) else text.decode()
         values = json.loads(text, object_pairs_hook=_object)
     except UserError:
         raise
+    except RecursionError:
+        raise _too_deep() from None
     except ValueError as error:  # of UTF-8, of JSON, or a number of thousands of digits
         raise UserError(f"a configuration is JSON in UTF-8, and this is not: {error}.") from error
     if not isinstance(values, dict):

@@ -13,6 +13,9 @@ text to image is sampled with guidance 1.5 (A.7). Not from the paper:
     coco-t2i-dit-xl2             attention to all tokens of CLIP ViT-L/14; the release conditions on
                                  the pooled vector of ViT-B/32
     metfaces512-superres         our own: latents of 64 x 64, conditioned on 64 x 64 pixels
+    dit-s, dit-b, unet-s         our own, for your own images: a rectified flow with logit-normal
+                                 timesteps (SD3); shape and classes are those of the data. Time
+                                 features as in diffusers, where exports then answer equally
     cifar10-edm, cifar10-fdm     flips in place of EDM's augmentation, and a warm-up of the EMA
                                  like that of EDM's code; A.6 has the dropout, 0.13, and 50,000
                                  images by EDM's Heun sampler, whose 18 steps are 35 evaluations
@@ -24,6 +27,7 @@ Expected results are FID of 10,000 images as the paper states them; none is repr
 """
 
 import math
+from typing import Any
 
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
@@ -100,7 +104,7 @@ def _edm(process: str) -> TrainConfig:
         model=EdmUNetConfig(size="ddpm++-cifar10"),
         data=DataConfig(
             source="shards/cifar10",
-            members=("npy", CLASS),
+            members=("png", CLASS),
             image_shape=(3, 32, 32),
             workers=8,
             flip=True,
@@ -129,6 +133,55 @@ def _emoji(side: int, model: ModelConfig, steps: int, rate: float, images: int) 
     )
 
 
+def _cifar(
+    side: int, model: ModelConfig, steps: int, batch_size: int, rate: float, features: Any
+) -> TrainConfig:
+    """CIFAR-10 at ``side`` pixels; the test split is what generated images are compared with."""
+    name = "shards/cifar10" if side == 32 else f"shards/cifar{side}"
+    return TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        checkpoint_every=steps // 10,
+        schedule="flow",
+        method="logit_normal",
+        model=model,
+        data=DataConfig(
+            source=name,
+            test_source=f"{name}-test",
+            members=("png", CLASS),
+            image_shape=(3, side, side),
+            flip=True,
+            workers=0 if side < 32 else 8,
+        ),
+        optimizer=OptimizerConfig(learning_rate=rate, schedule="linear"),
+        evaluation=EvaluationConfig(
+            every=steps // 10, num_images=2000 if side < 32 else 10_000, solver="heun",
+            solver_steps=25, features=features,
+        ),
+    )  # fmt: skip
+
+
+def _own_images(model: ModelConfig, steps: int, rate: float) -> TrainConfig:
+    """A flow on a data set of which only its record knows the shape and the classes."""
+    return TrainConfig(
+        method="logit_normal",
+        schedule="flow",
+        steps=steps,
+        checkpoint_every=1_000,
+        log_every=100,
+        model=model,
+        data=DataConfig(
+            source="shards/own",
+            members=("png", CLASS),
+            image_shape=(3, 64, 64),
+            workers=2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=rate, ema_decay=0.9999),
+        evaluation=EvaluationConfig(every=5_000, num_images=2_000),
+    )
+
+
+OWN_IMAGES = ("dit-s", "dit-b", "unet-s")  # the first is what a source alone is trained by
 DIGITS = TrainConfig(
     steps=2500,
     log_every=100,
@@ -137,8 +190,13 @@ DIGITS = TrainConfig(
 )
 EMOJI_DIT = DiTConfig(patch_size=4, dim=128, depth=4, num_heads=4)
 EMOJI64_DIT = DiTConfig(patch_size=4, dim=256, depth=8, num_heads=4)
+CIFAR16_DIT = DiTConfig(patch_size=4, dim=128, depth=4, num_heads=4)
 EMOJI_UNET = UNetConfig(
     model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(2, 4),
+    num_head_channels=32,
+)  # fmt: skip
+OWN_UNET = UNetConfig(
+    model_channels=64, channel_mult=(1, 2, 2), num_res_blocks=2, attention_resolutions=(4,),
     num_head_channels=32,
 )  # fmt: skip
 EMOJI64_UNET = UNetConfig(
@@ -154,6 +212,12 @@ _ROWS = (
      "A DiT with 0.3 M parameters on the UCI digits, 8 x 8 pixels, two minutes on two CPU cores",
      "it reaches FID 0.44 in classifier features, where two halves of the data differ by 0.55",
      DIGITS),
+    ("dit-s", "A DiT-S/2 with 33 M parameters on your own images, as a flow",
+     UNMEASURED, _own_images(DiTConfig(size="DiT-S/2", frequency_shift=1), 100_000, 2e-4)),
+    ("dit-b", "A DiT-B/2 with 130 M parameters on your own images, as a flow",
+     UNMEASURED, _own_images(DiTConfig(size="DiT-B/2", frequency_shift=1), 200_000, 1e-4)),
+    ("unet-s", "A U-Net with 6 M parameters on your own images, as a flow",
+     UNMEASURED, _own_images(OWN_UNET, 50_000, 5e-4)),
     ("emoji32", "A DiT with 1.3 M parameters on emoji of 32 x 32 pixels, for CPU cores, too",
      UNMEASURED, _emoji(32, EMOJI_DIT, 2_000, 2e-3, 500)),
     ("emoji32-unet", "A U-Net with 6 M parameters on emoji of 32 x 32 pixels",
@@ -162,6 +226,10 @@ _ROWS = (
      UNMEASURED, _emoji(64, EMOJI64_DIT, 40_000, 5e-4, 2000)),
     ("emoji64-unet", "A U-Net with 6 M parameters on emoji of 64 x 64 pixels",
      UNMEASURED, _emoji(64, EMOJI64_UNET, 40_000, 5e-4, 2000)),
+    ("cifar16", "A flow with 1.3 M parameters on CIFAR-10 at 16 x 16 pixels, for CPU cores",
+     UNMEASURED, _cifar(16, CIFAR16_DIT, 2_000, 128, 4e-3, "classifier")),
+    ("cifar10-dit", "A flow by DiT-S/2 on CIFAR-10 at 32 x 32 pixels, for a GPU",
+     UNMEASURED, _cifar(32, DiTConfig(size="DiT-S/2"), 100_000, 256, 1e-3, "inception")),
     ("metfaces-dit-xl2", "An unconditional DiT-XL/2 on MetFaces 256",
      "the paper has FID 21.1, and 29.3 with uniform timesteps",
      _speed("metfaces256", DIT_XL, 50_000)),

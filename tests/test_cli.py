@@ -275,7 +275,7 @@ def test_every_option_of_training_is_in_the_help_once_with_a_text(capsys, monkey
     option = re.compile(r"[│ ] (--[a-z0-9.-]*[a-z0-9])")
     options = [found[1] for line in lines if (found := option.match(line))]
     config = PRESETS["imagenet256-unet"][1]
-    expected = {"--run", "--dry-run", "--gpu"}
+    expected = {"--run", "--save-config", "--dry-run", "--gpu"}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         if dataclasses.is_dataclass(section):
@@ -346,11 +346,31 @@ def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
     )
 
 
+@pytest.mark.parametrize(
+    "arguments, meant",
+    [
+        (["train", "digits", "--lr", "1e-4"], "--optimizer.learning-rate"),
+        (["train", "digits", "--optimizer.lr=1e-4"], "--optimizer.learning-rate"),
+        (["train", "digits", "--learning-rate", "1e-4"], "--optimizer.learning-rate"),
+        (["train", "digits", "--num_workers", "2"], "--data.workers"),
+        (["train", "digits", "--guidance-scale", "2"], "--evaluation.guidance"),
+        (["train", "digits", "--epochs", "2"], "--steps"),
+        (["train", "digits", "--depth", "2"], "--model.depth"),
+        (["compare", "digits", "--lr", "2"], "--optimizer.learning-rate"),
+        (["sample", "runs/x", "--num-samples", "2"], "--count"),
+        (["sample", "runs/x", "--classes", "2"], "--class"),
+        (["sample", "runs/x", "--cfg-scale", "2"], "--guidance"),
+    ],
+)
+def test_an_option_by_the_name_of_other_programs_is_understood(capsys, arguments, meant):
+    assert f"did you mean {meant}?" in fails(capsys, *arguments)
+
+
 def test_a_command_that_needs_a_preset_names_the_presets(capsys):
-    assert "a preset is missing: speed-engine train PRESET; choose from digits" in fails(
-        capsys, "train"
-    )
-    assert "unknown preset 'digitz'; did you mean 'digits'? Choose from digits, emoji32" in fails(
+    message = fails(capsys, "train")
+    assert "a preset is missing: speed-engine train PRESET" in message
+    assert "choose from digits, dit-s" in message
+    assert "unknown preset 'digitz'; did you mean 'digits'? Choose from digits, dit-s" in fails(
         capsys, "train", "digitz"
     )
 
@@ -359,7 +379,10 @@ def test_the_methods_are_listed_as_they_are_spelled(capsys):
     cli.main(["methods"])
     shown = capsys.readouterr().out
     assert "min_snr+gamma=5: Min-SNR weighting" in shown
-    assert "+stratified=None+normalised=None+weight_on=definition+weigh_bound=False" in shown
+    assert (
+        "+stratified=None+normalised=None+weight_on=definition+max_weight=inf+weigh_bound=False"
+        in shown
+    )
 
 
 def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monkeypatch):

@@ -4,7 +4,7 @@ from speed_engine.build import build_model
 from speed_engine.config import from_json, to_json
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.edm_unet import EDM_UNET_SIZES
-from speed_engine.presets import PRESETS
+from speed_engine.presets import OWN_IMAGES, PRESETS
 
 EXPERIMENTS = {
     "metfaces-dit-xl2", "ffhq-dit-xl2", "ffhq-unet", "imagenet256-dit-xl2", "imagenet256-unet",
@@ -16,7 +16,7 @@ EMOJI = {"emoji32", "emoji32-unet", "emoji64", "emoji64-unet"}
 
 
 def test_the_papers_experiments_are_there():
-    assert set(PRESETS) == EXPERIMENTS | EMOJI | {"digits"}
+    assert set(PRESETS) == EXPERIMENTS | EMOJI | {"digits", "cifar16", "cifar10-dit", *OWN_IMAGES}
     families = {type(config.model) for _, config in PRESETS.values()}
     assert families == {DiTConfig, MDTConfig, UNetConfig, EdmUNetConfig}
 

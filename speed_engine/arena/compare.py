@@ -25,6 +25,7 @@ from rich.console import Console
 
 from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import measure_final
+from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
@@ -65,7 +66,7 @@ class Plan:
     @property
     def metric(self) -> str:
         """The one that decides; lower is better."""
-        return "held_out_fid" if self.config.data.held_out else "fid"
+        return "held_out_fid" if self.config.data.holds_out else "fid"
 
     @property
     def reported_seeds(self) -> tuple[int, ...]:
@@ -200,6 +201,7 @@ class Comparison:
             config=json.loads(to_json(plan.config)),
             environment=describe([]) | where,
             command=shlex.join(["speed-engine", *sys.argv[1:]]),
+            references=measure_references(plan.config),
         )
 
     def _execute(self, what: str, runs: Sequence[Run]) -> None:

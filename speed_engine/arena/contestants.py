@@ -3,9 +3,13 @@
     METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]        speed_paper@linear:v+k=3
 
 What is left out is the comparison's own, the target that of the process. An option is one of the
-method, one of the optimizer (``optimizer.ema_decay``), or ``seed_offset``: the contestant's runs
-have other seeds then. The same method twice, once with other seeds, is the false-alarm test of a
-comparison: neither may come out faster.
+method, one of the optimizer (``optimizer.ema_decay``), or one of these:
+
+    seed_offset   the contestant's runs have other seeds. The same method twice, once with other
+                  seeds, is the false-alarm test of a comparison: neither may come out faster.
+    budget        share of the comparison's images that the contestant trains on, in (0, 1]. A
+                  learning rate that falls to zero is finished then: what a recipe reaches with half
+                  of the images is not what a longer run has reached at its half.
 """
 
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 
-SEED_OFFSET = "seed_offset"
+SEED_OFFSET, BUDGET = "seed_offset", "budget"
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.
@@ -48,7 +52,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
     """
     try:
         spelling = read_spelling(name)
-        method, optimizer, seed_offset = _parts(spelling)
+        method, optimizer, seed_offset, budget = _parts(spelling)
         schedule = spelling.schedule or base.schedule
         own_target = base.prediction if schedule == base.schedule else None
         config = replace(
@@ -59,6 +63,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
             optimizer=strict.read(OptimizerConfig, vars(base.optimizer) | optimizer, "optimizer"),
             seed=base.seed + seed_offset,
         )
+        config = _shortened(config, budget)
         return replace(config, prediction=build_process(config).prediction)
     except UserError as error:
         raise UserError(f"methods={name!r}: {error}") from error
@@ -97,12 +102,26 @@ def expand(names: Sequence[str], base: TrainConfig) -> tuple[str, ...]:
     return tuple(chosen.values())
 
 
-def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int]:
-    """Options of the method, those of the optimizer by their field, and the offset of the seed."""
+def _shortened(config: TrainConfig, share: float) -> TrainConfig:
+    """A run of a share of the steps, rounded to whole evaluations, which stay as far apart."""
+    if share == 1:
+        return config
+    every = config.evaluation.every
+    steps = every * max(1, round(share * config.steps / every))
+    return replace(config, steps=steps, checkpoint_every=min(config.checkpoint_every, steps))
+
+
+def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int, float]:
+    """Options of the method, those of the optimizer by their field, the offset of the seed, and the
+    share of the budget.
+    """
     method, optimizer = dict(spelling.options), dict[str, Value]()
     offset = method.pop(SEED_OFFSET, 0)
     if type(offset) is not int or offset < 0:
         raise UserError(f"{SEED_OFFSET}={offset} must be a whole number, 0 or more.")
+    share = method.pop(BUDGET, 1)
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise UserError(f"{BUDGET}={share} must be a share of the images, in (0, 1].")
     for option in spelling.options:
         section, _, field = option.rpartition(".")
         if section == "optimizer":
@@ -111,7 +130,8 @@ def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int]
         if option not in options_of(spelling.method):
             raise UserError(
                 f"there is no option {option}; there are those of {spelling.method} "
-                f"({', '.join(options_of(spelling.method))}), optimizer.NAME and {SEED_OFFSET}. "
+                f"({', '.join(options_of(spelling.method))}), optimizer.NAME, {SEED_OFFSET} and "
+                f"{BUDGET}. "
                 "What else differs would not be the same comparison."
             )
-    return method, optimizer, offset
+    return method, optimizer, offset, share

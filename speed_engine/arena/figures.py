@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,8 +44,19 @@ def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
         x = images if unit == "images" else np.exp(seconds.mean(0))
         _line_with_band(axes, x, quality, name, colour, style)
 
+    def references(axes) -> None:
+        for (name, values), style in zip(results.references.items(), ("-.", ":"), strict=False):
+            if results.metric in values:
+                axes.axhline(values[results.metric], color="0.6", linestyle=style, linewidth=1)
+                axes.annotate(
+                    name, (1, values[results.metric]), xycoords=("axes fraction", "data"),
+                    ha="right", va="bottom", fontsize=7, color="0.4",
+                )  # fmt: skip
+
     label = {"images": "images trained on", "seconds": "seconds of training"}[unit]
-    return _panels(results, folder, f"quality-{unit}", line, label, results.title, log_y=True)
+    return _panels(
+        results, folder, f"quality-{unit}", line, label, results.title, log_y=True, also=references
+    )
 
 
 def draw_denoising(results: Results, folder: Path) -> list[Panel]:
@@ -130,9 +142,16 @@ def _denoising(results: Results, name: str) -> dict[str, float]:
 
 
 def _panels(
-    results: Results, folder: Path, stem: str, line: Draw, x: str, y: str, log_y: bool = False
+    results: Results,
+    folder: Path,
+    stem: str,
+    line: Draw,
+    x: str,
+    y: str,
+    log_y: bool = False,
+    also: Callable[[Any], None] = lambda axes: None,
 ) -> list[Panel]:
-    """One picture per group, all with the same limits."""
+    """One picture per group, all with the same limits; ``also`` draws on each."""
     from matplotlib.figure import Figure
 
     drawn = []
@@ -144,6 +163,7 @@ def _panels(
             line(axes, name, colour, style)
         for contestant, colour in zip(group, _COLOURS, strict=False):
             line(axes, contestant.name, colour, "-")
+        also(axes)
         axes.set_xlabel(x, fontsize=9, parse_math=False)
         axes.set_ylabel(y, fontsize=9, parse_math=False)
         drawn.append((Panel(folder / f"{stem}-{number}.png", title), figure, axes))

@@ -11,22 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from speed_engine.arena.planned import FINAL_FILE
-from speed_engine.build import build_evaluator, build_process
+from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.config import TrainConfig
-from speed_engine.data.batch import Batch, StoredBatch
-from speed_engine.data.loading.decoding import read_all
-from speed_engine.data.opening import build_cleaning, open_data
 from speed_engine.diffusion.fitted import Method
-from speed_engine.diffusion.prediction import solve
 from speed_engine.models.layers.blocks import compiled
-from speed_engine.ops import Stream, normal
 from speed_engine.run import load_average, read_config
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.machine import choose_generation, torch_device
-from speed_engine.runtime.sharding import autocast
 
 LOG_SNRS = (-8, -6, -4, -2, 0, 2, 4, 6, 8)
 DENOISED_IMAGES = 256
@@ -54,7 +47,6 @@ def measure_final(run: Path, solver_steps: tuple[int, ...], metric: str) -> None
     write_durably(run / FINAL_FILE, (json.dumps(measured, indent=1) + "\n").encode())
 
 
-@torch.inference_mode()
 def denoising_errors(
     config: TrainConfig, process: Method, model: torch.nn.Module
 ) -> dict[str, float]:
@@ -63,23 +55,10 @@ def denoising_errors(
     Of the training images where none are held out. A process that does not reach a ratio has none
     there.
     """
-    device = torch_device(config.device)
-    held_out = "held_out" if config.data.held_out else "training"
-    reader = open_data(config.data, part=held_out)
-    pixels, conditions = read_all(reader, config.data.image_shape, config.data.on_bad_sample)
-    rows = {k: torch.from_numpy(v[:DENOISED_IMAGES]).to(device) for k, v in conditions.items()}
-    images = torch.from_numpy(pixels[:DENOISED_IMAGES]).to(device)
-    ids = torch.arange(len(images), device=device)
-    cleaning = build_cleaning(config.data, reader, config.seed, device)
-    batch = cleaning.batch(StoredBatch(images, rows, ids))
-    root = torch.tensor(config.seed, device=device)
-    noise = normal(root, ids, batch.images[0].numel(), Stream.NOISE).view_as(batch.images)
     times = times_at(process, LOG_SNRS)
-    errors = {}
-    for log_snr, t in times.items():
-        estimate = _denoised(process, model, batch, noise, t)
-        errors[str(log_snr)] = float((estimate - batch.images).square().mean())
-    return errors
+    validation = build_validation(config, process, images=DENOISED_IMAGES)
+    errors = validation.errors(model, list(times.values()), "x0").tolist()
+    return {str(log_snr): error for log_snr, error in zip(times, errors, strict=True)}
 
 
 def times_at(process: Method, log_snrs: tuple[int, ...]) -> dict[int, float]:
@@ -92,19 +71,6 @@ def times_at(process: Method, log_snrs: tuple[int, ...]) -> dict[int, float]:
         for wanted in log_snrs
         if lowest <= wanted <= highest
     }
-
-
-def _denoised(
-    process: Method, model: torch.nn.Module, batch: Batch, noise: Tensor, t: float
-) -> Tensor:
-    """(B, C, H, W): the clean images as the model estimates them from images with noise."""
-    rows = process.table.rows_at(t)
-    x_in = (rows.a_x * batch.images + rows.a_e * noise).float()
-    time = process.schedule.model_time(torch.tensor(t, dtype=process.schedule.timesteps.dtype))
-    times = time.to(x_in.device).expand(len(x_in))
-    with autocast(x_in.device.type):
-        answer = model(x_in, times, **batch.conditions).float()
-    return solve(rows, x_in, answer[:, : x_in.shape[1]])[0]
 
 
 def _quality(

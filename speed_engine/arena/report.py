@@ -61,14 +61,18 @@ def _check(results: Results) -> None:
 def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
     """What both templates show."""
     found = [summary.against(results, baseline) for baseline in results.baselines]
+    in_loss = [summary.against_in_loss(results, baseline) for baseline in results.baselines]
     own = summary.against_own_uniform(results)
     sections = [
         _section(one, figures.draw_speedups(results, one.baseline, one.by_images, pictures))
         for one in found
-    ] + ([_section(own, [])] if own.by_images else [])
+    ]
+    others = [*in_loss, own if own.by_images else None]
+    sections += [_section(one, []) for one in others if one is not None]
     return {
         "results": results,
         "headlines": [
+            *summary.floor_in_words(results),
             *(summary.headline(results, one) for one in found),
             *false_alarm_tests(results),
         ],
@@ -89,6 +93,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
 def _section(found: summary.Against, panels: list[figures.Panel]) -> dict[str, Any]:
     return {
         "baseline": found.baseline,
+        "metric": found.metric,
         "images": summary.speedup_table(found.by_images),
         "seconds": summary.speedup_table(found.by_seconds),
         "missing": found.missing,

@@ -17,6 +17,9 @@ from speed_engine.evaluation import metrics
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
+GAUSSIAN = "Gaussian per class"  # among the references
+REAL = "training images"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contestant:
@@ -72,11 +75,31 @@ class Results:
     config: dict[str, Any]  # what all runs share
     environment: dict[str, Any]  # versions, hardware
     command: str
+    # What needs no training -> metric: value; see floor.py.
+    references: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def floor(self) -> float | None:
+        """The metric of the Gaussian, beyond which there is more to learn than two moments; None
+        where it isn't known.
+        """
+        return self.references.get(GAUSSIAN, {}).get(self.metric)
 
     @property
     def title(self) -> str:
         """Of the metric that decides, such as ``held-out FID (classifier features)``."""
         return metrics.title(self.metric, self.extractor)
+
+    @property
+    def data(self) -> str:
+        """Name of the data set, such as ``digits``; of a folder of shards its own name."""
+        source = str(self.config.get("data", {}).get("source", "unknown data"))
+        return Path(source.rstrip("/")).name or source
+
+    @property
+    def tuned(self) -> bool:
+        """Whether contestants chose their learning rates from a grid."""
+        return any(len(contestant.tuning) > 1 for contestant in self.contestants)
 
 
 def write_results(results: Results, path: Path) -> None:

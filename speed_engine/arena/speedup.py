@@ -27,6 +27,8 @@ from speed_engine.arena.bootstrap import Array, Bootstrap
 from speed_engine.arena.results import Curve, Results
 from speed_engine.runtime.checks import UserError
 
+LOSS = "validation_loss"  # at fixed timesteps and noise, so that it hardly wavers
+LEAST_GAIN = 1.1  # times that a baseline's distance must become better after its first evaluation
 Unit = Literal["images", "seconds"]
 
 
@@ -36,7 +38,7 @@ class Ratio:
 
     low: float
     high: float
-    interval: tuple[float, float] | None = None  # 95 %; none from a single seed
+    interval: tuple[float, float] | None = None  # 95 %; none below LEAST_SEEDS
 
     @property
     def faster(self) -> bool:
@@ -62,6 +64,7 @@ class SpeedUp:
     median: Ratio  # over levels
     worst: Ratio  # over levels, as is the best; extremes of noise, hence without interval
     best: Ratio
+    beyond: Ratio | None  # median over the levels beyond the Gaussian; None where there are none
 
     @property
     def final(self) -> Ratio:
@@ -120,7 +123,8 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     running best rewards noise a little: with it, 3 came out as 2.92, and 1 as 0.99.
 
     Raises:
-        UserError: no seed is complete for both, or there are fewer than two levels of quality.
+        UserError: no seed is complete for both, or the baseline did not improve on its first
+            evaluation, so that there are no levels of quality.
     """
     runs, of_baseline = complete_runs(results, method), complete_runs(results, baseline)
     seeds = tuple(sorted(runs.keys() & of_baseline.keys()))
@@ -129,12 +133,15 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     bootstrap = Bootstrap(len(seeds))
     m = _mean_curve(runs, seeds, results.metric, unit, bootstrap)
     b = _mean_curve(of_baseline, seeds, results.metric, unit, bootstrap)
+    _refuse_without_learning(of_baseline, seeds, results.metric, baseline, bootstrap)
     records = np.flatnonzero(np.diff(b[1][0]) < 0) + 1  # later ones repeat the best so far
-    if not len(records):
-        raise UserError(f"{baseline} never improved after its first evaluation: no levels.")
     records[-1] = b[1].shape[1] - 1  # a resample may improve even later
     levels = b[1][:, records]
     low, high = _brackets(levels, m, b)
+    far = np.exp(levels[0]) < (0.0 if results.floor is None else results.floor)
+    beyond = None
+    if far.any():
+        beyond = _ratio(_median(low[:, far]), _median(high[:, far]), bootstrap)
     return SpeedUp(
         method,
         baseline,
@@ -145,7 +152,25 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
         median=_ratio(_median(low), _median(high), bootstrap),
         worst=Ratio(math.exp(low[0].min()), math.exp(high[0].min())),
         best=Ratio(math.exp(low[0].max()), math.exp(high[0].max())),
+        beyond=beyond,
     )
+
+
+def _refuse_without_learning(
+    runs: dict[int, Curve], seeds: tuple[int, ...], metric: str, name: str, bootstrap: Bootstrap
+) -> None:
+    """Levels between a first and a best quality that are the same but for noise measure noise."""
+    _, _, quality = stacked(runs, seeds, metric)
+    mean = bootstrap.counts / len(seeds) @ quality  # (R, E) log
+    gain = mean[:, 0] - mean[:, 1:].min(axis=1, initial=np.inf)
+    interval = bootstrap.interval(gain, gain)
+    least = 1.0 if metric == LOSS else LEAST_GAIN
+    if gain[0] <= math.log(least) or (interval is not None and interval[0] <= 0):
+        raise UserError(
+            f"{name} did not measurably improve after its first evaluation: at its best, {metric} "
+            f"was {math.exp(gain[0]):.2f} times better ({least:g} times, and more than the "
+            "spread of the seeds, are needed). Evaluate earlier, train longer, or look at the data."
+        )
 
 
 def _mean_curve(

@@ -2,26 +2,16 @@
 
 import math
 import statistics
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
+from speed_engine.arena.bootstrap import LEAST_SEEDS
 from speed_engine.arena.results import Contestant, Curve, Results
-from speed_engine.arena.speedup import Ratio, SpeedUp, complete_runs, speed_up, why_unusable
+from speed_engine.arena.speedup import LOSS, Ratio, SpeedUp, complete_runs, speed_up, why_unusable
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
-CANDIDATE = "speed_plus"  # the method that the goals are about
-
-
-class Goal(NamedTuple):
-    """What a speed-up should be."""
-
-    baseline: str  # method
-    schedule: str
-    ratio: float
-    where: str  # "final" or "median"
-
-
-GOALS = (Goal("uniform", "linear", 4.0, "final"), Goal("logit_normal", "flow", 1.5, "median"))
+# Where the headline measures against a baseline (method, process); against others at its final
+# quality. A flow is soon near its end, where a small gain takes many images: its levels say more.
+MEASURED_AT = {("logit_normal", "flow"): "median"}
 WHERE = {"final": "to its final quality", "median": "in the median over levels of quality"}
 GOT = {"final": "to its final quality", "median": "to half of its levels of quality"}
 
@@ -39,6 +29,7 @@ class Against:
     """Everything against one baseline."""
 
     baseline: str
+    metric: str  # its title
     by_images: dict[str, SpeedUp]  # by contestant
     by_seconds: dict[str, SpeedUp]
     missing: dict[str, str]  # contestant: why it has no speed-up
@@ -49,6 +40,21 @@ def against(results: Results, baseline: str) -> Against:
     return _compare(results, baseline, {c.name: baseline for c in results.contestants})
 
 
+def against_in_loss(results: Results, baseline: str) -> Against | None:
+    """The same by the validation loss, of contestants on the baseline's process; None if unknown.
+
+    Losses of different processes cannot be compared.
+    """
+    by_loss = replace(results, metric=LOSS)
+    schedule = {c.name: c.schedule for c in results.contestants}
+    rivals: dict[str, str | None] = {
+        name: baseline
+        for name in schedule
+        if schedule[name] == schedule[baseline] and complete_runs(by_loss, name)
+    }
+    return _compare(by_loss, baseline, rivals) if len(rivals) > 1 else None
+
+
 def against_own_uniform(results: Results) -> Against:
     """Speed-ups over uniform timesteps on the same process and target."""
     plain = {(c.schedule, c.prediction): c.name for c in results.contestants if _is_plain(c)}
@@ -57,7 +63,7 @@ def against_own_uniform(results: Results) -> Against:
 
 
 def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
-    found = Against(label, {}, {}, {})
+    found = Against(label, results.title, {}, {}, {})
     for name, rival in rivals.items():
         if name == rival:
             continue
@@ -72,19 +78,24 @@ def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Aga
     return found
 
 
-def headline(results: Results, found: Against) -> str:
-    """One sentence on the candidate against a baseline, or on the fastest if there is none."""
+def headline(results: Results, found: Against, method: str | None = None) -> str:
+    """One sentence on the fastest contestant against a baseline.
+
+    Args:
+        results: of the comparison.
+        found: against the baseline.
+        method: the contestants of this method only, where one of them was measured.
+    """
     baseline = next(c for c in results.contestants if c.name == found.baseline)
-    goal = next((g for g in GOALS if g[:2] == (baseline.method, baseline.schedule)), None)
-    where = goal.where if goal else "final"
+    where = MEASURED_AT.get((baseline.method, baseline.schedule), "final")
     if not found.by_images:
-        return f"Against {found.baseline} nothing could be measured."
-    candidates = [c.name for c in results.contestants if c.method == CANDIDATE]
-    pool = [name for name in candidates if name in found.by_images]
-    best = max(pool or found.by_images, key=lambda n: _certain(_at(found.by_images[n], where)))
-    chosen = "" if pool == [best] else _caution(len(pool or found.by_images))
+        reasons = sorted(set(found.missing.values()))
+        return f"Against {found.baseline} nothing could be measured. {' '.join(reasons)}".rstrip()
+    of_method = [c.name for c in results.contestants if c.method == method]
+    pool = [name for name in of_method if name in found.by_images] or [*found.by_images]
+    best = max(pool, key=lambda name: _certain(_at(found.by_images[name], where)))
     ratio = _at(found.by_images[best], where)
-    verdict = f"{_verdict(ratio)} {_goal_verdict(ratio, goal)}" if goal else _verdict(ratio)
+    chosen, verdict = _caution(len(pool), ratio), _verdict(ratio)
     if ratio.low == 0:
         return (
             f"Against {found.baseline}, {best} never got {GOT[where]}: {written(ratio)}"
@@ -94,6 +105,29 @@ def headline(results: Results, found: Against) -> str:
         f"Against {found.baseline}, {best} has a speed-up of {written(ratio)} in images "
         f"{WHERE[where]}{interval_in_words(ratio)}. {verdict}{chosen}"
     )
+
+
+def floor_in_words(results: Results) -> list[str]:
+    """Of each baseline, whether it has learned more than mean and covariance; none if unknown."""
+    if results.floor is None:
+        return []
+    sentences = []
+    for name in results.baselines:
+        runs = complete_runs(results, name).values()
+        if not runs:
+            continue
+        ends = [_last(run, results.metric) for run in runs]
+        beats = max(ends) < results.floor
+        verdict = (
+            "so it has learned more than first and second moments."
+            if beats
+            else "so speed-ups over it are undecided: they may be of learning two moments only."
+        )
+        sentences.append(
+            f"{name} ends at {_mean_and_deviation(ends)}; a Gaussian per class, without a network, "
+            f"has {_number(results.floor)}, {verdict}"
+        )
+    return sentences
 
 
 def written(ratio: Ratio) -> str:
@@ -109,14 +143,14 @@ def written(ratio: Ratio) -> str:
 def interval_in_words(ratio: Ratio) -> str:
     """In brackets; says so where there is none."""
     if ratio.interval is None:
-        return " (one seed: no interval)"
+        return " (too few seeds for an interval)"
     return f" (95 % interval {written_interval(ratio)})"
 
 
 def written_interval(ratio: Ratio) -> str:
     """``1.2 to 1.9``; an end that is not known is 0 or ∞."""
     if ratio.interval is None:
-        return "none: one seed"
+        return "none: too few seeds"
     return " to ".join(_times(end) for end in ratio.interval)
 
 
@@ -140,6 +174,13 @@ def contestants_table(results: Results) -> Table:
             + [_learning_rate(contestant), f"{len(runs)} of {len(results.seeds)}", final]
             + [*of_steps, share]
         )
+    for name, values in results.references.items():
+        if results.metric in values:
+            copied = values.get("copied_share")
+            share = "–" if copied is None else f"{copied:.1%}"
+            blanks = ["–"] * len(solver_steps)
+            value = _number(values[results.metric])
+            rows.append([f"{name}, no training", "–", "–", "–", "–", value, *blanks, share])
     return Table(header, rows)
 
 
@@ -165,10 +206,11 @@ def _head(field: str, extractor: str) -> str:
 
 def speedup_table(speedups: dict[str, SpeedUp]) -> Table:
     """The largest median first."""
-    header = ["method", "verdict", "median over levels", "95 %", "worst", "best"]
-    header += ["at final quality", "95 %", "seeds"]
+    header = ["method", "verdict", "median over levels", "95 %", "beyond the Gaussian", "95 %"]
+    header += ["worst", "best", "at final quality", "95 %", "seeds"]
     rows = [
         [name, _short_verdict(s.median), written(s.median), written_interval(s.median)]
+        + (["–", "–"] if s.beyond is None else [written(s.beyond), written_interval(s.beyond)])
         + [written(s.worst), written(s.best), written(s.final), written_interval(s.final)]
         + [str(len(s.seeds))]
         for name, s in speedups.items()
@@ -219,23 +261,18 @@ def _verdict(ratio: Ratio) -> str:
     if ratio.slower:
         return "It is slower."
     if ratio.interval is None:
-        return "One seed shows nothing."
+        return f"There are too few seeds to say: {LEAST_SEEDS} or more are needed."
     return "That is not shown to be different from 1."
 
 
 def _short_verdict(ratio: Ratio) -> str:
     if ratio.interval is None:
-        return "one seed"
+        return "too few seeds"
     return "faster" if ratio.faster else "slower" if ratio.slower else "not shown"
 
 
-def _goal_verdict(ratio: Ratio, goal: Goal) -> str:
-    reached = ratio.faster and ratio.low >= goal.ratio
-    return f"The goal of {goal.ratio:g}× {'is' if reached else 'is not'} reached."
-
-
-def _caution(number: int) -> str:
-    if number == 1:
+def _caution(number: int, ratio: Ratio) -> str:
+    if number == 1 or ratio.interval is None:
         return ""
     return (
         f" It is the fastest of {number}, and the largest of many is partly luck: confirm it on "

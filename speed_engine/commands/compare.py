@@ -15,6 +15,22 @@ from speed_engine.runtime.checks import UserError
 HELD_OUT = 0.3
 
 
+def _fair(config: TrainConfig) -> TrainConfig:
+    """A preset with a part of the data held out, and measured against both parts."""
+    return replace(
+        config,
+        data=config.data if config.data.holds_out else replace(config.data, held_out=HELD_OUT),
+        evaluation=replace(config.evaluation, metrics=("fid", "copies", "loss")),
+    )
+
+
+FAIR_PRESETS = {
+    name: (text, _fair(config))
+    for name, (text, config) in PRESETS.items()
+    if config.evaluation.features != "none"
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand:
     """Train methods at equal budget, with several seeds each, and write a report.
@@ -24,8 +40,9 @@ class CompareCommand:
     """
 
     preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change; `speed-engine compare --help`
-    ends with the list of presets."""
+    """The run to start from, whose configuration the options change: a preset, which `speed-engine
+    compare --help` lists at its end, or a file, FILE.toml or FILE.json, which says itself how many
+    images it holds out and what is measured."""
     config: TrainConfig
     methods: str = "uniform,speed_paper"
     """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
@@ -56,12 +73,22 @@ class CompareCommand:
 
 def run(arguments: list[str], console: Console) -> None:
     """``speed-engine compare``."""
-    presets = {
-        name: (text, CompareCommand(preset=name, config=_fair(config)))
-        for name, (text, config) in PRESETS.items()
-        if config.evaluation.features != "none"
-    }
-    command = configured(presets, arguments, "speed-engine compare", first=("data.source",))
+    command = configured(
+        lambda name, config: CompareCommand(preset=name, config=config),
+        arguments,
+        "speed-engine compare",
+        first=("data.source",),
+        presets=FAIR_PRESETS,
+    )
+    compare(command, console)
+
+
+def compare(command: CompareCommand, console: Console) -> Path:
+    """Run what is missing of a comparison, write its report, and return its folder.
+
+    Raises:
+        UserError: what does not fit, or a library of the extra ``plots`` is missing.
+    """
     from speed_engine.arena.compare import Comparison, Plan
     from speed_engine.arena.report import check_libraries, write_report
 
@@ -78,15 +105,7 @@ def run(arguments: list[str], console: Console) -> None:
     slots, threads = _slots(command)
     Comparison(plan, out, slots, threads, console).run()
     console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _fair(config: TrainConfig) -> TrainConfig:
-    """A preset with a part of the data held out, and measured against both parts."""
-    return replace(
-        config,
-        data=replace(config.data, held_out=HELD_OUT),
-        evaluation=replace(config.evaluation, metrics=("fid", "copies")),
-    )
+    return out
 
 
 def _within_budget(command: CompareCommand) -> TrainConfig:

@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+from speed_engine.commands.config_file import origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
 from speed_engine.config import TrainConfig
-from speed_engine.runtime.checks import UserError, unknown
+from speed_engine.presets import OWN_IMAGES, PRESETS
+from speed_engine.runtime.checks import UserError
 
 Command = TypeVar("Command")
 
@@ -28,7 +30,7 @@ GROUPS = {
     ),
     "checkpoint": Group(
         "How often a run is recorded and saved, and which checkpoints stay.",
-        ("log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+        ("log_every", "logger", "checkpoint_every", "keep_checkpoints", "keep_every"),
     ),
     "distributed": Group(
         "How several processes, started by torchrun, share the work and the memory.",
@@ -38,68 +40,72 @@ GROUPS = {
 
 
 def configured(
-    presets: Mapping[str, tuple[str, Command]],
+    command: Callable[[str, TrainConfig], Command],
     arguments: Sequence[str],
     program: str,
     *,
     first: Sequence[str] = (),
+    presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS,
 ) -> Command:
-    """The command of the preset that is named first, with the options that follow.
+    """The command of the preset or file that is named first, with the options that follow.
 
     Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
-    the place of the preset's own; options that are given hold before both.
+    the place of the preset's own; what a file says holds before both, and what an option says
+    before all. A source alone, without a preset, is trained on by the first preset for own images.
 
     Args:
-        presets: name -> (what it trains, the command with the preset's configuration).
+        command: makes the command of a name and a configuration.
         arguments: of the command line.
         program: the name of the command in its help.
         first: names of the options that the help shows before all others.
+        presets: name -> (what it trains, its configuration).
 
     Raises:
         SystemExit: the help was printed (status 0), or an option is unknown or unreadable (2).
-        UserError: no preset of that name, an option that belongs to the method, or a value that
-            the configuration refuses.
+        UserError: no preset or file of that name, an option that belongs to the method, or a value
+            that the configuration refuses.
     """
-    if not arguments:
-        raise UserError(f"a preset is missing: {program} PRESET; choose from {', '.join(presets)}.")
-    name, *options = arguments
-    if name in ("-h", "--help"):
-        _print_help(presets, program, first)
+    if arguments and arguments[0] in ("-h", "--help"):
+        _print_help(command, presets, program, first)
         raise SystemExit(0)
-    if name not in presets:
-        raise unknown("preset", name, presets)
-    text, preset = presets[name]
-    _refuse_options_of_methods(options, type(preset))
-
-    def parsed(command: Command) -> Command:
-        return read_options(
-            command, arguments, program, description=text, first=first, groups=GROUPS
+    if any(argument.partition("=")[0] == "--data.source" for argument in arguments[:1]):
+        arguments = [OWN_IMAGES[0], *arguments]
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(
+            f"a preset is missing: {program} PRESET [options], or, to train on your own images, "
+            f"{program} --data.source SHARDS [options]; choose from {', '.join(presets)}."
         )
+    name, *options = arguments
+    start = origin(name, presets)
 
-    command, config = parsed(preset), _config(preset)
-    if _config(command).data.source == config.data.source:
-        return command
-    # Not at the top: it needs torch, which the help does without.
-    from speed_engine.data.facts import recorded, with_recorded_facts
+    def with_options(config: TrainConfig) -> Command:
+        made = command(start.name, config)
+        _refuse_options_of_methods(options, type(made))
+        filled = read_options(
+            made, arguments, program, description=start.text, first=first, groups=GROUPS
+        )
+        return dataclasses.replace(cast(Any, filled), preset=start.name)
 
-    dataset = recorded(_config(command).data.source)
-    if dataset is None:
-        return command
-    data = with_recorded_facts(config.data, dataset)
-    known: Any = dataclasses.replace(
-        cast(Any, preset), config=dataclasses.replace(config, data=data)
-    )
-    return parsed(known)
+    config = start.config()
+    filled = with_options(config)
+    source = _config(filled).data.source
+    if source == config.data.source:
+        return filled
+    return with_options(start.config({"data": {"source": source}}))
 
 
 def _print_help(
-    presets: Mapping[str, tuple[str, object]], program: str, first: Sequence[str]
+    command: Callable[[str, TrainConfig], Command],
+    presets: Mapping[str, tuple[str, TrainConfig]],
+    program: str,
+    first: Sequence[str],
 ) -> None:
     """The options with the defaults of the first preset, then the presets."""
-    name, (_, command) = next(iter(presets.items()))
+    name, (_, config) = next(iter(presets.items()))
     with contextlib.suppress(SystemExit):
-        read_options(command, ["--help"], program, first=first, groups=GROUPS)
+        read_options(command(name, config), ["--help"], program, first=first, groups=GROUPS)
     print(f"The defaults above are {name}'s; `{program} PRESET --help` shows those of another.")
+    print("A file FILE.toml or FILE.json takes the place of a preset.")
     print("\nPresets:\n")
     print(columns({name: text for name, (text, _) in presets.items()}), end="")
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from speed_engine.build import build_decoder, build_process
+from speed_engine.build import build_decoder, build_process, picture_shape
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.data.opening import condition_names
@@ -90,8 +90,10 @@ def run(arguments: list[str], console: Console) -> None:
     data, evaluation = configs[0].data, configs[0].evaluation
     conditions = generation_conditions(data, evaluation.num_images, configs[0].seed)
     partners = partners_of(conditions.get("labels"), command.count)
-    compared = evaluation.features != "none"
-    extractor = real_images(data, evaluation)[0].extractor if compared else None
+    extractor = None
+    if evaluation.features != "none":
+        shape = picture_shape(configs[0], build_decoder(configs[0]))
+        extractor = real_images(data, evaluation, shape).extractor
     comparisons: list[Comparison] = []
     for steps in steps_compared(*checkpoints):
         paths = (of_run[step] for of_run, step in zip(checkpoints, steps, strict=True))

@@ -7,7 +7,7 @@ again.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,6 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 from speed_engine.build import build_evaluator, build_process
 from speed_engine.commands.options import read_options
@@ -32,7 +31,7 @@ from speed_engine.models.layers.blocks import compiled
 from speed_engine.run import load_average, newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.progress import SampleProgress
+from speed_engine.runtime.progress import SampleProgress, announced
 from speed_engine.runtime.records import RECORDS, append_record, as_json, read_records
 from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
@@ -74,6 +73,12 @@ class EvaluateCommand:
     inception_weights: Path | None = None
     """Weights file of the Inception network. By default it is searched in the cache of torch
     hub."""
+    reference: str | None = None
+    """Real pictures to compare with, as shards or an .npz; --evaluation.reference of `speed-engine
+    train --help` says which. By default what the run names, else its own data."""
+    vae: str | None = None
+    """The autoencoder that decodes latents, a diffusers AutoencoderKL as a folder or a name on the
+    Hugging Face hub. By default that of the run."""
     metrics: Annotated[tuple[str, ...] | None, tyro.conf.arg(help=METRICS_HELP)] = None
     clip_model: str | None = None
     """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
@@ -85,7 +90,10 @@ class EvaluateCommand:
 def run(arguments: list[str], console: Console) -> None:
     """Measure, and show the record."""
     command = read_options(EvaluateCommand, arguments, "speed-engine evaluate")
-    config = read_config(command.run).with_evaluation(
+    config = read_config(command.run)
+    if command.vae is not None:
+        config = replace(config, data=replace(config.data, vae=command.vae))
+    config = config.with_evaluation(
         num_images=command.num_images,
         solver=command.solver,
         solver_steps=command.solver_steps,
@@ -95,6 +103,7 @@ def run(arguments: list[str], console: Console) -> None:
         metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,
+        reference=command.reference,
         clip_model=command.clip_model,
     )
     record = evaluate(command.run, config, command.average)
@@ -131,11 +140,15 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
     device = machine.choose_device(config.device).value
     how = machine.choose_generation(config.compile, device).value
     folder = run / "samples" / f"step-{step:08d}.parts"
-    parts = _generated(evaluator, model, how, folder, world)
+    weights = sha256_of(model.state_dict())
+    forward: Any = compiled(model, how)
+    parts = _generated(evaluator, forward, weights, how, folder, world)
+    validation = evaluator.validate(forward)
     if not world.is_first:
         return None
     images = parts.images()
-    found = evaluator.measure(images)
+    with announced("comparing generated images with real ones"):
+        found = evaluator.measure(images, validation)
     assert found is not None  # some field is measured
     parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
@@ -150,19 +163,18 @@ def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, An
 
 
 def _generated(
-    evaluator: Evaluator, model: nn.Module, how: str, folder: Path, world: World
+    evaluator: Evaluator, forward: Any, weights: str, how: str, folder: Path, world: World
 ) -> ImageParts:
     """The images, on disk until all are there: a measurement that was killed goes on there."""
     total = evaluator.num_images
     settings = evaluator.circumstances() | {
-        "weights": sha256_of(model.state_dict()),
+        "weights": weights,
         "conditions": sha256_of(evaluator.conditions),
         "seed": evaluator.seed,
     }
     if how != "off":
         settings["compile"] = how
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
-        forward: Any = compiled(model, how)
         generate = partial(evaluator.generate_some, forward)
         return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
 
@@ -177,8 +189,10 @@ def show(record: dict[str, Any], console: Console) -> None:
         )
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column()
-    for part, count in PARTS.values():
-        table.add_column(f"{part}\n{record[count]:,} images" if count in record else "")
+    for prefix, (_, count) in PARTS.items():
+        images = f"{record[count]:,} images" if count in record else ""
+        is_known = count in record or (not prefix and "reference_sha256" in record)
+        table.add_column(f"{_part(prefix, record)}\n{images}" if is_known else "")
     for name in FIGURES:
         fields = [prefix + name for prefix in PARTS]
         if any(field in record for field in fields):
@@ -199,12 +213,18 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
         for prefix in PARTS
     ]
     for field, prefix, figure in biased:
-        part, counted = PARTS[prefix]
-        if field in record and min(record["num_generated"], record[counted]) < ENOUGH:
+        part, count = _part(prefix, record), record.get(PARTS[prefix][1], ENOUGH)
+        if field in record and min(record["num_generated"], count) < ENOUGH:
             within = record.get(f"{field}_within")
             sets = f"two random sets of {record.get(f'{field}_within_images')} {part} images"
             example = "" if within is None else f": {sets} have {written(field, within)}"
             yield f"fewer than {ENOUGH:,} images bias {figure.title} upwards{example}"
+
+
+def _part(prefix: str, record: dict[str, Any]) -> str:
+    """The real images that figures compare with, whose names begin with ``prefix``."""
+    of_reference = not prefix and "reference_sha256" in record
+    return "reference" if of_reference else PARTS[prefix][0]
 
 
 def _known(run: Path, step: int, evaluator: Evaluator, average: str) -> dict[str, Any] | None:

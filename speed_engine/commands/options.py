@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
 
+from speed_engine.runtime.checks import UserError
+
 Command = TypeVar("Command")
 
 
@@ -22,6 +24,47 @@ class Group(NamedTuple):
     text: str  # what they have in common
     names: tuple[str, ...]  # fields
 
+
+# What other programs call an option, and it is called here.
+MEANINGS = {
+    "lr": ("optimizer.learning_rate",),
+    "optimizer.lr": ("optimizer.learning_rate",),
+    "wd": ("optimizer.weight_decay",),
+    "ema": ("optimizer.ema_decay",),
+    "epochs": ("steps",),
+    "max_steps": ("steps",),
+    "iterations": ("steps",),
+    "num_steps": ("solver_steps", "evaluation.solver_steps"),
+    "bs": ("batch_size",),
+    "batch": ("batch_size",),
+    "data": ("data.source",),
+    "dataset": ("data.source",),
+    "data_dir": ("data.source",),
+    "num_workers": ("data.workers",),
+    "image_size": ("data.image_shape", "size"),
+    "resolution": ("data.image_shape", "size"),
+    "classes": ("data.num_classes", "class"),
+    "arch": ("model.size",),
+    "cfg": ("guidance", "evaluation.guidance"),
+    "cfg_scale": ("guidance", "evaluation.guidance"),
+    "guidance_scale": ("guidance", "evaluation.guidance"),
+    "num_inference_steps": ("solver_steps", "evaluation.solver_steps"),
+    "sampler": ("solver", "evaluation.solver"),
+    "num": ("count",),
+    "num_images": ("count", "evaluation.num_images"),
+    "num_samples": ("count", "evaluation.num_images"),
+    "output": ("out", "run"),
+    "output_dir": ("out", "run"),
+    "outdir": ("out", "run"),
+    "save_every": ("checkpoint_every",),
+    "eval_every": ("evaluation.every",),
+    "gradient_accumulation_steps": ("microbatch_size",),
+    "process": ("schedule",),
+    "noise_schedule": ("schedule",),
+    "ckpt": ("checkpoint", "init_from"),
+    "pretrained": ("init_from",),
+    "finetune": ("init_from",),
+}
 
 NO_GROUPS: Mapping[str, Group] = types.MappingProxyType({})
 
@@ -56,6 +99,7 @@ def read_options(
     """
     titles = {name: title for title, group in groups.items() for name in group.names}
     options = {option.name: option for option in _options(command)}
+    _refuse_other_names(arguments, [option.written for option in options.values()])
     boxes: dict[str, list[_Option]] = {"": [options[name] for name in first]}
     boxes |= {title: [] for title in groups}
     for name, option in options.items():
@@ -81,6 +125,19 @@ def read_options(
     return _built(command, {option.path: values[option.identifier] for option in options.values()})
 
 
+def _refuse_other_names(arguments: Sequence[str], known: Sequence[str]) -> None:
+    """Of an option that means one of ours, or leaves its section out, say how it is called here."""
+    for argument in arguments:
+        given = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not argument.startswith("--") or given in known:
+            continue
+        meant = [name for name in MEANINGS.get(given, ()) if name in known]
+        meant = meant or [name for name in known if name.endswith(f".{given}")]
+        if meant:
+            spelled = " or ".join(f"--{name.replace('_', '-')}" for name in meant)
+            raise UserError(f"unknown option {argument.partition('=')[0]}; did you mean {spelled}?")
+
+
 @dataclass(frozen=True)
 class _Option:
     path: tuple[str, ...]  # of the field, such as config, data, source
@@ -93,6 +150,12 @@ class _Option:
     @property
     def name(self) -> str:
         return f"{self.section}.{self.path[-1]}" if self.section else self.path[-1]
+
+    @property
+    def written(self) -> str:
+        """As a person writes it: its own annotation may name it otherwise."""
+        own = [a.name for a in getattr(self.kind, "__metadata__", ()) if getattr(a, "name", None)]
+        return own[0] if own else self.name
 
     @property
     def identifier(self) -> str:

@@ -8,7 +8,6 @@ from rich.console import Console
 from speed_engine.commands.configured import configured
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
-from speed_engine.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +15,8 @@ class PlanCommand:
     """Print what a run would take on many GPUs; nothing is trained."""
 
     preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change; `speed-engine plan --help`
-    ends with the list of presets."""
+    """The run to start from, whose configuration the options change: a preset, which `speed-engine
+    plan --help` lists at its end, or a file, FILE.toml or FILE.json."""
     gpus: int = 8
     """Number of GPUs on all nodes together."""
     gpu: GpuName = "h200"
@@ -34,12 +33,11 @@ def run(arguments: list[str], console: Console) -> None:
     """Print the plan."""
     from speed_engine.planning import cluster
 
-    presets = {
-        name: (text, PlanCommand(preset=name, config=config))
-        for name, (text, config) in PRESETS.items()
-    }
     command = configured(
-        presets, arguments, "speed-engine plan", first=("data.source", "batch_size")
+        lambda name, config: PlanCommand(preset=name, config=config),
+        arguments,
+        "speed-engine plan",
+        first=("data.source", "batch_size"),
     )
     lines = cluster.describe(
         command.config, command.gpus, command.gpu, command.per_node, command.efficiency

@@ -5,10 +5,11 @@ Several processes, started by torchrun, share the images; the first one writes t
 Letters: N images.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -19,13 +20,17 @@ from speed_engine.build import build_decoder, build_process
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.data.opening import null_conditions
+from speed_engine.diffusion.conditions import Conditions
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation.conditions import (
+    class_names,
     generation_conditions,
     generation_settings,
+    of_classes,
     prompted,
 )
 from speed_engine.evaluation.generate import (
+    GRID_ROWS,
     check_guidance,
     generate,
     grid_rows,
@@ -53,6 +58,11 @@ class SampleCommand:
     count: int = 100
     """Number of images, from all classes or prompts in turn. The picture shows the first ten of
     each."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class")] = ()
+    """Classes to generate in turn, by name or number. By default all that have samples."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to generate with; RUN/checkpoints lists them. By default the
+    newest."""
     average: str = EMA
     """Which EMA of the parameters generates: ema, or one that the run's optimizer.averages
     names."""
@@ -79,13 +89,16 @@ class SampleCommand:
     """Seed of the noise; image i depends on the seed, on i and on its conditions only."""
     batch_size: int = 500
     """Number of images that a process generates at a time."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where to compute. By default as the run."""
     compile: Literal["auto", "on", "blocks", "off"] = "auto"
     """How torch.compile is used: on compiles the whole model, blocks compiles block by block. auto
     compiles block by block on a GPU, and on a CPU where that was measured to pay."""
     out: Path | None = None
     """What to write: FILE.png is one picture of the first images, FILE.npz holds all images as
     ADM's evaluator reads them, and a folder holds a PNG of each image. The same command continues
-    what was interrupted. By default RUN/samples/sample-seed-SEED.png."""
+    what was interrupted. By default RUN/samples/sample-seed-SEED.png, with another number at its
+    end where that is there already."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -99,11 +112,15 @@ def run(arguments: list[str], console: Console) -> None:
         guidance_interval=command.guidance_interval,
         guidance_channels=command.guidance_channels,
     )
+    if command.device is not None:
+        config = replace(config, device=command.device)
     generate_files(
         config,
         command.run,
-        command.out or command.run / "samples" / f"sample-seed-{command.seed}.png",
+        command.out or _free(command.run / "samples" / f"sample-seed-{command.seed}.png"),
         console,
+        step=command.checkpoint,
+        classes=command.classes,
         average=command.average,
         seed=command.seed,
         batch_size=command.batch_size,
@@ -119,6 +136,8 @@ def generate_files(
     out: Path,
     console: Console,
     *,
+    step: int | None = None,
+    classes: Sequence[str] = (),
     average: str = EMA,
     seed: int = 0,
     batch_size: int = 500,
@@ -134,9 +153,11 @@ def generate_files(
     Args:
         config: of the run; its evaluation says how.
         run: folder.
-        out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images, which
-            replaces the one before; else a folder of pictures.
+        out: ``.npz`` for ADM's evaluator; ``.png`` for one picture of the first images; else a
+            folder of pictures.
         console: for the first process.
+        step: of the checkpoint; by default the newest.
+        classes: to generate in turn, by name or number; none takes the conditions of the run.
         average: name of the EMA.
         seed: root of the noise.
         batch_size: images at a time and process.
@@ -154,7 +175,12 @@ def generate_files(
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
     total, settings = config.evaluation.num_images, generation_settings(config.evaluation)
-    if prompts:
+    if prompts and classes:
+        raise UserError("--class and --prompt: a model is conditioned on one of them; leave one.")
+    if classes:
+        conditions = of_classes(config.data, total, classes)
+        null = null_conditions(config.data)
+    elif prompts:
         conditions, null = prompted(config.data, total, prompts, text_encoder)
     else:
         conditions = generation_conditions(config.data, total, config.seed)
@@ -163,8 +189,9 @@ def generate_files(
     device = machine.choose_device(config.device).value
     batches = -(-total // (batch_size * world.size))
     how = machine.choose_compile(compile, device, batches * settings.steps).value
-    model, step = load_average(run, config, machine.torch_device(config.device, world), average)
-    process, decode = build_process(config), build_decoder(config)
+    on = machine.torch_device(config.device, world)
+    model, step = load_average(run, config, on, average, step)
+    process, decode = build_process(config), build_decoder(config, world)
     forward: Any = compiled(model, how)
 
     def part(ids: Tensor) -> Tensor:
@@ -201,9 +228,37 @@ def generate_files(
         console.print(
             f"{total} images of step {step}: {where}", highlight=False, markup=False, soft_wrap=True
         )
+        if rows_are := _rows_named(config, conditions, where):
+            console.print(rows_are, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rows_named(config: TrainConfig, conditions: Conditions, where: Path) -> str:
+    """Which class each row of the picture is of, where classes have names and rows."""
+    names, labels = class_names(config.data), conditions.get("labels")
+    if where.suffix != ".png" or labels is None or not names:
+        return ""
+    shown = labels.unique().tolist()
+    if len(shown) > GRID_ROWS or max(shown) >= len(names):
+        return ""
+    return f"rows: {', '.join(names[label] for label in shown)}"
+
+
+def _free(path: Path) -> Path:
+    """The path, or one with another number at its end where it, or what latents become, exists."""
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        if not _is_there(candidate):
+            return candidate
+    raise AssertionError("numbers do not end")
+
+
+def _is_there(out: Path) -> bool:
+    return out.exists() or (out.suffix == ".png" and out.with_suffix(".npy").exists())
 
 
 def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
+    if _is_there(out) and not is_begun(folder):
+        raise UserError(f"{out} exists already; delete it or choose another --out.")
     if out.suffix == ".png":
         return
     if out.suffix in OTHER_FILES:
@@ -216,8 +271,6 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
             f"{out} is to hold pictures, and this run generates latents; its data.vae is not set. "
             "--out FILE.png writes the latents themselves, as FILE.npy."
         )
-    if out.exists() and not is_begun(folder):
-        raise UserError(f"{out} exists already; delete it or choose another --out.")
 
 
 def _write(images: ImageParts, rows: Tensor, labels: Tensor | None, out: Path) -> Path:

@@ -1,16 +1,18 @@
 """``speed-engine train``: train a model, or continue a run."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from speed_engine.commands.configured import configured
+from speed_engine.commands import config_file
+from speed_engine.commands.configured import GROUPS, configured
 from speed_engine.commands.options import read_options
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
-from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +20,13 @@ class TrainCommand:
     """Train a model; `speed-engine train --resume RUN` continues a run."""
 
     preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change; `speed-engine train --help`
-    ends with the list of presets."""
+    """The run to start from, whose configuration the options change: a preset, which `speed-engine
+    train --help` lists at its end, or a file, FILE.toml or FILE.json, such as the config.json of a
+    run."""
     run: Path | None = None
     """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED."""
+    save_config: Path | None = None
+    """Write the whole configuration to this file, FILE.toml or FILE.json, and train nothing."""
     dry_run: bool = False
     """Print the memory and the arithmetic that the run would take, and train nothing."""
     gpu: GpuName = "h200"
@@ -29,38 +34,37 @@ class TrainCommand:
     config: TrainConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ResumeCommand:
-    """Continue a run exactly where its newest complete checkpoint stands."""
+    """Continue a run exactly where its newest complete checkpoint stands.
 
-    resume: Path
+    Options change what may change: steps, evaluation, records, checkpoints, machine, workers, the
+    place of the data, learning rate and clipping. The run folder records the change.
+    """
+
+    resume: Path = Path("RUN")
     """Folder of the run."""
-    steps: int | None = None
-    """Number of optimizer steps of the whole run, to train longer than the run was set to. By
-    default the number stays as it was."""
+    config: TrainConfig = field(default_factory=TrainConfig)
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Train as the arguments say."""
     if any(argument.split("=")[0] == "--resume" for argument in arguments):
-        if "--help" in arguments or "-h" in arguments:
-            arguments = ["--help"]
-        command = read_options(ResumeCommand, arguments, "speed-engine train")
-        from speed_engine import run as runs
-
-        runs.resume(command.resume, console, command.steps)
+        _resume(arguments, console)
         return
-    presets = {
-        name: (text, TrainCommand(preset=name, config=config))
-        for name, (text, config) in PRESETS.items()
-    }
     command = configured(
-        presets,
+        lambda name, config: TrainCommand(preset=name, config=config),
         arguments,
         "speed-engine train",
         first=("method", "data.source", "steps", "batch_size"),
     )
     config = command.config
+    if command.save_config is not None:
+        config_file.write(config, command.save_config)
+        console.print(
+            f"written   {command.save_config}", highlight=False, markup=False, soft_wrap=True
+        )
+        return
     if command.dry_run:
         from speed_engine.planning import cost
 
@@ -69,6 +73,39 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine import run as runs
 
-    method = config.method.replace("+", "-")
-    folder = command.run or Path("runs") / f"{command.preset}-{method}-{config.seed}"
-    runs.start(config, folder, console)
+    runs.start(config, command.run or run_folder(command.preset, config), console)
+
+
+def run_folder(name: str, config: TrainConfig) -> Path:
+    """Where a run of a preset, or of a file of that name, is by default."""
+    return Path("runs") / f"{name}-{config.method.replace('+', '-')}-{config.seed}"
+
+
+def _resume(arguments: Sequence[str], console: Console) -> None:
+    folder = _resumed(arguments)
+    if folder is None and not {"-h", "--help"} & {*arguments}:
+        raise UserError("a folder is missing: speed-engine train --resume RUN [options].")
+    # Not at the top: it needs torch, which the other helps do without.
+    from speed_engine import run as runs
+
+    command = ResumeCommand()
+    if folder is not None:
+        command = ResumeCommand(resume=folder, config=runs.read_config(folder))
+    command = read_options(
+        command,
+        arguments if folder else ["--help"],
+        "speed-engine train",
+        first=("resume", "steps"),
+        groups=GROUPS,
+    )
+    runs.resume(command.resume, console, changed=command.config)
+
+
+def _resumed(arguments: Sequence[str]) -> Path | None:
+    """The folder that follows ``--resume``; None if an option or nothing does."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, value = argument.partition("=")
+        if name == "--resume":
+            value = value or following
+            return Path(value) if value and not value.startswith("-") else None
+    return None

@@ -44,9 +44,10 @@ class Batch:
     def split(self, size: int) -> list["Batch"]:
         """Parts of ``size`` images; the last may be smaller. None of them has ``replaced``."""
         starts = range(0, len(self.ids), size)
-        return [self._part(slice(start, start + size)) for start in starts]
+        return [self.at(slice(start, start + size)) for start in starts]
 
-    def _part(self, rows: slice) -> "Batch":
+    def at(self, rows: slice | Tensor) -> "Batch":
+        """These of the images, by a slice or their (N,) int64 numbers, without ``replaced``."""
         conditions = {name: value[rows] for name, value in self.conditions.items()}
         targets = {name: value[rows] for name, value in self.targets.items()}
         return Batch(self.images[rows], conditions, self.ids[rows], targets)

@@ -55,6 +55,9 @@ class DataConfig:
     held_out: float = 0.0
     """Share of the samples, in [0, 0.9], that is never trained on; a hash of the key decides.
     Evaluation then measures against both parts."""
+    test_source: str | None = None
+    """Another data set of the same form that is never trained on, such as the test split of the
+    first, as a path or URL; it takes the place of a held-out part."""
     exclude: Path | None = None
     """A repair list that `speed-engine shards check` wrote; the samples and shards that it names
     are left out."""
@@ -65,6 +68,11 @@ class DataConfig:
         decodable = self.vae is None or self.latents
         check("data.vae", str(self.vae), decodable, "is for data.latents True only")
         check("data.held_out", self.held_out, 0 <= self.held_out <= 0.9, "is a share in [0, 0.9]")
+        if self.test_source is not None and self.held_out:
+            raise UserError(
+                f"data.test_source={self.test_source} holds images out already; set "
+                "data.held_out=0."
+            )
         if self.resident == "on" and self.mode == "stream":
             raise UserError(
                 "data.resident=on keeps the exact order, which data.mode=stream gives up; "
@@ -79,3 +87,8 @@ class DataConfig:
             shape = getattr(self, name)
             sound = min(shape) >= 1 and math.prod(shape) <= _MOST_VALUES
             check(f"data.{name}", shape, sound, f"is positive, at most {_MOST_VALUES:,} together")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are images that are never trained on."""
+        return self.held_out > 0 or self.test_source is not None

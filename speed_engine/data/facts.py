@@ -8,13 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.decode import decode_image
+from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import RECORD, Dataset, dataset_from_json, read_record
 from speed_engine.data.format.remote import is_url
 from speed_engine.runtime.checks import UserError
 
 IMAGES = ("npy", "bf16.npy", "png", "jpg", "jpeg", "webp")
 _LABEL, _TOKENS = "cls", "tokens.npy"
+_LOOKED_AT = 8  # pictures, to learn whether they have colours
 
 
 def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
@@ -83,7 +88,19 @@ def recorded(source: str) -> Dataset | None:
 
 
 def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
-    """A configuration whose members, shape and classes are those of a record, where it has them."""
+    """A configuration that fits a data set, as far as its record says what is there.
+
+    Members, shape, number of classes, and whether the images are latents come from the record. It
+    does not say how many channels pictures have, so some of them are read.
+
+    Args:
+        data: its source is the data set; its members say what to prefer.
+        dataset: the record.
+
+    Raises:
+        ShardError: a shard is damaged.
+        UserError: a picture is damaged.
+    """
     contents = dataset.contents
     image = next((name for name in (data.members[0], *IMAGES) if name in contents), None)
     if image is None:
@@ -93,15 +110,30 @@ def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
     found: dict[str, Any] = {"members": (image, *conditions)}
     shape = contents[image].get("shape")
     if shape and f".{image}".endswith(".npy"):
-        parts = 2 if "latent_scale" in dataset.metadata else 1  # mean and standard deviation
+        found["latents"] = "latent_scale" in dataset.metadata
+        parts = 2 if found["latents"] else 1  # mean and standard deviation
         found["image_shape"] = (shape[0] // parts, *shape[1:])
     elif shape:
-        found["image_shape"] = (data.image_shape[0] if data.image_shape[0] == 1 else 3, *shape)
+        found["image_shape"] = (_channels(data.source, image), *shape)
     if classes := contents.get(_LABEL, {}).get("classes"):
         found["num_classes"] = max(classes, len(dataset.metadata.get("classes", ())))
     if tokens := contents.get(_TOKENS, {}).get("shape"):
         found["token_shape"] = tuple(tokens)
     return replace(data, **found)
+
+
+def has_several_classes(data: DataConfig, dataset: Dataset) -> bool:
+    """Whether the record says so of the labels that a configuration reads."""
+    labelled = _LABEL in data.members and _LABEL in dataset.contents
+    return labelled and len(classes_with_samples(data, dataset)) > 1
+
+
+def _channels(source: str, image: str) -> int:
+    """1 if the pictures looked at are grey, else 3."""
+    reader = ShardReader(Path(source).expanduser(), [image])
+    numbers = np.unique(np.linspace(0, len(reader) - 1, _LOOKED_AT).astype(int))
+    pictures = (decode_image(reader.read(int(n))[image], image, channels=1) for n in numbers)
+    return max(len(picture) for picture in pictures)
 
 
 def _is_latent(dtype: str | None, shape: tuple[int, ...]) -> bool:

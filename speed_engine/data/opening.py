@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.folder import open_folder
 from speed_engine.data.format.held_out import Part
+from speed_engine.data.format.index import Contents
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.remote import Cache, is_url
 from speed_engine.data.loading.clean import Cleaning
@@ -34,19 +36,28 @@ def open_data(
     Args:
         data: configuration.
         members: extensions to read; by default the configured ones.
-        part: of the samples, or None for both parts.
+        part: of the samples, or None for both parts of ``data.source``.
 
     Raises:
         UserError: they are damaged, or lack a member that the model is to be conditioned on.
     """
+    source = data.source
+    if part == "held_out" and data.test_source is not None:
+        source = data.test_source
     return ShardReader(
-        _source(data),
+        _place(source),
         members or data.members,
-        Cache(cache_folder() / "shards", int(data.cache_gb * 1e9)),
+        _cache(data),
         data.exclude,
         data.held_out,
         part,
     )
+
+
+def contents_of(data: DataConfig) -> Contents:
+    """What is known of the members that the configured shards have, by their extensions."""
+    folder = open_folder(_place(data.source), _cache(data))
+    return folder.load(())[0].contents
 
 
 def condition_names(data: DataConfig) -> tuple[str, ...]:
@@ -99,11 +110,15 @@ def build_cleaning(
     )
 
 
-def _source(data: DataConfig) -> Path | str:
+def _cache(data: DataConfig) -> Cache:
+    return Cache(cache_folder() / "shards", int(data.cache_gb * 1e9))
+
+
+def _place(source: str) -> Path | str:
     """Path or URL of the shards; an embedded data set is written to the cache first."""
-    if data.source == "digits":
+    if source == "digits":
         return digits_folder()
-    return data.source if is_url(data.source) else Path(data.source).expanduser()
+    return source if is_url(source) else Path(source).expanduser()
 
 
 def _stores_posterior(data: DataConfig, reader: ShardReader) -> bool:
@@ -114,7 +129,7 @@ def _stores_posterior(data: DataConfig, reader: ShardReader) -> bool:
 
 
 def _null_tokens(data: DataConfig) -> np.ndarray:
-    source = _source(data)
+    source = _place(data.source)
     if isinstance(source, Path):
         return load_null_tokens(source)
     return decode_null_tokens(open_data(data).read_file(NULL_TOKENS), f"{source}/{NULL_TOKENS}")

@@ -229,6 +229,11 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
     Raises:
         UserError: it is no scheduler of these kinds, predicts something else, or holds another
             number of timesteps than it says.
+
+    Examples:
+        >>> process = se.from_diffusers(scheduler)
+        >>> process.num_timesteps, process.prediction
+        (1000, 'epsilon')
     """
     name = type(noise_scheduler).__name__
     config: Any = getattr(noise_scheduler, "config", None)

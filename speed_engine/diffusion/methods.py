@@ -43,7 +43,7 @@ class Recipe:
         timesteps: the sampler.
         weighting: of the loss.
         batch_loss: from per-image losses to one, where weights are learned.
-        momentum_decay: the optimizer's part of the method, see ``optim.MOMENTUM_DECAYS``.
+        momentum_decay: the optimizer's part of the method, see ``training/schedules.py``.
         normalised: whether E_P[w] is made 1 by default.
     """
 

@@ -16,7 +16,7 @@ from speed_engine.diffusion.conditions import Conditions
 from speed_engine.encoders.text import TextEncoder
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, unknown
 from speed_engine.runtime.memory import check_memory
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
     if set(names) <= {"labels"}:
         if not names:
             return {}
-        classes = torch.tensor(classes_with_samples(data, _dataset(data)))
+        classes = torch.tensor(classes_with_samples(data, known_dataset(data)))
         return {"labels": classes[torch.arange(num_images) % len(classes)]}
     reader = open_data(data, part="held_out")
     indices = [i % len(reader) for i in range(num_images)]
@@ -56,7 +56,41 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
     return Cleaning(torch.tensor(seed)).batch(stored).conditions
 
 
-def _dataset(data: DataConfig) -> Dataset | None:
+def class_names(data: DataConfig) -> list[str]:
+    """Of the classes, in the order of their numbers; none where the data set has no names."""
+    try:
+        dataset = recorded(data.source)
+    except OSError:
+        return []
+    return dataset.metadata.get("classes", []) if dataset is not None else []
+
+
+def of_classes(data: DataConfig, num_images: int, classes: Sequence[str]) -> Conditions:
+    """(num_images,) labels of these classes in turn.
+
+    Args:
+        data: of the run.
+        num_images: to generate.
+        classes: each by its name or its number.
+
+    Raises:
+        UserError: the model is not conditioned on classes alone, or has no such class.
+    """
+    if condition_names(data) != ("labels",):
+        raise UserError(
+            f"this model is conditioned on {', '.join(condition_names(data)) or 'nothing'}; "
+            "--class needs one conditioned on classes alone (data.members with cls)."
+        )
+    names, numbers = class_names(data), [*map(str, range(data.num_classes))]
+    labels = []
+    for one in classes:
+        if one not in names and one not in numbers:
+            raise unknown("class", one, [*names, *numbers][:100])
+        labels.append(names.index(one) if one in names else int(one))
+    return {"labels": torch.tensor(labels)[torch.arange(num_images) % len(labels)]}
+
+
+def known_dataset(data: DataConfig) -> Dataset | None:
     """What is known of the data set; None, after a warning, where it is not at hand."""
     try:
         return recorded(data.source) or open_data(data, part=None).dataset

@@ -37,11 +37,16 @@ class EvaluationConfig:
     default it acts on all channels."""
     features: Literal["classifier", "inception", "none"] = "classifier"
     """Features that FID and other metrics compare: those of a classifier trained on these data,
-    those of the standard Inception network, or none; then images are generated and not measured."""
+    those of the standard Inception network, or none; then images are generated, and only metrics
+    that need no features are measured."""
     inception_weights: Path | None = None
     """Weights file of the Inception network. By default it is searched in the cache of torch
     hub."""
-    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid")
+    reference: str | None = None
+    """Real pictures to compare with in place of those of the data set: shards of pictures as a path
+    or URL, or an .npz as ADM's evaluator reads it (arr_0 pictures, arr_1 classes; mu and sigma,
+    statistics in Inception's features, alone suffice for FID). Latents need it."""
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid", "loss")
     clip_model: str | None = None
     """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
     Hugging Face hub."""
@@ -53,6 +58,9 @@ class EvaluationConfig:
         for metric in self.metrics:
             has_model = "clip" not in METRICS[metric].needs or self.clip_model is not None
             check("evaluation.metrics", named, has_model, f"{metric} needs evaluation.clip_model")
+        compared = self.reference is None or self.features != "none"
+        need = "is compared in features; set evaluation.features to inception or classifier"
+        check("evaluation.reference", self.reference, compared, need)
         check_counts("evaluation.", self, "every", "num_images", "solver_steps")
         channels = self.guidance_channels
         some = channels is None or channels >= 1

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.encoders.clip import ClipScore
+from speed_engine.encoders.vae import Decoder
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import ENOUGH, HELD_OUT, METRICS, fields, title, written
+from speed_engine.evaluation.validation import Validation
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE, World
 
@@ -52,20 +54,25 @@ class Evaluator:
     Attributes:
         table: the linear form of the process that the model was trained on.
         settings: how images are generated.
-        training: the images that are trained on; None compares with none.
+        training: the images that are trained on; None compares with none of them.
         extractor: of the features that are compared; None with no images to compare with.
         metrics: keys of ``METRICS``; those that lack what they need are not measured.
         held_out: real images that are not trained on, of the same extractor; None if there are
             none.
+        reference: real images, or their statistics, of the same extractor, that take the place of
+            the training and held-out images; None compares with those.
+        reference_sha256: of the content of the reference.
         clip: of the metric of that name.
         texts: (num_images,) what it compares with.
         conditions: (num_images, ...) each, of the images generated.
         null: what hides them for guidance.
         decode: latents to pictures; None leaves what is generated as it is.
+        validation: of the metric loss.
 
     Raises:
         UserError: too few images for a metric with this extractor, images of other channels than
-            it takes, or guidance on a model that is conditioned on nothing that can be hidden.
+            it takes, a reference of statistics for a metric that needs images, or guidance on a
+            model that is conditioned on nothing that can be hidden.
     """
 
     table: TimestepTable
@@ -79,20 +86,27 @@ class Evaluator:
     num_images: int
     seed: int
     world: World = ALONE
-    decode: Callable[[Tensor], Tensor] | None = None
+    decode: Decoder | None = None
     metrics: tuple[str, ...] = ("fid", "kid")
     held_out: ImageSet | None = None
+    reference: ImageSet | None = None
+    reference_sha256: str | None = None
     clip: ClipScore | None = None
     texts: tuple[str, ...] = ()
+    validation: Validation | None = None
 
     def __post_init__(self) -> None:
         check_guidance(self.settings.guidance, self.conditions, self.null)
         if self.extractor is None:
             return
-        _check_channels(self.image_shape[0], self.extractor)
+        shape, decode = self.image_shape, self.decode
+        channels, _, _ = shape if decode is None else decode.picture_shape(shape)
+        _check_channels(channels, self.extractor)
         for metric in self._measured():
             for real in self._real().values():
-                _check_counts(metric, self.num_images, len(real), self.extractor)
+                # Of statistics alone there are no images to count.
+                count = len(real) or _check_statistics(metric, self.num_images)
+                _check_counts(metric, self.num_images, count, self.extractor)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, Evaluation | None]:
         """Images (N, C, H, W), decoded or as ``generate`` returns them, and what was measured.
@@ -100,19 +114,40 @@ class Evaluator:
         Every process generates its part of the images and gets all; the first one measures them,
         the others have None.
         """
-        images = self.generate(model)
-        return images, self.measure(images) if self.world.is_first else None
+        images, validation = self.generate(model), self.validate(model)
+        return images, self.measure(images, validation) if self.world.is_first else None
 
-    def generate(self, model: nn.Module) -> Tensor:
-        """The images alone, on every process."""
+    def validate(self, model: nn.Module) -> float | None:
+        """The validation loss, on every process; None where it is not to be measured."""
+        return None if self.validation is None else self.validation(model)
+
+    def generate(
+        self, model: nn.Module, advance: Callable[[float], object] = lambda images: None
+    ) -> Tensor:
+        """The images alone, on every process.
+
+        Args:
+            model: as of ``generate_some``.
+            advance: called with how many images, or parts of one, this process generated since.
+        """
         # Each process generates equally many, for sharded models compute together: the last image
         # again where there is none left.
-        share = -(-self.num_images // self.world.size)
-        first = self.world.rank * share
+        first, share = self.world.rank * self.share, self.share
         ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
-        return self.world.gather_on_host(self.generate_some(model, ids))[: self.num_images]
+        images = self.generate_some(model, ids, advance)
+        return self.world.gather_on_host(images)[: self.num_images]
 
-    def generate_some(self, model: nn.Module, ids: Tensor) -> Tensor:
+    @property
+    def share(self) -> int:
+        """Images that each process generates."""
+        return -(-self.num_images // self.world.size)
+
+    def generate_some(
+        self,
+        model: nn.Module,
+        ids: Tensor,
+        advance: Callable[[float], object] = lambda images: None,
+    ) -> Tensor:
         """(B,) int64 -> (B, C, H, W): these of the images, on this process alone."""
         images = generate(
             model,
@@ -124,11 +159,17 @@ class Evaluator:
             null=self.null,
             seed=self.seed,
             latents=self.latents,
+            advance=advance,
         )
         return images if self.decode is None else self.decode(images)
 
-    def measure(self, images: Tensor) -> Evaluation | None:
-        """What is to be measured of images that were generated; None if that is nothing."""
+    def measure(self, images: Tensor, validation: float | None = None) -> Evaluation | None:
+        """What is to be measured of images that were generated; None if that is nothing.
+
+        Args:
+            images: (N, C, H, W), of ``generate``.
+            validation: of ``validate``.
+        """
         measured = [METRICS[name] for name in self._measured()]
         if not measured:
             return None
@@ -138,6 +179,7 @@ class Evaluator:
             "held_out": self.held_out,
             "texts": self.texts,
             "clip": self.clip,
+            "validation": validation,
         }
         if self.extractor is not None:
             logits = any("logits" in metric.needs for metric in measured)
@@ -157,15 +199,18 @@ class Evaluator:
     def circumstances(self) -> dict[str, Any]:
         """The fields of a record that say what was measured and how."""
         facts: dict[str, Any] = {"num_generated": self.num_images, **self.settings.record()}
-        if self.extractor is not None and self.training is not None:
+        facts["reference_sha256"] = self.reference_sha256
+        if self.extractor is not None and (real := self._real().get("")) is not None:
             facts |= {
                 "extractor": self.extractor.name,
                 "weights_sha256": self.extractor.weights_sha256,
                 "feature_dim": self.extractor.feature_dim,
-                "num_reference": len(self.training),
+                "num_reference": len(real) or None,
             }
         if self.held_out is not None:
             facts["num_held_out"] = len(self.held_out)
+        if self.decode is not None:
+            facts["vae_weights_sha256"] = self.decode.weights_sha256
         if self.clip is not None:
             facts["clip_weights_sha256"] = self.clip.weights_sha256
         return facts
@@ -178,14 +223,18 @@ class Evaluator:
     def _measured(self) -> tuple[str, ...]:
         """The metrics whose needs are there."""
         there = {"images"}
-        if self.extractor is not None and self.training is not None:
-            there |= {"generated", "logits", "real", "training"}
+        if self.extractor is not None and self._real():
+            there |= {"generated", "logits", "real"}
+        there |= {"training"} if self.training is not None else set()
         there |= {"held_out"} if self.held_out is not None else set()
         there |= {"texts", "clip"} if self.clip is not None else set()
+        there |= {"validation"} if self.validation is not None else set()
         return tuple(name for name in self.metrics if there >= set(METRICS[name].needs))
 
     def _real(self) -> dict[str, ImageSet]:
         """What begins the names of figures -> the real images that they compare with."""
+        if self.reference is not None:
+            return {"": self.reference}
         parts = {"": self.training, HELD_OUT: self.held_out}
         return {prefix: real for prefix, real in parts.items() if real is not None}
 
@@ -218,6 +267,19 @@ def _check_channels(channels: int, extractor: Extractor) -> None:
             f"images have {channels} channels, {extractor.name} takes {extractor.channels}; "
             "use an extractor trained on images like these."
         )
+
+
+def _check_statistics(name: str, num_generated: int) -> int:
+    """The number of images that statistics count as, if the metric needs no more than those."""
+    metric = METRICS[name]
+    if "real" in metric.needs and not metric.by_statistics:
+        enough = " ".join(other for other in METRICS if METRICS[other].by_statistics)
+        raise UserError(
+            f"evaluation.metrics: {name} compares with real pictures, and evaluation.reference "
+            f"holds their statistics only, which suffice for {enough}; leave {name} out, or name "
+            "pictures."
+        )
+    return num_generated
 
 
 def _check_counts(name: str, num_generated: int, num_real: int, extractor: Extractor) -> None:

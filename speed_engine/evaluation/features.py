@@ -38,6 +38,10 @@ class Extractor:
     def register(self) -> None:
         """Make torch-fidelity know ``name``; those it ships with it knows already."""
 
+    def doubt(self) -> str | None:
+        """Why figures in these features say little, for a person; None if nothing speaks so."""
+        return None
+
     def describe(self) -> str:
         """For a person."""
         return f"{self.name}, {self.feature_dim} features"

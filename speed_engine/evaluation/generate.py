@@ -6,7 +6,7 @@ Letters: N images, B images per batch.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,7 @@ def generate(
     seed: int,
     latents: bool = False,
     batch_size: int = 500,
+    advance: Callable[[float], object] = lambda images: None,
 ) -> Tensor:
     """Generate images, computing in the precision that the model is trained in on its device.
 
@@ -94,6 +95,8 @@ def generate(
         seed: root of the noise.
         latents: images are not bounded by [-1, 1] and are returned as they are.
         batch_size: B, images at a time; changes nothing but memory and rounding.
+        advance: called with how many images were generated since, of which a step of a solver
+            makes a part.
 
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
@@ -115,6 +118,7 @@ def generate(
     def predict(x: Tensor, t: float) -> Tensor:
         # The schedule is asked on the CPU, and its numbers travel in kernels' arguments: no step
         # waits for the device.
+        advance(len(x) / settings.steps)
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
         at = schedule.model_time(time)
         times = torch.full((len(x),), at.item(), dtype=at.dtype, device=device)
@@ -161,8 +165,16 @@ def _noise(
 
 
 def grid_rows(num_images: int, conditions: Conditions) -> Tensor:
-    """(N,) int64 row of each image in a grid: its class, or else as many in each as fit."""
-    return conditions.get("labels", torch.arange(num_images) // GRID_COLUMNS)
+    """(N,) int64 row of each image in a grid: a row per class, or else as many in each as fit.
+
+    More classes than a grid has rows are shown one after the other, as images without classes are.
+    """
+    labels = conditions.get("labels")
+    if labels is not None:
+        classes, row = labels.unique(return_inverse=True)
+        if len(classes) <= GRID_ROWS:
+            return row
+    return torch.arange(num_images) // GRID_COLUMNS
 
 
 def save_images(images: Tensor, rows: Tensor, path: Path) -> Path:
@@ -194,8 +206,9 @@ def save_grid(images: Tensor, rows: Tensor, path: Path) -> None:
     scale = max(1, -(-GRID_IMAGE_PIXELS // min(height, width)))
     gap = max(2, scale // 2)
     num_rows = min(GRID_ROWS, int(rows.max()) + 1)
+    num_columns = min(GRID_COLUMNS, int(rows.bincount().max()))
     lines = num_rows * (height * scale + gap) + gap
-    columns = GRID_COLUMNS * (width * scale + gap) + gap
+    columns = num_columns * (width * scale + gap) + gap
     canvas = np.full((lines, columns, channels), 96, dtype=np.uint8)
     for row in range(num_rows):
         for column, image in enumerate(images[rows == row][:GRID_COLUMNS]):

@@ -36,11 +36,12 @@ class ImageSet:
 
     Args:
         images: (N, C, H, W) uint8, or what reads them; called when first needed.
-        count: N.
+        count: N; 0 where ``known`` is all there is.
         extractor: of the features.
         statistics_file: where mean and covariance are kept, see ``statistics_path``; None keeps
             nothing.
         logits: whether IS will be asked for, whose layer then is extracted in the same pass.
+        known: mean and covariance, where they came with the images or in their place.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class ImageSet:
         extractor: Extractor,
         statistics_file: Path | None = None,
         logits: bool = False,
+        known: Statistics | None = None,
     ) -> None:
         self._read, self._count, self.extractor = images, count, extractor
+        self._known = known
         self._file, self._metrics = statistics_file, ["fid", "isc"] if logits else ["fid"]
         self._nearest: dict[ImageSet, Nearest] = {}
 
@@ -81,6 +84,8 @@ class ImageSet:
     @cached_property
     def statistics(self) -> Statistics:
         """Mean and covariance of the features."""
+        if self._known is not None:
+            return self._known
         dim = self.extractor.feature_dim
         if self._file is not None and (known := _load_statistics(self._file, dim)) is not None:
             return known

@@ -11,11 +11,13 @@ A function's arguments are what its entry needs, of these:
     generated   their features, an ``ImageSet``
     logits      (N, K) answers of the extractor's classifier to them
     real        features of real images: of those that were trained on and, for the figures whose
-                names begin with ``held_out_``, of those that were not; the function is called twice
+                names begin with ``held_out_``, of those that were not; the function is called
+                twice. With ``evaluation.reference`` those of the reference alone
     training    features of the images that were trained on
     held_out    features of the images that were not
     texts       (N,) texts that the images were generated from
     clip        a ``ClipScore``
+    validation  the error of the model at fixed timesteps and noise, see validation.py
 """
 
 from collections.abc import Callable, Mapping
@@ -61,6 +63,7 @@ class Metric:
         compute: returns the value of each figure.
         least: number of features -> images that it needs on both sides.
         why: the reason for that number, after a comma.
+        by_statistics: whether mean and covariance of the features of real images suffice.
         bias: real images, N -> the figure of two random sets of N of them, which cannot tell them
             apart; None where few images do not bias the figure.
     """
@@ -71,6 +74,7 @@ class Metric:
     compute: Callable[..., dict[str, float]]
     least: Callable[[int], int] = lambda features: 1
     why: str = ""
+    by_statistics: bool = False
     bias: "Callable[[ImageSet, int], float] | None" = None
 
 
@@ -124,6 +128,7 @@ METRICS = {
         compute=_frechet_distance,
         least=lambda features: features + 1,
         why="or the covariance of the features is singular",
+        by_statistics=True,
         bias=_frechet_distance_of_real,
     ),
     "kid": Metric(
@@ -159,6 +164,13 @@ METRICS = {
         figures={"copied_share": Figure("copied share", "lower")},
         needs=("generated", "training", "held_out"),
         compute=_copied_share,
+    ),
+    "loss": Metric(
+        about="validation loss: the error at fixed timesteps and noise, of held-out images where "
+        "there are some, else of training images",
+        figures={"validation_loss": Figure("validation loss", "lower")},
+        needs=("validation",),
+        compute=lambda validation: {"validation_loss": validation},
     ),
     "clip": Metric(
         about="CLIP score of pictures and their texts; needs evaluation.clip_model",

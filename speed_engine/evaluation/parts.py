@@ -105,7 +105,8 @@ def generate_in_parts(
         folder: of the parts, made or continued.
         settings: JSON-like, all that decides the images, beside those above.
         world: the processes; each calls this, and returns when all parts are there.
-        advance: called with the number of images of each part that this process generated.
+        advance: called first with its share of what is there, and then with the number of images
+            of each part that this process generated.
 
     Raises:
         UserError: the folder holds images of other settings.
@@ -113,6 +114,8 @@ def generate_in_parts(
     images = ImageParts(folder, num_images, batch_size)
     settings = {"num_images": num_images, "batch_size": batch_size, **settings}
     missing: list[int] = world.from_first(lambda: _begin(images, settings))
+    there = (start for start in images.starts if start not in missing)
+    advance(sum(len(images.ids(start)) for start in there) // world.size)
     for start in missing[world.rank :: world.size]:
         ids = images.ids(start)
         _write(images.path(start), generate(ids).numpy())

@@ -24,6 +24,7 @@ from speed_engine.models.layers.embeddings import (
     unpatchify,
 )
 from speed_engine.models.layers.feed_forward import FeedForward, SwiGLU
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.runtime.checks import UserError
 
@@ -67,7 +68,7 @@ class Block(nn.Module):
         attention_class, feed_forward_class = VARIANTS[variant]
         self.attn = attention_class(dim, num_heads, attention)
         self.mlp = feed_forward_class(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(dim, 6 * dim, 6))
 
     @recomputable
     def forward(
@@ -93,7 +94,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch_values: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim, patch_values)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(dim, 2 * dim, 2))
 
     def forward(self, x: Tensor | OpenSum, condition: Tensor) -> Tensor:
         """(B, N, D), (B, D) -> (B, N, P * P * C)."""

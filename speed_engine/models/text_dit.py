@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.dit import Block, DiT
 from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.models.layers.open_sum import OpenSum, opened
 
 
@@ -31,7 +32,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.kv = FusedLinear(dim, 2 * dim, 2)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:

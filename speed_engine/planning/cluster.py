@@ -205,5 +205,6 @@ def _activations(cost: Estimate, images: float, gpus: int) -> float:
 
 
 def _compute(cost: Estimate, images: float, shards: int, gpu: Gpu, efficiency: float) -> float:
-    products = cost.training_flops * images / (efficiency * gpu.bf16_flops)
+    flops = cost.training_flops * images + cost.muon_flops  # every process orthogonalises all
+    products = flops / (efficiency * gpu.bf16_flops)
     return products + UPDATE_BYTES * cost.parameters / shards / gpu.bandwidth

@@ -25,9 +25,11 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.opening import condition_names
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
+from speed_engine.training import muon
 
 STATE_BYTES = 20  # per parameter: itself, gradient, two moments, average
 UPDATE_BYTES = 36  # per parameter: five values read, four written
+MOMENT_BYTES = 4  # per parameter: what Muon does without
 
 
 class _NormsInFloat32(TorchFunctionMode):
@@ -51,6 +53,8 @@ class Estimate:
         autocast_activation_bytes: the same under bfloat16 autocast.
         autocast_weight_bytes: bfloat16 copies of the parameters that autocast keeps.
         batch_size: images per step on the device.
+        muon_parameters: that Muon trains, with one moment instead of two.
+        muon_flops: of its products, per step, on every device.
     """
 
     parameters: int
@@ -60,11 +64,18 @@ class Estimate:
     autocast_activation_bytes: int
     autocast_weight_bytes: int
     batch_size: int
+    muon_parameters: int = 0
+    muon_flops: int = 0
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Moments."""
+        return 2 * MOMENT_BYTES * self.parameters - MOMENT_BYTES * self.muon_parameters
 
     @property
     def state_bytes(self) -> int:
         """Parameters, gradients, optimizer and average."""
-        return STATE_BYTES * self.parameters
+        return STATE_BYTES * self.parameters - MOMENT_BYTES * self.muon_parameters
 
     @property
     def autocast_bytes(self) -> int:
@@ -74,7 +85,7 @@ class Estimate:
 
     def step_seconds(self, gpu: Gpu) -> float:
         """The floor: no step can be faster, real ones move activations through memory as well."""
-        products = self.training_flops * self.batch_size / gpu.bf16_flops
+        products = (self.training_flops * self.batch_size + self.muon_flops) / gpu.bf16_flops
         return products + UPDATE_BYTES * self.parameters / gpu.bandwidth
 
 
@@ -87,6 +98,7 @@ def estimate(config: TrainConfig) -> Estimate:
     with torch.device("meta"):
         model = build_model(config)
         flops = [forward_flops(model, inputs) for inputs in training_inputs(model, config, 1)]
+        matrices = [*muon.hidden_matrices(model)] if config.optimizer.name == "muon" else []
     # Unlike the meta device, a fake one has autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -101,6 +113,8 @@ def estimate(config: TrainConfig) -> Estimate:
         autocast_activation_bytes=two - one,
         autocast_weight_bytes=2 * one - two,
         batch_size=config.batch_size,
+        muon_parameters=sum(weight.numel() for weight, _ in matrices),
+        muon_flops=sum(muon.step_flops(weight, parts) for weight, parts in matrices),
     )
 
 
@@ -117,7 +131,7 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
         f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",
         "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
-        f"{_short(8 * cost.parameters)}B, AdamW {_short(8 * cost.parameters)}B, EMA "
+        f"{_short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
         f"{_short(4 * cost.parameters)}B; float32",
         "activations": f"{_short(cost.activation_bytes)}B per image in float32; under bfloat16 "
         f"autocast, which halves what products read but not what norms and residuals keep, "
@@ -131,6 +145,15 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
         f"{config.steps * floor / 3600:.3g} hours",
     }
+
+
+def _optimizer(cost: Estimate) -> str:
+    if not cost.muon_parameters:
+        return f"AdamW {_short(cost.optimizer_bytes)}B"
+    return (
+        f"Muon and AdamW {_short(cost.optimizer_bytes)}B (Muon's products take "
+        f"{_short(cost.muon_flops)}FLOP a step)"
+    )
 
 
 def _short(number: float) -> str:

@@ -2,9 +2,13 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_durably(path: Path, data: bytes | bytearray, *, shared: bool = False) -> None:
@@ -20,6 +24,24 @@ def write_durably(path: Path, data: bytes | bytearray, *, shared: bool = False) 
     """
     with replacing(path, shared=shared) as temporary:
         temporary.write_bytes(data)
+
+
+def save_tensors(
+    tensors: "Mapping[str, Tensor]", path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file with the permissions of any new file; the library gives the owner's only.
+
+    Raises:
+        OSError: the disk is full or read-only.
+        SafetensorError: the same, as the library says it.
+    """
+    # Not at the top: it needs torch, which the command line starts without.
+    from safetensors.torch import save_file
+
+    path.touch()
+    permissions = path.stat().st_mode
+    save_file(dict(tensors), path, metadata)
+    path.chmod(permissions)
 
 
 @contextmanager

@@ -1,10 +1,30 @@
 """What a person sees while work is done: one live line in a terminal, plain lines elsewhere."""
 
+import logging
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+log = logging.getLogger(__name__)
+SILENCE = 2.0  # seconds after which a person wonders what is done
+INTERVAL = 30.0  # seconds between plain lines
+
+
+@contextmanager
+def announced(text: str) -> Iterator[None]:
+    """Say what is done inside, if it takes longer than ``SILENCE``; logged at the level INFO."""
+    timer = threading.Timer(SILENCE, log.info, ("%s", text))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class TrainingProgress:
@@ -17,9 +37,8 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
-        self._total, self._first = total_steps, first_step
+        self._total = total_steps
         self._live = console.is_terminal
-        self._begun = time.monotonic()
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -34,15 +53,43 @@ class TrainingProgress:
         if self._live:
             self._bar.update(self._task, completed=step)
 
-    def figures(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show the figures of an interval."""
-        remaining = (time.monotonic() - self._begun) * (self._total - step)
-        remaining /= max(step - self._first, 1)
-        text = f"loss {loss:.4f}  {images_per_second:,.0f} images/s  ETA {_clock(remaining)}"
+    def figures(self, step: int, loss: float, rate: float, step_seconds: float) -> None:
+        """Show the figures of an interval.
+
+        Args:
+            step: that it ends with.
+            loss: its mean.
+            rate: images per second in it.
+            step_seconds: of one of its steps, from which the remaining time follows; evaluations
+                that are to come are not in it.
+        """
+        remaining = step_seconds * (self._total - step)
+        text = f"loss {loss:.4f}  {rate:,.0f} images/s  ETA {_clock(remaining)}"
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
             self.say(f"step {step}/{self._total}  {text}")
+
+    def evaluating(self, step: int, images: int) -> Callable[[float], None]:
+        """What to call with the number of images, or parts of one, that were generated since.
+
+        Args:
+            step: that is evaluated.
+            images: that this process generates.
+        """
+        done, said = 0.0, time.monotonic() - INTERVAL + SILENCE
+
+        def advance(more: float) -> None:
+            nonlocal done, said
+            done, now = done + more, time.monotonic()
+            text = f"evaluating: {min(done, images):,.0f}/{images:,} images"
+            if self._live:
+                self._bar.update(self._task, figures=text)
+            elif now - said > INTERVAL:
+                said = now
+                self.say(f"step {step}/{self._total}  {text}")
+
+        return advance
 
     def say(self, text: str) -> None:
         """Print a line; it stays above the live one."""
@@ -65,7 +112,7 @@ class SampleProgress:
         interval: seconds between plain lines.
     """
 
-    def __init__(self, console: Console, total: int, interval: float = 30.0) -> None:
+    def __init__(self, console: Console, total: int, interval: float = INTERVAL) -> None:
         self._total, self._interval = total, interval
         self._begun: float | None = None
         self._at_begin = self._done = 0

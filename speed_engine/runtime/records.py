@@ -2,7 +2,7 @@
 
 metrics.jsonl    one JSON object per record, for programs; null is a figure that was not finite; a
                  resumed run cuts the file back to its checkpoint
-tensorboard/     the same figures as curves
+loggers          the same figures as curves, see loggers.py
 """
 
 import json
@@ -10,10 +10,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,8 +24,18 @@ from torch import Tensor
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import MOST, UserError, check, check_between, shortened
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.loggers import Logger
 
 RECORDS = "metrics.jsonl"
+NO_LOGGERS: Mapping[str, Logger] = MappingProxyType({})
+# Of an evaluation, what depends on no step, so that a curve of it is a line.
+CONSTANTS = frozenset(
+    """
+    images num_generated num_reference num_held_out feature_dim solver_steps guidance
+    guidance_channels fid_within fid_within_images held_out_fid_within held_out_fid_within_images
+    """.split()
+)
+LAG = 2  # steps between a question to the device and its answer, see stopping.py
 _REMEDY = "Put back the file that the run wrote, or delete the line."
 _FIGURE = (int, float, type(None)), "a number"  # of a field that is not named here
 _TEXT = (str,), "a text"
@@ -34,7 +46,11 @@ _KINDS = {
     "guidance_interval": ((list,), "a list"),
     "evaluated": ((bool,), "true or false"),
     **dict.fromkeys(
-        ("extractor", "weights_sha256", "clip_weights_sha256", "solver", "average"), _TEXT
+        """
+        extractor weights_sha256 clip_weights_sha256 vae_weights_sha256 reference_sha256 solver
+        average
+        """.split(),
+        _TEXT,
     ),
 }
 log = logging.getLogger(__name__)
@@ -120,6 +136,7 @@ class SkippedSteps:
 
     def __init__(self, device: torch.device) -> None:
         self._counts = torch.zeros(3, device=device)  # all, in a row, most in a row
+        self._answers: deque[tuple[Tensor, torch.cuda.Event]] = deque()  # on their way to the host
 
     def add(self, skipped: Tensor) -> None:
         """() float32, 1 if the step was skipped."""
@@ -132,6 +149,30 @@ class SkippedSteps:
         total, _, most = self._counts.int().tolist()
         return total, most
 
+    def may_have(self, most: int, wait: bool) -> bool:
+        """Whether so many steps in a row were skipped, as far as the host knows; to call each step.
+
+        On a GPU the answer is a few steps old.
+
+        Args:
+            most: steps in a row.
+            wait: for the answer of ``LAG`` steps ago, so that all processes hear the same.
+        """
+        if not self._counts.is_cuda:
+            return int(self._counts[2]) >= most
+        if len(self._answers) <= LAG:
+            answer = torch.empty((), pin_memory=True).copy_(self._counts[2], non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._answers.append((answer, arrived))
+        answer, arrived = self._answers[0]
+        if wait and len(self._answers) > LAG:
+            arrived.synchronize()
+        if not (len(self._answers) > LAG if wait else arrived.query()):
+            return False
+        self._answers.popleft()
+        return int(answer) >= most
+
     def state(self) -> tuple[float, float, float]:
         """What a checkpoint must keep."""
         total, row, most = self._counts.tolist()
@@ -143,40 +184,41 @@ class SkippedSteps:
 
 
 class RunLog:
-    """Appends records to a run folder.
+    """Appends records to a run folder, and shows them to loggers.
 
     A disk that is full costs records, not the run: that is logged once, and later records are tried
-    again. It ends TensorBoard's curves, whose thread dies of it.
+    again. A logger that fails, whose service is gone or whose disk is full, is left out from then
+    on.
 
     Args:
         run: the folder.
         resume_step: records of later steps are dropped; 0 starts anew.
+        loggers: by name.
     """
 
-    def __init__(self, run: Path, resume_step: int) -> None:
-        # Imported here: it takes a second that other commands need not spend.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
+    def __init__(
+        self, run: Path, resume_step: int, loggers: Mapping[str, Logger] = NO_LOGGERS
+    ) -> None:
         path = run / RECORDS
         kept = [line for line, record in _records(path) if record["step"] <= resume_step]
         write_durably(path, "".join(kept).encode())
         self._file = path.open("ab", buffering=0)
-        self._curves: SummaryWriter | None = SummaryWriter(
-            str(run / "tensorboard"), purge_step=resume_step + 1
-        )
+        self._loggers = dict(loggers)
         self.lost = 0
 
-    def write(self, step: int, figures: Mapping[str, float | int | str]) -> None:
+    def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Record figures at a step."""
         self._append(as_json({"step": step, **figures}).encode() + b"\n", step)
-        if self._curves is None:
-            return
-        try:
-            for name, value in figures.items():
-                if not isinstance(value, str):
-                    self._curves.add_scalar(name, value, step)
-        except OSError as error:
-            self._end_curves(f"at step {step}", error)
+        numbers = {
+            name: of
+            for name, of in figures.items()
+            if isinstance(of, int | float) and name not in CONSTANTS
+        }
+        self._tell(f"at step {step}", lambda logger: logger.figures(step, numbers))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Show loggers a picture of generated images, a PNG file."""
+        self._tell(f"at step {step}", lambda logger: logger.picture(step, path))
 
     def _append(self, line: bytes, step: int) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -191,19 +233,18 @@ class RunLog:
             log.error("records from step %d on could not be written: %s", step, error)
         self.lost += 1
 
-    def _end_curves(self, where: str, error: OSError) -> None:
-        log.error("TensorBoard's curves end %s: %s", where, error)
-        self._curves = None
+    def _tell(self, when: str, tell: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            try:
+                tell(logger)
+            except Exception as error:  # of many kinds, by service: none is worth the run
+                log.error("what the logger %s shows ends %s: %s", name, when, error)
+                del self._loggers[name]
 
     def close(self) -> None:
-        """Flush both files."""
+        """Flush the file and the loggers."""
         self._file.close()
-        if self._curves is None:
-            return
-        try:
-            self._curves.close()
-        except OSError as error:
-            self._end_curves("before the last step", error)
+        self._tell("before the last step", lambda logger: logger.close())
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,12 @@ CONNECT_TIMEOUT = timedelta(minutes=30)
 _TORCHRUN = "Start several processes by torchrun; for one, unset WORLD_SIZE."
 
 
+# torch 2.14 has renamed it, and warns of the old name.
+_all_gather: Any = getattr(torch.distributed, "all_gather_single", None) or getattr(
+    torch.distributed, "all_gather_into_tensor", None
+)
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of the run.
@@ -62,7 +68,7 @@ class World:
         if self.size == 1:
             return tensor
         gathered = tensor.new_empty((self.size * len(tensor), *tensor.shape[1:]))
-        torch.distributed.all_gather_into_tensor(gathered, tensor.contiguous())
+        _all_gather(gathered, tensor.contiguous())
         return gathered
 
     def gather_on_host(self, tensor: Tensor) -> Tensor:

@@ -6,12 +6,8 @@ from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, constant, decay_of, warming_up
 from speed_engine.training.one_sweep import OneSweep
-from speed_engine.training.optimizers import (
-    MOMENTUM_DECAYS,
-    OPTIMIZERS,
-    Hyperparameters,
-    linear_warmup,
-)
+from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters
+from speed_engine.training.schedules import MOMENTUM_DECAYS, SCHEDULES, linear_warmup
 from speed_engine.training.update import Update
 
 UPDATES: dict[str, type[Update]] = {"separate": Update, "one_sweep": OneSweep}
@@ -53,6 +49,12 @@ def build_update(
     if settings.name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
         raise UserError(f"optimizer.name={settings.name!r} is unknown; choose from {known}.")
+    decay = settings.momentum_decay or momentum_decay
+    if settings.name == "muon" and decay != "none":
+        raise UserError(
+            f"momentum decay ({decay}) is that of AdamW's beta1; beside muon, use "
+            "optimizer.momentum_decay=none, or optimizer.name=adamw."
+        )
     optimizers = OPTIMIZERS[settings.name](
         model,
         loss,
@@ -62,17 +64,24 @@ def build_update(
             beta2=settings.beta2,
             weight_decay=settings.weight_decay,
             loss_learning_rate=loss_learning_rate,
+            adamw_learning_rate=settings.adamw_learning_rate,
+            muon_momentum=settings.muon_momentum,
         ),
     )
     warmup = linear_warmup(settings.learning_rate, settings.warmup_steps)
-    decay = MOMENTUM_DECAYS[settings.momentum_decay or momentum_decay]
-    momentum = decay(settings.beta1, steps)
+    schedule = SCHEDULES[settings.schedule](
+        steps,
+        settings.warmup_steps,
+        decay_share=settings.decay_share,
+        reference_steps=settings.reference_steps,
+    )
+    momentum = MOMENTUM_DECAYS[decay](settings.beta1, steps)
     return UPDATES[update](
         model,
         loss,
         optimizers,
         averages,
-        learning_rate=lambda step: warmup(step) * momentum.compensation(step),
+        learning_rate=lambda step: warmup(step) * schedule(step) * momentum.compensation(step),
         beta1=momentum.beta1,
         grad_clip=settings.grad_clip,
     )

@@ -1,4 +1,4 @@
-"""Optimizers by name, their state by parameter name, and the learning rate and momentum over time.
+"""Optimizers by name, and their state by parameter name.
 
 Another optimizer is a function here and its name in ``OPTIMIZERS``. It returns optimizers that
 together hold every trained parameter once. Their state is complete before the first step, so that a
@@ -8,10 +8,12 @@ that the device alone can decide whether a step changes them (see update.py).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.muon import Muon, hidden_matrices
 
 EPS = 1e-8  # of AdamW
 
@@ -26,6 +28,8 @@ class Hyperparameters:
         beta2: decay of the second moment, in [0, 1).
         weight_decay: of the model's parameters, in units of the learning rate.
         loss_learning_rate: of the loss's own parameters; by default the model's.
+        adamw_learning_rate: of the parameters that Muon leaves to AdamW; by default the model's.
+        muon_momentum: of Muon, in [0, 1).
     """
 
     learning_rate: float
@@ -33,6 +37,8 @@ class Hyperparameters:
     beta2: float = 0.999
     weight_decay: float = 0.0
     loss_learning_rate: float | None = None
+    adamw_learning_rate: float | None = None
+    muon_momentum: float = 0.95
 
 
 def adamw(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[torch.optim.Optimizer]:
@@ -43,16 +49,45 @@ def adamw(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[tor
         loss: its own parameters, if it has any, are trained without weight decay.
         hyper: learning rates, betas and weight decay.
     """
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, loss, hyper), lr=hyper.learning_rate,
-        betas=(hyper.beta1, hyper.beta2), eps=EPS, weight_decay=hyper.weight_decay, fused=True,
+    return [_adamw(parameter_groups(model, loss, hyper), hyper)]
+
+
+def muon(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the model's blocks, AdamW for all other parameters.
+
+    Arguments are as of ``adamw``; both optimizers have the model's weight decay.
+
+    Raises:
+        UserError: the model has no matrices in blocks.
+    """
+    matrices = list(hidden_matrices(model))
+    if not matrices:
+        raise UserError(
+            f"optimizer.name=muon needs matrices inside blocks; {type(model).__name__} has none: "
+            "use adamw."
+        )
+    hidden = Muon(
+        matrices, lr=hyper.learning_rate, momentum=hyper.muon_momentum,
+        weight_decay=hyper.weight_decay,
     )  # fmt: skip
-    return [with_state(optimizer, _moments)]
+    chosen = {weight for weight, _ in matrices}
+    groups = parameter_groups(model, loss, hyper)
+    groups[0]["params"] = [p for p in groups[0]["params"] if p not in chosen]
+    groups[0]["lr_scale"] = (hyper.adamw_learning_rate or hyper.learning_rate) / hyper.learning_rate
+    return [hidden, _adamw(groups, hyper)]
 
 
 OPTIMIZERS: dict[
     str, Callable[[nn.Module, nn.Module, Hyperparameters], list[torch.optim.Optimizer]]
-] = {"adamw": adamw}
+] = {"adamw": adamw, "muon": muon}
+
+
+def _adamw(groups: list[dict], hyper: Hyperparameters) -> torch.optim.Optimizer:
+    optimizer = torch.optim.AdamW(
+        groups, lr=hyper.learning_rate, betas=(hyper.beta1, hyper.beta2), eps=EPS,
+        weight_decay=hyper.weight_decay, fused=True,
+    )  # fmt: skip
+    return with_state(optimizer, _moments)
 
 
 def parameter_groups(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[dict]:
@@ -115,48 +150,3 @@ def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, beta1: flo
             group["betas"] = (beta1, group["betas"][1])
         elif beta1 is not None and group.get("momentum"):
             group["momentum"] = beta1
-
-
-def linear_warmup(learning_rate: float, warmup_steps: int) -> Callable[[int], float]:
-    """Step number, from 1 -> learning rate: a linear rise, then constant."""
-    return lambda step: learning_rate * min(1.0, step / max(warmup_steps, 1))
-
-
-class Momentum(NamedTuple):
-    """Both are functions of the step number, from 1."""
-
-    beta1: Callable[[int], float]
-    compensation: Callable[[int], float]  # factor of the learning rate
-
-
-def steady(beta1: float, steps: int) -> Momentum:
-    """The same momentum throughout."""
-    return Momentum(lambda step: beta1, lambda step: 1.0)
-
-
-def demon(beta1: float, steps: int) -> Momentum:
-    """MDLRC: momentum decays to zero over the run, the learning rate is compensated.
-
-    beta_t = b (1 - p) / ((1 - b) + b (1 - p)), p = share of the run (Chen et al. 2019, Demon), and
-    lr_t = lr (1 - b) / (1 - beta_t) = lr (1 - b p), which keeps the weight lr (1 - beta) of each
-    new gradient. The most consistent reading of arXiv 2404.07946; no code of its authors is public.
-    """
-
-    def decayed(step: int) -> float:
-        left = beta1 * (1 - (step - 1) / steps)
-        return left / ((1 - beta1) + left)
-
-    return Momentum(decayed, lambda step: 1 - beta1 * (step - 1) / steps)
-
-
-def geometric(beta1: float, steps: int) -> Momentum:
-    """MDLRC as a third party has it: beta_t = max(b 0.9995**t, 0.4), no compensation."""
-    floor = min(beta1, 0.4)
-    return Momentum(lambda step: max(beta1 * 0.9995 ** (step - 1), floor), lambda step: 1.0)
-
-
-MOMENTUM_DECAYS: dict[str, Callable[[float, int], Momentum]] = {
-    "none": steady,
-    "demon": demon,
-    "geometric": geometric,
-}

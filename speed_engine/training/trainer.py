@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speed_engine.data.batch import Batch
@@ -25,8 +24,9 @@ from speed_engine.evaluation.evaluator import Evaluation, Evaluator
 from speed_engine.evaluation.generate import grid_rows, save_images
 from speed_engine.runtime.checks import UserError, require_shapes
 from speed_engine.runtime.environment import describe
-from speed_engine.runtime.files import write_durably
-from speed_engine.runtime.progress import TrainingProgress
+from speed_engine.runtime.files import save_tensors, write_durably
+from speed_engine.runtime.loggers import Logger
+from speed_engine.runtime.progress import TrainingProgress, announced
 from speed_engine.runtime.records import IntervalMean, RunLog, SkippedSteps, TrainingClock
 from speed_engine.runtime.sharding import whole
 from speed_engine.runtime.stopping import Stopped, StopRequest
@@ -84,6 +84,7 @@ class Trainer:
         world: the processes of the run.
         console: what the first process prints to.
         introduction: lines about the run that are printed first, by their heads.
+        open_loggers: of the first process, by name, from the step that is given on.
     """
 
     def __init__(
@@ -98,11 +99,12 @@ class Trainer:
         world: World,
         console: Console,
         introduction: Mapping[str, str],
+        open_loggers: Callable[[int], Mapping[str, Logger]],
     ) -> None:
         self.loop, self.folder, self.engine = loop, folder, engine
         self.data, self.evaluator, self.device, self.world = data, evaluator, device, world
         self.console = console if world.is_first else Console(quiet=True)
-        self.introduction = introduction
+        self.introduction, self.open_loggers = introduction, open_loggers
         self.means = IntervalMean(FIGURES, device)
         self.bad_samples, self._bad = 0, 0  # of the whole run; here since they were counted
         self.skipped = SkippedSteps(device)
@@ -150,7 +152,8 @@ class Trainer:
             command = describe(sys.argv)
             text = json.dumps(command, indent=2) + "\n"
             write_durably(self.folder / "environment.json", text.encode())
-            self.records = RunLog(self.folder, engine.steps_done)
+            loggers = self.open_loggers(engine.steps_done)
+            self.records = RunLog(self.folder, engine.steps_done, loggers)
         self.checkpoints = Checkpoints(
             self.folder / CHECKPOINTS, self.world, loop.keep_checkpoints, loop.keep_every
         )
@@ -207,10 +210,15 @@ class Trainer:
         figures = self.world.mean_(torch.stack(report[: len(FIGURES)]))
         self.means.add(figures, report.skipped)
         self.skipped.add(report.skipped)
+        if self.skipped.may_have(self.loop.on_nonfinite, wait=self.world.size > 1):
+            self._check_skipped()
         self.progress.step(self.engine.steps_done)
 
     def _introduce(self) -> None:
-        for name, text in {"run": self.folder, **self.introduction}.items():
+        lines = {"run": self.folder, **self.introduction}
+        if step := self.engine.steps_done:
+            lines["resumed"] = f"from step {step} of {self.loop.steps}"
+        for name, text in lines.items():
             self._say(f"{name:10}{text}")
 
     def _say(self, text: str) -> None:
@@ -254,14 +262,16 @@ class Trainer:
         skipped = self._check_skipped()
         since, first = self._interval
         now = self.clock.seconds
-        rate = (step - first) * self.loop.batch_size / (now - since)
+        step_seconds = (now - since) / (step - first)
+        rate = self.loop.batch_size / step_seconds
         figures |= self._data_wait(step - first)
         self._interval = now, step
         figures["bad_samples"] = self._count_bad()
         if skipped:
             figures["skipped_steps"] = skipped
+        figures["learning_rate"] = self.engine.update.learning_rate(step)
         self._record({**figures, "images_per_second": rate})
-        self.progress.figures(step, figures["loss"], rate)
+        self.progress.figures(step, figures["loss"], rate, step_seconds)
 
     def _data_wait(self, steps: int) -> dict[str, float]:
         """Seconds per step that processes waited for data, since the last call: a straggler's."""
@@ -305,11 +315,15 @@ class Trainer:
         model = self.engine.update.averages[EMA].model
         with self.clock.paused():
             try:
+                advance = self.progress.evaluating(step, self.evaluator.share)
                 with self.stop.interrupting(alone):
-                    images = self.evaluator.generate(model if alone else self.stop.watched(model))
+                    called = model if alone else self.stop.watched(model)
+                    images = self.evaluator.generate(called, advance)
+                    validation = self.evaluator.validate(called)
                 if self.world.is_first:
-                    with self.stop.interrupting(True):
-                        found = self.evaluator.measure(images)
+                    comparing = announced("comparing generated images with real ones")
+                    with self.stop.interrupting(True), comparing:
+                        found = self.evaluator.measure(images, validation)
                     self._keep_evaluation(images, found)
             except Stopped:
                 pass
@@ -327,6 +341,8 @@ class Trainer:
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.folder / "samples" / f"step-{step:08d}.png"
         where = self._try_to_write(where, lambda: save_images(images, rows, where))
+        if where.suffix == ".png" and where.exists():
+            self.records.picture(step, where)
         self.newest_evaluation = quality, where
         self.progress.say(f"step {step}/{self.loop.steps}  {quality}{where}")
 
@@ -374,7 +390,7 @@ class Trainer:
         if not self.world.is_first:
             return
         temporary = self.folder / f".{EMA_FILE}"
-        self._try_to_write(temporary, lambda: save_file(average, temporary))
+        self._try_to_write(temporary, lambda: save_tensors(average, temporary))
         if temporary.exists():
             temporary.rename(self.folder / EMA_FILE)
         if self.newest_evaluation is not None:

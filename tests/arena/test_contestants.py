@@ -116,3 +116,19 @@ def test_a_comparison_of_version_0_1_goes_on_under_its_conditions(tmp_path, name
     shorter = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=7))
     with pytest.raises(UserError, match="config.steps was .*, is 7"):
         Comparison(shorter, tmp_path, 1, 1, Console(quiet=True))
+
+
+def test_a_share_of_the_budget_is_a_shorter_run_with_evaluations_as_far_apart():
+    base = dataclasses.replace(
+        BASE, steps=100, evaluation=dataclasses.replace(BASE.evaluation, every=10)
+    )
+    half = resolve("uniform+budget=0.52", base)
+    assert half.steps == 50 and half.evaluation.every == 10
+    assert resolve("uniform+budget=0.01", base).steps == 10
+    assert resolve("uniform+budget=1", base) == resolve("uniform", base)
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "True", "half"])
+def test_a_share_of_the_budget_that_is_none_is_refused(share):
+    with pytest.raises(UserError, match=r"budget=.* must be a share of the images, in \(0, 1\]"):
+        resolve(f"uniform+budget={share}", BASE)

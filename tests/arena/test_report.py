@@ -6,15 +6,15 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from arena_curves import comparison
+from arena_curves import BUDGET, comparison
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from speed_engine.arena import summary
 from speed_engine.arena.figures import PER_PANEL
 from speed_engine.arena.report import write_report
-from speed_engine.arena.results import Results, write_results
-from speed_engine.arena.speedup import Ratio
+from speed_engine.arena.results import GAUSSIAN, Results, write_results
+from speed_engine.arena.speedup import Ratio, speed_up
 
 SPEEDS = {"uniform": 1.0, "speed_paper": 2.0, "min_snr": 1.0, "uniform@flow": 3.0}
 
@@ -101,29 +101,74 @@ def test_samples_are_the_last_ones_of_the_first_complete_seed(written):
     assert "speed_paper, seed 0" in written[1]
 
 
+def said(results, method=None) -> str:
+    return summary.headline(results, summary.against(results, "uniform"), method)
+
+
 def test_the_headline_is_plain_about_what_is_not_shown():
-    results = comparison({"uniform": 1.0, "speed_plus": 1.0}, 5, 0.1)
-    sentence = summary.headline(results, summary.against(results, "uniform"))
-    assert "not shown to be different from 1" in sentence and "4× is not reached" in sentence
+    sentence = said(comparison({"uniform": 1.0, "speed_plus": 1.0}, 5, 0.1))
+    assert "not shown to be different from 1" in sentence and "fastest of" not in sentence
 
 
-def test_the_goal_is_reached_when_it_is():
+def test_the_headline_is_about_the_fastest_of_all_and_knows_no_goals():
     results = comparison({"uniform": 1.0, "speed_plus": 5.0, "p2": 9.0}, 5, 0.02)
-    sentence = summary.headline(results, summary.against(results, "uniform"))
-    assert "speed_plus has a speed-up of" in sentence and "The goal of 4× is reached." in sentence
-    assert "fastest of" not in sentence
+    sentence = said(results)
+    assert "p2 has a speed-up of" in sentence and "It is faster." in sentence
+    assert "fastest of 2" in sentence and "goal" not in sentence
+    of_one = said(results, "speed_plus")
+    assert "speed_plus has a speed-up of" in of_one and "fastest of" not in of_one
 
 
 def test_choosing_the_fastest_of_many_is_said():
-    results = comparison({"uniform": 1.0, "a": 1.5, "b": 1.2}, 3, 0.02)
-    sentence = summary.headline(results, summary.against(results, "uniform"))
+    sentence = said(comparison({"uniform": 1.0, "a": 1.5, "b": 1.2}, 3, 0.02))
     assert "a has a speed-up of 1.4" in sentence and "fastest of 2" in sentence
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_below_three_seeds_there_is_no_verdict(seeds):
+    results = comparison({"uniform": 1.0, "a": 9.0, "b": 0.1}, seeds, 0.02)
+    sentence = said(results)
+    assert "There are too few seeds to say: 3 or more are needed." in sentence
+    assert "It is" not in sentence
+    table = summary.speedup_table(summary.against(results, "uniform").by_images)
+    assert {row[1] for row in table.rows} == {"too few seeds"}
+
+
+@pytest.mark.parametrize("quality, learned", [(0.98, False), (0.85, True)])
+def test_where_the_baseline_learned_nothing_there_is_no_verdict(quality, learned):
+    """As on pictures that are noise: the figure wavers, and ends about where it began."""
+    results = comparison({"uniform": 1.0, "a": 6.0}, 5, 0.0)
+    curves = []
+    for curve in results.curves:
+        last = len(curve.points) - 1
+        points = [
+            dataclasses.replace(p, values={"held_out_fid": 9.0 * quality ** (i / last)})
+            for i, p in enumerate(curve.points)
+        ]
+        curves.append(dataclasses.replace(curve, points=tuple(points)))
+    sentence = said(dataclasses.replace(results, curves=tuple(curves)))
+    unlearned = "Against uniform nothing could be measured. uniform did not measurably improve"
+    assert (unlearned in sentence) == (not learned)
+
+
 def test_never_arriving_is_said():
-    results = comparison({"uniform": 1.0, "speed_plus": 0.3}, 3, 0.02)
-    sentence = summary.headline(results, summary.against(results, "uniform"))
-    assert "never got to its final quality" in sentence and "not reached" in sentence
+    sentence = said(comparison({"uniform": 1.0, "speed_plus": 0.3}, 3, 0.02))
+    assert "never got to its final quality" in sentence
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_the_report_names_its_data_and_how_learning_rates_were_chosen(tmp_path, tuned):
+    results = comparison({"uniform": 1.0, "p2": 2.0})
+    rates = {"0.0005": 3.0, "0.001": 2.0} if tuned else {}
+    results = dataclasses.replace(
+        results,
+        config={"data": {"source": "/data/shards/birds"}},
+        contestants=tuple(dataclasses.replace(c, tuning=rates) for c in results.contestants),
+    )
+    for text in report(results, tmp_path):
+        assert "birds: 2 methods at" in text
+        assert ("Each method has its own learning rate" in text) == tuned
+        assert ("All methods have the learning rate" in text) == (not tuned)
 
 
 def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
@@ -156,7 +201,7 @@ def test_a_bound_is_written_as_one(ratio, text):
 
 def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     html, _ = report(comparison(SPEEDS), tmp_path)
-    assert "one seed: no interval" in html and "One seed shows nothing." in html
+    assert "too few seeds for an interval" in html and "too few seeds to say" in html
 
 
 def test_without_baselines_there_is_a_report(tmp_path):
@@ -234,3 +279,45 @@ def test_bad_input_is_refused_by_name(tmp_path):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="baseline nobody is not among the methods"):
         report(dataclasses.replace(comparison({"a": 1.0}), baselines=("nobody",)), tmp_path)
+
+
+def with_floor(results, floor: float):
+    references = {GAUSSIAN: {"held_out_fid": floor, "copied_share": 0.01}}
+    return dataclasses.replace(results, references=references)
+
+
+def test_a_baseline_that_does_not_beat_a_gaussian_is_said_first(tmp_path):
+    results = comparison({"uniform": 1.0, "p2": 2.0}, 3, 0.01)
+    end = 1000 * BUDGET**-0.6
+    sound, empty = with_floor(results, 2 * end), with_floor(results, end / 2)
+    (sentence,) = summary.floor_in_words(sound)
+    assert "it has learned more than first and second moments" in sentence
+    (sentence,) = summary.floor_in_words(empty)
+    assert "speed-ups over it are undecided" in sentence
+    html, markdown = report(sound, tmp_path)
+    for page in (html, markdown):
+        assert "Gaussian per class, no training" in page
+        assert page.index("ends at") < page.index("has a speed-up of")
+    assert summary.floor_in_words(results) == []
+
+
+def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():
+    results = comparison({"uniform": 1.0, "p2": 2.0}, 3)
+    end = 1000 * BUDGET**-0.6
+    found = speed_up(with_floor(results, 1.5 * end), "p2", "uniform")
+    assert 0 < sum(level < 1.5 * end for level in found.levels) < len(found.levels)
+    assert found.beyond is not None and found.beyond.low == pytest.approx(2)
+    assert speed_up(with_floor(results, end / 2), "p2", "uniform").beyond is None
+    assert speed_up(results, "p2", "uniform").beyond is None
+
+
+def test_the_validation_loss_compares_contestants_of_one_process():
+    results = comparison({"uniform@flow": 1.0, "p2@flow": 3.0, "uniform": 2.0}, 3)
+    assert summary.against_in_loss(results, "uniform@flow") is None  # not measured
+    for curve in results.curves:
+        for point in curve.points:
+            point.values["validation_loss"] = point.values["held_out_fid"] ** 2
+    found = summary.against_in_loss(results, "uniform@flow")
+    assert found is not None and found.metric == "validation loss"
+    assert set(found.by_images) == {"p2@flow"}
+    assert found.by_images["p2@flow"].median.low == pytest.approx(3)

@@ -87,7 +87,7 @@ def test_a_contestant_against_itself_is_exactly_as_fast(seeds):
     found = speed_up(comparison({"a": 1.0}, seeds, 0.2), "a", "a")
     for ratio in (*found.curve, found.median):
         assert ratio.low == ratio.high == 1
-        assert ratio.interval == (None if seeds == 1 else (1, 1))
+        assert ratio.interval == (None if seeds < 3 else (1, 1))
 
 
 def test_equals_are_called_equal_at_the_nominal_rate():
@@ -158,7 +158,7 @@ def test_runs_evaluated_elsewhere_are_refused():
 
 
 def test_a_baseline_that_never_improves_is_refused():
-    with pytest.raises(ValueError, match="never improved"):
+    with pytest.raises(ValueError, match="did not measurably improve"):
         speed_up(with_metric(comparison({"a": 1.0}), lambda v: 1.0), "a", "a")
 
 

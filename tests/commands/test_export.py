@@ -1,15 +1,20 @@
 """Weights leave a run and start another, through the command line."""
 
+# pyright: reportPrivateImportUsage=false
+
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import states
 import torch
+from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from speed_engine import build, cli
 from speed_engine.config import TrainConfig, to_json
+from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import set_frequency_shift
@@ -42,15 +47,90 @@ def run(tmp_path):
     return folder
 
 
-def test_a_run_is_exported_and_answers_the_same_in_diffusers(run, tmp_path, capsys):
-    cli.main(["export", str(run), "--layout", "diffusers", "--out", str(tmp_path / "out")])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "weights of step 7" in said and "set_frequency_shift(transformer, 0)" in said
-    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "out")
-    set_frequency_shift(theirs, 0)
-    ours, _ = load_average(run, CONFIG, torch.device("cpu"))
+def export(run, out):
+    cli.main(["export", str(run), "--layout", "diffusers", "--out", str(out)])
+
+
+def answers(run, config, transformer) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, _ = load_average(run, config, torch.device("cpu"))
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([3, 871]), torch.tensor([0, 10])
-    torch.testing.assert_close(theirs(*inputs).sample, ours(*inputs), rtol=1e-5, atol=1e-4)
+    return transformer(*inputs).sample, ours(*inputs)
+
+
+def test_an_exported_model_is_loaded_by_diffusers_alone_and_answers_the_same(run, tmp_path, caplog):
+    config = replace(CONFIG, model=replace(CONFIG.model, frequency_shift=1))
+    (run / "config.json").write_text(to_json(config))
+    export(run, tmp_path / "out")
+    assert "frequency shift" not in caplog.text
+    pipeline: Any = DiTPipeline.from_pretrained(tmp_path / "out", vae=None)
+    assert isinstance(pipeline.transformer, DiTTransformer2DModel)
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    theirs, ours = answers(run, config, pipeline.transformer)
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_whose_time_features_diffusers_lacks_is_exported_with_a_warning(
+    run, tmp_path, caplog
+):
+    export(run, tmp_path / "out")
+    assert "set_frequency_shift(transformer, 0)" in caplog.text
+    loaded: Any = DiTTransformer2DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    theirs, ours = answers(run, CONFIG, loaded)
+    assert (theirs - ours).abs().max() > 0.01
+    set_frequency_shift(loaded, 0)
+    torch.testing.assert_close(*answers(run, CONFIG, loaded), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "schedule, prediction, num_timesteps",
+    [
+        *(("linear", target, 1000) for target in ("epsilon", "x0", "v")),
+        *((name, None, 1000) for name in ("linear", "quadratic", "scaled_linear", "cosine")),
+        ("scaled_linear", None, 200),
+        ("flow", None, 1000),
+        ("shifted_flow", None, 1000),
+    ],
+)
+def test_the_exported_scheduler_shows_the_model_what_it_was_trained_on(
+    run, tmp_path, schedule, prediction, num_timesteps
+):
+    config = replace(
+        CONFIG, schedule=schedule, prediction=prediction, num_timesteps=num_timesteps,
+        method="uniform",
+    )  # fmt: skip
+    (run / "config.json").write_text(to_json(config))
+    export(run, tmp_path / "out")
+    scheduler = DiTPipeline.from_pretrained(tmp_path / "out", vae=None).scheduler
+    ours, theirs = build.build_process(config).schedule, from_diffusers(scheduler)
+    assert theirs.prediction == (prediction or ours.prediction)
+    t = torch.arange(0, theirs.num_timesteps, 37)
+    times, alpha, sigma = theirs.model_time(t), theirs.alpha(t), theirs.sigma(t)
+    if "flow" in schedule:  # at these levels of noise ours is given the same time
+        assert torch.allclose(times, 1000 * sigma.float(), atol=1e-3)
+        grid = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
+        given = ours.model_time(grid)
+        assert torch.allclose(given, 1000 * ours.sigma(grid), atol=1e-3)
+        even = torch.arange(1, 1001) / 1000
+        shift = scheduler.config.shift
+        expected = shift * even / (1 + (shift - 1) * even)
+        assert torch.allclose(theirs.sigma(torch.arange(1000)).float(), expected, atol=1e-4)
+        return
+    assert theirs.num_timesteps == ours.num_timesteps
+    torch.testing.assert_close(alpha, ours.alpha(t), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sigma, ours.sigma(t), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(times, ours.model_time(t))
+
+
+@pytest.mark.parametrize("changes", [{"schedule": "edm"}, {"schedule": "flow", "prediction": "v"}])
+def test_a_process_that_diffusers_lacks_is_refused_before_anything_is_written(
+    run, tmp_path, capsys, changes
+):
+    (run / "config.json").write_text(to_json(replace(CONFIG, method="uniform", **changes)))
+    with pytest.raises(SystemExit):
+        export(run, tmp_path / "out")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"diffusers has no scheduler for the process {changes['schedule']}" in said
+    assert "--layout original" in said and not (tmp_path / "out").exists()
 
 
 def test_another_average_is_exported_by_its_name(run, tmp_path):

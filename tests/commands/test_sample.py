@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, to_json
+from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import start
+from speed_engine.run import read_config, start
 from speed_engine.training.config import OptimizerConfig
 
 TINY = TrainConfig(
@@ -119,13 +123,78 @@ def test_the_batch_size_moves_no_pixel_by_more_than_one_level(run, straight, tmp
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
-def test_finished_images_are_not_overwritten_but_the_picture_is(run, tmp_path, capsys):
+def test_finished_images_are_not_overwritten(run, tmp_path, capsys):
     two = ["sample", str(run), "--count", "2", "--out"]
-    for out in (tmp_path / "x.npz", tmp_path / "folder"):
+    for out in (tmp_path / "x.npz", tmp_path / "folder", tmp_path / "x.png"):
         cli.main([*two, str(out)])
         assert "exists already" in fails(capsys, *two, out)
-    for _ in range(2):
-        cli.main([*two, str(tmp_path / "x.png")])
+
+
+def test_pictures_without_a_name_are_numbered(run):
+    for _ in range(3):
+        cli.main(["sample", str(run), "--count", "2", "--seed", "5"])
+    names = sorted(path.name for path in (run / "samples").glob("sample-seed-5*"))
+    assert names == ["sample-seed-5-2.png", "sample-seed-5-3.png", "sample-seed-5.png"]
+
+
+def test_the_picture_is_as_wide_as_its_images(run, tmp_path):
+    sizes = {}
+    for count, classes in ((3, ["7"]), (5, ["1", "4"]), (25, ["1"]), (12, [])):
+        out = tmp_path / f"{count}.png"
+        of = ["--class", *classes] if classes else []
+        cli.main(["sample", str(run), "--count", str(count), "--out", str(out), *of])
+        sizes[count] = Image.open(out).size
+    side, gap = 48, 3
+    expected = {3: (3, 1), 5: (3, 2), 25: (10, 1), 12: (2, 10)}
+    for count, (columns, rows) in expected.items():
+        assert sizes[count] == (columns * (side + gap) + gap, rows * (side + gap) + gap)
+
+
+def named(source: Path) -> Path:
+    """The digits with names of classes."""
+    write_digits(source)
+    names = "zero one two three four five six seven eight nine".split()
+    (source / "facts.json").write_text(json.dumps({"classes": names}))
+    cli.main(["shards", "index", str(source), "--metadata", str(source / "facts.json")])
+    return source
+
+
+def test_classes_are_named_and_their_images_are_those_of_their_numbers(run, tmp_path, capsys):
+    config = read_config(run)
+    data = dataclasses.replace(config.data, source=str(named(tmp_path / "named")))
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    (copy / "config.json").write_text(to_json(dataclasses.replace(config, data=data)))
+    archives = []
+    for classes in (["seven", "2"], ["7", "two"]):
+        out = tmp_path / f"{classes[0]}.npz"
+        cli.main(["sample", str(copy), "--count", "4", "--class", *classes, "--out", str(out)])
+        archives.append(np.load(out))
+        assert archives[-1]["arr_1"].tolist() == [7, 2, 7, 2]
+    assert (archives[0]["arr_0"] == archives[1]["arr_0"]).all()
+    message = fails(capsys, "sample", copy, "--class", "sevn")
+    assert "unknown class 'sevn'; did you mean 'seven'?" in message
+    assert "unknown class '10'" in fails(capsys, "sample", copy, "--class", "10")
+    cli.main(["sample", str(copy), "--count", "4", "--class", "seven", "2"])
+    assert "rows: two, seven" in capsys.readouterr().out
+
+
+def test_images_come_from_the_checkpoint_that_is_named(run, tmp_path, capsys):
+    fast = OptimizerConfig(learning_rate=0.01, warmup_steps=0)
+    config = dataclasses.replace(read_config(run), checkpoint_every=10, optimizer=fast)
+    start(config, tmp_path / "run", Console(file=io.StringIO()))
+    sample = ["sample", str(tmp_path / "run"), "--count", "2"]
+    cli.main([*sample, "--checkpoint", "10", "--out", str(tmp_path / "a.npz")])
+    assert "2 images of step 10" in capsys.readouterr().out
+    cli.main([*sample, "--out", str(tmp_path / "b.npz")])
+    early, late = (np.load(tmp_path / name)["arr_0"] for name in ("a.npz", "b.npz"))
+    assert (early != late).any()
+    message = fails(capsys, *sample, "--checkpoint", "15")
+    assert "no checkpoint of step 15; it keeps those of: 10, 20" in message
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_records(run):
+    modes = [(run / name).stat().st_mode for name in ("ema.safetensors", "metrics.jsonl")]
+    assert modes[0] == modes[1]
 
 
 @pytest.mark.parametrize(

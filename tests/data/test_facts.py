@@ -6,6 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from speed_engine.commands.configured import configured
@@ -112,9 +113,13 @@ def test_a_run_generates_where_its_data_are_not_at_hand(tmp_path, caplog):
     assert labels == [0, 1, 2, 0, 1, 2, 0] and "gone" in caplog.text
 
 
+def command(*arguments):
+    made = lambda name, config: TrainCommand(preset=name, config=config)
+    return configured(made, [*map(str, arguments)], "train")
+
+
 def parsed(*arguments):
-    presets = {n: (t, TrainCommand(preset=n, config=c)) for n, (t, c) in PRESETS.items()}
-    return configured(presets, [*map(str, arguments)], "train").config.data
+    return command(*arguments).config.data
 
 
 def test_what_the_record_knows_need_not_be_given(tmp_path):
@@ -125,6 +130,84 @@ def test_what_the_record_knows_need_not_be_given(tmp_path):
     data = parsed("digits", "--data.source", folder, "--data.num-classes", 9)
     assert (data.image_shape, data.num_classes) == ((3, 16, 12), 9)
     assert parsed("digits") == PRESETS["digits"][1].data
+
+
+def write_pictures(folder, mode, classes=("cat", "dog")):
+    """One picture a sample, as ``shards make`` writes them."""
+    with ShardWriter(folder, "x", 8, {"classes": list(classes)}) as writer:
+        for i in range(8):
+            picture = io.BytesIO()
+            Image.new(mode, (12, 16)).save(picture, "PNG")
+            label = str(i % len(classes)).encode()
+            writer.write(f"{i:04d}", {"png": picture.getvalue(), "cls": label})
+    return folder
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("RGB", 3)])
+@pytest.mark.parametrize("preset", ["digits", "dit-s", "unet-s", "cifar10-edm"])
+def test_pictures_are_trained_on_as_they_are_whatever_the_preset_has(
+    tmp_path, preset, mode, channels
+):
+    folder = write_pictures(tmp_path / "x", mode)
+    data = parsed(preset, "--data.source", folder)
+    assert (data.members, data.image_shape) == (("png", "cls"), (channels, 16, 12))
+    assert data.num_classes == 2
+    TrainingData(data, 4, 0, ALONE, torch.device("cpu"))
+
+
+def test_a_source_alone_is_trained_on_by_the_preset_for_own_images(tmp_path):
+    folder = write_pictures(tmp_path / "x", "RGB")
+    for arguments in (("--data.source", folder), (f"--data.source={folder}",)):
+        found = command(*arguments, "--steps", 7)
+        assert found.preset == "dit-s" and found.config.steps == 7
+        assert found.config.schedule == "flow" and found.config.data.image_shape == (3, 16, 12)
+    with pytest.raises(UserError, match="a preset is missing: .* train --data.source SHARDS"):
+        command("--steps", 7)
+
+
+def test_what_the_preset_for_own_images_names_is_looked_up_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "shards/own", "L")
+    assert parsed("dit-s").image_shape == (1, 16, 12)
+
+
+@pytest.mark.parametrize("classes, features", [(("all",), "none"), (("a", "b"), "classifier")])
+def test_without_classes_there_are_no_features_of_a_classifier(tmp_path, classes, features):
+    folder = write_pictures(tmp_path / "x", "RGB", classes)
+    assert command("--data.source", folder).config.evaluation.features == features
+
+
+def test_latents_are_recognised_by_their_recorded_scale(tmp_path):
+    latents = [np.zeros((8, 4, 6), np.float16)] * 8
+    folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2})
+    config = command("--data.source", folder).config
+    assert config.data.latents and config.data.image_shape == (4, 4, 6)
+    assert config.evaluation.features == "none"
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        (("--data.image-shape", 3, 8, 8), r"needs \(8, 8\). Correct --data.image-shape"),
+        (("--data.num-classes", 1), "give --data.num-classes 2"),
+    ],
+)
+def test_an_option_that_contradicts_the_record_is_an_error(tmp_path, option, message):
+    folder = write_pictures(tmp_path / "x", "RGB")
+    data = parsed("dit-s", "--data.source", folder, *option)
+    with pytest.raises(UserError, match=message):
+        TrainingData(data, 4, 0, ALONE, torch.device("cpu"))
+
+
+def test_pictures_in_place_of_shards_are_refused_with_the_command_that_makes_shards(tmp_path):
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    archive = tmp_path / "photos.zip"
+    archive.write_bytes(b"PK")
+    for source in (tmp_path / "photos", archive):
+        with pytest.raises(FileNotFoundError, match=f"shards make {source} shards/photos --size"):
+            ShardReader(source)
+    with pytest.raises(FileNotFoundError, match=r"`speed-engine shards make SOURCE .*/none`"):
+        ShardReader(tmp_path / "none")
 
 
 def write_tar(path, extension="cls"):

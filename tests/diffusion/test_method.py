@@ -275,7 +275,7 @@ def test_options_may_be_spelled_or_given():
 
 def test_an_option_is_what_the_recipe_declares_and_nothing_else():
     assert list(options_of("clts")) == ["ramp_steps", "mean", "std", *SHARED]
-    assert list(SHARED) == ["stratified", "normalised", "weight_on", "weigh_bound"]
+    assert list(SHARED) == ["stratified", "normalised", "weight_on", "max_weight", "weigh_bound"]
     kinds = {of.annotation for name in METHODS for of in options_of(name).values()}
     assert kinds <= {
         float, int, float | None, bool | None, bool, Literal["definition", "prediction"],
@@ -298,3 +298,14 @@ def test_edm2_has_its_timestep_distribution_its_weighting_and_its_learned_weight
     u = method.loss(torch.zeros(1))
     assert abs(float(u)) > 1e-3
     torch.testing.assert_close(method.loss(torch.full((1,), 3.0)), 3 * torch.exp(-u) + u)
+
+
+def test_the_largest_weight_cuts_the_velocity_s_of_a_flow_that_predicts_x0():
+    schedule = build_schedule("flow", 1000)
+    free = build_method("logit_normal", schedule, "x0").weight
+    cut = build_method("logit_normal+max_weight=400", schedule, "x0").weight
+    time = schedule.timesteps
+    torch.testing.assert_close(free, time**-2)
+    torch.testing.assert_close(cut, time.clamp(min=0.05) ** -2)
+    with pytest.raises(ValueError, match="max_weight=0.0 must be positive"):
+        build_method("uniform", schedule, max_weight=0.0)

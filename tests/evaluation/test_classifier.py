@@ -22,7 +22,7 @@ def blobs(count=60, channels=1, height=8, width=8, num_classes=3):
 
 @pytest.fixture
 def short_training(monkeypatch):
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 12)
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 12)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_the_global_random_state_is_untouched(short_training):
     "shape", [(3, 32, 32), (1, 28, 20), (2, 5, 9), (1, 1, 1)], ids=lambda s: "C{}-{}x{}".format(*s)
 )
 def test_any_image_shape_gives_as_many_features_and_one_logit_per_class(shape, monkeypatch):
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 2)
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 2)
     images, labels = blobs(20, *shape, num_classes=4)
     network, _ = train_classifier(images, labels)
     assert network.features(images).shape == (20, FEATURE_DIM)
@@ -198,3 +198,16 @@ def test_unfit_training_data_are_refused(change, message, tmp_path):
 def test_a_fingerprint_cannot_leave_the_cache_folder(tmp_path):
     with pytest.raises(ValueError, match="fingerprint='../x'"):
         classifier_for(*blobs(), tmp_path, "../x")
+
+
+def test_larger_data_sets_are_trained_on_for_longer():
+    assert classifier.training_steps(1797) == classifier.training_steps(4000) == 300
+    assert classifier.training_steps(50_000) == 2500  # 8 epochs of four images in five
+
+
+@pytest.mark.parametrize("accuracy, warned", [(0.56, True), (0.79, True), (0.8, False)])
+def test_a_classifier_that_is_often_wrong_is_doubted(accuracy, warned):
+    features = classifier._as_features(classifier.Classifier(1, 3), accuracy)
+    doubt = features.doubt()
+    assert (doubt is not None) == warned
+    assert doubt is None or f"right on {accuracy:.1%} of held-out images only" in doubt

@@ -78,7 +78,7 @@ def blobs():
     noise = torch.randint(0, 56, (200, 1, 8, 8), generator=generator)
     images = (pictures[labels] + noise).to(torch.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "TRAINING_STEPS", 40)
+        patch.setattr(classifier, "LEAST_STEPS", 40)
         return images, classifier._as_features(*train_classifier(images, labels))
 
 

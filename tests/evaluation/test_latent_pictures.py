@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_latents import write_vae
 
 from speed_engine import build
 from speed_engine.config import TrainConfig
@@ -18,16 +19,7 @@ from speed_engine.evaluation.config import EvaluationConfig
 
 @pytest.fixture
 def vae(tmp_path) -> Path:
-    """A random one, four times as coarse as the pictures."""
-    torch.manual_seed(0)
-    importlib.import_module("diffusers").AutoencoderKL(
-        block_out_channels=(4, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        norm_num_groups=2,
-        latent_channels=4,
-    ).save_pretrained(tmp_path / "vae")
-    return tmp_path / "vae"
+    return write_vae(tmp_path / "vae")
 
 
 def write_latents(folder: Path, metadata: dict[str, float]) -> Path:
@@ -46,7 +38,7 @@ def configured(vae: Path, shards: Path) -> TrainConfig:
         vae=str(vae),
         num_classes=2,
     )
-    evaluation = EvaluationConfig(features="none", num_images=5, solver_steps=2)
+    evaluation = EvaluationConfig(features="none", num_images=5, solver_steps=2, metrics=("fid",))
     return replace(TrainConfig(), data=data, evaluation=evaluation, device="cpu")
 
 

@@ -13,7 +13,7 @@ from speed_engine.commands.train import TrainCommand
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
-from speed_engine.planning.cost import estimate
+from speed_engine.planning.cost import describe, estimate
 from speed_engine.planning.gpus import GPUS, Gpu
 from speed_engine.presets import PRESETS
 
@@ -97,3 +97,16 @@ def test_what_cannot_be_built_is_refused_as_in_training(capsys):
         cli.main(["train", "digits", "--dry-run", "--model.patch-size", "3"])
     assert stopped.value.code == 2
     assert "patch_size=3 does not divide" in capsys.readouterr().err
+
+
+def test_muon_keeps_one_moment_of_matrices_and_says_what_its_products_take():
+    plain = PRESETS["imagenet256-dit-xl2"][1]
+    muon = dataclasses.replace(plain, optimizer=dataclasses.replace(plain.optimizer, name="muon"))
+    with_adamw, with_muon = estimate(plain), estimate(muon)
+    # 28 blocks of 1152: q, k, v, projection, adaLN's six, and two of 4 x 1152.
+    assert with_muon.muon_parameters == 28 * 18 * 1152**2
+    saved = with_adamw.optimizer_bytes - with_muon.optimizer_bytes
+    assert saved == 4 * with_muon.muon_parameters == with_adamw.state_bytes - with_muon.state_bytes
+    square, wide = 6 * 1152**3, 18 * 1152**3
+    assert with_muon.muon_flops == 28 * 5 * (10 * square + 2 * wide)
+    assert "Muon's products take 20.55 TFLOP a step" in describe(muon, "h200")["state"]

@@ -8,6 +8,7 @@ import pytest
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from speed_engine.runtime.loggers import open_loggers
 from speed_engine.runtime.records import RunLog, TrainingClock, append_record, read_records
 
 
@@ -38,7 +39,8 @@ def test_a_full_disk_costs_the_curves_and_neither_records_nor_the_end(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = threading.enumerate()
-    records = RunLog(tmp_path, resume_step=0)
+    loggers = open_loggers(["tensorboard"], tmp_path, {}, 0)
+    records = RunLog(tmp_path, 0, loggers)
     (thread,) = (
         each
         for each in threading.enumerate()
@@ -53,7 +55,20 @@ def test_a_full_disk_costs_the_curves_and_neither_records_nor_the_end(
     records.close()
     assert read_records(tmp_path) == [{"step": step, "loss": 0.5} for step in range(steps)]
     (message,) = caplog.messages
-    assert "TensorBoard's curves end" in message and "No space left" in message
+    assert "what the logger tensorboard shows ends" in message and "No space left" in message
+
+
+def test_what_depends_on_no_step_is_recorded_and_is_no_curve(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = RunLog(tmp_path, 0, open_loggers(["tensorboard"], tmp_path, {}, 0))
+    records.write(3, {"images": 24, "fid": 0.5, "solver": "ddim", "solver_steps": 25})
+    records.write(3, {"images": 24, "guidance_interval": [0.1, 2.0], "learning_rate": 1e-4})
+    records.close()
+    curves = EventAccumulator(str(tmp_path / "tensorboard"))
+    curves.Reload()
+    assert set(curves.Tags()["scalars"]) == {"fid", "learning_rate"}
+    assert read_records(tmp_path)[0]["solver_steps"] == 25
 
 
 def strict(line: str) -> dict:

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from speed_engine.runtime.sharding import blocks
 from speed_engine.training.optimizers import (
-    OPTIMIZERS,
     Hyperparameters,
     parameter_groups,
     with_state,
@@ -47,19 +45,8 @@ def nadam(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[tor
     return [with_state(optimizer, state)]
 
 
-def muon(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[torch.optim.Optimizer]:
-    """Of the matrices of blocks; AdamW trains everything else."""
-    inside = [p for block in blocks(model) for p in block.parameters() if p.ndim == 2]
-    matrices = torch.optim.Muon(inside, lr=hyper.learning_rate, momentum=hyper.beta1)
-    chosen = {id(parameter) for parameter in inside}
-    groups = parameter_groups(model, loss, hyper)
-    groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in chosen]
-    others = OPTIMIZERS["adamw"](nn.ParameterList(groups[0]["params"]), loss, hyper)
-    return [with_state(matrices, _momentum), *others]
-
-
 def _momentum(parameter: Tensor) -> dict[str, Tensor]:
     return {"momentum_buffer": torch.zeros_like(parameter)}
 
 
-OTHERS = {"sgd": sgd, "fused_sgd": fused_sgd, "nadam": nadam, "muon": muon}
+OTHERS = {"sgd": sgd, "fused_sgd": fused_sgd, "nadam": nadam}

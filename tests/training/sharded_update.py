@@ -12,6 +12,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from other_optimizers import OTHERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,27 +23,41 @@ from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
-from speed_engine.runtime.sharding import distribute, whole
+from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.runtime.sharding import blocks, distribute, whole
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.one_sweep import OneSweep
-from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.optimizers import Hyperparameters, adamw, muon
 from speed_engine.training.update import Update
 
 SIZE = 2  # processes
 WAYS = {
     "one sweep": (OneSweep, adamw),
     "adamw": (Update, adamw),
+    "muon": (Update, muon),
     "sgd": (Update, OTHERS["sgd"]),
     "nadam": (Update, OTHERS["nadam"]),
 }
 HYPER = Hyperparameters(learning_rate=0.1, beta2=0.99, weight_decay=0.1)
 
 
-def make_model() -> nn.Sequential:
+class Net(nn.Module):
+    """Of odd sizes, so that shards are not equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([FusedLinear(8, 10, 2), nn.Linear(10, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.blocks
+        return second(F.gelu(first(x)))
+
+
+def make_model() -> Net:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 5), nn.GELU(), nn.Linear(5, 3))  # odd: shards are not equal
+    return Net()
 
 
 def shard(model: nn.Module, layers: list[nn.Module]) -> None:
@@ -56,7 +71,7 @@ def train(way: str, sharded: bool) -> tuple[list[Tensor], int]:
     average = Ema(model, warming_up(0.9))
     if sharded:
         for module in (model, average.model):
-            shard(module, [layer for layer in module.children() if isinstance(layer, nn.Linear)])
+            shard(module, blocks(module))
         average.follow(model)
     kind, make_optimizers = WAYS[way]
     optimizers = make_optimizers(model, nothing, HYPER)

@@ -19,7 +19,8 @@ from speed_engine.models.config import DiTConfig, UNetConfig
 from speed_engine.training.ema import Ema, warming_up
 from speed_engine.training.engine import Engine, dropout_seed
 from speed_engine.training.one_sweep import OneSweep
-from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw, linear_warmup
+from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw
+from speed_engine.training.schedules import linear_warmup
 from speed_engine.training.update import Update
 
 CONFIG = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2))

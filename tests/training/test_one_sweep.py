@@ -19,7 +19,8 @@ from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power, warming_up
 from speed_engine.training.engine import Engine
 from speed_engine.training.one_sweep import OneSweep
-from speed_engine.training.optimizers import Hyperparameters, adamw, demon, linear_warmup
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.schedules import demon, linear_warmup
 from speed_engine.training.update import Update
 
 CONFIG = TrainConfig(method="ant_uw", model=DiTConfig(dim=8, depth=1, num_heads=2))

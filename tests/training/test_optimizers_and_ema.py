@@ -6,22 +6,10 @@ from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.configured import build_averages
 from speed_engine.training.ema import DECAYS, EMA, Ema, decay_of, lerp_in_one_kernel
-from speed_engine.training.optimizers import (
-    Hyperparameters,
-    adamw,
-    demon,
-    geometric,
-    linear_warmup,
-    set_rates,
-)
+from speed_engine.training.optimizers import Hyperparameters, adamw, set_rates
+from speed_engine.training.schedules import demon, geometric
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
-
-
-def test_the_learning_rate_rises_linearly_then_stays():
-    rate = linear_warmup(0.4, 4)
-    assert [rate(step) for step in range(1, 7)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert linear_warmup(0.4, 0)(1) == 0.4
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,7 @@ def test_too_few_images_for_fid_are_refused_before_training(tmp_path):
 
 def test_an_existing_run_folder_is_kept_and_the_two_ways_on_are_named(tmp_path):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").touch()
     with pytest.raises(ValueError, match=r"exists already; .*--resume .* --run"):
         start(TINY, tmp_path / "run", quiet())
 
@@ -407,7 +408,7 @@ def test_many_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     trainer, _ = build_trainer(TINY, run, quiet())
     run.mkdir()
     poison(trainer, range(30, 33))
-    with pytest.raises(FloatingPointError, match=r"in 3 steps in a row, up to step 35 \(3 in"):
+    with pytest.raises(FloatingPointError, match=r"in 3 steps in a row, up to step 32 \(3 in"):
         trainer.train()
     trainer.checkpoints.wait()
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-00000020"]

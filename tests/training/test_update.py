@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from other_optimizers import OTHERS, muon, sgd
+from other_optimizers import OTHERS, sgd
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -21,13 +21,14 @@ from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import DECAYS, Ema, power, warming_up
+from speed_engine.training.muon import Muon
 from speed_engine.training.one_sweep import OneSweep
-from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw
+from speed_engine.training.optimizers import OPTIMIZERS, Hyperparameters, adamw, muon
 from speed_engine.training.update import Update
 
 HYPER = Hyperparameters(learning_rate=0.05, beta2=0.99, weight_decay=0.1)
 WAYS = {"one_sweep": (OneSweep, adamw)} | {
-    name: (Update, make) for name, make in {"adamw": adamw, **OTHERS}.items()
+    name: (Update, make) for name, make in {**OPTIMIZERS, **OTHERS}.items()
 }
 
 
@@ -142,6 +143,9 @@ def test_rates_and_momentum_are_those_of_the_step(way):
     steps(update, range(1, 4))
     for group in (g for optimizer in update.optimizers for g in optimizer.param_groups):
         assert group["lr"] == pytest.approx(0.05 / 3)
+        if "muon_momentum" in group:
+            assert group["muon_momentum"] == 0.95  # beta1 is AdamW's
+            continue
         momentum = group["betas"][0] if "betas" in group else group["momentum"]
         assert momentum == pytest.approx(0.87)
 
@@ -200,7 +204,7 @@ def test_every_parameter_has_one_optimizer():
     optimized = [p for o in update.optimizers for g in o.param_groups for p in g["params"]]
     trained = [p for p in update.model.parameters() if p.requires_grad]
     assert len(optimized) == len(set(optimized)) == len(trained) + 2
-    assert type(update.optimizers[0]) is torch.optim.Muon
+    assert type(update.optimizers[0]) is Muon
 
 
 TINY = TrainConfig(
@@ -288,7 +292,7 @@ def test_an_average_is_named_once():
 def test_two_processes_update_and_divide_as_one_process_does(two_processes):
     said = two_processes(Path(__file__).with_name("sharded_update.py"))
     lines = [json.loads(line) for line in said.splitlines()]
-    assert [line[0] for line in lines] == ["one sweep", "adamw", "sgd", "nadam", "parts"]
+    assert [line[0] for line in lines] == ["one sweep", "adamw", "muon", "sgd", "nadam", "parts"]
     for way, difference, *skipped in lines:
         assert difference <= 2e-6, way
         assert skipped == ([0, 0] if way == "parts" else [1, 1])

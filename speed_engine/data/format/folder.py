@@ -10,7 +10,7 @@ from pathlib import Path
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.errors import ShardError
-from speed_engine.data.format.forms import refuse_other_forms, tars_of
+from speed_engine.data.format.forms import refuse_missing, refuse_other_forms, tars_of
 from speed_engine.data.format.index import ShardIndex, index_path, load_index
 from speed_engine.data.format.record import (
     RECORD,
@@ -70,8 +70,7 @@ class LocalFolder:
             ShardError: shards, indices and record are not of each other; names file and remedy.
         """
         refuse_other_forms(str(self._path))
-        if not self._path.is_dir():
-            raise FileNotFoundError(f"data folder {self._path} does not exist; check the path.")
+        refuse_missing(self._path)
         refuse_incomplete(self._path)
         found = [path.name for path in tars_of(self._path) if self._only in (None, path.name)]
         names = [name for name in found if name not in without]

@@ -21,6 +21,7 @@ from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import ATTEMPTS, BatchReader, OnBadSample, Shape
 from speed_engine.data.loading.order import DataOrder, Feed, elsewhere
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.progress import announced
 
 CHUNK = 1024  # samples read at once
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class Resident:
         self._order = DataOrder(reader.counts, feed.seed, feed.window)
         self._damage: dict[int, str] = {}  # sample -> what is wrong with it
         self._stored: dict[str, Tensor] = {}  # (N, ...) each, the images under ""
-        self._load(reader, BatchReader(reader, image_shape, num_classes, on_bad_sample))
+        with announced(f"reading all {len(reader):,} images into memory"):
+            self._load(reader, BatchReader(reader, image_shape, num_classes, on_bad_sample))
 
     def __iter__(self) -> Self:
         return self

@@ -88,7 +88,7 @@ def encode(
         batch_size: samples at a time.
         rank: this process takes the shards ``rank``, ``rank + world_size``, ...
         world_size: number of processes.
-        advance: called with the number of samples whenever a shard is there.
+        advance: called with the samples that are there already, then with those of each shard.
 
     Raises:
         UserError: nothing to do, a data set without what is needed, or an unusable sample.
@@ -112,6 +112,8 @@ def encode(
     if text is not None and rank == 0:
         write_durably(out / NULL_TOKENS, npy_bytes(text([""])[0]))
     pending, first = set(preparation.pending()), 0
+    mine = range(rank, len(indices), world_size)
+    advance(sum(len(indices[shard]) for shard in mine if shard not in pending))
     with ThreadPoolExecutor(_DECODING_THREADS) as threads:
         for shard, index in enumerate(indices):
             if shard % world_size == rank:
@@ -119,7 +121,7 @@ def encode(
                     samples = _read(reader, index, first)
                     encoded = _encoded(samples, picture, latents, text, batch_size, threads)
                     write_shard(preparation.path(shard), encoded)
-                advance(len(index))
+                    advance(len(index))
             first += len(index)
     if text is not None and text.truncated:
         _log.warning("%d captions were longer than the text encoder takes and cut", text.truncated)

@@ -41,8 +41,9 @@ class Summary:
         """Sentences of at most a line."""
         size = sum(shard.bytes for shard in self.dataset.shards)
         contents = [f"{name} {_content(facts)}" for name, facts in self.dataset.contents.items()]
+        shards = len(self.dataset.shards)
         lines = [
-            f"{self.num_samples:,} samples in {len(self.dataset.shards):,} shards, "
+            f"{self.num_samples:,} samples in {shards:,} {'shard' if shards == 1 else 'shards'}, "
             f"{size / 1e6:,.1f} MB, {size / max(self.num_samples, 1):,.0f} bytes a sample",
             f"members: {', '.join(map(str.strip, contents))}",
         ]

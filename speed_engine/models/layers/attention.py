@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.ops import block_operators_for, qk_norm_rope
 from speed_engine.runtime.checks import UserError
 
@@ -77,7 +78,7 @@ class SelfAttention(nn.Module):
         if backend not in BACKENDS:
             raise UserError(f"attention={backend!r} is unknown; choose from {', '.join(BACKENDS)}.")
         self.num_heads, self.attend = num_heads, BACKENDS[backend]
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = FusedLinear(dim, 3 * dim, 3)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, *rotation: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.models.layers.group_norm import GroupNormSiLU
 from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
@@ -54,7 +55,8 @@ class EdmBlock(nn.Module):
         self.channels, self.style, self.resample = channels, style, resample or nn.Identity()
         self.norm0 = GroupNormSiLU(norm_groups(channels), channels, style.eps)
         self.conv0 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.affine = nn.Linear(embedding_dim, (1 + style.scale_shift_norm) * out_channels)
+        parts = 1 + style.scale_shift_norm
+        self.affine = FusedLinear(embedding_dim, parts * out_channels, parts)
         self.norm1 = GroupNormSiLU(norm_groups(out_channels), out_channels, style.eps)
         self.dropout = nn.Dropout(dropout)
         self.conv1 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))

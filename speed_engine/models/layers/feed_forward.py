@@ -6,6 +6,7 @@ Letters: B images, N tokens, D width.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.ops import block_operators_for
 
 
@@ -40,7 +41,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         hidden = -(-2 * hidden_dim // 24) * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w12 = FusedLinear(dim, 2 * hidden, 2)
         self.w3 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:

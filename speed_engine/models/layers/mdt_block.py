@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from speed_engine.models.layers.attention import SelfAttention
 from speed_engine.models.layers.blocks import recomputable
 from speed_engine.models.layers.feed_forward import FeedForward
+from speed_engine.models.layers.fused_linear import FusedLinear
 
 
 class Shown(NamedTuple):
@@ -73,7 +74,7 @@ class MdtBlock(nn.Module):
         self.attn = BiasedAttention(dim, num_heads, grid)
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(dim, 6 * dim, 6))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
 
     @recomputable

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.models.layers.group_norm import NORM_GROUPS
 from speed_engine.models.layers.initial import zeroed
 
@@ -96,7 +97,7 @@ class GatedFeedForward(nn.Module):
 class _Gated(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, 2 * hidden_dim)
+        self.proj = FusedLinear(dim, 2 * hidden_dim, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)

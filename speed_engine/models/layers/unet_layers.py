@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
+from speed_engine.models.layers.fused_linear import FusedLinear
 from speed_engine.models.layers.group_norm import NORM_GROUPS, GroupNormSiLU
 from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
@@ -42,8 +43,9 @@ class ResBlock(nn.Module):
             nn.Identity(),  # where the originals have their SiLU
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
-        emb_channels = 2 * out_channels if scale_shift_norm else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, emb_channels))
+        parts = 2 if scale_shift_norm else 1
+        emb_layer = FusedLinear(embedding_dim, parts * out_channels, parts)
+        self.emb_layers = nn.Sequential(nn.SiLU(), emb_layer)
         self.out_layers = nn.Sequential(
             GroupNormSiLU(NORM_GROUPS, out_channels),
             nn.Identity(),

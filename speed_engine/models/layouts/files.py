@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from speed_engine.models.dit import DiT
@@ -23,6 +22,7 @@ from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
 from speed_engine.models.unet import UNet
 from speed_engine.runtime.checks import UserError, require_shapes
+from speed_engine.runtime.files import save_tensors
 
 LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -75,7 +75,7 @@ def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
         if path.suffix != ".safetensors":
             raise UserError(f"{path} must end in .safetensors in layout original.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_owned(model.state_dict()), path, metadata)
+        save_tensors(_owned(model.state_dict()), path, metadata)
         return [path]
     if not isinstance(model, DiT):
         raise UserError(f"layout diffusers is for DiTs, and this is a {type(model).__name__}.")
@@ -83,7 +83,7 @@ def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
     config = dit.diffusers_config(model)
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, path / DIFFUSERS_FILE, metadata)
+    save_tensors(tensors, path / DIFFUSERS_FILE, metadata)
     return [path / "config.json", path / DIFFUSERS_FILE]
 
 

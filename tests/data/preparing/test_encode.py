@@ -208,7 +208,7 @@ def test_a_rank_takes_its_own_shards_only_and_the_last_one_completes(vae, shards
         world_size=2,
         advance=done.append,
     )
-    assert done == [4, 4, 2] and (tmp_path / "out" / "dataset.json").exists()
+    assert done == [0, 4, 4, 2] and (tmp_path / "out" / "dataset.json").exists()
 
 
 def test_decoding_undoes_scale_and_shift(vae):

@@ -25,7 +25,8 @@ from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, warming_up
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import Hyperparameters, adamw, linear_warmup
+from speed_engine.training.optimizers import Hyperparameters, adamw
+from speed_engine.training.schedules import linear_warmup
 from speed_engine.training.update import Update
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""What ``import speed_engine`` offers."""

@@ -1,0 +1,123 @@
+"""Models from where they are: a run, a folder that ``save_pretrained`` wrote, or the hub."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load_file
+
+from speed_engine.api.card import Facts
+from speed_engine.api.model import CARD, FACTS, NULL, WEIGHTS, Model
+from speed_engine.data.facts import classes_with_samples
+from speed_engine.data.opening import condition_names, null_conditions
+from speed_engine.evaluation.conditions import known_dataset
+from speed_engine.run import (
+    CONFIG_FILE,
+    load_average,
+    load_network,
+    newest_checkpoint,
+    read_config,
+)
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import UserError, check_installed
+from speed_engine.runtime.machine import torch_device
+from speed_engine.runtime.records import read_records
+from speed_engine.training import checkpoint
+from speed_engine.training.ema import EMA
+
+Device = Literal["auto", "cpu", "cuda"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEPT = ("latent_scale", "latent_shift", "classes")  # of what a data set records
+
+
+def load(
+    source: str | Path,
+    *,
+    average: str = EMA,
+    device: Device = "auto",
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Model:
+    """Load a trained model.
+
+    Args:
+        source: the folder of a run, of which the newest checkpoint counts; a folder that
+            ``Model.save_pretrained`` wrote; or OWNER/NAME of a model on the Hugging Face hub.
+        average: of a run: which EMA of the parameters, ``ema`` or one that its
+            ``optimizer.averages`` names.
+        device: where to compute; auto takes a GPU if there is one.
+        revision: of a model on the hub: branch, tag or commit. By default main.
+        token: of the hub. By default the one of ``hf auth login``.
+
+    Raises:
+        UserError: there is no such folder or model, a run has no checkpoint, or a file is damaged.
+
+    Examples:
+        >>> model = se.load("runs/mine")
+        >>> model.facts.step, model.config.method
+        (20, 'speed_paper')
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(str(source)):
+            raise UserError(
+                f"{source} is no folder; give the folder of a run or of a saved model, or the name "
+                "of a model on the Hugging Face hub, OWNER/NAME."
+            )
+        folder = _fetch(str(source), revision, token)
+    return _saved(folder, device) if (folder / FACTS).is_file() else of_run(folder, average, device)
+
+
+def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:
+    """The model of a run's newest checkpoint; see ``load``."""
+    config = read_config(run)
+    network, step = load_average(run, config, torch_device(device), average)
+    dataset = known_dataset(config.data)
+    has_classes = "labels" in condition_names(config.data)
+    metadata = {} if dataset is None else dataset.metadata
+    measured = [of for of in read_records(run) if "num_generated" in of and of["step"] <= step]
+    environment = run / "environment.json"
+    command = json.loads(environment.read_text())["command"] if environment.is_file() else ()
+    facts = Facts(
+        step=step,
+        data=checkpoint.read_state(newest_checkpoint(run)).data,
+        classes=tuple(classes_with_samples(config.data, dataset)) if has_classes else (),
+        metadata={name: metadata[name] for name in _KEPT if name in metadata},
+        figures=measured[-1] if measured else {},
+        command=tuple(command),
+    )
+    return Model(config, network, null_conditions(config.data), facts)
+
+
+def _saved(folder: Path, device: Device) -> Model:
+    config = read_config(folder)
+    try:
+        content: Any = json.loads((folder / FACTS).read_text())
+        tensors, null = (load_file(folder / name) for name in (WEIGHTS, NULL))
+    except Exception as error:  # of JSON, of safetensors, of the disk
+        raise UserError(
+            f"{folder} holds no whole model: {error}; save or fetch it again."
+        ) from error
+    network = load_network(tensors, config, torch_device(device), folder / WEIGHTS)
+    return Model(config, network, null, strict.read(Facts, content, FACTS))
+
+
+def _fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """The files of a model on the hub, in the cache of the hub's library."""
+    check_installed(f"loading {repo_id} from the Hugging Face hub", "hub", "huggingface_hub")
+    from huggingface_hub import snapshot_download
+
+    files = [WEIGHTS, NULL, CONFIG_FILE, FACTS, CARD]
+    try:
+        folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files)
+    except Exception as error:  # of many kinds: no such model, no access, no network
+        raise UserError(
+            f"{repo_id} is no folder here, and cannot be fetched from the Hugging Face hub: {error}"
+        ) from error
+    if not (Path(folder) / FACTS).is_file():
+        raise UserError(
+            f"{repo_id} on the Hugging Face hub is no model of speed_engine: it has no {FACTS}; "
+            "Model.push_to_hub writes one."
+        )
+    return Path(folder)

@@ -1,0 +1,183 @@
+"""Muon: momentum, made orthogonal, for the matrices inside a model's blocks (Jordan et al. 2024).
+
+    B <- m B + (1 - m) G                    G the gradient, m the momentum
+    U  = (1 - m) G + m B                    Nesterov's look ahead
+    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonal(U)
+
+``orthogonal`` replaces the singular values by values near 1, with five Newton-Schulz steps. The
+factor gives an update the size that AdamW's have (Liu et al. 2025, arXiv 2502.16982), so that
+learning rates mean the same for both.
+
+``torch.optim.Muon`` takes one matrix at a time, whole and in bfloat16. This one splits weights that
+hold several maps (``FusedLinear``), since the singular values of each should be 1; takes all
+matrices of one shape in one batched product, in float32 where bfloat16 is not faster; takes
+convolutions as matrices (out, in * height * width); gathers sharded parameters (FSDP2); and skips a
+step on the device, as ``Update`` needs it.
+
+Letters: S matrices of one shape.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from speed_engine.runtime.sharding import COMPUTE_DTYPES, blocks, local
+
+STEPS = 5  # of Newton and Schulz
+QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0, at the cost of values between 0.7 and 1.2
+TINY = 1e-7  # keeps the norm of a matrix of zeros from dividing by it
+BATCH_ELEMENTS = 2**26  # of matrices that are orthogonalised at once: bounds their memory
+
+
+def orthogonal(matrices: Tensor, steps: int = STEPS) -> Tensor:
+    """(S, m, n) -> (S, m, n) with the same singular vectors, and values of about 1.
+
+    Args:
+        matrices: in any floating-point type, which the products are made in.
+        steps: of the iteration; each makes small singular values about 3.4 times larger.
+    """
+    a, b, c = QUINTIC
+    upright = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if upright else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + TINY)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if upright else x
+
+
+def hidden_matrices(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """The weights that Muon is for, each with the number of maps that lie in it.
+
+    They are the trained weights of linear maps and convolutions in the model's blocks; embeddings,
+    heads, norms and biases are not.
+    """
+    for block in blocks(model):
+        for module in block.modules():
+            if (
+                isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+                and module.weight.requires_grad
+            ):
+                yield module.weight, getattr(module, "parts", 1)
+
+
+def step_flops(weight: Tensor, parts: int) -> int:
+    """Of the products of one step for a weight that holds so many maps."""
+    rows, columns = sorted((len(weight) // parts, weight[0].numel()))
+    return parts * STEPS * (4 * rows**2 * columns + 2 * rows**3)
+
+
+class Muon(torch.optim.Optimizer):
+    """See the head of this module.
+
+    Args:
+        weights: (out, in, ...) each, with the number of maps that lie in it, along its first axis.
+        lr: learning rate.
+        momentum: m, in [0, 1).
+        weight_decay: in units of the learning rate.
+    """
+
+    _step_supports_amp_scaling = True  # reads found_inf, () float, where GradScaler leaves it
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self,
+        weights: Sequence[tuple[Tensor, int]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        # Not called momentum, which schedules of AdamW's beta1 would set.
+        options = {"lr": lr, "muon_momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([weight for weight, _ in weights], options)
+        self._parts = dict(weights)
+        for weight in self._parts:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update all weights with a gradient; where ``found_inf`` is not 0, nothing changes."""
+        for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights:
+                self._step(weights, group["lr"], group["muon_momentum"], group["weight_decay"])
+
+    def _step(self, weights: list[Tensor], lr: float, momentum: float, decay: float) -> None:
+        device = weights[0].device
+        found_inf = self.found_inf
+        proceeds = torch.ones((), device=device) if found_inf is None else 1 - found_inf.to(device)
+        gradients = [local(weight.grad) for weight in weights]  # pyright: ignore[reportArgumentType]
+        gradients = [torch.where(proceeds > 0, gradient, 0.0) for gradient in gradients]
+        buffers = [local(self.state[weight]["momentum_buffer"]) for weight in weights]
+        for buffer, gradient in zip(buffers, gradients, strict=True):
+            buffer.lerp_(gradient, (1 - momentum) * proceeds)
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
+        for weight, update in zip(weights, self._orthogonal(weights, ahead), strict=True):
+            own = local(weight)
+            own.mul_(1 - lr * decay * proceeds)
+            own.sub_(update * (lr * proceeds))
+
+    def _orthogonal(self, weights: list[Tensor], ahead: Sequence[Tensor]) -> list[Tensor]:
+        """Of each weight, this process's part of its scaled orthogonal update, in its own type."""
+        dtype = COMPUTE_DTYPES.get(weights[0].device.type)
+        by_shape: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
+        for i, (weight, update) in enumerate(zip(weights, ahead, strict=True)):
+            update = update if dtype is None else update.to(dtype)
+            matrices = _gathered(update, weight).flatten(1).unflatten(0, (self._parts[weight], -1))
+            by_shape[matrices.shape[1], matrices.shape[2]].append((i, matrices))
+        found: list[Tensor] = list(ahead)
+        for (rows, columns), members in by_shape.items():
+            for batch in _batches(members, rows * columns):
+                results = orthogonal(torch.cat([matrices for _, matrices in batch]))
+                results *= 0.2 * max(rows, columns) ** 0.5
+                sizes = [len(matrices) for _, matrices in batch]
+                for (i, _), result in zip(batch, results.split(sizes), strict=True):
+                    whole = result.reshape(weights[i].shape).to(ahead[i].dtype)
+                    found[i] = _own_part(whole, weights[i])
+        return found
+
+
+def _batches(
+    members: list[tuple[int, Tensor]], elements: int
+) -> Iterator[list[tuple[int, Tensor]]]:
+    """Members in order, as many at a time as the limit allows, one at least."""
+    batch: list[tuple[int, Tensor]] = []
+    count = 0
+    for i, matrices in members:
+        size = len(matrices) * elements
+        if batch and count + size > BATCH_ELEMENTS:
+            yield batch
+            batch, count = [], 0
+        batch.append((i, matrices))
+        count += size
+    yield batch
+
+
+def _gathered(part: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor from the parts of it that processes hold as they hold ``like``."""
+    if not hasattr(like, "placements"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    laid_out = DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape,
+        stride=like.stride(),
+    )  # fmt: skip
+    return laid_out.full_tensor()
+
+
+def _own_part(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a tensor that all hold, laid out as ``like``; nothing is sent."""
+    if not hasattr(like, "placements"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(like, DTensor)
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    laid_out = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+    return laid_out.redistribute(placements=like.placements).to_local()

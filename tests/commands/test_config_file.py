@@ -1,0 +1,138 @@
+"""Configuration files: what they start from, what holds before what, and what is refused."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from speed_engine import cli
+from speed_engine.commands.config_file import origin, write
+from speed_engine.config import TrainConfig, from_json, to_json
+from speed_engine.data.config import DataConfig
+from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.preparing.pictures import npy_bytes
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.models.config import DiTConfig, UNetConfig
+from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.config import OptimizerConfig
+
+DIGITS = PRESETS["digits"][1]
+UNUSUAL = TrainConfig(
+    seed=-5,
+    init_from=Path('/a "b"\\c\x7f\n'),
+    data=DataConfig(source="Infinity é", members=("Infinity",), image_shape=(3, 32, 16)),
+    optimizer=OptimizerConfig(grad_clip=math.inf, averages=("ema=0.9", "power=2")),
+    evaluation=EvaluationConfig(guidance_interval=(0.3, math.inf)),
+)
+
+
+def file(tmp_path, text: str, name: str = "mine.toml") -> str:
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+def trained(monkeypatch, *arguments: str) -> tuple[TrainConfig, Path]:
+    """What a run would be started with."""
+    started = []
+    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[:2]))
+    cli.main(["train", *arguments])
+    return started[0]
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+@pytest.mark.parametrize("config", [*(config for _, config in PRESETS.values()), UNUSUAL])
+def test_what_is_written_is_read_again(tmp_path, config, suffix):
+    path = tmp_path / "new" / f"x{suffix}"
+    write(config, path)
+    assert origin(str(path)).config() == config
+
+
+def test_the_command_line_holds_before_the_file_and_the_file_before_the_preset(
+    tmp_path, monkeypatch
+):
+    text = 'preset = "digits"\nsteps = 7\nseed = 3\n[optimizer]\nbeta1 = 0.5\nbeta2 = 0.9\n'
+    path = file(tmp_path, text)
+    config, folder = trained(monkeypatch, path, "--steps", "500", "--optimizer.beta2", "0.99")
+    optimizer = dataclasses.replace(DIGITS.optimizer, beta1=0.5, beta2=0.99)
+    assert config == dataclasses.replace(DIGITS, steps=500, seed=3, optimizer=optimizer)
+    assert folder == Path("runs/mine-speed_paper-3")
+
+
+def test_without_a_preset_the_other_fields_have_their_defaults(tmp_path):
+    assert origin(file(tmp_path, "steps = 7")).config() == TrainConfig(steps=7)
+
+
+def test_the_config_of_a_run_starts_another_like_it(tmp_path, monkeypatch):
+    path = file(tmp_path, to_json(UNUSUAL), "config.json")
+    assert trained(monkeypatch, path)[0] == UNUSUAL
+
+
+def test_a_model_of_another_family_starts_from_its_own_defaults(tmp_path):
+    text = 'preset = "digits"\n[model]\nfamily = "unet"\nmodel_channels = 32\n'
+    assert origin(file(tmp_path, text)).config().model == UNetConfig(model_channels=32)
+    text = 'preset = "digits"\n[model]\ndepth = 1\n'
+    assert origin(file(tmp_path, text)).config().model == DiTConfig(depth=1)
+
+
+def test_the_record_of_the_data_holds_before_the_preset_and_the_file_before_the_record(
+    tmp_path, monkeypatch
+):
+    image = np.zeros((3, 16, 12), np.uint8)
+    with ShardWriter(tmp_path / "shards", "x", 8) as writer:
+        for i in range(6):
+            writer.write(f"{i:03}", {"npy": npy_bytes(image), "cls": str(i % 3).encode()})
+    source = f'[data]\nsource = "{tmp_path / "shards"}"\n'
+    config, _ = trained(monkeypatch, file(tmp_path, source))
+    assert (config.data.image_shape, config.data.num_classes) == ((3, 16, 12), 3)
+    path = file(tmp_path, source + "num_classes = 7\n")
+    assert trained(monkeypatch, path)[0].data.num_classes == 7
+    path = file(tmp_path, "[data]\nnum_classes = 7\n")
+    config, _ = trained(monkeypatch, path, "--data.source", str(tmp_path / "shards"))
+    assert (config.data.image_shape, config.data.num_classes) == ((3, 16, 12), 7)
+
+
+@pytest.mark.parametrize("name", ["saved.toml", "saved.json"])
+def test_save_config_writes_every_field_and_trains_nothing(tmp_path, monkeypatch, capsys, name):
+    path = tmp_path / name
+    monkeypatch.setattr("speed_engine.run.start", lambda *_: pytest.fail("it trained"))
+    cli.main(["train", "emoji32", "--steps", "9", "--save-config", str(path)])
+    assert "written" in capsys.readouterr().out
+    expected = dataclasses.replace(PRESETS["emoji32"][1], steps=9)
+    assert origin(str(path)).config() == expected
+    assert name.endswith("toml") or from_json(path.read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("step = 5", "step is unknown, the nearest is steps;"),
+        ("[optimizer]\nlearning_rat = 1.0", "optimizer.learning_rat is unknown, the nearest is op"),
+        ('steps = "5"', 'steps="5": should be a valid integer.'),
+        ("steps = 2020-01-01", 'steps="2020-01-01": should be a valid integer.'),
+        ('preset = "digitz"', "mine.toml: unknown preset 'digitz'; did you mean 'digits'?"),
+        ("preset = 5", "mine.toml: unknown preset '5'; choose from digits"),
+        ("steps = ", "mine.toml: Invalid value"),
+        ("optimizer = 5", "optimizer=5: should be an object."),
+        ('[model]\nfamily = "dut"', """model.family="dut": should be one of 'dit'"""),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_message(tmp_path, text, message):
+    with pytest.raises(UserError) as refused:
+        origin(file(tmp_path, text)).config()
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_path_that_is_no_configuration_is_refused(tmp_path):
+    with pytest.raises(UserError, match="gone.toml does not exist; give a preset, or the path of"):
+        origin(str(tmp_path / "gone.toml"))
+    with pytest.raises(UserError, match="unknown preset"):
+        origin(str(tmp_path / "gone.yaml"))
+    with pytest.raises(UserError, match=r"x.yaml: a configuration is written as FILE.toml or FIL"):
+        write(DIGITS, tmp_path / "x.yaml")
+    broken = file(tmp_path, '{"steps": 1, "steps": 2}', "twice.json")
+    with pytest.raises(UserError, match="twice.json: steps is there twice"):
+        origin(broken)

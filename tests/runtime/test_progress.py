@@ -1,0 +1,79 @@
+"""What a person sees while work is done."""
+
+import io
+import logging
+import time
+
+import pytest
+from rich.console import Console
+
+from speed_engine.runtime import progress
+from speed_engine.runtime.progress import SampleProgress, TrainingProgress, announced
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console: Console) -> list[str]:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("seconds, lines", [(0.0, []), (0.2, ["training a classifier"])])
+def test_what_takes_long_is_said_and_what_does_not_is_not(monkeypatch, caplog, seconds, lines):
+    monkeypatch.setattr(progress, "SILENCE", 0.05)
+    caplog.set_level(logging.INFO, logger="speed_engine.runtime.progress")
+    with announced("training a classifier"):
+        time.sleep(seconds)
+    assert caplog.messages == lines
+
+
+def test_the_remaining_time_follows_from_the_newest_interval(clock):
+    console = plain()
+    with TrainingProgress(console, 0, 1000) as shown:
+        clock[0] += 900  # an evaluation, and a first interval that compiled
+        shown.figures(100, 0.5, 10.0, 9.0)
+        clock[0] += 10
+        shown.figures(200, 0.5, 800.0, 0.1)
+    assert said(console)[-1] == "step 200/1000  loss 0.5000  800 images/s  ETA 1:20"
+
+
+def test_an_evaluation_says_how_far_it_is(clock):
+    console = plain()
+    with TrainingProgress(console, 0, 1000) as shown:
+        advance = shown.evaluating(500, 2000)
+        clock[0] += 1
+        advance(20.5)
+        assert said(console) == []
+        for _ in range(7):
+            clock[0] += 10
+            advance(100)
+    assert said(console) == [
+        f"step 500/1000  evaluating: {images}/2,000 images" for images in (120, 520)
+    ]
+
+
+def test_the_rate_counts_what_was_done_since_the_start_even_in_one_part(clock):
+    console = plain()
+    with SampleProgress(console, 500, interval=1) as shown:
+        shown.advance(0)
+        clock[0] += 50
+        shown.advance(500)
+    assert said(console) == ["500/500 samples  10/s  ETA 0:00"]
+
+
+def test_the_rate_leaves_out_what_was_there(clock):
+    console = plain()
+    with SampleProgress(console, 500, interval=1) as shown:
+        shown.advance(400)
+        clock[0] += 50
+        shown.advance(50)
+    assert said(console) == ["450/500 samples  1/s  ETA 0:50"]

@@ -1,0 +1,175 @@
+"""A run and its folder: what a failed start leaves, and what a resumption may change."""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from speed_engine import cli
+from speed_engine.config import TrainConfig
+from speed_engine.data.preparing.sources.digits import write_digits
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.models.config import DiTConfig
+from speed_engine.run import build_trainer, load_average, read_config, resume, start
+from speed_engine.runtime.checks import UserError
+from speed_engine.training.engine import Engine
+
+ROOT = Path(__file__).parents[1]
+TINY = TrainConfig(
+    steps=4,
+    batch_size=8,
+    log_every=2,
+    checkpoint_every=2,
+    device="cpu",
+    model=DiTConfig(dim=16, depth=1, num_heads=2),
+    evaluation=EvaluationConfig(every=1000, num_images=4, solver_steps=2, features="none"),
+)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    start(TINY, tmp_path / "run", quiet())
+    return tmp_path / "run"
+
+
+def test_a_run_that_fails_in_its_first_step_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", fails)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            start(TINY, tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+    start(TINY, tmp_path / "run", quiet())
+
+
+def test_a_run_that_fails_later_keeps_its_folder(tmp_path, monkeypatch):
+    step = Engine.step
+
+    def fails(engine, batch):
+        if engine.steps_done == 3:
+            raise RuntimeError("out of memory")
+        return step(engine, batch)
+
+    monkeypatch.setattr(Engine, "step", fails)
+    with pytest.raises(RuntimeError):
+        start(TINY, tmp_path / "run", quiet())
+    monkeypatch.undo()
+    resume(tmp_path / "run", quiet())
+    assert (tmp_path / "run/ema.safetensors").exists()
+
+
+def test_a_folder_that_is_no_run_is_not_advised_to_be_continued(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="exists and is no run; name another folder with --run"):
+        start(TINY, tmp_path / "run", quiet())
+
+
+def test_a_resumed_run_says_from_which_step_and_takes_what_may_change(run, capsys):
+    options = "--steps 6 --log-every 3 --evaluation.every 5 --data.workers 1".split()
+    cli.main(["train", "--resume", str(run), *options])
+    assert "resumed   from step 4 of 6" in capsys.readouterr().out
+    config = read_config(run)
+    assert (config.steps, config.log_every, config.data.workers) == (6, 3, 1)
+    assert (run / "samples/step-00000005.png").exists()
+    (line,) = (run / "changes.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 4,
+        "changes": {
+            "data.workers": [0, 1],
+            "evaluation.every": [1000, 5],
+            "log_every": [2, 3],
+            "steps": [4, 6],
+        },
+    }
+
+
+def test_the_learning_rate_is_recorded(run):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [record["learning_rate"] for record in records if "loss" in record]
+    assert rates == pytest.approx([1e-3 * step / 100 for step in (2, 4)])  # it warms up
+
+
+def test_a_resumption_without_changes_records_none(run):
+    config = dataclasses.replace(TINY, steps=6)
+    start(config, run.with_name("other"), quiet())
+    for step in (4, 6):
+        (run.with_name("other") / f"checkpoints/step-{step:08d}").rename(run / f"gone-{step}")
+    (run.with_name("other") / "ema.safetensors").unlink()
+    resume(run.with_name("other"), quiet())
+    assert not (run.with_name("other") / "changes.jsonl").exists()
+
+
+def test_what_a_run_is_cannot_be_changed_and_all_of_it_is_named_at_once(run, capsys):
+    options = "--steps 6 --model.dim 32 --method uniform --batch-size 4 --data.flip".split()
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", str(run), *options])
+    said = " ".join(capsys.readouterr().err.split())
+    for text in ("batch_size=8 (not 4)", "data.flip=False (not True)", "model.dim=16 (not 32)"):
+        assert text in said
+    assert "method=speed_paper (not uniform)" in said and f"--init-from {run}" in said
+    assert read_config(run).steps == 4
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["RUN", "--help"], ["--help", "RUN"]])
+def test_the_help_of_resuming_shows_the_options_with_the_values_of_the_run(run, capsys, arguments):
+    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--resume", *arguments])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and "--evaluation.every" in shown
+
+
+def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
+    write_digits(tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    data = dataclasses.replace(TINY.data, source="shards")
+    start(dataclasses.replace(TINY, data=data), Path("run"), quiet())
+    assert read_config(Path("run")).data.source == str(tmp_path / "shards")
+    monkeypatch.chdir("/")
+    resume(tmp_path / "run", quiet(), steps=5)
+
+
+def test_two_processes_train_without_a_warning(tmp_path):
+    options = """--steps 2 --batch-size 8 --model.dim 16 --model.depth 1 --model.num-heads 2
+        --evaluation.features none --evaluation.num-images 4 --evaluation.solver-steps 2"""
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --"
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher.split(), "speed_engine", "train", "digits"]
+        + ["--run", str(tmp_path / "run"), "--parallel", "fsdp", *options.split()],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "warning" not in done.stdout.lower(), done.stdout
+
+
+def test_data_that_were_moved_are_found_by_their_new_name(tmp_path):
+    write_digits(tmp_path / "shards")
+    data = dataclasses.replace(TINY.data, source=str(tmp_path / "shards"))
+    start(dataclasses.replace(TINY, data=data), tmp_path / "run", quiet())
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    where = ["--data.source", str(tmp_path / "moved")]
+    cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "5", *where])
+    assert read_config(tmp_path / "run").data.source == str(tmp_path / "moved")
+
+
+def test_a_run_starts_from_the_ema_of_another_complete_or_not(run):
+    average, _ = load_average(run, TINY, torch.device("cpu"))
+    for complete in (True, False):
+        if not complete:
+            (run / "ema.safetensors").unlink()
+        trainer, _ = build_trainer(TINY, run.with_name("new"), quiet(), init_from=run)
+        for name, value in trainer.engine.model.state_dict().items():
+            assert torch.equal(value, average.state_dict()[name])

@@ -1,0 +1,120 @@
+"""Muon against its definition in float64, matrix by matrix."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from speed_engine.build import build_model
+from speed_engine.config import TrainConfig
+from speed_engine.models.config import DiTConfig, MDTConfig
+from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.training import muon
+from speed_engine.training.muon import Muon, hidden_matrices, orthogonal
+
+
+def reference(update: Tensor) -> Tensor:
+    """One float64 matrix: five steps on its singular values alone, which is what they mean."""
+    u, values, v = torch.linalg.svd(update, full_matrices=False)
+    values = values / values.norm()
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return u * values @ v
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 5), (12, 5), (5, 12)])
+def test_the_products_change_singular_values_alone(shape):
+    matrices = torch.randn(
+        3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    expected = torch.stack([reference(matrix) for matrix in matrices])
+    torch.testing.assert_close(orthogonal(matrices), expected, atol=1e-6, rtol=1e-5)
+    in_float32 = orthogonal(matrices.float()).double()
+    assert (in_float32 - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_singular_values_come_near_one_over_four_orders_of_magnitude():
+    u, _, v = torch.linalg.svd(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(orthogonal((u * torch.logspace(0, -2, 8) @ v)[None])[0])
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
+def test_zeros_stay_zeros():
+    assert torch.equal(orthogonal(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+
+
+class Net(nn.Module):
+    """A block with maps of several kinds; the head is no hidden matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [nn.ModuleList([FusedLinear(4, 12, 3), nn.Linear(12, 4), nn.Conv2d(4, 6, 3)])]
+        )
+        self.head = nn.Linear(4, 4)
+
+
+def gradients(net: Net, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in net.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("elements", [1, 2**26])
+def test_steps_are_those_of_the_definition(elements, monkeypatch):
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", elements)
+    net, rate, momentum, decay = Net(), 0.1, 0.9, 0.5
+    weights = list(hidden_matrices(net))
+    assert [parts for _, parts in weights] == [3, 1, 1]
+    optimizer = Muon(weights, lr=rate, momentum=momentum, weight_decay=decay)
+    expected = {weight: weight.detach().double() for weight, _ in weights}
+    buffers = {weight: torch.zeros_like(value) for weight, value in expected.items()}
+    for seed in range(3):
+        gradients(net, seed)
+        optimizer.step()
+        for weight, parts in weights:
+            assert weight.grad is not None
+            gradient = weight.grad.double()
+            buffers[weight] = momentum * buffers[weight] + (1 - momentum) * gradient
+            ahead = (1 - momentum) * gradient + momentum * buffers[weight]
+            maps = ahead.flatten(1).chunk(parts)
+            size = 0.2 * max(maps[0].shape) ** 0.5
+            update = torch.cat([size * reference(each) for each in maps]).view_as(weight)
+            expected[weight] = (1 - rate * decay) * expected[weight] - rate * update
+            torch.testing.assert_close(weight.double(), expected[weight], atol=1e-5, rtol=1e-4)
+
+
+def test_the_update_has_the_size_of_adamws():
+    weight = nn.Parameter(torch.zeros(64, 256))
+    weight.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    Muon([(weight, 1)], lr=1.0).step()
+    assert float(weight.detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.2)
+
+
+def test_embeddings_heads_norms_and_biases_are_left_to_adamw():
+    model = build_model(TrainConfig(model=DiTConfig(dim=16, depth=2, num_heads=2)))
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    found = [(names[weight], parts) for weight, parts in hidden_matrices(model)]
+    kinds = (
+        ("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1),
+        ("adaLN_modulation.1", 6),
+    )  # fmt: skip
+    assert found == [(f"blocks.{i}.{name}.weight", n) for i in range(2) for name, n in kinds]
+
+
+@pytest.mark.parametrize("model", [DiTConfig(size="DiT-S/2-modern"), MDTConfig(size="MDT-S/2")])
+def test_the_parts_of_a_fused_weight_are_whole(model):
+    with torch.device("meta"):
+        weights = list(hidden_matrices(build_model(TrainConfig(model=model))))
+    assert any(parts > 1 for _, parts in weights)
+    assert all(len(weight) % parts == 0 for weight, parts in weights)
+
+
+@pytest.mark.parametrize("shape, parts", [((24, 8), 3), ((8, 24), 1), ((6, 4, 3, 3), 1)])
+def test_the_cost_is_that_of_the_products(shape, parts):
+    weight = nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.ones(shape)
+    optimizer = Muon([(weight, parts)], lr=1.0)
+    with FlopCounterMode(display=False) as counter:
+        optimizer.step()
+    assert muon.step_flops(weight, parts) == counter.get_total_flops()

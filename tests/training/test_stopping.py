@@ -83,11 +83,11 @@ def test_an_evaluation_is_given_up_and_made_up_for(
     run, said = tmp_path / "run", io.StringIO()
     generate = Evaluator.generate
 
-    def interrupted(self, model):
+    def interrupted(self, model, advance):
         if not (run / "samples" / f"step-{step:08d}.png").exists() and len(asked) == step // 4 - 1:
             asked_to_stop(number)
         asked.append(model)
-        return generate(self, model)
+        return generate(self, model, advance)
 
     asked = []
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_an_evaluation_is_given_up_and_made_up_for(
 def test_an_evaluation_is_lost_with_its_process_and_made_up_for(monkeypatch, tmp_path, straight):
     run = tmp_path / "run"
 
-    def dies(self, model):
+    def dies(self, model, advance):
         raise MemoryError
 
     config = dataclasses.replace(CONFIG, checkpoint_every=4)
@@ -159,7 +159,7 @@ def test_a_run_without_a_checkpoint_is_resumed_from_its_start(monkeypatch, tmp_p
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
-    def twice(self, model):
+    def twice(self, model, advance):
         try:
             os.kill(os.getpid(), signal.SIGINT)
         finally:

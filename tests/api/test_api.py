@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,13 +155,15 @@ def test_a_saved_latent_model_decodes_by_what_its_data_recorded(run, tmp_path, m
     none = dataclasses.replace(model.config, data=data)
     facts = dataclasses.replace(model.facts, metadata={"latent_scale": 0.5, "latent_shift": 2.0})
     folder = se.Model(none, model.network, model.null, facts).save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("speed_engine.build.load_vae", lambda name, device: name)
+    channels = model.config.data.image_shape[0]
+    vae = SimpleNamespace(name="some/vae", config=SimpleNamespace(latent_channels=channels))
+    monkeypatch.setattr("speed_engine.build.load_vae", lambda name, device: vae)
     monkeypatch.setattr(
-        "speed_engine.build.decode_latents",
-        lambda vae, latents, scale, shift: (vae, latents.shape, scale, shift),
+        "speed_engine.encoders.vae.decode_latents",
+        lambda vae, latents, scale, shift: (vae.name, latents.shape, scale, shift),
     )
     decoded = se.load(folder).generate(3)
-    assert decoded == ("some/vae", (3, 3, 8, 8), 0.5, 2.0)
+    assert decoded == ("some/vae", (3, channels, 8, 8), 0.5, 2.0)
 
 
 def test_the_card_says_how_the_model_was_trained_and_what_was_measured(run, tmp_path):

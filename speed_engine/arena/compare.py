@@ -23,7 +23,7 @@ from statistics import geometric_mean
 
 from rich.console import Console
 
-from speed_engine.arena.contestants import BASELINES, expand, options, resolve
+from speed_engine.arena.contestants import BASELINES, BUDGET, expand, options, resolve
 from speed_engine.arena.final import measure_final
 from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
@@ -93,10 +93,17 @@ class Comparison:
         self.slots, self.threads, self.console = slots, threads, console
         names = expand(plan.contestants, plan.config)
         self.configs = {name: resolve(name, plan.config) for name in names}
+        shares = [name for name in names if BUDGET in options(name)]
+        if shares and plan.budget_seconds is not None:
+            raise UserError(
+                f"methods={', '.join(shares)}: a share of the budget is one of images; leave "
+                f"{BUDGET} or --budget-seconds out."
+            )
         self._keep_plan()
 
     def run(self) -> Results:
         """Run what is missing, and record what came of all."""
+        references = measure_references(self.plan.config)
         if self.plan.budget_seconds is not None:
             folders = {name: self._folder("paces", name) for name in self.configs}
             execute = partial(self._execute, "short runs to measure paces")
@@ -105,7 +112,7 @@ class Comparison:
         runs = self._counting_runs({name: contenders(of) for name, of in screened.items()})
         self._execute("runs", list(runs.values()))
         contestants = [self._contestant(name, screened[name], runs) for name in self.configs]
-        results = self._results(contestants, runs)
+        results = self._results(contestants, runs, references)
         write_results(results, self.out / "results.json")
         return results
 
@@ -178,7 +185,10 @@ class Comparison:
         )
 
     def _results(
-        self, contestants: Sequence[Contestant], runs: dict[tuple[str, float, int], Run]
+        self,
+        contestants: Sequence[Contestant],
+        runs: dict[tuple[str, float, int], Run],
+        references: dict[str, dict[str, float]],
     ) -> Results:
         plan = self.plan
         chosen = {contestant.name: contestant.learning_rate for contestant in contestants}
@@ -201,7 +211,7 @@ class Comparison:
             config=json.loads(to_json(plan.config)),
             environment=describe([]) | where,
             command=shlex.join(["speed-engine", *sys.argv[1:]]),
-            references=measure_references(plan.config),
+            references=references,
         )
 
     def _execute(self, what: str, runs: Sequence[Run]) -> None:

@@ -22,11 +22,15 @@ from speed_engine.data.opening import open_data
 def measure_references(config: TrainConfig) -> dict[str, dict[str, float]]:
     """Name -> metric: value, with as many images, of the same classes, as a run's evaluations.
 
+    There are none of latents, of which a data set holds no pictures.
+
     Args:
         config: what the runs of a comparison share; its metrics are measured, without the
             validation loss, which is of models.
     """
     metrics = tuple(name for name in config.evaluation.metrics if name != "loss")
+    if config.data.latents or not metrics:
+        return {}
     config = replace(config, evaluation=replace(config.evaluation, metrics=metrics))
     evaluator = build_evaluator(config, build_process(config))
     pixels, conditions = read_all(
@@ -34,8 +38,10 @@ def measure_references(config: TrainConfig) -> dict[str, dict[str, float]]:
     )
     images = torch.from_numpy(pixels)
     count = evaluator.num_images
-    labels = torch.from_numpy(conditions.get("labels", torch.zeros(len(images)).long().numpy()))
-    wanted = evaluator.conditions.get("labels", torch.zeros(count).long())
+    labels, wanted = torch.zeros(len(images)).long(), torch.zeros(count).long()
+    if "labels" in conditions:
+        labels = torch.from_numpy(conditions["labels"])
+        wanted = evaluator.conditions["labels"]
     generator = torch.Generator().manual_seed(config.seed)
     drawn = {
         GAUSSIAN: gaussian_images(images, labels, wanted, generator),
@@ -56,12 +62,13 @@ def gaussian_images(
     Args:
         images: (M, C, H, W) uint8 to fit.
         labels: (M,) int64 of these.
-        wanted: (N,) int64 labels of the draws, each among ``labels``.
+        wanted: (N,) int64 labels of the draws; one that no image has stands for all of them.
         generator: of the random numbers.
     """
     drawn = torch.empty(len(wanted), *images.shape[1:], dtype=torch.uint8)
     for label in wanted.unique():
-        rows = images[labels == label].flatten(1).double()
+        own = images[labels == label]
+        rows = (own if len(own) else images).flatten(1).double()
         deviations = rows - rows.mean(0)
         places = (wanted == label).nonzero()[:, 0]
         shares = torch.randn(len(places), len(rows), generator=generator, dtype=torch.float64)

@@ -6,7 +6,8 @@ A power-function average with exponent g, at step s, weighs the parameters of st
 
 Of any two such profiles the inner product over t is known in closed form, so the combination of
 stored averages (some exponents, at several steps) that is nearest to a wanted profile follows from
-one small system of linear equations. Two exponents and a few checkpoints are enough.
+one small system of linear equations. Two exponents and a few checkpoints are enough; from fewer the
+profile may be far from the wanted one, which is refused.
 
 Letters: K stored averages.
 """
@@ -17,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.ema import average_group
 
 RULE = "power="  # begins the names of averages with such a profile
+LARGEST_ERROR = 0.1  # of a profile: root of the summed squares, relative
 
 
 def stored_averages(
@@ -51,8 +54,19 @@ def reconstructed(
         stored: of ``stored_averages``.
         step: after which the average ends.
         exponent: of its profile.
+
+    Raises:
+        UserError: no combination comes near the wanted profile.
     """
-    weights = combination([*stored], step, exponent)
+    weights, error = combination([*stored], step, exponent)
+    if error > LARGEST_ERROR:
+        kept = ", ".join(f"{RULE}{g:g} of step {at}" for at, g in stored)
+        raise UserError(
+            f"{RULE}{exponent:g} cannot be made of the averages that are kept ({kept}): the "
+            f"nearest combination differs from it by {error:.0%}. Keep two averages of this kind, "
+            "such as power=6.94 and power=16.97, in several checkpoints, or choose a length between "
+            "them."
+        )
     newest = max(stored)
     total: dict[str, Tensor] = {}
     for weight, (at, (path, name)) in zip(weights, stored.items(), strict=True):
@@ -65,8 +79,12 @@ def reconstructed(
     return {key: v.float() if v.is_floating_point() else v for key, v in total.items()}
 
 
-def combination(stored: Sequence[tuple[int, float]], step: int, exponent: float) -> Tensor:
+def combination(
+    stored: Sequence[tuple[int, float]], step: int, exponent: float
+) -> tuple[Tensor, float]:
     """(K,) float64 weights of stored averages, whose sum is nearest to the wanted profile.
+
+    And how far from it the sum is: root of the summed squares of the difference, relative.
 
     Args:
         stored: (step, exponent) of each.
@@ -75,7 +93,10 @@ def combination(stored: Sequence[tuple[int, float]], step: int, exponent: float)
     """
     wanted = torch.tensor([(step, exponent)], dtype=torch.float64)
     known = torch.tensor(stored, dtype=torch.float64)
-    return torch.linalg.lstsq(_products(known, known), _products(known, wanted)).solution[:, 0]
+    overlap = _products(known, wanted)
+    weights = torch.linalg.lstsq(_products(known, known), overlap).solution
+    distance = 1 - float((weights * overlap).sum() / _products(wanted, wanted))
+    return weights[:, 0], max(distance, 0.0) ** 0.5
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

@@ -249,25 +249,25 @@ def test_weights_of_another_model_are_refused(run, tmp_path):
 def test_a_model_goes_to_the_hub_and_comes_back(run, tmp_path, monkeypatch):
     import huggingface_hub
 
-    told = []
+    calls = []
 
     class Api:
         def __init__(self, token, library_name):
-            told.append(("api", token, library_name))
+            calls.append(("api", token, library_name))
 
         def create_repo(self, repo_id, *, private, exist_ok):
-            told.append(("create", repo_id, private, exist_ok))
+            calls.append(("create", repo_id, private, exist_ok))
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
         def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
             files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-            told.append(("upload", repo_id, sorted(files), revision, commit_message))
+            calls.append(("upload", repo_id, sorted(files), revision, commit_message))
             for name, content in files.items():
                 (tmp_path / name).write_bytes(content)
             return "https://huggingface.co/me/frogs/commit/1"
 
     def snapshot_download(repo_id, *, revision, token, allow_patterns):
-        told.append(("download", repo_id, revision, token, sorted(allow_patterns)))
+        calls.append(("download", repo_id, revision, token, sorted(allow_patterns)))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -278,7 +278,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(run, tmp_path, monkeypatch):
     files = ["README.md", "config.json", "model.safetensors", "null.safetensors"]
     files.append("speed_engine.json")
     assert url == "https://huggingface.co/me/frogs/commit/1"
-    assert told == [
+    assert calls == [
         ("api", "secret", "speed-engine"),
         ("create", "me/frogs", True, True),
         ("upload", "me/frogs", files, None, "first"),

@@ -113,6 +113,10 @@ def test_seeds_can_be_added_and_what_is_there_is_kept(finished):
         (("--seeds", 0), "one seed or more"),
         (("--seeds", 1, "--budget-images", 8), "raise --budget-images"),
         (("--seeds", 1, "--methods", "uniform,nonsense"), "'nonsense'"),
+        (
+            ("--seeds", 1, "--methods", "uniform+budget=0.5", "--budget-seconds", 5),
+            "uniform+budget=0.5: a share of the budget is one of images",
+        ),
     ],
 )
 def test_another_plan_or_an_impossible_one_is_refused(finished, options, complaint, capsys):

@@ -26,6 +26,21 @@ def test_draws_have_mean_and_covariance_of_their_class():
         assert (found.T.cov() - fitted.T.cov()).norm() < 0.1 * fitted.T.cov().norm()
 
 
+def test_a_class_without_images_is_drawn_from_all():
+    images = torch.full((50, 1, 1, 1), 90, dtype=torch.uint8)
+    drawn = gaussian_images(
+        images, torch.zeros(50).long(), torch.tensor([3]), torch.Generator().manual_seed(0)
+    )
+    assert drawn.item() == 90
+
+
+def test_latents_have_no_pictures_to_fit():
+    config = TrainConfig(
+        data=DataConfig(latents=True), evaluation=EvaluationConfig(features="none")
+    )
+    assert measure_references(config) == {}
+
+
 def test_one_image_of_a_class_is_drawn_as_it_is():
     image = torch.randint(256, (1, 3, 2, 2)).to(torch.uint8)
     drawn = gaussian_images(

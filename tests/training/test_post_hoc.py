@@ -47,18 +47,21 @@ def test_a_reconstructed_average_is_the_tracked_one(exponent, count, bound):
     steps = 1000
     (truth,) = profiles([exponent], steps, [steps]).values()
     stored = profiles([6.94, 16.97], steps, [steps * (i + 1) // count for i in range(count)])
-    weights = combination([*stored], steps, exponent)
+    weights, estimate = combination([*stored], steps, exponent)
     found = weights @ torch.stack([*stored.values()])
     error = (found - truth).norm() / truth.norm()
     nearest = min((profile - truth).norm() / truth.norm() for profile in stored.values())
     assert error < bound and error < nearest / 4
+    assert estimate == pytest.approx(float(error), abs=0.01)
     assert float(found.sum()) == pytest.approx(1, abs=5e-3)
 
 
 def test_an_average_that_was_kept_is_itself():
     stored = [(100, 6.94), (100, 16.97), (200, 6.94), (200, 16.97)]
     expected = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(combination(stored, 200, 6.94), expected, atol=1e-9, rtol=0)
+    weights, error = combination(stored, 200, 6.94)
+    torch.testing.assert_close(weights, expected, atol=1e-9, rtol=0)
+    assert error < 1e-6
 
 
 def test_inner_products_are_those_of_the_profiles():
@@ -91,6 +94,12 @@ def test_a_run_s_average_of_another_length_is_made_of_those_it_kept(tmp_path):
         if value.is_floating_point() and not torch.equal(value, kept[name]):
             away = (kept[name] - value).norm()
             assert (found[name] - value).norm() < away / 2, name
+    one = replace(config, optimizer=OptimizerConfig(averages=("power=6.94",)))
+    (folder / "checkpoints").joinpath("others").mkdir()
+    for path in sorted((folder / "checkpoints").glob("step-*"))[:-1]:
+        path.rename(folder / "checkpoints" / "others" / path.name)
+    with pytest.raises(UserError, match=r"power=50 cannot be made of .* \(power=6.94 of step 60\)"):
+        run.load_average(folder, one, torch.device("cpu"), "power=50")
     plain = replace(config, optimizer=OptimizerConfig())
     with pytest.raises(UserError, match=r"no EMA 'power=9.5'; this run keeps ema"):
         run.load_average(folder, plain, torch.device("cpu"), "power=9.5")

@@ -23,13 +23,13 @@ from statistics import geometric_mean
 
 from rich.console import Console
 
-from speed_engine.arena.contestants import BASELINES, BUDGET, expand, options, resolve
+from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import measure_final
 from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
-from speed_engine.arena.results import Contestant, Results, write_results
+from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
 from speed_engine.arena.runs import execute
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, from_json, to_json

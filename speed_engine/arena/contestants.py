@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from speed_engine.arena.results import BUDGET
 from speed_engine.build import build_process
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
@@ -25,7 +26,7 @@ from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 
-SEED_OFFSET, BUDGET = "seed_offset", "budget"
+SEED_OFFSET = "seed_offset"
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.
@@ -63,7 +64,8 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
             optimizer=strict.read(OptimizerConfig, vars(base.optimizer) | optimizer, "optimizer"),
             seed=base.seed + seed_offset,
         )
-        config = _shortened(config, budget)
+        if budget != 1:
+            config = _shortened(config, budget)
         return replace(config, prediction=build_process(config).prediction)
     except UserError as error:
         raise UserError(f"methods={name!r}: {error}") from error
@@ -103,11 +105,21 @@ def expand(names: Sequence[str], base: TrainConfig) -> tuple[str, ...]:
 
 
 def _shortened(config: TrainConfig, share: float) -> TrainConfig:
-    """A run of a share of the steps, rounded to whole evaluations, which stay as far apart."""
-    if share == 1:
-        return config
+    """A run of a share of the steps, whose evaluations are as far apart.
+
+    Raises:
+        UserError: it does not end with one of them.
+    """
     every = config.evaluation.every
-    steps = every * max(1, round(share * config.steps / every))
+    evaluations = config.steps // every
+    wanted = share * evaluations
+    part = round(wanted)
+    if part < 1 or abs(wanted - part) > 1e-6:
+        raise UserError(
+            f"{BUDGET}={share:g} of {evaluations} evaluations is no whole number of them; choose "
+            f"from multiples of {1 / evaluations:g}, or another --evaluations."
+        )
+    steps = every * part
     return replace(config, steps=steps, checkpoint_every=min(config.checkpoint_every, steps))
 
 

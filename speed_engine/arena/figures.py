@@ -16,6 +16,7 @@ from speed_engine.arena.results import Contestant, Results
 from speed_engine.arena.speedup import SpeedUp, Unit, complete_runs, stacked
 
 PER_PANEL = 4  # contestants beside the baselines; more lines cannot be told apart
+LEGEND_COLUMN = 34  # characters of a name that fit half of a panel's width
 SAMPLE_ROWS = 3  # of a grid of samples: enough to judge, small enough to compare
 _SIZE, _DPI = (4.4, 3.7), 140
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: for the colour-blind, too
@@ -82,6 +83,9 @@ def draw_speedups(
 ) -> list[Panel]:
     """Speed-up over the baseline's levels of quality, the better ones to the right."""
 
+    if not speedups:
+        return []
+
     def line(axes, name: str, colour: str, style: str) -> None:
         if name == baseline:
             axes.axhline(1, color="0.15", linewidth=1)
@@ -90,8 +94,7 @@ def draw_speedups(
 
     number = results.baselines.index(baseline) + 1
     label = f"{results.title} (right: better)"
-    panels = _panels(results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True)
-    return panels if speedups else []
+    return _panels(results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True)
 
 
 def crop_samples(results: Results, root: Path, folder: Path) -> list[Panel]:
@@ -191,7 +194,9 @@ def _finish(panels: list, stem: str, log_y: bool) -> None:
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=7.5)
+            longest = max(map(len, axes.get_legend_handles_labels()[1]))
+            columns = 2 if longest <= LEGEND_COLUMN else 1
+            axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=7.5)
 
 
 def _number_plainly(axis) -> None:

@@ -94,9 +94,9 @@ def _section(found: summary.Against, panels: list[figures.Panel]) -> dict[str, A
     return {
         "baseline": found.baseline,
         "metric": found.metric,
-        "images": summary.speedup_table(found.by_images),
-        "seconds": summary.speedup_table(found.by_seconds),
-        "missing": found.missing,
+        "images": summary.speedup_table(found.by_images, found.undecided),
+        "seconds": summary.speedup_table(found.by_seconds, found.undecided),
+        "missing": summary.reasons(found.missing),
         "panels": panels,
     }
 

@@ -17,6 +17,7 @@ from speed_engine.evaluation import metrics
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
+BUDGET = "budget"  # option of a contestant: its share of the images
 GAUSSIAN = "Gaussian per class"  # among the references
 REAL = "training images"
 
@@ -95,6 +96,11 @@ class Results:
         """Name of the data set, such as ``digits``; of a folder of shards its own name."""
         source = str(self.config.get("data", {}).get("source", "unknown data"))
         return Path(source.rstrip("/")).name or source
+
+    @property
+    def shortened(self) -> bool:
+        """Whether some contestants have a part of the budget only."""
+        return any(BUDGET in contestant.options for contestant in self.contestants)
 
     @property
     def tuned(self) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from speed_engine.arena.bootstrap import LEAST_SEEDS
@@ -33,6 +34,7 @@ class Against:
     by_images: dict[str, SpeedUp]  # by contestant
     by_seconds: dict[str, SpeedUp]
     missing: dict[str, str]  # contestant: why it has no speed-up
+    undecided: set[str]  # contestants whose baseline is no better than the Gaussian
 
 
 def against(results: Results, baseline: str) -> Against:
@@ -63,7 +65,7 @@ def against_own_uniform(results: Results) -> Against:
 
 
 def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
-    found = Against(label, results.title, {}, {}, {})
+    found = Against(label, results.title, {}, {}, {}, set())
     for name, rival in rivals.items():
         if name == rival:
             continue
@@ -75,7 +77,15 @@ def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Aga
             found.by_seconds[name] = speed_up(results, name, rival, "seconds")
         except ValueError as obstacle:
             found.missing[name] = str(obstacle)
+        if not _beats_gaussian(results, rival):
+            found.undecided.add(name)
     return found
+
+
+def _beats_gaussian(results: Results, name: str) -> bool:
+    """Whether every run of a contestant ends beyond it; True where it isn't known."""
+    runs = complete_runs(results, name).values()
+    return results.floor is None or all(_last(run, results.metric) < results.floor for run in runs)
 
 
 def headline(results: Results, found: Against, method: str | None = None) -> str:
@@ -96,6 +106,11 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
     best = max(pool, key=lambda name: _certain(_at(found.by_images[name], where)))
     ratio = _at(found.by_images[best], where)
     chosen, verdict = _caution(len(pool), ratio), _verdict(ratio)
+    if best in found.undecided:
+        chosen, verdict = (
+            "",
+            f"That decides nothing: {found.baseline} is no better than a Gaussian.",
+        )
     if ratio.low == 0:
         return (
             f"Against {found.baseline}, {best} never got {GOT[where]}: {written(ratio)}"
@@ -117,10 +132,9 @@ def floor_in_words(results: Results) -> list[str]:
         if not runs:
             continue
         ends = [_last(run, results.metric) for run in runs]
-        beats = max(ends) < results.floor
         verdict = (
             "so it has learned more than first and second moments."
-            if beats
+            if _beats_gaussian(results, name)
             else "so speed-ups over it are undecided: they may be of learning two moments only."
         )
         sentences.append(
@@ -204,19 +218,37 @@ def _head(field: str, extractor: str) -> str:
     return f"{title(field, extractor)}{f', {better} is better' * bool(better)}"
 
 
-def speedup_table(speedups: dict[str, SpeedUp]) -> Table:
-    """The largest median first."""
-    header = ["method", "verdict", "median over levels", "95 %", "beyond the Gaussian", "95 %"]
+def speedup_table(speedups: dict[str, SpeedUp], undecided: Set[str]) -> Table | None:
+    """The largest median first; None without speed-ups."""
+    if not speedups:
+        return None
+    reaches = any(speedup.beyond is not None for speedup in speedups.values())
+    header = ["method", "verdict", "median over levels", "95 %"]
+    header += ["beyond the Gaussian", "95 %"] * reaches
     header += ["worst", "best", "at final quality", "95 %", "seeds"]
     rows = [
-        [name, _short_verdict(s.median), written(s.median), written_interval(s.median)]
-        + (["–", "–"] if s.beyond is None else [written(s.beyond), written_interval(s.beyond)])
+        [name, "undecided" if name in undecided else _short_verdict(s.median)]
+        + [written(s.median), written_interval(s.median)]
+        + _beyond(s) * reaches
         + [written(s.worst), written(s.best), written(s.final), written_interval(s.final)]
         + [str(len(s.seeds))]
         for name, s in speedups.items()
     ]
     order = {name: _certain(speedups[name].median) for name in speedups}
     return Table(header, sorted(rows, key=lambda row: order[row[0]], reverse=True))
+
+
+def reasons(missing: dict[str, str]) -> dict[str, list[str]]:
+    """Why there is no speed-up: the contestants, each reason once."""
+    found: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
+def _beyond(speedup: SpeedUp) -> list[str]:
+    ratio = speedup.beyond
+    return ["–", "–"] if ratio is None else [written(ratio), written_interval(ratio)]
 
 
 def failed_runs_table(results: Results) -> Table | None:

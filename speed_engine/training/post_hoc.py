@@ -64,8 +64,7 @@ def reconstructed(
         raise UserError(
             f"{RULE}{exponent:g} cannot be made of the averages that are kept ({kept}): the "
             f"nearest combination differs from it by {error:.0%}. Keep two averages of this kind, "
-            "such as power=6.94 and power=16.97, in several checkpoints, or choose a length between "
-            "them."
+            "such as power=6.94 and power=16.97, in several checkpoints, or choose another length."
         )
     newest = max(stored)
     total: dict[str, Tensor] = {}

@@ -122,9 +122,11 @@ def test_a_share_of_the_budget_is_a_shorter_run_with_evaluations_as_far_apart():
     base = dataclasses.replace(
         BASE, steps=100, evaluation=dataclasses.replace(BASE.evaluation, every=10)
     )
-    half = resolve("uniform+budget=0.52", base)
+    half = resolve("uniform+budget=0.5", base)
     assert half.steps == 50 and half.evaluation.every == 10
-    assert resolve("uniform+budget=0.01", base).steps == 10
+    for share in ("0.52", "0.01"):
+        with pytest.raises(UserError, match=f"budget={share} of 10 evaluations is no whole number"):
+            resolve(f"uniform+budget={share}", base)
     assert resolve("uniform+budget=1", base) == resolve("uniform", base)
 
 

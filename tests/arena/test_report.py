@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from speed_engine.arena import summary
-from speed_engine.arena.figures import PER_PANEL
+from speed_engine.arena.figures import PER_PANEL, draw_quality
 from speed_engine.arena.report import write_report
 from speed_engine.arena.results import GAUSSIAN, Results, write_results
 from speed_engine.arena.speedup import Ratio, speed_up
@@ -130,7 +130,7 @@ def test_below_three_seeds_there_is_no_verdict(seeds):
     sentence = said(results)
     assert "There are too few seeds to say: 3 or more are needed." in sentence
     assert "It is" not in sentence
-    table = summary.speedup_table(summary.against(results, "uniform").by_images)
+    table = summary.speedup_table(summary.against(results, "uniform").by_images, set())
     assert {row[1] for row in table.rows} == {"too few seeds"}
 
 
@@ -294,6 +294,15 @@ def test_a_baseline_that_does_not_beat_a_gaussian_is_said_first(tmp_path):
     assert "it has learned more than first and second moments" in sentence
     (sentence,) = summary.floor_in_words(empty)
     assert "speed-ups over it are undecided" in sentence
+    for of, verdict, cell in (
+        (sound, "It is faster.", "faster"),
+        (empty, "That decides nothing:", "undecided"),
+    ):
+        found = summary.against(of, "uniform")
+        assert verdict in summary.headline(of, found)
+        table = summary.speedup_table(found.by_images, found.undecided)
+        assert table is not None and table.rows[0][1] == cell
+        assert ("beyond the Gaussian" in table.header) == (of is sound)
     html, markdown = report(sound, tmp_path)
     for page in (html, markdown):
         assert "Gaussian per class, no training" in page
@@ -321,3 +330,25 @@ def test_the_validation_loss_compares_contestants_of_one_process():
     assert found is not None and found.metric == "validation loss"
     assert set(found.by_images) == {"p2@flow"}
     assert found.by_images["p2@flow"].median.low == pytest.approx(3)
+
+
+def test_what_could_not_be_measured_is_said_once_and_draws_nothing(tmp_path):
+    results = comparison({"uniform": 1.0, "p2": 2.0, "clts": 2.0}, 3)
+    for curve in results.curves:
+        for point in curve.points if curve.contestant == "uniform" else ():
+            point.values["held_out_fid"] = 3.0
+    html, markdown = report(results, tmp_path)
+    for page in (html, markdown):
+        assert page.count("did not measurably improve") == 2  # the headline, and the reason
+        assert "p2, clts: uniform did not" in page
+        assert "median over levels |" not in page and "<th>median over levels" not in page
+    assert not list((tmp_path / "figures").glob("speedup-*"))
+
+
+def test_long_names_are_not_cut_off_in_a_legend(tmp_path):
+    name = "logit_normal@flow:velocity+optimizer.name=muon+budget=0.5"
+    results = comparison({"uniform@flow": 1.0, name: 2.0}, 3)
+    panels = draw_quality(results, "images", tmp_path)
+    with Image.open(panels[0].path) as picture:
+        border = np.asarray(picture.convert("L"))[:90, -8:]
+    assert border.min() > 200

@@ -11,20 +11,19 @@ RUN/ema.safetensors     the EMA of the parameters, once the run is complete
 Several processes, started by torchrun, train one run together; the first one writes.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from speed_engine import changes
 from speed_engine.build import (
     attention_shapes,
     build_engine,
@@ -53,19 +52,6 @@ from speed_engine.training.ema import EMA, average_group, decay_of
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
 
 CONFIG_FILE = "config.json"
-CHANGES_FILE = "changes.jsonl"
-# What a resumed run may change: how long and how fast it trains, and what it measures and keeps.
-# Whether moved data are the same is for their fingerprint to say.
-MAY_CHANGE = frozenset(
-    """
-    steps log_every logger checkpoint_every keep_checkpoints keep_every on_nonfinite hang_timeout
-    device compile attention kernels deterministic microbatch_size parallel reshard offload
-    data.source data.test_source data.vae data.workers data.resident data.on_bad_sample
-    data.cache_gb
-    optimizer.learning_rate optimizer.grad_clip
-    """.split()
-)
-_SECTION_MAY_CHANGE = "evaluation."
 
 
 def start(config: TrainConfig, folder: Path, console: Console) -> None:
@@ -148,46 +134,14 @@ def resume(
     config = before if changed is None else _with_absolute_paths(changed)
     if steps is not None:
         config = replace(config, steps=steps)
-    changes = _changes(before, config)
-    _refuse_another_run(changes, folder)
+    changed_options = changes.between(before, config)
+    changes.refuse_another_run(changed_options, folder)
     with deterministic(config.deterministic):
         world = join(machine.torch_device(config.device).type)
         trainer = _continued(config, folder, console, world)
-        if changes and world.is_first:
-            _record_changes(changes, folder, trainer.engine.steps_done)
+        if changed_options and world.is_first:
+            changes.record(changed_options, folder, trainer.engine.steps_done)
         trainer.train()
-
-
-def _changes(before: TrainConfig, after: TrainConfig) -> dict[str, list[Any]]:
-    """[before, after] of every option that differs, by its name."""
-    old, new = _options(before), _options(after)
-    names = sorted(old.keys() | new.keys())
-    return {n: [old.get(n), new.get(n)] for n in names if old.get(n) != new.get(n)}
-
-
-def _options(config: TrainConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        section = value if isinstance(value, dict) else None
-        found |= {name: value} if section is None else {f"{name}.{k}": v for k, v in value.items()}
-    return found
-
-
-def _refuse_another_run(changes: dict[str, list[Any]], folder: Path) -> None:
-    fixed = [n for n in changes if n not in MAY_CHANGE and not n.startswith(_SECTION_MAY_CHANGE)]
-    if fixed:
-        texts = [f"{n}={shortened(changes[n][0])} (not {shortened(changes[n][1])})" for n in fixed]
-        raise UserError(
-            f"{folder} was started with {', '.join(texts)}, which a resumed run keeps: model, "
-            f"method, data and batch size are what the run is. Leave the options out, or start a "
-            f"new run, from these weights by --init-from {folder}."
-        )
-
-
-def _record_changes(changes: dict[str, list[Any]], folder: Path, step: int) -> None:
-    line = json.dumps({"step": step, "changes": changes}, default=str) + "\n"
-    with (folder / CHANGES_FILE).open("a") as file:
-        file.write(line)
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -42,10 +42,10 @@ def examples():
 def test_the_example_does_what_it_says(example, folder, monkeypatch):
     monkeypatch.chdir(folder)
     example.globs |= {"se": se, "pandas": pandas, "scheduler": DDPMScheduler()}
-    told = io.StringIO()
+    printed = io.StringIO()
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    runner.run(example, out=told.write)
-    assert runner.failures == 0, told.getvalue()
+    runner.run(example, out=printed.write)
+    assert runner.failures == 0, printed.getvalue()
 
 
 def test_every_public_function_and_method_has_an_example():

@@ -131,6 +131,7 @@ def test_below_three_seeds_there_is_no_verdict(seeds):
     assert "There are too few seeds to say: 3 or more are needed." in sentence
     assert "It is" not in sentence
     table = summary.speedup_table(summary.against(results, "uniform").by_images, set())
+    assert table is not None
     assert {row[1] for row in table.rows} == {"too few seeds"}
 
 

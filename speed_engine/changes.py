@@ -19,7 +19,8 @@ MAY_CHANGE = frozenset(
     device compile attention kernels deterministic microbatch_size parallel reshard offload
     data.source data.test_source data.vae data.workers data.resident data.on_bad_sample
     data.cache_gb
-    optimizer.learning_rate optimizer.grad_clip
+    optimizer.learning_rate optimizer.schedule optimizer.decay_share optimizer.reference_steps
+    optimizer.grad_clip
     """.split()
 )
 _SECTION_MAY_CHANGE = "evaluation."

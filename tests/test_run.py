@@ -173,3 +173,25 @@ def test_a_run_starts_from_the_ema_of_another_complete_or_not(run):
         trainer, _ = build_trainer(TINY, run.with_name("new"), quiet(), init_from=run)
         for name, value in trainer.engine.model.state_dict().items():
             assert torch.equal(value, average.state_dict()[name])
+
+
+def test_a_constant_run_is_resumed_with_its_decay(tmp_path):
+    constant = dataclasses.replace(
+        TINY, optimizer=dataclasses.replace(TINY.optimizer, warmup_steps=0)
+    )
+    wsd = dataclasses.replace(
+        constant, optimizer=dataclasses.replace(constant.optimizer, schedule="wsd", decay_share=0.5)
+    )
+    console = quiet()
+    start(wsd, tmp_path / "whole", console)
+    start(
+        dataclasses.replace(constant, steps=2), tmp_path / "branch", console
+    )  # the decay begins after it
+    resume(tmp_path / "branch", console, changed=dataclasses.replace(wsd, steps=4))
+    whole, branch = (
+        load_average(tmp_path / name, wsd, torch.device("cpu"))[0].state_dict()
+        for name in ("whole", "branch")
+    )
+    assert all(torch.equal(branch[name], value) for name, value in whole.items())
+    record = json.loads((tmp_path / "branch" / "changes.jsonl").read_text())
+    assert record["changes"]["optimizer.schedule"] == ["constant", "wsd"]

@@ -14,6 +14,9 @@ from speed_engine.diffusion.method import SHARED, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report
+from speed_engine.runtime.checks import check_between
+
+MOST_SHOWN = 20_000  # timesteps: each of some hundred pairs has a table of them
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class MethodsCommand:
 def run(arguments: list[str], console: Console) -> None:
     """Print the table or the arrays, and write the figures."""
     command = read_options(MethodsCommand, arguments, "speed-engine methods")
+    check_between("num_timesteps", command.num_timesteps, 2, MOST_SHOWN)
     build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
     if command.figures is not None:
         method_report.check_libraries()

@@ -116,6 +116,10 @@ def test_save_config_writes_every_field_and_trains_nothing(tmp_path, monkeypatch
         ('preset = "digitz"', "mine.toml: unknown preset 'digitz'; did you mean 'digits'?"),
         ("preset = 5", "mine.toml: unknown preset '5'; choose from digits"),
         ("steps = ", "mine.toml: Invalid value"),
+        ('preset = ["digits"]', "mine.toml: unknown preset"),
+        ("x = " + "[" * 5000, "mine.toml: it is nested too deeply"),
+        ("steps = 5.5", "mine.toml: steps=5.5: should be"),
+        ('"optimizer.beta1" = 0.5', 'as in {"optimizer": {"beta1": ...}}.'),
         ("optimizer = 5", "optimizer=5: should be an object."),
         ('[model]\nfamily = "dut"', """model.family="dut": should be one of 'dit'"""),
     ],
@@ -136,3 +140,10 @@ def test_a_path_that_is_no_configuration_is_refused(tmp_path):
     broken = file(tmp_path, '{"steps": 1, "steps": 2}', "twice.json")
     with pytest.raises(UserError, match="twice.json: steps is there twice"):
         origin(broken)
+
+
+@pytest.mark.parametrize("name, text", [("x.toml", "steps = 7"), ("x.json", '{"steps": 7}')])
+def test_a_file_that_begins_as_editors_of_windows_begin_it_is_read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    assert origin(str(path)).config().steps == 7

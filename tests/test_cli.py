@@ -18,6 +18,7 @@ import torch
 from speed_engine import cli
 from speed_engine.commands.configured import GROUPS
 from speed_engine.config import TrainConfig
+from speed_engine.data.format.writer import ShardWriter
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.presets import PRESETS
 from speed_engine.runtime import kernels

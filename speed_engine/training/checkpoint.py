@@ -318,19 +318,12 @@ _Part = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
 
 def _is_covered(whole: tuple[int, ...], parts: list[_Part]) -> bool:
     """Whether boxes cover a tensor of this shape, every value once."""
-    inside = all(
-        len(offsets) == len(sizes) == len(whole)
-        and all(
-            0 <= o and 0 <= s and o + s <= w for o, s, w in zip(offsets, sizes, whole, strict=True)
-        )
-        for part in parts
-        for offsets, sizes in [part]
-    )
-    if not inside or sum(math.prod(sizes) for _, sizes in parts) != math.prod(whole):
+    filled = sorted(part for part in parts if math.prod(part[1]))
+    inside = all(_is_inside(part, whole) for part in filled)
+    if not inside or sum(math.prod(sizes) for _, sizes in filled) != math.prod(whole):
         return False
-    ordered = sorted(part for part in parts if math.prod(part[1]))
-    for i, (offsets, sizes) in enumerate(ordered):
-        for others in ordered[i + 1 :]:
+    for i, (offsets, sizes) in enumerate(filled):
+        for others in filled[i + 1 :]:
             if whole and others[0][0] >= offsets[0] + sizes[0]:
                 break  # as all that follow: they lie behind it
             if _overlap((offsets, sizes), others):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from speed_engine.arena.results import BUDGET
+from speed_engine.arena.results import BUDGET, SEED_OFFSET
 from speed_engine.build import build_process
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
@@ -26,7 +26,6 @@ from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 
-SEED_OFFSET = "seed_offset"
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.

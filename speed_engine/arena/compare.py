@@ -31,13 +31,13 @@ from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
+from speed_engine.arena.recipes import read_contestant
 from speed_engine.arena.report import check_libraries, write_report
 from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
 from speed_engine.arena.runs import execute
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, from_json, to_json
-from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
@@ -202,7 +202,7 @@ class Comparison:
             tuning = {}
         return Contestant(
             name=name,
-            method=read_spelling(name).method,
+            method=read_contestant(name).method,
             schedule=config.schedule,
             prediction=str(config.prediction),
             options=options(name),

@@ -43,8 +43,9 @@ class CompareCommand:
     config: TrainConfig
     methods: str = "uniform,speed_paper"
     """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
-    such as speed_paper@linear:v+k=3. `all` is every method, `ablation` is SpeeD without each of its
-    parts. The baselines that speed-ups refer to are added."""
+    such as speed_paper@linear:v+k=3, or a recipe of `speed-engine train --recipe`. `all` is every
+    method, `ablation` is SpeeD without each of its parts. The baselines that speed-ups refer to are
+    added."""
     seeds: int = 5
     """Number of seeds, from --seed on; every method has one run with each of them."""
     budget_images: int | None = None

@@ -64,7 +64,7 @@ def loader() -> str:
 def train_step() -> str:
     """Providers of a CPU, one case after the other."""
     body = []
-    for name in ("digits", "dit-s-2", "unet"):
+    for name in ("digits", "cifar16", "dit-s-2", "unet"):
         found = result(f"train_step_{name}")
         if found is None:
             continue
@@ -87,7 +87,7 @@ def train_step() -> str:
 def operators() -> str:
     """What the compiled steps' time goes to."""
     body, parts = [], []
-    for name in ("digits", "dit-s-2", "unet"):
+    for name in ("digits", "cifar16", "dit-s-2", "unet"):
         found = result(f"train_step_{name}")
         if found is None:
             continue

@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from speed_engine.arena import summary
+from speed_engine.arena.compare import compare as run_comparison
+from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
 from speed_engine.arena.results import Results, read_results
-from speed_engine.commands.compare import FAIR_PRESETS, CompareCommand
-from speed_engine.commands.compare import compare as run_comparison
 from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
 from speed_engine.runtime import strict
@@ -100,7 +100,11 @@ def compare(
         >>> "min_snr" in [row["method"] for row in found.table]
         True
     """
-    for name, number in (("seeds", seeds), ("evaluations", evaluations), ("slots", slots or 1)):
+    for name, number in (
+        ("seeds", seeds),
+        ("evaluations", evaluations),
+        ("slots", 1 if slots is None else slots),
+    ):
         check_whole(name, number, 1, MOST)
     lists = {
         "methods": [methods] if isinstance(methods, str) else methods,

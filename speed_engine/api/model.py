@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -241,7 +241,7 @@ class Model:
         sound = [isinstance(of, Integral) and 0 <= int(of) < count for of in wanted]
         if not sound or not all(sound):
             raise UserError(f"labels={labels}: needed are classes from 0 to {count - 1}.")
-        return tuple(map(int, wanted))
+        return tuple(int(cast(int, of)) for of in wanted)
 
     @cached_property
     def _table(self) -> TimestepTable:

@@ -1,13 +1,14 @@
 """Configuration files: TOML or JSON, with the names that a run's ``config.json`` has.
 
     preset = "digits"          # what the file starts from; by default every field's own default
+    recipe = "flow_muon"       # and how it is trained; by default as the preset says
     steps = 500
 
     [optimizer]
     learning_rate = 2e-3
 
-What is said later holds: a preset, then what the record of the data set knows, then the file, then
-the command line or the arguments of a call.
+What is said later holds: a preset, then what the record of the data set knows, then a recipe, then
+the file, then the command line or the arguments of a call.
 """
 
 import codecs
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from speed_engine.arena.recipes import RECIPES, values_of
 from speed_engine.config import TrainConfig, parsed, to_json, with_values
 from speed_engine.presets import OWN_IMAGES, PRESETS
 from speed_engine.runtime.checks import UserError, shortened, unknown
@@ -33,6 +35,7 @@ class Origin(NamedTuple):
     text: str  # one line about it
     preset: TrainConfig
     values: Mapping[str, Any]  # of the file, in place of the preset's
+    recipe: Mapping[str, Any] = {}  # what a recipe sets
     own_images: bool = False  # whether the preset takes any images, of which a record tells
     file: Path | None = None  # that the values are of
 
@@ -54,6 +57,7 @@ class Origin(NamedTuple):
         return self._layered(_of_data_set(self.preset, config.data.source), later)
 
     def _layered(self, config: TrainConfig, later: Sequence[Mapping[str, Any]]) -> TrainConfig:
+        config = with_values(config, self.recipe) if self.recipe else config
         try:
             config = with_values(config, self.values) if self.values else config
         except UserError as error:
@@ -81,7 +85,9 @@ def _of_data_set(config: TrainConfig, source: str) -> TrainConfig:
 
 
 def origin(
-    of: str | Path | TrainConfig, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS
+    of: str | Path | TrainConfig,
+    presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS,
+    recipe: str | None = None,
 ) -> Origin:
     """A preset by its name, a file of a configuration by its path, or a configuration itself.
 
@@ -89,12 +95,13 @@ def origin(
         of: a key of ``presets``, a path that ends in .toml or .json, or a configuration, which is
             called as its family of models.
         presets: name -> (what it trains, its configuration).
+        recipe: a key of ``RECIPES``, in place of that of a file.
 
     Raises:
-        UserError: neither, or the file cannot be read, or names a preset that does not exist.
+        UserError: neither, or the file cannot be read, or there is no such preset or recipe.
     """
     if isinstance(of, TrainConfig):
-        return Origin(of.model.family, "A configuration", of, {})
+        return Origin(of.model.family, "A configuration", of, {}, _recipe(recipe))
     if not isinstance(of, str | Path):
         raise UserError(
             f"{shortened(of)} is neither the name of a preset, nor the path of a configuration "
@@ -102,18 +109,27 @@ def origin(
         )
     name, path = str(of), Path(of).expanduser()
     if name in presets:
-        return Origin(name, *presets[name], {}, name in OWN_IMAGES)
+        return Origin(name, *presets[name], {}, _recipe(recipe), name in OWN_IMAGES)
     if path.suffix not in SUFFIXES:
         raise unknown("preset", name, presets)
     values = _read(path)
-    preset = values.pop("preset", None)
+    preset, filed = values.pop("preset", None), values.pop("recipe", None)
+    chosen = _recipe(recipe or filed)
     if preset is None:
         text = f"The configuration of {path}"
-        return Origin(path.stem, text, TrainConfig(), values, file=path)
+        return Origin(path.stem, text, TrainConfig(), values, chosen, file=path)
     if not isinstance(preset, str) or preset not in presets:
         raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
     text, own_images = f"{preset} as {path} changes it", preset in OWN_IMAGES
-    return Origin(path.stem, text, presets[preset][1], values, own_images, path)
+    return Origin(path.stem, text, presets[preset][1], values, chosen, own_images, path)
+
+
+def _recipe(name: object) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if not isinstance(name, str) or name not in RECIPES:
+        raise unknown("recipe", str(name), RECIPES)
+    return values_of(name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def _encode(arguments: list[str], console: Console) -> None:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     world = described(kind)  # processes share the work, and need not talk to each other
     rank, world_size = world.rank, world.size
-    device = torch.device(kind, world.local_rank if kind == "cuda" else None)
+    device = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else "cpu")
     share = sum(shard.samples for shard in dataset.shards[rank::world_size])
     with SampleProgress(Console(quiet=rank > 0), share) as progress:
         encode(

@@ -44,6 +44,11 @@ def python(*arguments: object) -> str:
     return done.stdout
 
 
+def wrong(value: Any) -> Any:
+    """What no type allows."""
+    return value
+
+
 def write_shards(folder: Path, count: int, names: tuple[str, ...] = ()) -> str:
     """Pictures like CIFAR's, smaller, one colour for each of two classes."""
     random = np.random.default_rng(0)
@@ -270,15 +275,15 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.compare("ffhq-unet"), "unknown preset 'ffhq-unet'"),
         (lambda run: se.compare("digits", ["uniforn"]), "uniforn"),
         (lambda run: se.compare("digits", "uniforn"), "unknown method 'uniforn'"),
-        (lambda run: se.compare("digits", seeds=1.5), "seeds=1.5: must be a whole number."),
-        (lambda run: se.compare("digits", [3]), "methods.0=3: should be a valid string."),
-        (lambda run: se.compare("digits", learning_rates=1e-3), "learning_rates=0.001: must be a"),
-        (lambda run: se.compare("digits", final_solver_steps=8), "final_solver_steps=8: must be a"),
-        (lambda run: se.train({"steps": 5}), "{'steps': 5} is neither the name of a preset"),
-        (lambda run: se.train("digits", **{"optimizer.beta1": 0.5}), "beta1 in its section, as in"),
-        (lambda run: se.load(run.folder, device="tpu"), "unknown device 'tpu'; did you mean"),
+        (lambda run: se.compare("digits", seeds=wrong(1.5)), "seeds=1.5: must be a whole number."),
+        (lambda run: se.compare("digits", wrong([3])), "methods.0=3: should be a valid string."),
+        (lambda run: se.compare("digits", learning_rates=wrong(1e-3)), "learning_rates=0.001: must"),
+        (lambda run: se.compare("digits", final_solver_steps=wrong(8)), "final_solver_steps=8: must"),
+        (lambda run: se.train(wrong({"steps": 5})), "{'steps': 5} is neither the name of a preset"),
+        (lambda run: se.train("digits", **wrong({"optimizer.beta1": 0.5})), "beta1 in its section"),
+        (lambda run: se.load(run.folder, device=wrong("tpu")), "unknown device 'tpu'; did you mean"),
         (lambda run: se.load(run.folder, average="power=nan"), "positive exponent of at most 10^6"),
-        (lambda run: se.Run("nothing-here").metrics, "nothing-here is not a run folder"),
+        (lambda run: se.Run(wrong("nothing-here")).metrics, "nothing-here is not a run folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message(run, call, message, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_another_file_is_refused(tmp_path, text):
         (
             "curves",
             [{"contestant": "x", "seed": 0, "run": "x", "points": [5]}],
-            "curves.0.points.0",
+            "curves.0.points",
         ),
         ("references", {"x": {"fid": "low"}}, 'references.x.fid="low": should be'),
     ],

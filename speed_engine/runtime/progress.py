@@ -57,7 +57,8 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
+        self._silent_since: float | None = None  # until the first figures
         self._live = console.is_terminal
         self._line = _NotebookLine() if console.is_jupyter else None
         self._bar = Progress(
@@ -70,9 +71,16 @@ class TrainingProgress:
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
 
     def step(self, step: int) -> None:
-        """Move on to a step; cheap."""
+        """Move on to a step; cheap. Where steps are slow, says once how slow."""
         if self._live:
             self._bar.update(self._task, completed=step)
+        elif self._silent_since is not None:
+            passed = time.monotonic() - self._silent_since
+            if passed > INTERVAL:
+                self._silent_since = None
+                each = passed / (step - self._first)
+                remaining = _clock(each * (self._total - step))
+                self._show(f"step {step}/{self._total}  {each:.1f} s a step  ETA {remaining}")
 
     def figures(self, step: int, loss: float, rate: float, step_seconds: float) -> None:
         """Show the figures of an interval.
@@ -84,13 +92,13 @@ class TrainingProgress:
             step_seconds: of one of its steps, from which the remaining time follows; evaluations
                 that are to come are not in it.
         """
+        self._silent_since = None
         remaining = step_seconds * (self._total - step)
         text = f"loss {loss:.4f}  {rate:,.0f} images/s  ETA {_clock(remaining)}"
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
-            show = self.say if self._line is None else self._line.show
-            show(f"step {step}/{self._total}  {text}")
+            self._show(f"step {step}/{self._total}  {text}")
 
     def evaluating(self, step: int, images: int) -> Callable[[float], None]:
         """What to call with the number of images, or parts of one, that were generated since.
@@ -99,9 +107,7 @@ class TrainingProgress:
             step: that is evaluated.
             images: that this process generates.
         """
-        show, interval = self.say, INTERVAL
-        if self._line is not None:
-            show, interval = self._line.show, NOTEBOOK_INTERVAL
+        interval = INTERVAL if self._line is None else NOTEBOOK_INTERVAL
         done, said = 0.0, time.monotonic() - interval + min(interval, SILENCE)
 
         def advance(more: float) -> None:
@@ -112,7 +118,7 @@ class TrainingProgress:
                 self._bar.update(self._task, figures=text)
             elif now - said > interval:
                 said = now
-                show(f"step {step}/{self._total}  {text}")
+                self._show(f"step {step}/{self._total}  {text}")
 
         return advance
 
@@ -120,7 +126,15 @@ class TrainingProgress:
         """Print a line; it stays above the live one."""
         self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
+    def _show(self, text: str) -> None:
+        """How far the run is, where rich shows no live line."""
+        if self._line is None:
+            self.say(text)
+        else:
+            self._line.show(text)
+
     def __enter__(self) -> Self:
+        self._silent_since = time.monotonic()
         self._bar.start()
         return self
 

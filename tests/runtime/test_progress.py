@@ -48,6 +48,22 @@ def test_the_remaining_time_follows_from_the_newest_interval(clock):
     assert said(console)[-1] == "step 200/1000  loss 0.5000  800 images/s  ETA 1:20"
 
 
+def test_slow_steps_say_once_how_slow_they_are_before_the_first_figures(clock):
+    console = plain()
+    with TrainingProgress(console, 10, 1010) as shown:
+        for step in (11, 12, 13, 14):
+            clock[0] += 20
+            shown.step(step)
+    assert said(console) == ["step 12/1010  20.0 s a step  ETA 5:32:40"]
+    console = plain()
+    with TrainingProgress(console, 0, 100) as shown:
+        clock[0] += 20
+        shown.figures(1, 0.5, 1.0, 20.0)
+        clock[0] += 20
+        shown.step(2)
+    assert len(said(console)) == 1
+
+
 def test_an_evaluation_says_how_far_it_is(clock):
     console = plain()
     with TrainingProgress(console, 0, 1000) as shown:

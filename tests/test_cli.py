@@ -275,7 +275,7 @@ def test_every_option_of_training_is_in_the_help_once_with_a_text(capsys, monkey
     option = re.compile(r"[│ ] (--[a-z0-9.-]*[a-z0-9])")
     options = [found[1] for line in lines if (found := option.match(line))]
     config = PRESETS["imagenet256-unet"][1]
-    expected = {"--run", "--save-config", "--dry-run", "--gpu"}
+    expected = {"--recipe", "--run", "--save-config", "--dry-run", "--gpu"}
     for field in dataclasses.fields(config):
         section = getattr(config, field.name)
         if dataclasses.is_dataclass(section):

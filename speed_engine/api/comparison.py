@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from speed_engine.arena import summary
+from speed_engine.arena.compare import compare as run_comparison
+from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
 from speed_engine.arena.results import Results, read_results
-from speed_engine.commands.compare import FAIR_PRESETS, CompareCommand
-from speed_engine.commands.compare import compare as run_comparison
 from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from speed_engine import run as runs
 from speed_engine.api.loading import Device, of_run
 from speed_engine.api.model import Model
+from speed_engine.arena.recipes import RecipeName
 from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
@@ -98,6 +99,7 @@ def train(
     config: str | Path | TrainConfig,
     folder: str | Path | None = None,
     *,
+    recipe: RecipeName | None = None,
     console: Console | None = None,
     **changes: Any,
 ) -> Run:
@@ -107,6 +109,8 @@ def train(
         config: the name of a preset, the path of a configuration file (.toml or .json), or a
             configuration.
         folder: of the run; must not exist. By default runs/NAME-METHOD-SEED.
+        recipe: how it is trained, in place of what ``config`` says of method, process, target,
+            optimizer and the schedule of its rate; ``changes`` hold before it.
         console: where the progress is shown. By default standard output, or the notebook.
         changes: fields of the configuration in place of those of ``config``. A section is a
             mapping of its own fields: ``optimizer={"learning_rate": 2e-3}``.
@@ -128,7 +132,7 @@ def train(
         >>> run.metrics[-1]["step"]
         2
     """
-    start = origin(config)
+    start = origin(config, recipe=recipe)
     whole = start.config(changes)
     place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
     runs.start(whole, place, console or Console())

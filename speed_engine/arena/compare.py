@@ -13,6 +13,7 @@ be added to it.
 
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
+import torch
 from rich.console import Console
 
 from speed_engine.arena.contestants import BASELINES, expand, options, resolve
@@ -29,17 +31,41 @@ from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
+from speed_engine.arena.recipes import read_contestant
+from speed_engine.arena.report import check_libraries, write_report
+from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
 from speed_engine.arena.runs import execute
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, from_json, to_json
-from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
 PLAN_FILE = "compare.json"
+
+
+def compare(command: CompareCommand, console: Console) -> Path:
+    """Run what is missing of a comparison, write its report, and return its folder.
+
+    Raises:
+        UserError: what does not fit, or a library of the extra ``plots`` is missing.
+    """
+    check_libraries()
+    plan = Plan(
+        config=within_budget(command),
+        contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),
+        seeds=command.seeds,
+        learning_rates=command.learning_rates,
+        solver_steps=command.final_solver_steps,
+        budget_seconds=command.budget_seconds,
+    )
+    out = command.out or Path("comparisons") / command.preset
+    slots, threads = _slots(command)
+    Comparison(plan, out, slots, threads, console).run()
+    console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
+    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +202,7 @@ class Comparison:
             tuning = {}
         return Contestant(
             name=name,
-            method=read_spelling(name).method,
+            method=read_contestant(name).method,
             schedule=config.schedule,
             prediction=str(config.prediction),
             options=options(name),
@@ -289,3 +315,13 @@ def _differences(before: object, now: object, where: str = "") -> list[str]:
             for text in _differences(before.get(key), now.get(key), f"{where}.{key}".strip("."))
         ]
     return [] if before == now else [f"{where} was {before}, is {now}"]
+
+
+def _slots(command: CompareCommand) -> tuple[int, int]:
+    """(runs at a time, CPU threads of each)."""
+    cores = len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if command.config.device != "cpu" else 0
+    slots = command.slots or gpus or cores
+    if slots < 1 or (gpus and slots > gpus):
+        raise UserError(f"slots={slots}: needed is at least 1, and at most the {gpus} GPUs here.")
+    return slots, max(1, cores // slots)

@@ -2,8 +2,9 @@
 
     METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]        speed_paper@linear:v+k=3
 
-What is left out is the comparison's own, the target that of the process. An option is one of the
-method, one of the optimizer (``optimizer.ema_decay``), or one of these:
+What is left out is the comparison's own, the target that of the process. A recipe (recipes.py) may
+stand in place of the method. An option is one of the method, one of the optimizer
+(``optimizer.ema_decay``), or one of these:
 
     seed_offset   the contestant's runs have other seeds. The same method twice, once with other
                   seeds, is the false-alarm test of a comparison: neither may come out faster.
@@ -16,17 +17,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from speed_engine.arena.results import BUDGET
+from speed_engine.arena.recipes import read_contestant
+from speed_engine.arena.results import BUDGET, SEED_OFFSET
 from speed_engine.build import build_process
 from speed_engine.config import TrainConfig
-from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
+from speed_engine.diffusion.grammar import Spelling, Value
 from speed_engine.diffusion.method import options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 
-SEED_OFFSET = "seed_offset"
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.
@@ -52,7 +53,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
         UserError: the name does not parse, or a part of it is unknown or does not fit.
     """
     try:
-        spelling = read_spelling(name)
+        spelling = read_contestant(name)
         method, optimizer, seed_offset, budget = _parts(spelling)
         schedule = spelling.schedule or base.schedule
         own_target = base.prediction if schedule == base.schedule else None
@@ -73,7 +74,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
 
 def options(name: str) -> dict[str, Any]:
     """What the name sets beyond method, process and target."""
-    return dict(read_spelling(name).options)
+    return dict(read_contestant(name).options)
 
 
 def every_method(base: TrainConfig) -> tuple[str, ...]:

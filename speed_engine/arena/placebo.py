@@ -8,8 +8,7 @@ some of the runs trained shows in seconds.
 import dataclasses
 from typing import get_args
 
-from speed_engine.arena.contestants import SEED_OFFSET
-from speed_engine.arena.results import Contestant, Results
+from speed_engine.arena.results import SEED_OFFSET, Contestant, Results
 from speed_engine.arena.speedup import Unit, speed_up
 from speed_engine.arena.summary import interval_in_words, written
 

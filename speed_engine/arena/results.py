@@ -17,7 +17,9 @@ from speed_engine.evaluation import metrics
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
 
-BUDGET = "budget"  # option of a contestant: its share of the images
+# Options of a contestant: its share of the images, and what is added to its seeds.
+BUDGET = "budget"
+SEED_OFFSET = "seed_offset"
 GAUSSIAN = "Gaussian per class"  # among the references
 REAL = "training images"
 

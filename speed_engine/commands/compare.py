@@ -1,74 +1,9 @@
 """The command line of comparisons."""
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import tyro
 from rich.console import Console
 
+from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
 from speed_engine.commands.configured import configured
-from speed_engine.config import TrainConfig
-from speed_engine.presets import PRESETS
-from speed_engine.runtime.checks import UserError
-
-HELD_OUT = 0.3
-
-
-def _fair(config: TrainConfig) -> TrainConfig:
-    """A preset with a part of the data held out, and measured against both parts."""
-    return replace(
-        config,
-        data=config.data if config.data.holds_out else replace(config.data, held_out=HELD_OUT),
-        evaluation=replace(config.evaluation, metrics=("fid", "copies", "loss")),
-    )
-
-
-FAIR_PRESETS = {
-    name: (text, _fair(config))
-    for name, (text, config) in PRESETS.items()
-    if config.evaluation.features != "none"
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareCommand:
-    """Train methods at equal budget, with several seeds each, and write a report.
-
-    The same command with the same --out continues where it stopped. The report needs the extra
-    `plots`.
-    """
-
-    preset: tyro.conf.Positional[str]
-    """The run to start from, whose configuration the options change: a preset, which `speed-engine
-    compare --help` lists at its end, or a file, FILE.toml or FILE.json, which says itself how many
-    images it holds out and what is measured."""
-    config: TrainConfig
-    methods: str = "uniform,speed_paper"
-    """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
-    such as speed_paper@linear:v+k=3. `all` is every method, `ablation` is SpeeD without each of its
-    parts. The baselines that speed-ups refer to are added."""
-    seeds: int = 5
-    """Number of seeds, from --seed on; every method has one run with each of them."""
-    budget_images: int | None = None
-    """Number of images that every run trains on. By default the steps times the batch size of the
-    preset."""
-    budget_seconds: float | None = None
-    """Seconds of training that replace the budget of images: short runs measure each method's
-    speed first, and every run trains on as many images as its method is expected to reach in
-    that time."""
-    evaluations: int = 10
-    """Number of evaluations in a run, at equal distances in images."""
-    learning_rates: tuple[float, ...] = ()
-    """Learning rates of which each method uses its best. One run with each rate rules out those
-    that are far off, and the others run with every seed. By default all methods use the learning
-    rate of the preset."""
-    final_solver_steps: tuple[int, ...] = (8, 50)
-    """Numbers of model evaluations per image with which the final models are measured, too."""
-    slots: int | None = None
-    """Number of runs at a time. By default one per GPU, or per CPU core."""
-    out: Path | None = None
-    """Folder of the comparison. By default comparisons/PRESET."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -80,61 +15,6 @@ def run(arguments: list[str], console: Console) -> None:
         first=("data.source",),
         presets=FAIR_PRESETS,
     )
+    from speed_engine.arena.compare import compare
+
     compare(command, console)
-
-
-def compare(command: CompareCommand, console: Console) -> Path:
-    """Run what is missing of a comparison, write its report, and return its folder.
-
-    Raises:
-        UserError: what does not fit, or a library of the extra ``plots`` is missing.
-    """
-    from speed_engine.arena.compare import Comparison, Plan
-    from speed_engine.arena.report import check_libraries, write_report
-
-    check_libraries()
-    plan = Plan(
-        config=_within_budget(command),
-        contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),
-        seeds=command.seeds,
-        learning_rates=command.learning_rates,
-        solver_steps=command.final_solver_steps,
-        budget_seconds=command.budget_seconds,
-    )
-    out = command.out or Path("comparisons") / command.preset
-    slots, threads = _slots(command)
-    Comparison(plan, out, slots, threads, console).run()
-    console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
-    return out
-
-
-def _within_budget(command: CompareCommand) -> TrainConfig:
-    """The configuration of every run: its length, and where it is measured."""
-    config, wanted = command.config, command.budget_images
-    steps = config.steps if wanted is None else wanted // config.batch_size
-    if steps < command.evaluations or command.seeds < 1 or command.evaluations < 1:
-        raise UserError(
-            f"{steps} steps of {config.batch_size} images, {command.evaluations} evaluations, "
-            f"{command.seeds} seeds: needed are one seed or more, one evaluation or more, and a "
-            "step or more for each; raise --budget-images."
-        )
-    every = steps // command.evaluations
-    return replace(
-        config,
-        steps=every * command.evaluations,  # the last evaluation is that of the final model
-        checkpoint_every=every * command.evaluations,
-        keep_checkpoints=1,
-        evaluation=replace(config.evaluation, every=every),
-    )
-
-
-def _slots(command: CompareCommand) -> tuple[int, int]:
-    """(runs at a time, CPU threads of each)."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0))
-    gpus = torch.cuda.device_count() if command.config.device != "cpu" else 0
-    slots = command.slots or gpus or cores
-    if slots < 1 or (gpus and slots > gpus):
-        raise UserError(f"slots={slots}: needed is at least 1, and at most the {gpus} GPUs here.")
-    return slots, max(1, cores // slots)

@@ -1,13 +1,14 @@
 """Configuration files: TOML or JSON, with the names that a run's ``config.json`` has.
 
     preset = "digits"          # what the file starts from; by default every field's own default
+    recipe = "flow_muon"       # and how it is trained; by default as the preset says
     steps = 500
 
     [optimizer]
     learning_rate = 2e-3
 
-What is said later holds: a preset, then what the record of the data set knows, then the file, then
-the command line or the arguments of a call.
+What is said later holds: a preset, then what the record of the data set knows, then a recipe, then
+the file, then the command line or the arguments of a call.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from speed_engine.arena.recipes import RECIPES, values_of
 from speed_engine.config import TrainConfig, parsed, to_json, with_values
 from speed_engine.presets import OWN_IMAGES, PRESETS
 from speed_engine.runtime.checks import UserError, unknown
@@ -32,6 +34,7 @@ class Origin(NamedTuple):
     text: str  # one line about it
     preset: TrainConfig
     values: Mapping[str, Any]  # of the file, in place of the preset's
+    recipe: Mapping[str, Any] = {}  # what a recipe sets
     own_images: bool = False  # whether the preset takes any images, of which a record tells
 
     def config(self, *later: Mapping[str, Any]) -> TrainConfig:
@@ -46,7 +49,7 @@ class Origin(NamedTuple):
         Raises:
             UserError: a name that does not exist, or a value that the configuration refuses.
         """
-        layers = [self.values, *later]
+        layers = [self.recipe, self.values, *later]
         config = _layered(self.preset, layers)
         if config.data.source == self.preset.data.source and not self.own_images:
             return config
@@ -77,7 +80,9 @@ def _layered(config: TrainConfig, layers: list[Mapping[str, Any]]) -> TrainConfi
 
 
 def origin(
-    of: str | Path | TrainConfig, presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS
+    of: str | Path | TrainConfig,
+    presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS,
+    recipe: str | None = None,
 ) -> Origin:
     """A preset by its name, a file of a configuration by its path, or a configuration itself.
 
@@ -85,25 +90,35 @@ def origin(
         of: a key of ``presets``, a path that ends in .toml or .json, or a configuration, which is
             called as its family of models.
         presets: name -> (what it trains, its configuration).
+        recipe: a key of ``RECIPES``, in place of that of a file.
 
     Raises:
-        UserError: neither, or the file cannot be read, or names a preset that does not exist.
+        UserError: neither, or the file cannot be read, or there is no such preset or recipe.
     """
     if isinstance(of, TrainConfig):
-        return Origin(of.model.family, "A configuration", of, {})
+        return Origin(of.model.family, "A configuration", of, {}, _recipe(recipe))
     name, path = str(of), Path(of).expanduser()
     if name in presets:
-        return Origin(name, *presets[name], {}, name in OWN_IMAGES)
+        return Origin(name, *presets[name], {}, _recipe(recipe), name in OWN_IMAGES)
     if path.suffix not in SUFFIXES:
         raise unknown("preset", name, presets)
     values = _read(path)
-    preset = values.pop("preset", None)
+    preset, filed = values.pop("preset", None), values.pop("recipe", None)
+    chosen = _recipe(recipe or filed)
     if preset is None:
-        return Origin(path.stem, f"The configuration of {path}", TrainConfig(), values)
+        return Origin(path.stem, f"The configuration of {path}", TrainConfig(), values, chosen)
     if preset not in presets:
         raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
     text, own_images = f"{preset} as {path} changes it", preset in OWN_IMAGES
-    return Origin(path.stem, text, presets[preset][1], values, own_images)
+    return Origin(path.stem, text, presets[preset][1], values, chosen, own_images)
+
+
+def _recipe(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise unknown("recipe", str(name), RECIPES)
+    return values_of(name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+from speed_engine.arena.recipes import RECIPES
 from speed_engine.commands.config_file import origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
@@ -50,8 +51,9 @@ def configured(
     """The command of the preset or file that is named first, with the options that follow.
 
     Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
-    the place of the preset's own; what a file says holds before both, and what an option says
-    before all. A source alone, without a preset, is trained on by the first preset for own images.
+    the place of the preset's own, then what ``--recipe`` sets; what a file says holds before these,
+    and what an option says before all. A source alone, without a preset, is trained on by the first
+    preset for own images.
 
     Args:
         command: makes the command of a name and a configuration.
@@ -76,7 +78,7 @@ def configured(
             f"{program} --data.source SHARDS [options]; choose from {', '.join(presets)}."
         )
     name, *options = arguments
-    start = origin(name, presets)
+    start = origin(name, presets, _recipe(options))
 
     def with_options(config: TrainConfig) -> Command:
         made = command(start.name, config)
@@ -108,6 +110,17 @@ def _print_help(
     print("A file FILE.toml or FILE.json takes the place of a preset.")
     print("\nPresets:\n")
     print(columns({name: text for name, (text, _) in presets.items()}), end="")
+    print("\nRecipes:\n")
+    print(columns({name: text for name, (text, _) in RECIPES.items()}), end="")
+
+
+def _recipe(options: Sequence[str]) -> str | None:
+    """What follows ``--recipe``: it sets the defaults of the other options."""
+    for option, following in zip(options, [*options, None][1:], strict=True):
+        name, _, value = option.partition("=")
+        if name == "--recipe":
+            return value or following
+    return None
 
 
 def _config(command: Any) -> TrainConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from speed_engine.arena.recipes import RECIPES, RecipeName
 from speed_engine.commands import config_file
 from speed_engine.commands.configured import GROUPS, configured
 from speed_engine.commands.options import read_options
@@ -23,6 +24,9 @@ class TrainCommand:
     """The run to start from, whose configuration the options change: a preset, which `speed-engine
     train --help` lists at its end, or a file, FILE.toml or FILE.json, such as the config.json of a
     run."""
+    recipe: RecipeName | None = None
+    """Sets the process, the method, what the model predicts, the optimizer and the schedule of its
+    learning rate, in place of the preset's; other options change what it sets."""
     run: Path | None = None
     """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED."""
     save_config: Path | None = None
@@ -56,7 +60,7 @@ def run(arguments: list[str], console: Console) -> None:
         lambda name, config: TrainCommand(preset=name, config=config),
         arguments,
         "speed-engine train",
-        first=("method", "data.source", "steps", "batch_size"),
+        first=("recipe", "method", "data.source", "steps", "batch_size"),
     )
     config = command.config
     if command.save_config is not None:
@@ -73,6 +77,9 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine import run as runs
 
+    if command.recipe is not None:
+        line = f"recipe    {command.recipe}: {RECIPES[command.recipe][1]}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     runs.start(config, command.run or run_folder(command.preset, config), console)
 
 

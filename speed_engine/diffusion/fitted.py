@@ -47,7 +47,7 @@ class _Loop:
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A recipe for one process and one target.
+    """A definition for one process and one target.
 
     Attributes:
         name: a key of ``METHODS``.

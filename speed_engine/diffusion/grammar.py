@@ -2,8 +2,8 @@
 
     METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]        speed_paper@linear:v+k=3
 
-This file knows the grammar alone: which methods there are, and which options one has, its recipe in
-``methods.py`` says.
+This file knows the grammar alone: which methods there are, and which options one has, is said in
+``methods.py``.
 """
 
 import re

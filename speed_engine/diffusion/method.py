@@ -19,7 +19,7 @@ from speed_engine.diffusion import weighting
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
-from speed_engine.diffusion.methods import METHODS, Recipe
+from speed_engine.diffusion.methods import METHODS, Definition
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import independent
@@ -43,7 +43,7 @@ def build_method(
         schedule: the process, or a scheduler of diffusers, see ``from_diffusers``.
         prediction: the model's target, a key of ``PREDICTIONS``; by default the process's own.
         seed: root of ``Method.draw``.
-        options: further ones: arguments of the method's recipe, and for every method
+        options: further ones: arguments of the method's definition, and for every method
 
             - stratified: draw a batch's timesteps evenly spread instead of independently, from the
               same P; by default as the method does.
@@ -72,8 +72,8 @@ def build_method(
     name = spelling.method
     given = check_options(Spelling(name, {**spelling.options, **options}))
     shared = {option: given.pop(option) for option in list(given) if option in SHARED}
-    recipe = METHODS[name](schedule, **given)
-    return _fitted(recipe, name, schedule, prediction or schedule.prediction, seed, **shared)
+    definition = METHODS[name](schedule, **given)
+    return _fitted(definition, name, schedule, prediction or schedule.prediction, seed, **shared)
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
@@ -88,7 +88,7 @@ def options_of(name: str) -> dict[str, inspect.Parameter]:
 
 
 def check_options(spelling: Spelling) -> dict[str, Any]:
-    """A method's options as arguments of its recipe; ranges are the recipe's own to check.
+    """A method's options as arguments of its definition; ranges are the definition's own to check.
 
     Raises:
         UserError: an unknown method or option, or a value of another type.
@@ -107,7 +107,7 @@ def check_options(spelling: Spelling) -> dict[str, Any]:
 
 
 def _fitted(
-    recipe: Recipe,
+    definition: Definition,
     name: str,
     schedule: NoiseSchedule,
     prediction: str,
@@ -119,14 +119,14 @@ def _fitted(
     max_weight: float = math.inf,
     weigh_bound: bool = False,
 ) -> Method:
-    """A recipe for one target; keyword arguments are the options of every method."""
-    timesteps = recipe.timesteps
+    """A definition for one target; keyword arguments are the options of every method."""
+    timesteps = definition.timesteps
     if stratified is not None:
         timesteps.words = stratified_words if stratified else independent
-    weight = recipe.weighting.values
+    weight = definition.weighting.values
     if weight_on == "definition":
-        weight = weighting.converted(recipe.weighting, schedule, prediction)
-    if recipe.normalised if normalised is None else normalised:
+        weight = weighting.converted(definition.weighting, schedule, prediction)
+    if definition.normalised if normalised is None else normalised:
         weight = weight / (timesteps.probabilities(0) * weight).sum()
     if not max_weight > 0:
         raise UserError(f"method {name!r}: max_weight={max_weight} must be positive.")
@@ -134,7 +134,7 @@ def _fitted(
     return Method(
         name, schedule, prediction, timesteps, weight,
         TimestepTable(schedule, prediction, weight), weigh_bound,
-        recipe.batch_loss, recipe.momentum_decay, torch.tensor(seed),
+        definition.batch_loss, definition.momentum_decay, torch.tensor(seed),
     )  # fmt: skip
 
 

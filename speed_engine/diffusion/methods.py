@@ -1,8 +1,8 @@
-"""Recipes: what each named method does, for any process.
+"""What each named method does, for any process.
 
-A recipe is a function of the process. Its further arguments are the options of the method, as in
-``speed_paper+k=3``: their names, types and defaults stand in its signature alone, what they mean in
-its docstring, and their ranges are checked where they are used.
+A method's definition is a function of the process. Its further arguments are the options of the
+method, as in ``speed_paper+k=3``: their names, types and defaults stand in its signature alone,
+what they mean in its docstring, and their ranges are checked where they are used.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Recipe:
+class Definition:
     """What a method consists of, before it is fitted to a prediction target.
 
     Attributes:
@@ -54,13 +54,13 @@ class Recipe:
     normalised: bool = False
 
 
-def uniform(schedule: NoiseSchedule) -> Recipe:
+def uniform(schedule: NoiseSchedule) -> Definition:
     """Every process's own baseline: uniform in its coordinate, weight one on its own target.
 
     DDPM: uniform t on epsilon (Ho et al. 2020; DiT); EDM: log-normal sigma on F; flows: uniform
     time on the velocity.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.constant(schedule),
     )
@@ -72,7 +72,7 @@ def speed_paper(
     r: float = 138.6,
     tau: float | None = None,
     lam: float = 0.6,
-) -> Recipe:
+) -> Definition:
     """SpeeD as the paper writes it (arXiv 2405.17403, Eq. 3 and Sec. 2.6), for any process.
 
     Args:
@@ -91,7 +91,7 @@ def speed_paper(
                 "so timesteps are drawn uniformly; lower r to make one.", schedule.name, r,
             )  # fmt: skip
             tau = schedule.num_timesteps
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.asymmetric(schedule.num_timesteps, tau, k)),
         weighting=weighting.change_aware(schedule, lam),
     )
@@ -99,7 +99,7 @@ def speed_paper(
 
 def speed_official(
     schedule: NoiseSchedule, k: float = 5.0, tau: int = 700, lam: float = 0.6
-) -> Recipe:
+) -> Definition:
     """SpeeD as released (NUS-HPC-AI-Lab/SpeeD f5650f9).
 
     Every draw's mirror image is trained on, too, tau is a constant, and weights beyond it are 1.
@@ -114,13 +114,13 @@ def speed_official(
         UserError: the process has fewer timesteps than tau, or no point to mirror at.
     """
     distribution = Distribution(probabilities.asymmetric(schedule.num_timesteps, tau, k))
-    return Recipe(
+    return Definition(
         timesteps=MirroredSampler(schedule, distribution, _released_pivot(schedule)),
         weighting=weighting.change_aware_released(schedule, lam, int(tau)),
     )
 
 
-def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe:
+def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Definition:
     """P2 weighting, 1 / (k + SNR)**gamma (Choi et al. 2022), uniform timesteps.
 
     Args:
@@ -128,26 +128,26 @@ def p2(schedule: NoiseSchedule, gamma: float = 1.0, p2_k: float = 1.0) -> Recipe
         gamma: the exponent, 0 or more.
         p2_k: k, added to the signal-to-noise ratio, 0 or more.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.p2(schedule, gamma, p2_k),
     )
 
 
-def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Recipe:
+def min_snr(schedule: NoiseSchedule, gamma: float = 5.0) -> Definition:
     """Min-SNR weighting (Hang et al. 2023), uniform timesteps.
 
     Args:
         schedule: the process.
         gamma: the largest signal-to-noise ratio that counts, above 0.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.min_snr(schedule, gamma),
     )
 
 
-def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Definition:
     """EDM's distribution of noise levels, on any process, weight one on its own target.
 
     Karras et al. 2022.
@@ -157,13 +157,13 @@ def lognormal_edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2)
         mean: of log sigma; EDM2 has -0.4.
         std: standard deviation of log sigma, above 0; EDM2 has 1.0.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
         weighting=weighting.constant(schedule),
     )
 
 
-def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe:
+def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Definition:
     """EDM's distribution and weighting, on any process; large where one is nearly pure noise.
 
     Args:
@@ -171,13 +171,13 @@ def edm(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Recipe
         mean: of log sigma.
         std: standard deviation of log sigma, above 0.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.log_normal(schedule, mean, std)),
         weighting=weighting.edm(schedule),
     )
 
 
-def edm2(schedule: NoiseSchedule, mean: float = -0.4, std: float = 1.0) -> Recipe:
+def edm2(schedule: NoiseSchedule, mean: float = -0.4, std: float = 1.0) -> Definition:
     """EDM2's distribution and weighting, with its learned weights (Karras et al. 2024).
 
     Args:
@@ -185,31 +185,31 @@ def edm2(schedule: NoiseSchedule, mean: float = -0.4, std: float = 1.0) -> Recip
         mean: of log sigma.
         std: standard deviation of log sigma, above 0.
     """
-    recipe = edm(schedule, mean, std)
-    return Recipe(
-        timesteps=recipe.timesteps,
-        weighting=recipe.weighting,
+    definition = edm(schedule, mean, std)
+    return Definition(
+        timesteps=definition.timesteps,
+        weighting=definition.weighting,
         batch_loss=FourierUncertainty(schedule),
     )
 
 
-def sigma_sqrt(schedule: NoiseSchedule) -> Recipe:
+def sigma_sqrt(schedule: NoiseSchedule) -> Definition:
     """Weight sigma**-2 on a flow's velocity, by diffusers' name of SD3's scripts; uniform."""
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.sigma_sqrt(schedule),
     )
 
 
-def cosmap(schedule: NoiseSchedule) -> Recipe:
+def cosmap(schedule: NoiseSchedule) -> Definition:
     """SD3's CosMap as a weight on a flow's velocity (Esser et al. 2024), uniform timesteps."""
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.uniform(schedule.num_timesteps)),
         weighting=weighting.cosmap(schedule),
     )
 
 
-def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Recipe:
+def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -> Definition:
     """SD3's distribution of times, weight one on the process's own target (Esser et al. 2024).
 
     Args:
@@ -219,33 +219,33 @@ def logit_normal(schedule: NoiseSchedule, mean: float = 0.0, std: float = 1.0) -
             sign there.
         std: standard deviation of the logit of the time, above 0.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.logit_normal(schedule.num_timesteps, mean, std)),
         weighting=weighting.constant(schedule),
     )
 
 
-def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Recipe:
+def mode(schedule: NoiseSchedule, scale: float = 1.29) -> Definition:
     """SD3's mode sampling with heavy tails, weight one (Esser et al. 2024).
 
     Args:
         schedule: the process.
         scale: how much more of the middle is drawn, in [-1, 1.75]; 0 is uniform.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.mode(schedule.num_timesteps, scale)),
         weighting=weighting.constant(schedule),
     )
 
 
-def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Recipe:
+def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Definition:
     """Uniform time moved towards noise, weight one (Esser et al. 2024, Eq. 23).
 
     Args:
         schedule: the process.
         shift: factor of the ratio of noise to signal, above 0; 1 moves nothing.
     """
-    return Recipe(
+    return Definition(
         timesteps=_sampler(schedule, probabilities.shifted(schedule.num_timesteps, shift)),
         weighting=weighting.constant(schedule),
     )
@@ -253,7 +253,7 @@ def shifted(schedule: NoiseSchedule, shift: float = 3.0) -> Recipe:
 
 def clts(
     schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
-) -> Recipe:
+) -> Definition:
     """Curriculum from uniform to Gaussian timesteps, weight one (arXiv 2404.07946).
 
     Args:
@@ -262,7 +262,7 @@ def clts(
         mean: of the Gaussian, in units of T.
         std: of the Gaussian, in units of T; not confirmed by a public source.
     """
-    return Recipe(
+    return Definition(
         timesteps=TimestepSampler(
             schedule, ClimbingDistribution(schedule.num_timesteps, ramp_steps, mean, std)
         ),
@@ -272,13 +272,15 @@ def clts(
 
 def clts_mdlrc(
     schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
-) -> Recipe:
+) -> Definition:
     """CLTS with momentum decay and learning rate compensation, see ``optim.demon``."""
-    recipe = clts(schedule, ramp_steps, mean, std)
-    return Recipe(timesteps=recipe.timesteps, weighting=recipe.weighting, momentum_decay="demon")
+    definition = clts(schedule, ramp_steps, mean, std)
+    return Definition(
+        timesteps=definition.timesteps, weighting=definition.weighting, momentum_decay="demon"
+    )
 
 
-def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
+def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Definition:
     """ANT-UW: intervals drawn in turn, with one learned weight each (Go et al. 2023).
 
     Args:
@@ -287,14 +289,14 @@ def ant_uw(schedule: NoiseSchedule, clusters: int = 5) -> Recipe:
     """
     num_timesteps = schedule.num_timesteps
     distribution = Distribution(probabilities.uniform(num_timesteps))
-    return Recipe(
+    return Definition(
         timesteps=TimestepSampler(schedule, distribution, by_interval(clusters)),
         weighting=weighting.constant(schedule),
         batch_loss=ClusterUncertainty(num_timesteps, clusters),
     )
 
 
-def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int = 200) -> Recipe:
+def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int = 200) -> Definition:
     """From the noisiest timesteps to all, as the loss stops improving (Kim et al. 2024).
 
     Args:
@@ -302,7 +304,7 @@ def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int =
         clusters: number of intervals of timesteps, each a stage.
         patience: steps without a better loss until the next stage begins, at least 1.
     """
-    return Recipe(
+    return Definition(
         timesteps=TimestepSampler(
             schedule, TaskCurriculum(schedule.num_timesteps, clusters, patience)
         ),
@@ -310,14 +312,14 @@ def task_curriculum(schedule: NoiseSchedule, clusters: int = 20, patience: int =
     )
 
 
-def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
+def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Definition:
     """Importance sampling by the observed loss, with a uniform floor (Nichol and Dhariwal 2021).
 
     Args:
         schedule: the process.
         floor: share of the timesteps that is drawn uniformly, in (0, 1].
     """
-    return Recipe(
+    return Definition(
         timesteps=TimestepSampler(
             schedule, AdaptiveDistribution(schedule.num_timesteps, floor=floor)
         ),
@@ -325,17 +327,17 @@ def adaptive(schedule: NoiseSchedule, floor: float = 0.1) -> Recipe:
     )
 
 
-def learned_uncertainty(schedule: NoiseSchedule) -> Recipe:
+def learned_uncertainty(schedule: NoiseSchedule) -> Definition:
     """A weight learned as a function of the noise level (EDM2, Karras et al. 2024), uniform."""
-    recipe = uniform(schedule)
-    return Recipe(
-        timesteps=recipe.timesteps,
-        weighting=recipe.weighting,
+    definition = uniform(schedule)
+    return Definition(
+        timesteps=definition.timesteps,
+        weighting=definition.weighting,
         batch_loss=FourierUncertainty(schedule),
     )
 
 
-def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) -> Recipe:
+def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) -> Definition:
     """SD3's distribution moved towards clean images, drawn stratified, weight one; meant for flows.
 
     Like SpeeD it draws the noisy end of the process less. Chosen among fifteen candidates on the
@@ -347,12 +349,12 @@ def speed_plus(schedule: NoiseSchedule, mean: float = -0.5, std: float = 1.0) ->
         mean: of the logit of the time.
         std: standard deviation of the logit of the time, above 0.
     """
-    recipe = logit_normal(schedule, mean, std)
-    recipe.timesteps.words = stratified
-    return recipe
+    definition = logit_normal(schedule, mean, std)
+    definition.timesteps.words = stratified
+    return definition
 
 
-METHODS: dict[str, Callable[..., Recipe]] = {
+METHODS: dict[str, Callable[..., Definition]] = {
     function.__name__: function
     for function in (
         uniform, speed_paper, speed_official, p2, min_snr, lognormal_edm, logit_normal, clts,

@@ -1,13 +1,15 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from speed_engine.arena.compare import Comparison, Plan
 from speed_engine.arena.contestants import ABLATION, expand, options, resolve
-from speed_engine.config import TrainConfig, from_json
+from speed_engine.arena.recipes import RECIPES, RecipeName, values_of
+from speed_engine.config import TrainConfig, from_json, with_values
 from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.runtime.checks import UserError
@@ -134,3 +136,23 @@ def test_a_share_of_the_budget_is_a_shorter_run_with_evaluations_as_far_apart():
 def test_a_share_of_the_budget_that_is_none_is_refused(share):
     with pytest.raises(UserError, match=r"budget=.* must be a share of the images, in \(0, 1\]"):
         resolve(f"uniform+budget={share}", BASE)
+
+
+def test_a_recipe_names_all_that_it_is_trained_with_and_every_part_can_be_replaced():
+    config = resolve("flow_muon", BASE)
+    assert (config.method, config.schedule, config.prediction) == (
+        "logit_normal", "flow", "velocity"
+    )  # fmt: skip
+    assert (config.optimizer.name, config.optimizer.schedule) == ("muon", "linear")
+    other = resolve("flow_muon:x0+optimizer.name=adamw+max_weight=400", BASE)
+    assert other.method == "logit_normal+max_weight=400"
+    assert (other.schedule, other.prediction, other.optimizer.name) == ("flow", "x0", "adamw")
+    assert other.optimizer.schedule == "linear"
+
+
+def test_every_recipe_is_a_configuration_and_says_itself_what_it_trains_with():
+    assert set(RECIPES) == set(get_args(RecipeName))
+    for name, (_, spelled) in RECIPES.items():
+        set_here = values_of(name)
+        assert set_here["optimizer"].keys() == {"name", "schedule"}
+        assert with_values(BASE, set_here) == resolve(spelled, BASE) == resolve(name, BASE)

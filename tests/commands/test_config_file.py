@@ -136,3 +136,29 @@ def test_a_path_that_is_no_configuration_is_refused(tmp_path):
     broken = file(tmp_path, '{"steps": 1, "steps": 2}', "twice.json")
     with pytest.raises(UserError, match="twice.json: steps is there twice"):
         origin(broken)
+
+
+def test_a_recipe_holds_before_the_preset_and_after_the_file_and_the_options(tmp_path, monkeypatch):
+    path = file(tmp_path, 'preset = "digits"\nrecipe = "flow"\n[optimizer]\nschedule = "cosine"\n')
+    config, folder = trained(monkeypatch, path, "--prediction", "x0")
+    assert (config.method, config.schedule, config.prediction) == ("logit_normal", "flow", "x0")
+    assert config.optimizer == dataclasses.replace(DIGITS.optimizer, schedule="cosine")
+    assert folder == Path("runs/mine-logit_normal-0")
+
+    config, _ = trained(monkeypatch, path, "--recipe", "flow_muon", "--optimizer.beta1=0.8")
+    assert (config.optimizer.name, config.optimizer.beta1) == ("muon", 0.8)
+    assert config.optimizer.schedule == "cosine"  # the file says so itself
+
+
+def test_a_recipe_is_printed_in_full(monkeypatch, capsys):
+    trained(monkeypatch, "digits", "--recipe=flow_muon")
+    spelled = "logit_normal@flow:velocity+optimizer.name=muon+optimizer.schedule=linear"
+    assert capsys.readouterr().out == f"recipe    flow_muon: {spelled}\n"
+
+
+@pytest.mark.parametrize("recipe", ['"flow_moun"', "3"])
+def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path, capsys, recipe):
+    path = file(tmp_path, f"recipe = {recipe}\n")
+    with pytest.raises(UserError, match="unknown recipe .*hoose from ddpm, speed, flow"):
+        origin(path)
+    assert origin(path, recipe="flow").config().schedule == "flow"

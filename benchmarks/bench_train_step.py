@@ -72,7 +72,7 @@ def steps(device: torch.device, options: argparse.Namespace) -> dict[str, Callab
 
 def compare(name: str, config: TrainConfig, options: argparse.Namespace) -> dict[str, Any]:
     """The providers of a CPU in turn, then phases and operators of ours."""
-    calls = 10 if name == "digits" else 1
+    calls = 10 if name in ("digits", "cifar16") else 1
     builds: dict[str, Build] = {n: partial(cpu_provider, n, config) for n in CPU_PROVIDERS}
     builds[PRODUCT] = _cpu_product
     turns = 1 if options.dry_run else options.repeats or 12

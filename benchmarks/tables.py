@@ -1,6 +1,6 @@
 """Tables of the documentation, made from the results: a figure without a result cannot appear.
 
-Run: ``python benchmarks/tables.py`` to fill, in README.md and benchmarks/README.md, every block
+Run: ``python benchmarks/tables.py`` to fill, in the pages of ``DOCUMENTS``, every block
 
     <!-- table: NAME -->
     ...
@@ -12,18 +12,25 @@ Where a benchmark has no result yet, its block says so.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import bench_loader
-from speed_engine.arena.results import read_results
-from speed_engine.arena.summary import against, headline
+from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
+from speed_engine.arena.speedup import LOSS, complete_runs, speed_up
+from speed_engine.arena.summary import against, headline, written, written_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 COMPARISONS = ROOT / "docs" / "results"
-DOCUMENTS = (ROOT / "README.md", Path(__file__).parent / "README.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "recipes.md",
+    Path(__file__).parent / "README.md",
+)
 MACHINE = "x86-64-2-cores"  # of blocks that name no other
 GPU_MACHINE = "nvidia-h200"
 BLOCK = re.compile(r"(<!-- table: ([a-z_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -64,7 +71,7 @@ def loader() -> str:
 def train_step() -> str:
     """Providers of a CPU, one case after the other."""
     body = []
-    for name in ("digits", "dit-s-2", "unet"):
+    for name in ("digits", "cifar16", "dit-s-2", "unet"):
         found = result(f"train_step_{name}")
         if found is None:
             continue
@@ -87,7 +94,7 @@ def train_step() -> str:
 def operators() -> str:
     """What the compiled steps' time goes to."""
     body, parts = [], []
-    for name in ("digits", "dit-s-2", "unet"):
+    for name in ("digits", "cifar16", "dit-s-2", "unet"):
         found = result(f"train_step_{name}")
         if found is None:
             continue
@@ -297,6 +304,68 @@ def comparisons() -> str:
     return "\n".join(text).rstrip()
 
 
+def ladder(name: str) -> str:
+    """The recipes of a comparison, one change a rung; speed-ups to the other's final quality."""
+    path = COMPARISONS / name / "results.json"
+    if not path.exists():
+        return f"Not measured yet: `docs/results/{name}`."
+    results = read_results(path)
+    found = {rung: _on_rung(results, *of) for rung, of in RUNGS.items()}
+    rungs = {rung: name for rung, name in found.items() if name is not None}
+    lowest = next(iter(rungs.values()))
+    body, below = [], None
+    for rung, contestant in rungs.items():
+        ends = [run.points[-1].values for run in complete_runs(results, contestant).values()]
+        schedule = {c.name: c.schedule for c in results.contestants}
+        same = below is not None and schedule[below] == schedule[contestant]
+        body.append([
+            rung,
+            f"`{contestant}`",
+            spread([end[results.metric] for end in ends]),
+            spread([end[LOSS] for end in ends]) if schedule[contestant] == "flow" else "–",
+            times(results, contestant, lowest),
+            times(results, contestant, below),
+            times(replace(results, metric=LOSS), contestant, below if same else None),
+        ])  # fmt: skip
+        below = contestant
+    head = ["", "written", results.title, "validation loss", "images, against the first"]
+    head += ["images, against the row above", "the same by validation loss"]
+    return rows(head, body)
+
+
+# What is changed: the method, the process and the optimizer of the contestant.
+RUNGS = {
+    "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
+    "a rectified flow": ("uniform", "flow", "adamw"),
+    "logit-normal times": ("logit_normal", "flow", "adamw"),
+    "Muon": ("logit_normal", "flow", "muon"),
+}
+
+
+def _on_rung(results: Results, method: str, schedule: str, optimizer: str) -> str | None:
+    """The contestant, with the whole budget and the seeds of all."""
+    for contestant in results.contestants:
+        options = contestant.options
+        of = options.get("optimizer.name", "adamw")
+        if options.keys() & {BUDGET, SEED_OFFSET}:
+            continue
+        if (contestant.method, contestant.schedule, of) == (method, schedule, optimizer):
+            return contestant.name
+    return None
+
+
+def spread(values: list[float]) -> str:
+    return f"{fmean(values):.3g} ± {stdev(values):.2g}"
+
+
+def times(results: Results, contestant: str, baseline: str | None) -> str:
+    """The speed-up in images to the other's final quality, with its interval."""
+    if baseline in (None, contestant):
+        return "–"
+    ratio = speed_up(results, contestant, baseline).final
+    return f"{written(ratio)} ({written_interval(ratio)})"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "loader": loader,
     "train_step": train_step,
@@ -312,6 +381,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_headline": gpu_headline,
     "compile_pays": compile_pays,
     "comparisons": comparisons,
+    "ladder_digits": partial(ladder, "recipe-digits"),
+    "ladder_cifar": partial(ladder, "cifar16"),
 }
 
 if __name__ == "__main__":

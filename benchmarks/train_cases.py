@@ -15,11 +15,8 @@ from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.flops import forward_flops
 from speed_engine.presets import PRESETS
-from speed_engine.training.configured import UPDATES
-from speed_engine.training.ema import Ema, warming_up
+from speed_engine.training.configured import build_averages, build_update
 from speed_engine.training.engine import Engine
-from speed_engine.training.optimizers import Hyperparameters, adamw
-from speed_engine.training.schedules import linear_warmup
 
 DITS = ("DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
 CPU_BATCH = {"DiT-S/2": 8, "unet": 4}  # images of 32 x 32 x 4 per step on two cores
@@ -41,7 +38,7 @@ def cpu_cases() -> dict[str, TrainConfig]:
         )
         for name, size in CPU_BATCH.items()
     }
-    return {"digits": PRESETS["digits"][1], **plain}
+    return {"digits": PRESETS["digits"][1], "cifar16": PRESETS["cifar16"][1], **plain}
 
 
 def tiny(config: TrainConfig) -> TrainConfig:
@@ -97,20 +94,15 @@ def make_engine(
         model = model.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     objective = build_objective(config, build_process(config), model, device.type == "cpu")
     objective.to(device)
-    settings = config.optimizer
-    hyper = Hyperparameters(
-        learning_rate=settings.learning_rate,
-        beta1=settings.beta1,
-        beta2=settings.beta2,
-        weight_decay=settings.weight_decay,
-    )
-    updates = UPDATES[update](
+    updates = build_update(
+        config.optimizer,
         model,
         objective,
-        adamw(model, objective, hyper),
-        {"ema": Ema(model, warming_up(settings.ema_decay))},
-        learning_rate=linear_warmup(settings.learning_rate, settings.warmup_steps),
-        grad_clip=settings.grad_clip,
+        build_averages(config.optimizer, model),
+        steps=config.steps,
+        update=update,
+        momentum_decay="none",
+        loss_learning_rate=None,
     )
     return Engine(model, objective, updates, forward=forward(model))
 

@@ -1,6 +1,7 @@
 """The providers of the training step: the engine, eager and compiled, and diffusers' loop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from train_cases import make_engine, synthetic_batch
 
 Step = Callable[[], object]
 HOW = {"eager": "off", "compiled": "on"}  # of torch.compile
-CPU_PROVIDERS = ("eager", "eager, memory kept", "compiled", "diffusers")
+CPU_PROVIDERS = ("eager", "eager, memory kept", "compiled", "compiled, Muon", "diffusers")
 
 
 def engine_of(name: str, config: TrainConfig, device: torch.device) -> Engine:
@@ -26,12 +27,15 @@ def cpu_provider(name: str, config: TrainConfig) -> Step:
     """One of ``CPU_PROVIDERS``, for a process of its own; all float32.
 
     The trainer keeps freed memory, eager or compiled; ``eager`` and ``diffusers`` are PyTorch as
-    it comes.
+    it comes. All but one update by AdamW.
     """
     device = torch.device("cpu")
     batch = synthetic_batch(config, device)
     if name == "diffusers":
         return diffusers_step.step_on(config, device, batch)
+    how, _, rest = name.partition(", ")
     if name != "eager":
         keep_freed_memory()
-    return partial(engine_of(name.partition(",")[0], config, device).step, batch)
+    if rest == "Muon":
+        config = replace(config, optimizer=replace(config.optimizer, name="muon"))
+    return partial(engine_of(how, config, device).step, batch)

@@ -133,7 +133,7 @@ def test_the_cpus_training_step_runs_in_a_dry_run():
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(" images/s") == 4
+    assert done.stdout.count(" images/s") == 5
 
 
 def test_providers_take_turns_in_processes_of_their_own(tmp_path):
@@ -149,7 +149,7 @@ def test_providers_take_turns_in_processes_of_their_own(tmp_path):
     assert rest == [*[first] * 4, *[second] * 4] * 2  # each turn, one call that is not timed
 
 
-@pytest.mark.parametrize("case", ["digits", "DiT-S/2", "unet"])
+@pytest.mark.parametrize("case", ["digits", "cifar16", "DiT-S/2", "unet"])
 def test_the_other_loop_trains_a_network_of_equal_work(case):
     import diffusers_step
     import train_cases

@@ -6,7 +6,7 @@ from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from speed_engine.arena.bootstrap import LEAST_SEEDS
-from speed_engine.arena.results import Contestant, Curve, Results
+from speed_engine.arena.results import REAL, Contestant, Curve, Results
 from speed_engine.arena.speedup import LOSS, Ratio, SpeedUp, complete_runs, speed_up, why_unusable
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
@@ -123,7 +123,9 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
 
 
 def floor_in_words(results: Results) -> list[str]:
-    """Of each baseline, whether it has learned more than mean and covariance; none if unknown."""
+    """Of each baseline, whether it has learned more than mean and covariance, and whether the
+    metric still tells its images from real ones; none if unknown.
+    """
     if results.floor is None:
         return []
     sentences = []
@@ -141,6 +143,12 @@ def floor_in_words(results: Results) -> list[str]:
             f"{name} ends at {_mean_and_deviation(ends)}; a Gaussian per class, without a network, "
             f"has {_number(results.floor)}, {verdict}"
         )
+        real = results.references.get(REAL, {}).get(results.metric, 0)
+        if statistics.fmean(ends) <= real:
+            sentences[-1] += (
+                f" As many of the training images have {_number(real)}: where it ends, the metric "
+                "no longer tells generated images from real ones, and differences there are noise."
+            )
     return sentences
 
 

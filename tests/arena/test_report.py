@@ -13,7 +13,7 @@ from PIL import Image
 from speed_engine.arena import summary
 from speed_engine.arena.figures import PER_PANEL, draw_quality
 from speed_engine.arena.report import write_report
-from speed_engine.arena.results import GAUSSIAN, Results, write_results
+from speed_engine.arena.results import GAUSSIAN, REAL, Results, write_results
 from speed_engine.arena.speedup import Ratio, speed_up
 
 SPEEDS = {"uniform": 1.0, "speed_paper": 2.0, "min_snr": 1.0, "uniform@flow": 3.0}
@@ -309,6 +309,19 @@ def test_a_baseline_that_does_not_beat_a_gaussian_is_said_first(tmp_path):
         assert "Gaussian per class, no training" in page
         assert page.index("ends at") < page.index("has a speed-up of")
     assert summary.floor_in_words(results) == []
+
+
+def test_a_baseline_that_ends_where_real_images_are_is_said_to_be_at_the_end_of_the_metric():
+    results = with_floor(comparison({"uniform": 1.0, "p2": 2.0}, 3), 1e6)
+    end = 1000 * BUDGET**-0.6
+
+    def said(real: float) -> str:
+        references = results.references | {REAL: {"held_out_fid": real}}
+        (sentence,) = summary.floor_in_words(dataclasses.replace(results, references=references))
+        return sentence
+
+    assert "no longer tells generated images from real ones" in said(end * 1.01)
+    assert "training images" not in said(end * 0.99)
 
 
 def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():

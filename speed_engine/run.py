@@ -354,6 +354,11 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def kept_steps(run: Path) -> list[int]:
+    """The steps whose checkpoints a run keeps, in ascending order."""
+    return [int(p.name.removeprefix("step-")) for p in sorted((run / CHECKPOINTS).glob("step-*"))]
+
+
 def load_average(
     run: Path, config: TrainConfig, device: torch.device, name: str = EMA, step: int | None = None
 ) -> tuple[nn.Module, int]:
@@ -373,8 +378,7 @@ def load_average(
     if step is not None:
         path = run / CHECKPOINTS / f"step-{step:08d}"
         if not path.is_dir():
-            there = sorted((run / CHECKPOINTS).glob("step-*"))
-            kept = ", ".join(str(int(p.name.removeprefix("step-"))) for p in there) or "none"
+            kept = ", ".join(map(str, kept_steps(run))) or "none"
             raise UserError(f"{run} has no checkpoint of step {step}; it keeps those of: {kept}.")
         checkpoint.verify(path)
         return load_average_of(path, config, device, name)

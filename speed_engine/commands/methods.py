@@ -7,13 +7,18 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from speed_engine.build import build_process, build_validation
 from speed_engine.commands.options import read_options
 from speed_engine.diffusion.grammar import Spelling
 from speed_engine.diffusion.method import SHARED, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
-from speed_engine.evaluation import method_report
+from speed_engine.evaluation import method_report, timestep_losses
+from speed_engine.run import kept_steps, load_average, read_config
+from speed_engine.runtime.machine import torch_device
+from speed_engine.runtime.progress import announced
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class MethodsCommand:
     figures: Path | None = None
     """Folder to write two pictures of the process into: one of its methods, and one of its
     increments."""
+    run: Path | None = None
+    """Folder of a run: print, instead of the table, the loss of its checkpoints in each of SpeeD's
+    three areas of its process; with --figures, draw it by timestep."""
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -39,6 +47,9 @@ def run(arguments: list[str], console: Console) -> None:
     build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
     if command.figures is not None:
         method_report.check_libraries()
+    if command.run is not None:
+        _of_run(command.run, command.figures, console)
+        return
     if command.json:
         print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
     else:
@@ -48,6 +59,37 @@ def run(arguments: list[str], console: Console) -> None:
             command.process, command.num_timesteps, command.figures
         ):
             print(path, file=sys.stderr)
+
+
+def _of_run(run: Path, figures: Path | None, console: Console) -> None:
+    """The losses of its checkpoints, by area as a table and by timestep as a picture."""
+    config = read_config(run)
+    process, device = build_process(config), torch_device(config.device)
+    validation = build_validation(config, process)
+    curves: dict[str, Tensor] = {}
+    for step in kept_steps(run):
+        with announced(f"measuring the loss of step {step:,} at {timestep_losses.TIMESTEPS} times"):
+            model, _ = load_average(run, config, device, step=step)
+            curves[f"step {step:,}"] = timestep_losses.losses(validation, process, model)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    rows = {name: timestep_losses.by_area(process, errors) for name, errors in curves.items()}
+    areas = next(iter(rows.values()))
+    for area in areas:
+        table.add_column(area, justify="right")
+    for name, means in rows.items():
+        table.add_row(name, *(f"{means[area]:.4f}" for area in areas))
+    target = process.schedule.prediction
+    console.print(
+        f"mean squared error of {target}, of images not trained on where some are held out"
+    )
+    console.print(table, highlight=False)
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        path = figures / f"losses-{config.schedule}.png"
+        measured = timestep_losses.measured_increments(process, validation.batch, config.seed)
+        timestep_losses.draw(path, process, curves, measured, f"{config.schedule}: {run.name}")
+        print(path, file=sys.stderr)
 
 
 def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) -> None:
@@ -69,8 +111,8 @@ def _print_methods(cells: dict[str, dict[str, str | None]], console: Console) ->
     for number, reason in enumerate(reasons, 1):
         console.print(f"({number}) {reason}", highlight=False, markup=False, soft_wrap=True)
     lines = [
-        (_with_defaults(method), (recipe.__doc__ or "").splitlines()[0])
-        for method, recipe in METHODS.items()
+        (_with_defaults(method), (definition.__doc__ or "").splitlines()[0])
+        for method, definition in METHODS.items()
     ]
     for method, summary in lines:
         console.print(f"{method}: {summary}", highlight=False, markup=False, soft_wrap=True)

@@ -23,6 +23,7 @@ from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.runtime.checks import check_installed
 
 BANDS = 10  # equal parts of the timesteps for which P w is added up
+AREAS = ("acceleration", "deceleration", "convergence")
 SUPPRESSION = 138.6  # r at which the convergence area begins, SpeeD's default
 _LATE_STEP = 10**9  # when distributions that follow the step have arrived
 _TALLEST = 5.0  # what is higher is cut off, and its maximum written in the panel
@@ -166,7 +167,7 @@ def _draw_increments(process: str, num_timesteps: int):
     figure = Figure(figsize=(13, 3.4), layout="constrained")
     panels = figure.subplots(1, 3)
     for panel in panels:
-        shades = _shade_areas(panel, areas, num_timesteps)
+        shades = shade_areas(panel, areas, num_timesteps)
     figure.legend(
         shades, [s.get_label().lstrip("_") for s in shades], loc="outside upper right", ncols=3
     )
@@ -184,16 +185,15 @@ def _draw_increments(process: str, num_timesteps: int):
     return figure
 
 
-def _shade_areas(panel, areas: Increments, num_timesteps: int) -> list:
+def shade_areas(panel, areas: Increments, num_timesteps: int) -> list:
     """The shaded areas that the process has."""
     tau = min(areas.tau(SUPPRESSION), num_timesteps)
     t_ad = min(areas.t_ad, tau)
     borders = (1, t_ad, tau, num_timesteps)
-    names = ("acceleration", "deceleration", "convergence")
     colours = ("#cfe3f5", "#ececec", "#fbdcc4")
     return [
         panel.axvspan(left, right, color=colour, lw=0, label=f"_{name}")
-        for name, left, right, colour in zip(names, borders, borders[1:], colours, strict=False)
+        for name, left, right, colour in zip(AREAS, borders, borders[1:], colours, strict=False)
         if right > left
     ]
 

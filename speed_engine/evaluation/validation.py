@@ -34,6 +34,9 @@ class Validation:
         batch: M clean images with conditions, on the model's device; equal on every process.
         seed: root of the noise.
         world: the processes that share the images out; each calls the model equally often.
+
+    Attributes:
+        batch: the images of this process.
     """
 
     def __init__(self, process: Method, batch: Batch, seed: int, world: World = ALONE) -> None:
@@ -42,10 +45,10 @@ class Validation:
         first = world.rank * share
         self._rows = torch.arange(first, first + share, device=batch.ids.device)
         self._counts = self._rows < len(batch.ids)  # a last process may have fewer: one again
-        self._batch = batch.at(self._rows.clamp(max=len(batch.ids) - 1))
+        self.batch = batch.at(self._rows.clamp(max=len(batch.ids) - 1))
         root = torch.tensor(seed, device=batch.ids.device)
-        x = self._batch.images
-        self._noise = normal(root, self._batch.ids, x[0].numel(), Stream.NOISE).view_as(x)
+        x = self.batch.images
+        self._noise = normal(root, self.batch.ids, x[0].numel(), Stream.NOISE).view_as(x)
 
     def __call__(self, model: nn.Module) -> float:
         """Mean squared error of the process's own target, over images and levels."""
@@ -76,14 +79,14 @@ class Validation:
 
     def _error(self, model: nn.Module, t: Tensor) -> Tensor:
         """() float64 on the host: squared error of the model's own target, summed over images."""
-        rows, x, noise = self.process.table.rows_at(float(t)), self._batch.images, self._noise
+        rows, x, noise = self.process.table.rows_at(float(t)), self.batch.images, self._noise
         x_in = (rows.a_x * x + rows.a_e * noise).float()
         wanted = rows.b_x * x + rows.b_e * noise
         time = self.process.schedule.model_time(t).to(x.device).expand(len(x))
         answers = []
         with autocast(x.device.type):
             for part in torch.arange(len(x), device=x.device).split(BATCH):
-                conditions = {name: value[part] for name, value in self._batch.conditions.items()}
+                conditions = {name: value[part] for name, value in self.batch.conditions.items()}
                 answers.append(model(x_in[part], time[part], **conditions)[:, : x.shape[1]].float())
         errors = (torch.cat(answers) - wanted).double().square().flatten(1).mean(1)
         return (errors * self._counts).sum().cpu()

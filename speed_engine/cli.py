@@ -58,8 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(
-            "interrupted; `speed-engine train --resume RUN` continues a run from its last "
-            "checkpoint; `sample`, `evaluate`, `compare` and `shards` continue by the same command."
+            "interrupted; `speed-engine train --resume RUN` continues a run whose folder is there "
+            "already; all else begins or continues by the same command."
         )
 
 

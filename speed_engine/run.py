@@ -161,6 +161,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         evaluation=replace(
             evaluation,
             inception_weights=_absolute(evaluation.inception_weights),
+            dinov2_weights=_absolute(evaluation.dinov2_weights),
             clip_model=_folder_or_hub(clip),
             reference=evaluation.reference and _absolute_source(evaluation.reference),
         ),

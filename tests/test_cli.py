@@ -377,6 +377,7 @@ def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
     "arguments, meant",
     [
         (["train", "digits", "--lr", "1e-4"], "--optimizer.learning-rate"),
+        (["train", "digits", "--model.hidden-size", "32"], "--model.dim"),
         (["train", "digits", "--optimizer.lr=1e-4"], "--optimizer.learning-rate"),
         (["train", "digits", "--learning-rate", "1e-4"], "--optimizer.learning-rate"),
         (["train", "digits", "--num_workers", "2"], "--data.workers"),

@@ -12,6 +12,7 @@ from speed_engine.api.model import CARD, FACTS, NULL, WEIGHTS, Model
 from speed_engine.data.facts import classes_with_samples
 from speed_engine.data.opening import condition_names, null_conditions
 from speed_engine.evaluation.conditions import known_dataset
+from speed_engine.evaluation.metrics import is_figure
 from speed_engine.run import (
     CONFIG_FILE,
     load_average,
@@ -77,13 +78,13 @@ def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:
     has_classes = "labels" in condition_names(config.data)
     metadata = {} if dataset is None else dataset.metadata
     records = [of for of in read_records(run) if of.get("average", EMA) == average]
-    measured = [of for of in records if "num_generated" in of and of["step"] <= step]
+    measured = [of for of in records if any(map(is_figure, of)) and of["step"] <= step]
     facts = Facts(
         step=step,
         data=checkpoint.read_state(newest_checkpoint(run)).data,
         classes=tuple(classes_with_samples(config.data, dataset)) if has_classes else (),
         metadata={name: metadata[name] for name in _KEPT if name in metadata},
-        figures=measured[-1] if measured else {},
+        figures=sorted(measured, key=lambda of: of["step"])[-1] if measured else {},
         command=_command(run / "environment.json"),
     )
     return Model(config, network, null_conditions(config.data), facts)

@@ -72,20 +72,23 @@ class Run:
         """
         return of_run(Path(self.folder), average, device)
 
-    def evaluate(self, average: str = EMA, **changes: Any) -> dict[str, Any]:
-        """Measure the newest checkpoint, as ``speed-engine evaluate`` does, and record it.
+    def evaluate(
+        self, average: str = EMA, *, checkpoint: int | None = None, **changes: Any
+    ) -> dict[str, Any]:
+        """Measure a checkpoint, as ``speed-engine evaluate`` does, and record it.
 
         What was measured before with the same settings is not generated again.
 
         Args:
             average: which EMA of the parameters.
+            checkpoint: its step, one of those that the run keeps. By default the newest.
             changes: fields of the configuration's ``evaluation``, such as ``num_images=1000``.
 
         Returns:
             The record; empty on all but the first of several processes.
 
         Raises:
-            UserError: a field that does not exist, or what cannot be measured.
+            UserError: a field or a checkpoint that does not exist, or what cannot be measured.
 
         Examples:
             >>> record = se.Run("runs/mine").evaluate(num_images=500, solver_steps=4)
@@ -93,7 +96,7 @@ class Run:
             True
         """
         config = with_values(self.config, {"evaluation": changes})
-        return evaluate(Path(self.folder), config, average) or {}
+        return evaluate(Path(self.folder), config, average, checkpoint) or {}
 
 
 def train(

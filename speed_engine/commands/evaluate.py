@@ -49,6 +49,8 @@ class EvaluateCommand:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to measure; RUN/checkpoints lists them. By default the newest."""
     num_images: int | None = None
     """Number of images to generate. By default that of the run."""
     average: str = EMA
@@ -67,15 +69,19 @@ class EvaluateCommand:
     guidance_channels: int | None = None
     """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
     default that of the run."""
-    features: Literal["classifier", "inception"] | None = None
-    """Features that the metrics compare: those of a classifier trained on the run's data, or those
-    of the standard Inception network. By default those of the run."""
+    features: Literal["classifier", "inception", "dinov2"] | None = None
+    """Features that the metrics compare: those of a classifier trained on the run's data, those of
+    the standard Inception network, or those of DINOv2. By default those of the run."""
     inception_weights: Path | None = None
     """Weights file of the Inception network. By default it is searched in the cache of torch
     hub."""
+    dinov2_weights: Path | None = None
+    """Folder of the DINOv2 network, as transformers has it. By default facebook/dinov2-large is
+    searched in the cache of the Hugging Face hub."""
     reference: str | None = None
-    """Real pictures to compare with, as shards or an .npz; --evaluation.reference of `speed-engine
-    train --help` says which. By default what the run names, else its own data."""
+    """Real pictures to compare with, as shards, a folder of pictures, or an .npz;
+    --evaluation.reference of `speed-engine train --help` says which. By default what the run names,
+    else its own data."""
     vae: str | None = None
     """The autoencoder that decodes latents, a diffusers AutoencoderKL as a folder or a name on the
     Hugging Face hub. By default that of the run."""
@@ -103,54 +109,66 @@ def run(arguments: list[str], console: Console) -> None:
         metrics=command.metrics,
         features=command.features,
         inception_weights=command.inception_weights,
+        dinov2_weights=command.dinov2_weights,
         reference=command.reference,
         clip_model=command.clip_model,
     )
-    record = evaluate(command.run, config, command.average)
+    record = evaluate(command.run, config, command.average, command.checkpoint)
     if record is not None and command.json:
         console.print_json(as_json(record))
     elif record is not None:
         show(record, console)
 
 
-def evaluate(run: Path, config: TrainConfig, average: str = EMA) -> dict[str, Any] | None:
-    """The record of the newest checkpoint under the configured settings; None on other processes.
+def evaluate(
+    run: Path, config: TrainConfig, average: str = EMA, asked_step: int | None = None
+) -> dict[str, Any] | None:
+    """The record of a checkpoint under the configured settings; None on other processes.
 
     Args:
         run: folder.
         config: of the run; its evaluation says how to generate and what to measure.
         average: name of the EMA; the record of another than ``ema`` names it.
+        asked_step: of the checkpoint; by default the newest.
 
     Raises:
-        UserError: the run has no checkpoint or no such EMA, or nothing is to be measured.
+        UserError: the run has no such checkpoint or no such EMA, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
-    step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run)).step)
+    step = asked_step
+    if step is None:
+        step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run)).step)
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
         raise UserError(
-            "this run's evaluation.features is none, which measures nothing; choose --features."
+            "this run's evaluation.features is none, which measures nothing; choose --features, or "
+            "--metrics loss."
         )
     if known := world.from_first(lambda: _known(run, step, evaluator, average)):
         if world.is_first:
             text = f"measured before, at step {step} with these settings"
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
-    model, step = load_average(run, config, machine.torch_device(config.device, world), average)
+    placed = machine.torch_device(config.device, world)
+    model, step = load_average(run, config, placed, average, asked_step)
     device = machine.choose_device(config.device).value
     how = machine.choose_generation(config.compile, device).value
     folder = run / "samples" / f"step-{step:08d}.parts"
     weights = sha256_of(model.state_dict())
     forward: Any = compiled(model, how)
-    parts = _generated(evaluator, forward, weights, how, folder, world)
-    validation = evaluator.validate(forward)
+    parts = None
+    if evaluator.needs_images:
+        parts = _generated(evaluator, forward, weights, how, folder, world)
+    with announced("computing the validation loss"):
+        validation = evaluator.validate(forward)
     if not world.is_first:
         return None
-    images = parts.images()
+    images = parts and parts.images()
     with announced("comparing generated images with real ones"):
         found = evaluator.measure(images, validation)
     assert found is not None  # some field is measured
-    parts.remove()
+    if parts is not None:
+        parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
     record |= {} if average == EMA else {"average": average}
     append_record(run, record | {"evaluated": True})
@@ -181,8 +199,11 @@ def _generated(
 
 def show(record: dict[str, Any], console: Console) -> None:
     """The metrics as a table; of one extractor, since those of two cannot be compared."""
-    steps = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
-    console.print(f"step {record['step']}, {record['num_generated']:,} images by {steps}")
+    if "num_generated" in record:
+        how = f"{record['solver']}, {record['solver_steps']} steps, guidance {record['guidance']:g}"
+        console.print(f"step {record['step']}, {record['num_generated']:,} images by {how}")
+    else:
+        console.print(f"step {record['step']}, no images generated, for the loss needs none")
     if "extractor" in record:
         console.print(
             f"features of {record['extractor']}", highlight=False, markup=False, soft_wrap=True

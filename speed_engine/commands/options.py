@@ -53,6 +53,8 @@ MEANINGS = {
     "resolution": ("data.image_shape", "size"),
     "classes": ("data.num_classes", "class"),
     "arch": ("model.size",),
+    "hidden_size": ("model.dim",),
+    "model.hidden_size": ("model.dim",),
     "cfg": ("guidance", "evaluation.guidance"),
     "cfg_scale": ("guidance", "evaluation.guidance"),
     "guidance_scale": ("guidance", "evaluation.guidance"),

@@ -35,17 +35,21 @@ class EvaluationConfig:
     guidance_channels: int | None = None
     """Number of channels, the first ones, that guidance acts on; DiT's published samples have 3. By
     default it acts on all channels."""
-    features: Literal["classifier", "inception", "none"] = "classifier"
+    features: Literal["classifier", "inception", "dinov2", "none"] = "classifier"
     """Features that FID and other metrics compare: those of a classifier trained on these data,
-    those of the standard Inception network, or none; then images are generated, and only metrics
-    that need no features are measured."""
+    those of the standard Inception network, those of DINOv2 (ViT-L/14), or none; then images are
+    generated, and only metrics that need no features are measured."""
     inception_weights: Path | None = None
     """Weights file of the Inception network. By default it is searched in the cache of torch
     hub."""
+    dinov2_weights: Path | None = None
+    """Folder of the DINOv2 network, as transformers has it. By default facebook/dinov2-large is
+    searched in the cache of the Hugging Face hub, and never fetched."""
     reference: str | None = None
     """Real pictures to compare with in place of those of the data set: shards of pictures as a path
-    or URL, or an .npz as ADM's evaluator reads it (arr_0 pictures, arr_1 classes; mu and sigma,
-    statistics in Inception's features, alone suffice for FID). Latents need it."""
+    or URL, a folder of pictures, or an .npz as ADM's evaluator reads it (arr_0 pictures, arr_1
+    classes; mu and sigma, statistics in Inception's features, alone suffice for FID). Latents need
+    it."""
     metrics: Annotated[tuple[str, ...], tyro.conf.arg(help=METRICS_HELP)] = ("fid", "kid", "loss")
     clip_model: str | None = None
     """Model that the metric clip uses: a CLIPModel with its processor, as a folder or a name on the
@@ -58,8 +62,11 @@ class EvaluationConfig:
         for metric in self.metrics:
             has_model = "clip" not in METRICS[metric].needs or self.clip_model is not None
             check("evaluation.metrics", named, has_model, f"{metric} needs evaluation.clip_model")
+            has_classes = "logits" not in METRICS[metric].needs or self.features != "dinov2"
+            none = f"{metric} needs classes, and evaluation.features=dinov2 has none; leave it out"
+            check("evaluation.metrics", named, has_classes, none)
         compared = self.reference is None or self.features != "none"
-        need = "is compared in features; set evaluation.features to inception or classifier"
+        need = "is compared in features; set evaluation.features to inception, dinov2 or classifier"
         check("evaluation.reference", self.reference, compared, need)
         check_counts("evaluation.", self, "every", "num_images", "solver_steps")
         channels = self.guidance_channels

@@ -163,11 +163,16 @@ class Evaluator:
         )
         return images if self.decode is None else self.decode(images)
 
-    def measure(self, images: Tensor, validation: float | None = None) -> Evaluation | None:
+    @property
+    def needs_images(self) -> bool:
+        """Whether something that is measured looks at generated images."""
+        return any(METRICS[name].needs != ("validation",) for name in self._measured())
+
+    def measure(self, images: Tensor | None, validation: float | None = None) -> Evaluation | None:
         """What is to be measured of images that were generated; None if that is nothing.
 
         Args:
-            images: (N, C, H, W), of ``generate``.
+            images: (N, C, H, W), of ``generate``; None only where none are needed.
             validation: of ``validate``.
         """
         measured = [METRICS[name] for name in self._measured()]
@@ -181,7 +186,7 @@ class Evaluator:
             "clip": self.clip,
             "validation": validation,
         }
-        if self.extractor is not None:
+        if self.extractor is not None and images is not None:
             logits = any("logits" in metric.needs for metric in measured)
             generated = ImageSet(images, len(images), self.extractor, logits=logits)
             given |= {"generated": generated, "logits": generated.logits if logits else None}
@@ -197,7 +202,12 @@ class Evaluator:
         )
 
     def circumstances(self) -> dict[str, Any]:
-        """The fields of a record that say what was measured and how."""
+        """The fields of a record that say what was measured and how.
+
+        There are none where no images are needed: the validation loss depends on no setting.
+        """
+        if not self.needs_images:
+            return {}
         facts: dict[str, Any] = {"num_generated": self.num_images, **self.settings.record()}
         facts["reference_sha256"] = self.reference_sha256
         if self.extractor is not None and (real := self._real().get("")) is not None:

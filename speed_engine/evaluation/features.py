@@ -2,6 +2,7 @@
 
     classifier   a small CNN trained on the real images themselves, see classifier.py
     inception    the standard Inception-v3 of published FID numbers, 2048 features
+    dinov2       DINOv2's ViT-L/14, 1024 features of FD-DINOv2, see dinov2.py
 
 A fidelity number means something only together with its extractor, so an extractor is named by
 the SHA-256 of its weights: other weights are another name, and nothing cached can be stale.

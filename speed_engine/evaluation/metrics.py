@@ -220,7 +220,8 @@ def title(field: str, extractor: str | None) -> str:
     words = f"held-out {figure.title}" if field.startswith(HELD_OUT) else figure.title
     if not figure.published or extractor in (None, INCEPTION):
         return words
-    of = "classifier" if extractor.startswith("speed-classifier-") else extractor
+    families = {"speed-classifier-": "classifier", "dinov2-": "DINOv2"}
+    of = next((of for begin, of in families.items() if extractor.startswith(begin)), extractor)
     return f"{words} ({of} features)"
 
 

@@ -13,6 +13,7 @@ from speed_engine.data.batch import StoredBatch
 from speed_engine.data.config import DataConfig
 from speed_engine.data.facts import IMAGES as PICTURE_MEMBERS
 from speed_engine.data.format.held_out import Part, in_part, part_fingerprint
+from speed_engine.data.format.remote import is_url
 from speed_engine.data.loading.decoding import BatchReader, Shape, read_all
 from speed_engine.data.loading.order import elsewhere
 from speed_engine.data.opening import build_cleaning, contents_of, open_data, stored_shape
@@ -20,8 +21,10 @@ from speed_engine.diffusion.fitted import Method
 from speed_engine.evaluation.archive import PICTURES, open_archive
 from speed_engine.evaluation.classifier import classifier_for
 from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.dinov2 import dinov2_features
 from speed_engine.evaluation.features import Extractor, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
+from speed_engine.evaluation.picture_folder import PictureFolder, open_pictures, picture_names
 from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import cache_folder
@@ -63,6 +66,12 @@ def real_images(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) ->
         return _of_data_set(data, evaluation)
     if evaluation.reference.endswith(".npz"):
         return _of_archive(evaluation, shape)
+    path = Path(evaluation.reference).expanduser()
+    if not is_url(evaluation.reference):
+        if not path.exists():
+            raise UserError(f"evaluation.reference={path} does not exist; correct the path.")
+        if path.is_dir() and not any(path.glob("*.tar")) and (names := picture_names(path)):
+            return _of_pictures(evaluation, open_pictures(path, names, shape))
     return _of_shards(data, evaluation, shape)
 
 
@@ -123,6 +132,16 @@ def _of_shards(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) -> 
     return RealImages(extractor=extractor, reference=images, reference_sha256=reader.fingerprint)
 
 
+def _of_pictures(evaluation: EvaluationConfig, pictures: PictureFolder) -> RealImages:
+    """A reference in a plain folder."""
+    read, labels = cache(pictures.images), pictures.labels
+    labelled = None if labels is None else lambda: (read(), labels)
+    extractor = _extractor(evaluation, pictures.sha256, labelled)
+    file = _statistics_file(pictures.sha256, PICTURES, pictures.shape, extractor)
+    images = ImageSet(read, len(pictures.names), extractor, file)
+    return RealImages(extractor=extractor, reference=images, reference_sha256=pictures.sha256)
+
+
 def _of_archive(evaluation: EvaluationConfig, shape: Shape) -> RealImages:
     """A reference in the layout of ADM's evaluator; its statistics are those of Inception."""
     source = str(evaluation.reference)
@@ -130,10 +149,11 @@ def _of_archive(evaluation: EvaluationConfig, shape: Shape) -> RealImages:
     if archive.shape is not None:
         count, height, width, channels = archive.shape
         _check_alike(source, (channels, height, width), shape)
-    elif evaluation.features == "classifier":
+    elif evaluation.features != "inception":
         raise UserError(
             f"evaluation.reference={source} holds statistics of Inception's features and no "
-            "pictures that a classifier could be trained on; set evaluation.features=inception."
+            f"pictures, which evaluation.features={evaluation.features} needs; set "
+            "evaluation.features=inception."
         )
     else:
         count, (channels, height, width) = 0, shape
@@ -235,9 +255,12 @@ def _extractor(
     """
     if evaluation.features == "inception":
         return inception_features(evaluation.inception_weights)
+    if evaluation.features == "dinov2":
+        return dinov2_features(evaluation.dinov2_weights)
     if labelled is None:
         raise UserError(
-            "evaluation.features=classifier needs the labels of the images (member cls, or arr_1 "
-            "of an .npz); use inception, or none to generate images only."
+            "evaluation.features=classifier needs the labels of the images (member cls, arr_1 of "
+            "an .npz, or a sub-folder per class); use inception or dinov2, or none to generate "
+            "images only."
         )
     return classifier_for(*labelled(), cache_folder() / "features", content)

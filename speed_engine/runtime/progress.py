@@ -1,11 +1,12 @@
-"""What a person sees while work is done: one live line in a terminal, plain lines elsewhere."""
+"""What a person sees of work: one live line in terminals and notebooks, plain lines elsewhere."""
 
+import importlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 log = logging.getLogger(__name__)
 SILENCE = 2.0  # seconds after which a person wonders what is done
 INTERVAL = 30.0  # seconds between plain lines
+NOTEBOOK_INTERVAL = 1.0  # between changes of a notebook's line, each of which is a message
 
 
 @contextmanager
@@ -27,6 +29,24 @@ def announced(text: str) -> Iterator[None]:
         timer.cancel()
 
 
+class _NotebookLine:
+    """A line of a notebook's output that takes the place of the one before it.
+
+    rich's own live line would need the library ipywidgets.
+    """
+
+    def __init__(self) -> None:
+        self._shown: Any = None
+
+    def show(self, text: str) -> None:
+        content = {"text/plain": text}
+        if self._shown is None:
+            display: Any = importlib.import_module("IPython.display").display
+            self._shown = display(content, raw=True, display_id=True)
+        else:
+            self._shown.update(content, raw=True)
+
+
 class TrainingProgress:
     """A context manager that shows how far a run is.
 
@@ -37,8 +57,10 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
-        self._total = total_steps
+        self._first, self._total = first_step, total_steps
+        self._silent_since: float | None = None  # until the first figures
         self._live = console.is_terminal
+        self._line = _NotebookLine() if console.is_jupyter else None
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -49,9 +71,16 @@ class TrainingProgress:
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
 
     def step(self, step: int) -> None:
-        """Move on to a step; cheap."""
+        """Move on to a step; cheap. Where steps are slow, says once how slow."""
         if self._live:
             self._bar.update(self._task, completed=step)
+        elif self._silent_since is not None:
+            passed = time.monotonic() - self._silent_since
+            if passed > INTERVAL:
+                self._silent_since = None
+                each = passed / (step - self._first)
+                remaining = _clock(each * (self._total - step))
+                self._show(f"step {step}/{self._total}  {each:.1f} s a step  ETA {remaining}")
 
     def figures(self, step: int, loss: float, rate: float, step_seconds: float) -> None:
         """Show the figures of an interval.
@@ -63,12 +92,13 @@ class TrainingProgress:
             step_seconds: of one of its steps, from which the remaining time follows; evaluations
                 that are to come are not in it.
         """
+        self._silent_since = None
         remaining = step_seconds * (self._total - step)
         text = f"loss {loss:.4f}  {rate:,.0f} images/s  ETA {_clock(remaining)}"
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
-            self.say(f"step {step}/{self._total}  {text}")
+            self._show(f"step {step}/{self._total}  {text}")
 
     def evaluating(self, step: int, images: int) -> Callable[[float], None]:
         """What to call with the number of images, or parts of one, that were generated since.
@@ -77,7 +107,8 @@ class TrainingProgress:
             step: that is evaluated.
             images: that this process generates.
         """
-        done, said = 0.0, time.monotonic() - INTERVAL + SILENCE
+        interval = INTERVAL if self._line is None else NOTEBOOK_INTERVAL
+        done, said = 0.0, time.monotonic() - interval + min(interval, SILENCE)
 
         def advance(more: float) -> None:
             nonlocal done, said
@@ -85,9 +116,9 @@ class TrainingProgress:
             text = f"evaluating: {min(done, images):,.0f}/{images:,} images"
             if self._live:
                 self._bar.update(self._task, figures=text)
-            elif now - said > INTERVAL:
+            elif now - said > interval:
                 said = now
-                self.say(f"step {step}/{self._total}  {text}")
+                self._show(f"step {step}/{self._total}  {text}")
 
         return advance
 
@@ -95,7 +126,15 @@ class TrainingProgress:
         """Print a line; it stays above the live one."""
         self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
+    def _show(self, text: str) -> None:
+        """How far the run is, where rich shows no live line."""
+        if self._line is None:
+            self.say(text)
+        else:
+            self._line.show(text)
+
     def __enter__(self) -> Self:
+        self._silent_since = time.monotonic()
         self._bar.start()
         return self
 
@@ -114,6 +153,7 @@ class SampleProgress:
 
     def __init__(self, console: Console, total: int, interval: float = INTERVAL) -> None:
         self._total, self._interval = total, interval
+        self._line = _NotebookLine() if console.is_jupyter else None
         self._begun: float | None = None
         self._at_begin = self._done = 0
         self._said = time.monotonic()
@@ -136,9 +176,11 @@ class SampleProgress:
         remaining = (self._total - self._done) / rate if rate else 0
         text = f"{rate:,.0f}/s  ETA {_clock(remaining)}"
         self._bar.update(self._task, completed=self._done, figures=text)
-        if self._bar.disable and now - self._said > self._interval:
+        line = f"{self._done:,}/{self._total:,} samples  {text}"
+        if self._line is not None:
+            self._line.show(line)
+        elif self._bar.disable and now - self._said > self._interval:
             self._said = now
-            line = f"{self._done:,}/{self._total:,} samples  {text}"
             self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.build import build_evaluator, build_process
+from speed_engine.api.loading import load
+from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.commands import evaluate as commands
 from speed_engine.commands.evaluate import show
 from speed_engine.config import TrainConfig
@@ -22,7 +24,7 @@ from speed_engine.data.config import DataConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import resume, start
+from speed_engine.run import load_average, read_config, resume, start
 from speed_engine.runtime import machine
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.records import append_record, read_records
@@ -119,6 +121,34 @@ def test_other_settings_are_measured_once_and_survive_a_resumption(run, capsys):
     resume(run, Console(file=io.StringIO()), steps=6)
     assert {**record, "evaluated": True} in read_records(run)
     assert [r["step"] for r in read_records(run) if "evaluated" in r] == [4]
+
+
+def test_an_earlier_checkpoint_is_measured_by_its_step(run, capsys):
+    options = "--checkpoint", 2, "--metrics", "fid", "--json"
+    record = json.loads(evaluate(run, capsys, *options).out)
+    (of_newest,) = [r for r in read_records(run) if "fid" in r and r["step"] == 4]
+    assert (record["step"], record["images"]) == (2, 32) and record["fid"] != of_newest["fid"]
+    again = evaluate(run, capsys, *options)
+    assert (
+        "measured before, at step 2" in again.err and json.loads(again.out)["fid"] == record["fid"]
+    )
+    assert read_records(run)[-1]["step"] == 2
+    assert load(run).facts.figures["fid"] == of_newest["fid"]  # of the model that is loaded
+    with pytest.raises(SystemExit):
+        evaluate(run, capsys, "--checkpoint", 3)
+    assert "has no checkpoint of step 3; it keeps those of: 2, 4" in capsys.readouterr().err
+
+
+def test_the_validation_loss_alone_needs_no_images(run, capsys, monkeypatch):
+    monkeypatch.setattr(Evaluator, "generate_some", None)
+    shown = evaluate(run, capsys, "--metrics", "loss", "--json")
+    record, config = json.loads(shown.out), read_config(run)
+    validation = build_validation(config, build_process(config))
+    model, _ = load_average(run, config, torch.device("cpu"))
+    assert record == {"step": 4, "images": 64, "validation_loss": pytest.approx(validation(model))}
+    shown = evaluate(run, capsys, "--metrics", "loss", "--solver-steps", 7)
+    assert "measured before, at step 4" in shown.err
+    assert "step 4, no images generated" in shown.out and "validation loss" in shown.out
 
 
 def test_another_average_is_measured_by_its_name(run, capsys):

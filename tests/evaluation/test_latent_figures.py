@@ -233,7 +233,7 @@ def test_a_reference_unlike_the_pictures_is_refused(folder, tmp_path):
     bare = write_pictures(tmp_path / "bare", labelled=False)
     for reference in (bare, folder / "unlabelled.npz"):
         told = refusal(config_of(folder, reference=str(reference)))
-        assert "needs the labels of the images (member cls, or arr_1 of an .npz)" in told
+        assert "needs the labels of the images (member cls, arr_1 of an .npz, or" in told
 
 
 def test_statistics_suffice_for_fid_in_their_own_features_only(folder, tmp_path, pixel_features):
@@ -241,7 +241,9 @@ def test_statistics_suffice_for_fid_in_their_own_features_only(folder, tmp_path,
     np.savez(path, mu=np.zeros(768), sigma=np.eye(768))
     told = refusal(config_of(folder, reference=str(path), features="inception", metrics=("prc",)))
     assert "prc compares with real pictures" in told and "suffice for fid; leave prc out" in told
-    assert "no pictures that a classifier" in refusal(config_of(folder, reference=str(path)))
+    assert "no pictures, which evaluation.features=classifier needs" in refusal(
+        config_of(folder, reference=str(path))
+    )
     np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
     told = refusal(config_of(folder, reference=str(path), features="inception", metrics=("fid",)))
     assert "statistics of 64 features, pixels-of-3x16x16 has 768" in told

@@ -1,8 +1,13 @@
 """Real images come from the data set that is trained on, and from one that never is."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from pixels import extractor_of
 
 from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.config import TrainConfig
@@ -11,7 +16,9 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.opening import open_data
 from speed_engine.data.preparing.sources.digits import digits_folder
+from speed_engine.evaluation import references
 from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.references import real_images
 from speed_engine.runtime.checks import UserError
 
 
@@ -46,3 +53,86 @@ def test_a_test_data_set_is_the_held_out_part_and_nothing_is_taken_from_training
 def test_two_ways_of_holding_out_are_one_too_many():
     with pytest.raises(UserError, match=r"data\.test_source=other holds images out already"):
         DataConfig(test_source="other", held_out=0.1)
+
+
+def write_pictures(folder: Path, side: int = 16, mode: str = "RGB") -> np.ndarray:
+    """Twelve PNGs and JPEGs of two classes at two depths; their pixels in the order of names."""
+    noise = np.random.default_rng(0)
+    pixels = {}
+    for i in range(12):
+        name = f"{'ab'[i % 2]}/{i % 3}/{i:02d}." + ("jpg" if i == 5 else "png")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        grey = noise.integers(0, 255, (side, side), np.uint8)
+        Image.fromarray(grey).convert(mode).save(folder / name)
+        pixels[name] = np.asarray(Image.open(folder / name).convert("RGB"))
+    return np.stack([pixels[name] for name in sorted(pixels)]).transpose(0, 3, 1, 2)
+
+
+@pytest.fixture
+def labelled(monkeypatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What classifiers were to be trained on; their features are pixels."""
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def classifier_for(images, labels, *_):
+        given.append((images, labels))
+        return replace(extractor_of(16, 16), channels=3)
+
+    monkeypatch.setattr(references, "classifier_for", classifier_for)
+    return given
+
+
+def reference_in(folder: Path):
+    return real_images(DataConfig(), EvaluationConfig(reference=str(folder)), (3, 16, 16))
+
+
+def test_a_folder_of_pictures_is_a_reference_and_its_folders_are_classes(tmp_path, labelled):
+    truth = write_pictures(tmp_path / "real", mode="L")
+    (tmp_path / "real/a/notes.txt").write_text("not a picture")
+    (tmp_path / "real/a/.hidden.png").write_text("nor this")
+    real = reference_in(tmp_path / "real")
+    assert real.reference is not None and real.training is None and len(real.reference) == 12
+    assert np.array_equal(real.reference.images.numpy(), truth)
+    ((images, labels),) = labelled
+    assert images is real.reference.images and labels.tolist() == [0] * 6 + [1] * 6  # by name
+
+
+def test_a_picture_that_changes_is_another_reference(tmp_path, labelled):
+    write_pictures(tmp_path)
+    first = reference_in(tmp_path).reference_sha256
+    assert reference_in(tmp_path).reference_sha256 == first
+    path = tmp_path / "b/2/11.png"
+    Image.open(path).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(path)
+    assert reference_in(tmp_path).reference_sha256 != first
+
+
+def test_pictures_beside_folders_have_no_classes(tmp_path):
+    write_pictures(tmp_path)
+    (tmp_path / "a/0/00.png").rename(tmp_path / "00.png")
+    with pytest.raises(UserError, match="needs the labels of the images .* or a sub-folder per"):
+        reference_in(tmp_path)
+
+
+def test_a_folder_that_cannot_be_a_reference_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation\.reference=.*gone does not exist; correct"):
+        reference_in(tmp_path / "gone")
+    write_pictures(tmp_path / "real")
+    Image.new("RGB", (16, 20)).save(tmp_path / "real/b/tall.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "real/b/small.png")
+    with pytest.raises(UserError) as refused:
+        reference_in(tmp_path / "real")
+    assert "holds 2 pictures of another height and width than (16, 16)" in str(refused.value)
+    assert "such as b/small.png of (8, 8)" in str(refused.value)
+    make = f"`speed-engine shards make {tmp_path}/real shards/real --size 16`"
+    assert make in str(refused.value) and "name shards/real instead" in str(refused.value)
+    (tmp_path / "real/b/tall.png").unlink()
+    (tmp_path / "real/b/small.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"b/small\.png cannot be used: .*Take it out of"):
+        reference_in(tmp_path / "real")
+
+
+def test_a_picture_whose_pixels_are_cut_off_is_named(tmp_path):
+    write_pictures(tmp_path)
+    path = tmp_path / "b/2/11.png"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"b/2/11\.png cannot be used: .*Take it out of"):
+        reference_in(tmp_path)

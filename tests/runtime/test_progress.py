@@ -2,7 +2,9 @@
 
 import io
 import logging
+import sys
 import time
+import types
 
 import pytest
 from rich.console import Console
@@ -46,6 +48,22 @@ def test_the_remaining_time_follows_from_the_newest_interval(clock):
     assert said(console)[-1] == "step 200/1000  loss 0.5000  800 images/s  ETA 1:20"
 
 
+def test_slow_steps_say_once_how_slow_they_are_before_the_first_figures(clock):
+    console = plain()
+    with TrainingProgress(console, 10, 1010) as shown:
+        for step in (11, 12, 13, 14):
+            clock[0] += 20
+            shown.step(step)
+    assert said(console) == ["step 12/1010  20.0 s a step  ETA 5:32:40"]
+    console = plain()
+    with TrainingProgress(console, 0, 100) as shown:
+        clock[0] += 20
+        shown.figures(1, 0.5, 1.0, 20.0)
+        clock[0] += 20
+        shown.step(2)
+    assert len(said(console)) == 1
+
+
 def test_an_evaluation_says_how_far_it_is(clock):
     console = plain()
     with TrainingProgress(console, 0, 1000) as shown:
@@ -77,3 +95,57 @@ def test_the_rate_leaves_out_what_was_there(clock):
         clock[0] += 50
         shown.advance(50)
     assert said(console) == ["450/500 samples  1/s  ETA 0:50"]
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> list[list[str]]:
+    """A notebook's outputs, each with all that it showed in turn."""
+    outputs: list[list[str]] = []
+
+    class Handle:
+        def __init__(self, texts: list[str]) -> None:
+            self.texts = texts
+
+        def update(self, content, raw):
+            self.texts.append(content["text/plain"])
+
+    def display(content, raw=False, display_id=False):
+        outputs.append([content["text/plain"] if raw else content.text.rstrip()])
+        return Handle(outputs[-1]) if display_id else None
+
+    module = types.ModuleType("IPython.display")
+    module.__dict__["display"] = display
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    return outputs
+
+
+def test_a_notebook_has_one_line_that_changes_and_what_is_said_below_it(notebook, clock):
+    console = Console(force_jupyter=True)
+    with TrainingProgress(console, 0, 300) as shown:
+        shown.figures(100, 0.5, 10.0, 1.0)
+        advance = shown.evaluating(100, 200)
+        for _ in range(4):
+            clock[0] += 0.6
+            advance(50)
+        shown.say("step 100/300  FID 3.2")
+        shown.figures(200, 0.25, 10.0, 1.0)
+    live, said = notebook
+    assert live == [
+        "step 100/300  loss 0.5000  10 images/s  ETA 3:20",
+        "step 100/300  evaluating: 100/200 images",
+        "step 100/300  evaluating: 200/200 images",
+        "step 200/300  loss 0.2500  10 images/s  ETA 1:40",
+    ]
+    assert said == ["step 100/300  FID 3.2"]
+
+
+def test_a_notebook_counts_samples_in_one_line(notebook, clock):
+    with SampleProgress(Console(force_jupyter=True), 30) as shown:
+        for _ in range(3):
+            shown.advance(10)
+            clock[0] += 1
+    assert notebook == [[
+        "10/30 samples  0/s  ETA 0:00", "20/30 samples  10/s  ETA 0:01",
+        "30/30 samples  10/s  ETA 0:00",
+    ]]  # fmt: skip

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from speed_engine import __version__
 from speed_engine.commands.dispatch import usage
-from speed_engine.runtime.checks import UserError, unknown
+from speed_engine.runtime.checks import UserError, printable, unknown
 from speed_engine.runtime.files import cache_folder
 
 # name -> (how it is called, what it does); each is a module of speed_engine/commands
@@ -159,12 +159,17 @@ class _LowerCaseLevel(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno == logging.INFO:
-            return f"{record.getMessage()} ..."
+            return f"{_lines(record.getMessage())} ..."
         own = logging.makeLogRecord(record.__dict__ | {"levelname": record.levelname.lower()})
-        return super().format(own)
+        return _lines(super().format(own))
+
+
+def _lines(message: str) -> str:
+    """A message in which names of files and classes steer no terminal."""
+    return "\n".join(map(printable, message.expandtabs().split("\n")))
 
 
 def _fail(message: str) -> NoReturn:
-    text = Text.assemble(("error:", "red"), " ", message)
+    text = Text.assemble(("error:", "red"), " ", _lines(message))
     Console(stderr=True).print(text, highlight=False, soft_wrap=True)
     sys.exit(2)

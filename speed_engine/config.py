@@ -27,6 +27,7 @@ from speed_engine.runtime.checks import (
     check,
     check_between,
     check_counts,
+    check_seed,
     shortened,
     unknown,
 )
@@ -147,7 +148,7 @@ class TrainConfig:
             0 <= self.low_resolution_noise <= 1,
             "is a level in [0, 1]",
         )
-        check("seed", self.seed, -(2**63) <= self.seed < 2**63, "must fit a signed 64-bit integer")
+        check_seed(self.seed)
         check(
             "evaluation.solver_steps",
             self.evaluation.solver_steps,
@@ -269,7 +270,14 @@ def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
             value = {**(before if same else {}), **value}
         merged[name] = value
     # Through JSON, which makes lists of tuples and texts of paths.
-    return _checked(json.loads(json.dumps(merged, default=str)))
+    return _checked(json.loads(json.dumps(merged, default=_plain)))
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy or PyTorch is a number; anything else is its text."""
+    # Not by isinstance: neither library is imported for that.
+    is_number = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if is_number else str(value)
 
 
 def _checked(values: dict[str, Any]) -> TrainConfig:

@@ -439,7 +439,7 @@ def _reconstructed(path: Path, config: TrainConfig, name: str) -> dict[str, Tens
     """
     decay_of(name)
     step = checkpoint.read_state(path).step
-    kept = sorted(path.parent.glob("step-*"))
+    kept = checkpoint.complete(path.parent)
     stored = post_hoc.stored_averages(kept, config.optimizer.averages, step)
     exponent = float(name.removeprefix(post_hoc.RULE))
     return post_hoc.reconstructed(stored, step, exponent) if stored else {}

@@ -18,6 +18,7 @@ import torch
 from speed_engine import cli
 from speed_engine.commands.configured import GROUPS
 from speed_engine.config import TrainConfig
+from speed_engine.data.format.writer import ShardWriter
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.presets import PRESETS
 from speed_engine.runtime import kernels
@@ -112,6 +113,32 @@ def test_an_environment_that_torchrun_does_not_make_is_named(
         monkeypatch.setenv(name, value)
     message = fails(capsys, "train", "digits", "--run", str(tmp_path / "run"))
     assert said in message and "by torchrun; for one, unset" in message
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK=: needed is a whole number"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two: needed is a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2, WORLD_SIZE=2: the rank lies below the size"),
+    ],
+)
+def test_processes_that_encode_are_those_that_torchrun_makes(
+    capsys, monkeypatch, tmp_path, environment, said
+):
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with ShardWriter(tmp_path / "shards", "x", 3) as writer:
+        writer.write("1", {"cls": b"1"})
+    arguments = ["encode", str(tmp_path / "shards"), str(tmp_path / "out"), "--vae", "none"]
+    assert said in fails(capsys, "shards", *arguments)
+
+
+def test_methods_are_listed_for_as_many_timesteps_as_take_seconds(capsys):
+    message = fails(capsys, "methods", "--num-timesteps", "1000000")
+    assert "num_timesteps=1000000: must be at most 20,000." in message
 
 
 def test_names_that_the_terminal_cannot_show_are_no_error(tmp_path):
@@ -356,6 +383,15 @@ def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
         (["train", "digits", "--num_workers", "2"], "--data.workers"),
         (["train", "digits", "--guidance-scale", "2"], "--evaluation.guidance"),
         (["train", "digits", "--epochs", "2"], "--steps"),
+        (["train", "digits", "--out", "x"], "--run"),
+        (["train", "digits", "--run-dir", "x"], "--run"),
+        (["train", "digits", "--run_name", "x"], "--run"),
+        (["train", "digits", "--name", "x"], "--run"),
+        (["train", "digits", "--device-batch-size", "4"], "--microbatch-size"),
+        (["train", "digits", "--micro-batch", "4"], "--microbatch-size"),
+        (["train", "digits", "--workers", "4"], "--data.workers"),
+        (["shards", "make", "digits", "x", "--num-workers", "2"], "--workers"),
+        (["sample", "runs/x", "--labels", "2"], "--class"),
         (["train", "digits", "--depth", "2"], "--model.depth"),
         (["compare", "digits", "--lr", "2"], "--optimizer.learning-rate"),
         (["sample", "runs/x", "--num-samples", "2"], "--count"),

@@ -436,6 +436,12 @@ def test_the_dry_runs_of_the_paper_s_page_count_every_network(capsys):
     for words in by_network.values():
         cli.main([*words, "--dry-run"])
         assert "parameters" in capsys.readouterr().out
+    data = (DOCS / "paper.md").read_text().partition("## Data")[2].partition("\n## ")[0]
+    hours = dict(re.findall(r"^\| `([\w-]+)` .* \| ([\d.]+) \|$", data, re.MULTILINE))
+    assert len(hours) == 10
+    for preset, least in hours.items():
+        cli.main(["train", preset, "--dry-run", "--gpu", "h200"])
+        assert f"at least {least} hours" in capsys.readouterr().out
 
 
 def test_what_was_measured_here_is_what_the_report_says():

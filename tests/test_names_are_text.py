@@ -4,6 +4,7 @@ import io
 import os
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from speed_engine import cli
@@ -72,3 +73,18 @@ def test_the_words_of_a_record_are_shown_as_they_are():
     show(record, console)
     assert isinstance(console.file, io.StringIO)
     assert "[/x]" in console.file.getvalue() and "[red] :cat:" in console.file.getvalue()
+
+
+def test_names_of_classes_and_files_steer_no_terminal(tmp_path, capsys):
+    hostile = "a\x1b[31m\nb"
+    folder = tmp_path / "pictures" / hostile
+    folder.mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    cli.main(
+        ["shards", "make", str(tmp_path / "pictures"), str(tmp_path / "shards"), "--workers", "1"]
+    )
+    assert r"1 class: a\x1b[31m\nb 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["shards", "check", f"{tmp_path}/gone\x1b[31m"])
+    assert r"gone\x1b[31m holds no .tar shards" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What is known of a trained model, and the model card that says it, as the hub shows it."""
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from speed_engine.config import TrainConfig, flat
 from speed_engine.data.opening import condition_names
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, title, written
 from speed_engine.presets import PRESETS
+from speed_engine.runtime.checks import printable
 
 TASKS = {"tokens": "text-to-image", "low_resolution": "image-to-image"}
 
@@ -23,7 +25,8 @@ class Facts:
         classes: that have samples, in ascending order; empty without classes.
         metadata: of the data set: ``latent_scale`` and ``latent_shift``, and ``classes``, the names
             of the classes, where they are recorded.
-        figures: the newest record of quality, as in ``metrics.jsonl``.
+        figures: the newest record of quality of this EMA, as in ``metrics.jsonl``; the step in it
+            may be an earlier one.
         command: that started the run.
     """
 
@@ -50,11 +53,12 @@ def model_card(name: str, config: TrainConfig, facts: Facts, parameters: int) ->
     prediction = config.prediction or "the baseline's"
     rows = {
         "preset": nearest_preset(config),
-        "method": f"`{config.method}` on the process `{config.schedule}`, prediction {prediction}",
+        "method": f"{_code(config.method)} on the process `{config.schedule}`, "
+        f"prediction {prediction}",
         "network": f"{config.model.family}, {parameters:,} parameters",
         "conditioned on": ", ".join(conditions) or "nothing",
         "trained": f"{facts.step:,} steps of {config.batch_size:,} images, {images:,} images",
-        "data": f"`{config.data.source}`, images of shape {config.data.image_shape}, SHA-256 "
+        "data": f"{_code(config.data.source)}, images of shape {config.data.image_shape}, SHA-256 "
         f"`{facts.data}`",
     }
     figures = facts.figures
@@ -66,9 +70,11 @@ def model_card(name: str, config: TrainConfig, facts: Facts, parameters: int) ->
             f"{figures['num_generated']:,} images by {figures['solver']}, "
             f"{figures['solver_steps']} steps, guidance {figures['guidance']:g}"
         )
+        if (step := figures.get("step", facts.step)) != facts.step:
+            rows["measured on"] += f", by the model of step {step:,}"
     table = "\n".join(f"| {head} | {text} |" for head, text in rows.items())
     command = shlex.join(facts.command)
-    started = f"\nIt was started by `{command}`.\n" if command else ""
+    started = f"\nIt was started by {_code(command)}.\n" if command else ""
     return f"""\
 ---
 library_name: speed-engine
@@ -77,14 +83,14 @@ tags:
 - diffusion
 ---
 
-# {name}
+# {re.sub(_MARKUP, _escaped, printable(name))}
 
 A diffusion model, trained by speed_engine.
 
 ```python
 import speed_engine as se
 
-images = se.load("{name}").generate(16)
+images = se.load({json.dumps(name)}).generate(16)
 ```
 
 | | |
@@ -93,6 +99,20 @@ images = se.load("{name}").generate(16)
 
 `speed-engine train config.json` trains it again, on the same data, from the file beside this one.
 {started}"""
+
+
+_MARKUP = r"[\\`*_{}\[\]<>#|]"  # characters that mean something in Markdown
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return "\\" + found[0]
+
+
+def _code(text: str) -> str:
+    """A text as code in a cell of a table: in one line, between more backticks than it holds."""
+    text = printable(text).replace("|", "\\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def nearest_preset(config: TrainConfig) -> str:

@@ -1,6 +1,6 @@
 """Comparisons from Python: those of ``speed-engine compare``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
 from speed_engine.arena.results import Results, read_results
 from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
+from speed_engine.runtime import strict
+from speed_engine.runtime.checks import MOST, check, check_whole
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,29 @@ def compare(
         >>> "min_snr" in [row["method"] for row in found.table]
         True
     """
+    for name, number in (
+        ("seeds", seeds),
+        ("evaluations", evaluations),
+        ("slots", 1 if slots is None else slots),
+    ):
+        check_whole(name, number, 1, MOST)
+    lists = {
+        "methods": [methods] if isinstance(methods, str) else methods,
+        "learning_rates": learning_rates,
+        "final_solver_steps": final_solver_steps,
+    }
+    for name, values in lists.items():
+        check(name, values, isinstance(values, Iterable), "must be a list")
+    names = strict.read(tuple[str, ...], [*lists["methods"]], "methods")
+    rates = [float(rate) for rate in learning_rates]
     start = origin(config, FAIR_PRESETS)
     command = CompareCommand(
         preset=start.name,
         config=start.config(changes),
-        methods=",".join(methods),
+        methods=",".join(names),
         seeds=seeds,
         evaluations=evaluations,
-        learning_rates=tuple(learning_rates),
+        learning_rates=tuple(rates),
         final_solver_steps=tuple(final_solver_steps),
         slots=slots,
         out=None if folder is None else Path(folder).expanduser(),

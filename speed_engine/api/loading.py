@@ -77,18 +77,25 @@ def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:
     dataset = known_dataset(config.data)
     has_classes = "labels" in condition_names(config.data)
     metadata = {} if dataset is None else dataset.metadata
-    measured = [of for of in read_records(run) if any(map(is_figure, of)) and of["step"] <= step]
-    environment = run / "environment.json"
-    command = json.loads(environment.read_text())["command"] if environment.is_file() else ()
+    records = [of for of in read_records(run) if of.get("average", EMA) == average]
+    measured = [of for of in records if any(map(is_figure, of)) and of["step"] <= step]
     facts = Facts(
         step=step,
         data=checkpoint.read_state(newest_checkpoint(run)).data,
         classes=tuple(classes_with_samples(config.data, dataset)) if has_classes else (),
         metadata={name: metadata[name] for name in _KEPT if name in metadata},
-        figures=sorted(measured, key=lambda of: of["step"])[-1] if measured else {},
-        command=tuple(command),
+        figures=max(reversed(measured), key=lambda of: of["step"], default={}),
+        command=_command(run / "environment.json"),
     )
     return Model(config, network, null_conditions(config.data), facts)
+
+
+def _command(environment: Path) -> tuple[str, ...]:
+    """That started a run, if its record can be read: nothing but the card needs it."""
+    try:
+        return strict.read(tuple[str, ...], json.loads(environment.read_text())["command"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()
 
 
 def _saved(folder: Path, device: Device) -> Model:

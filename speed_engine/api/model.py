@@ -12,11 +12,12 @@ Letters: N images; C channels and H, W of an image.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from speed_engine.api.card import Facts, model_card
 from speed_engine.build import build_decoder, build_process
-from speed_engine.config import TrainConfig, to_json
+from speed_engine.config import TrainConfig, to_json, with_values
 from speed_engine.data.opening import condition_names
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.table import TimestepTable
@@ -107,9 +108,9 @@ class Model:
             >>> images.shape, images.dtype
             (torch.Size([4, 1, 8, 8]), torch.uint8)
         """
-        config = self.config.with_evaluation(
-            num_images=n, solver=solver, solver_steps=steps, guidance=guidance
-        )
+        wanted = {"num_images": n, "solver": solver, "solver_steps": steps, "guidance": guidance}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        config, n = with_values(self.config, {"evaluation": given}), int(n)
         prompts = (prompts,) if isinstance(prompts, str) else prompts
         null = self.null
         if prompts:
@@ -225,7 +226,8 @@ class Model:
         """Numbers of the classes that are asked for."""
         if isinstance(labels, Tensor):
             labels = labels.flatten().tolist()
-        asked = [labels] if isinstance(labels, int | str) else list(labels)
+        several = isinstance(labels, Iterable) and not isinstance(labels, str)
+        asked = list(labels) if several else [labels]
         known: list[str] = self.facts.metadata.get("classes", [])
         for label in asked:
             if isinstance(label, str) and label not in known:
@@ -234,11 +236,12 @@ class Model:
                 raise UserError(
                     f"labels={label!r}: the data set records no names of classes; give numbers."
                 )
-        numbers = tuple(known.index(of) if isinstance(of, str) else int(of) for of in asked)
+        wanted = [known.index(of) if isinstance(of, str) else of for of in asked]
         count = self.config.data.num_classes
-        if not numbers or not all(0 <= number < count for number in numbers):
+        sound = [isinstance(of, Integral) and 0 <= int(of) < count for of in wanted]
+        if not sound or not all(sound):
             raise UserError(f"labels={labels}: needed are classes from 0 to {count - 1}.")
-        return numbers
+        return tuple(int(cast(int, of)) for of in wanted)
 
     @cached_property
     def _table(self) -> TimestepTable:

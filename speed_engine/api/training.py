@@ -49,7 +49,11 @@ class Run:
             >>> [record["step"] for record in run.metrics if "loss" in record]
             [10, 20]
             >>> table = pandas.DataFrame(run.metrics).set_index("step")
+
+        Raises:
+            UserError: the folder is not a run.
         """
+        runs.read_config(Path(self.folder))  # refuses what is no run
         return read_records(Path(self.folder))
 
     def model(self, average: str = EMA, *, device: Device = "auto") -> Model:

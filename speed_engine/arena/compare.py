@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,6 +39,7 @@ from speed_engine.arena.results import BUDGET, Contestant, Results, write_result
 from speed_engine.arena.runs import execute
 from speed_engine.arena.tuning import best, contenders
 from speed_engine.config import TrainConfig, from_json, to_json
+from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
@@ -287,9 +289,12 @@ class Comparison:
             self.out.mkdir(parents=True, exist_ok=True)
             write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
             return
-        before = json.loads(path.read_text())
-        # Read and written again it is as this version writes it.
-        before["config"] = json.loads(to_json(from_json(json.dumps(before["config"]))))
+        before = strict.read_file(dict[str, Any], path, "Name another folder with --out.")
+        try:  # read and written again it is as this version writes it
+            config = from_json(json.dumps(before.get("config")))
+        except UserError as error:
+            raise UserError(f"{path}: {error} Name another folder with --out.") from error
+        before["config"] = json.loads(to_json(config))
         if differing := _differences(before, now):
             raise UserError(
                 f"{self.out} holds a comparison under other conditions: {'; '.join(differing)}. "

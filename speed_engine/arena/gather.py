@@ -1,14 +1,15 @@
 """What runs recorded, as the curves of a comparison."""
 
-import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from speed_engine.arena.planned import FINAL_FILE
 from speed_engine.arena.results import Curve, Point
 from speed_engine.evaluation.metrics import is_figure
+from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.records import read_records
 
@@ -24,10 +25,19 @@ def final_value(run: Path, metric: str) -> float:
     return math.inf if value is None else value
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Final:
+    """What ``final.measure_final`` wrote."""
+
+    by_solver_steps: dict[str, float] = field(default_factory=dict)
+    denoising: dict[str, float] = field(default_factory=dict)
+
+
 def curve_of(contestant: str, seed: int, run: Path, out: Path, failure: str | None) -> Curve:
     """The record of a run, complete or not."""
     final = run / FINAL_FILE
-    measured = json.loads(final.read_text()) if final.exists() else {}
+    remedy = "Delete it and run the same comparison again, which measures the model anew."
+    measured = strict.read_file(_Final, final, remedy) if final.exists() else _Final()
     points = tuple(
         Point(
             images=record["images"],
@@ -42,8 +52,8 @@ def curve_of(contestant: str, seed: int, run: Path, out: Path, failure: str | No
         run=str(run.relative_to(out)),
         failure=failure,
         points=points,
-        by_solver_steps=measured.get("by_solver_steps", {}),
-        denoising=measured.get("denoising", {}),
+        by_solver_steps=measured.by_solver_steps,
+        denoising=measured.denoising,
         copied_share=points[-1].values.get("copied_share") if points else None,
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_engine.evaluation import metrics
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime import strict
 from speed_engine.runtime.files import write_durably
 
 # Options of a contestant: its share of the images, and what is added to its seeds.
@@ -119,17 +119,9 @@ def read_results(path: Path) -> Results:
     """Inverse of ``write_results``.
 
     Raises:
-        UserError: not such a file.
+        OSError: it cannot be read.
+        UserError: not such a file; names it and the field.
     """
-    try:
-        fields = json.loads(path.read_text())
-        curves = [
-            Curve(**{**curve, "points": tuple(Point(**point) for point in curve["points"])})
-            for curve in fields["curves"]
-        ]
-        contestants = [Contestant(**contestant) for contestant in fields["contestants"]]
-        lists = {"contestants": contestants, "curves": curves}
-        lists |= {name: fields[name] for name in ("seeds", "baselines")}
-        return Results(**{**fields, **{name: tuple(value) for name, value in lists.items()}})
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} holds no results of a comparison: {error!r}.") from error
+    return strict.read_file(
+        Results, path, "It holds no results of a comparison; run the same comparison again."
+    )

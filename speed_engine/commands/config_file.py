@@ -11,17 +11,18 @@ What is said later holds: a preset, then what the record of the data set knows, 
 the file, then the command line or the arguments of a call.
 """
 
+import codecs
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from speed_engine.arena.recipes import RECIPES, values_of
 from speed_engine.config import TrainConfig, parsed, to_json, with_values
 from speed_engine.presets import OWN_IMAGES, PRESETS
-from speed_engine.runtime.checks import UserError, unknown
+from speed_engine.runtime.checks import UserError, shortened, unknown
 from speed_engine.runtime.files import write_durably
 
 SUFFIXES = (".toml", ".json")
@@ -36,6 +37,7 @@ class Origin(NamedTuple):
     values: Mapping[str, Any]  # of the file, in place of the preset's
     recipe: Mapping[str, Any] = {}  # what a recipe sets
     own_images: bool = False  # whether the preset takes any images, of which a record tells
+    file: Path | None = None  # that the values are of
 
     def config(self, *later: Mapping[str, Any]) -> TrainConfig:
         """The configuration, with further values that hold before those of the file.
@@ -49,11 +51,20 @@ class Origin(NamedTuple):
         Raises:
             UserError: a name that does not exist, or a value that the configuration refuses.
         """
-        layers = [self.recipe, self.values, *later]
-        config = _layered(self.preset, layers)
+        config = self._layered(self.preset, later)
         if config.data.source == self.preset.data.source and not self.own_images:
             return config
-        return _layered(_of_data_set(self.preset, config.data.source), layers)
+        return self._layered(_of_data_set(self.preset, config.data.source), later)
+
+    def _layered(self, config: TrainConfig, later: Sequence[Mapping[str, Any]]) -> TrainConfig:
+        config = with_values(config, self.recipe) if self.recipe else config
+        try:
+            config = with_values(config, self.values) if self.values else config
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from error
+        for values in later:
+            config = with_values(config, values) if values else config
+        return config
 
 
 def _of_data_set(config: TrainConfig, source: str) -> TrainConfig:
@@ -71,12 +82,6 @@ def _of_data_set(config: TrainConfig, source: str) -> TrainConfig:
     return dataclasses.replace(
         config, data=data, evaluation=dataclasses.replace(config.evaluation, features=features)
     )
-
-
-def _layered(config: TrainConfig, layers: list[Mapping[str, Any]]) -> TrainConfig:
-    for values in layers:
-        config = with_values(config, values) if values else config
-    return config
 
 
 def origin(
@@ -97,6 +102,11 @@ def origin(
     """
     if isinstance(of, TrainConfig):
         return Origin(of.model.family, "A configuration", of, {}, _recipe(recipe))
+    if not isinstance(of, str | Path):
+        raise UserError(
+            f"{shortened(of)} is neither the name of a preset, nor the path of a configuration "
+            "file, nor a TrainConfig; values follow the preset by name, such as steps=500."
+        )
     name, path = str(of), Path(of).expanduser()
     if name in presets:
         return Origin(name, *presets[name], {}, _recipe(recipe), name in OWN_IMAGES)
@@ -106,17 +116,18 @@ def origin(
     preset, filed = values.pop("preset", None), values.pop("recipe", None)
     chosen = _recipe(recipe or filed)
     if preset is None:
-        return Origin(path.stem, f"The configuration of {path}", TrainConfig(), values, chosen)
-    if preset not in presets:
+        text = f"The configuration of {path}"
+        return Origin(path.stem, text, TrainConfig(), values, chosen, file=path)
+    if not isinstance(preset, str) or preset not in presets:
         raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
     text, own_images = f"{preset} as {path} changes it", preset in OWN_IMAGES
-    return Origin(path.stem, text, presets[preset][1], values, chosen, own_images)
+    return Origin(path.stem, text, presets[preset][1], values, chosen, own_images, path)
 
 
-def _recipe(name: str | None) -> dict[str, Any]:
+def _recipe(name: object) -> dict[str, Any]:
     if name is None:
         return {}
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise unknown("recipe", str(name), RECIPES)
     return values_of(name)
 
@@ -128,8 +139,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist; give a preset, or the path of a configuration file."
         ) from None
+    content = content.removeprefix(codecs.BOM_UTF8)  # editors of Windows begin a file with it
     try:
         return tomllib.loads(content.decode()) if path.suffix == ".toml" else parsed(content)
+    except RecursionError:
+        raise UserError(f"{path}: it is nested too deeply for a configuration.") from None
     except ValueError as error:  # UserErrors are ValueErrors
         raise UserError(f"{path}: {error}") from None
 

@@ -17,8 +17,11 @@ from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report, timestep_losses
 from speed_engine.run import kept_steps, load_average, read_config
+from speed_engine.runtime.checks import check_between
 from speed_engine.runtime.machine import torch_device
 from speed_engine.runtime.progress import announced
+
+MOST_SHOWN = 20_000  # timesteps: each of some hundred pairs has a table of them
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class MethodsCommand:
 def run(arguments: list[str], console: Console) -> None:
     """Print the table or the arrays, and write the figures."""
     command = read_options(MethodsCommand, arguments, "speed-engine methods")
+    check_between("num_timesteps", command.num_timesteps, 2, MOST_SHOWN)
     build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
     if command.figures is not None:
         method_report.check_libraries()

@@ -172,11 +172,13 @@ def _encode(arguments: list[str], console: Console) -> None:
     from speed_engine.data.preparing.summary import summarise
     from speed_engine.encoders.text import TextEncoder
     from speed_engine.runtime.progress import SampleProgress
+    from speed_engine.runtime.world import described
 
     dataset, _ = LocalFolder(command.shards).load(())
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(gpu if torch.cuda.is_available() else "cpu")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    world = described(kind)  # processes share the work, and need not talk to each other
+    rank, world_size = world.rank, world.size
+    device = torch.device(f"cuda:{world.local_rank}" if kind == "cuda" else "cpu")
     share = sum(shard.samples for shard in dataset.shards[rank::world_size])
     with SampleProgress(Console(quiet=rank > 0), share) as progress:
         encode(

@@ -27,10 +27,10 @@ def asymmetric(num_cells: int, tau: float, k: float = 5.0) -> Tensor:
         k: ratio of the two probabilities, at least 1.
 
     Raises:
-        UserError: k is below 1 or tau outside [1, T].
+        UserError: k is outside [1, 10^30] or tau outside [1, T].
     """
-    if not (k >= 1 and math.isfinite(k)):
-        raise UserError(f"k={k}: the sampling ratio must be a finite number of at least 1.")
+    if not 1 <= k <= 1e30:
+        raise UserError(f"k={k}: the sampling ratio must lie in [1, 10^30].")
     if not 1 <= tau <= num_cells:
         raise UserError(f"tau={tau} is outside [1, {num_cells}], the process's timesteps.")
     t = torch.arange(1, num_cells + 1)

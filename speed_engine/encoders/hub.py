@@ -2,13 +2,19 @@
 
 import hashlib
 import importlib
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, shortened
+
+# One of them is in the cache where a model, a tokenizer or a processor is.
+_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+_PATIENCE = 10  # seconds in which the hub says whether it has a model
 
 
 def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
@@ -23,6 +29,7 @@ def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
     Raises:
         UserError: the library is missing, or cannot load it.
     """
+    _find(kind, name, options.get("subfolder", ""))
     try:
         loader = getattr(importlib.import_module(library), kind)
     except Exception as error:  # RuntimeError, too: a torchvision of another torch breaks imports
@@ -33,6 +40,28 @@ def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
         return loader.from_pretrained(name, **options)
     except Exception as error:  # of many kinds, by library, network and content
         raise UserError(f"{kind} {name!r} cannot be loaded: {error}") from error
+
+
+def _find(kind: str, name: str, subfolder: str) -> None:
+    """Refuse a name that leads nowhere by one question; the libraries ask for half a minute."""
+    if Path(name).is_dir():
+        return
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{kind}: {shortened(name)} is no folder, nor a name of the hub.")
+    try:
+        hub: Any = importlib.import_module("huggingface_hub")
+    except ImportError:
+        return  # the library that loads is missing, too, and is asked for by its name
+    files = [f"{subfolder}/{file}".lstrip("/") for file in _CONFIGS]
+    if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files):
+        return
+    try:
+        hub.HfApi().model_info(name, timeout=_PATIENCE)
+    except Exception as error:  # no such model, no access, no network
+        raise UserError(
+            f"{kind}: {name} is no folder here and not in the cache of the Hugging Face hub, and "
+            f"the hub does not answer for it: {error}"
+        ) from error
 
 
 def load_model(library: str, kind: str, name: str, device: torch.device, **options: Any) -> Any:

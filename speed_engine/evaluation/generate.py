@@ -21,7 +21,7 @@ from speed_engine.diffusion.conditions import Conditions, hidden
 from speed_engine.diffusion.solvers import Denoising, check_solver, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import MOST, UserError, check_seed, check_whole
 from speed_engine.runtime.sharding import autocast
 
 GRID_COLUMNS, GRID_ROWS = 10, 10
@@ -102,8 +102,11 @@ def generate(
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
 
     Raises:
-        UserError: an unknown solver, too many steps, or guidance on what cannot be hidden.
+        UserError: an unknown solver, too many steps, guidance on what cannot be hidden, or a seed
+            or a batch size that is none.
     """
+    check_seed(seed)
+    check_whole("batch_size", batch_size, 1, MOST)
     device, schedule = next(model.parameters()).device, table.schedule
     root, ids = torch.full((), seed, device=device), ids.to(device)
     null = {name: value.to(device) for name, value in null.items()}

@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 MOST = 10**12  # of steps, images, files: no run comes near
 MOST_TIMESTEPS = 10**6  # of a process, whose tables are in memory
@@ -43,6 +45,25 @@ def check_between(name: str, value: float, low: float, high: float) -> None:
     """
     check(name, value, value >= low, f"must be at least {low:,}")
     check(name, value, value <= high, f"must be at most {high:,}")
+
+
+def check_whole(name: str, value: object, low: int, high: int) -> None:
+    """Refuse what is no whole number in [low, high]; those of NumPy are some, too.
+
+    Raises:
+        UserError: it is none.
+    """
+    check(name, value, isinstance(value, numbers.Integral), "must be a whole number")
+    check_between(name, cast(int, value), low, high)
+
+
+def check_seed(seed: object) -> None:
+    """Refuse a seed that is no whole number of 64 bits with a sign.
+
+    Raises:
+        UserError: it is none.
+    """
+    check_whole("seed", seed, -(2**63), 2**63 - 1)
 
 
 def check_counts(section: str, config: object, *names: str) -> None:
@@ -93,9 +114,17 @@ def check_installed(what: str, extra: str, *libraries: str) -> None:
 
 
 def shortened(value: object) -> str:
-    """A value as a message shows it: its text, cut where it is long."""
-    text = str(value)
+    """A value as a message shows it: its text in one line, cut where it is long."""
+    text = printable(str(value)[: _SHOWN + 1])
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def printable(text: str) -> str:
+    """A text of others, such as the name of a class, for a line on a terminal.
+
+    Line breaks and what else steers a terminal become escapes, such as ``\\n``.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, unknown
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.environment import package_version
 from speed_engine.runtime.kernels import choose_kernels
@@ -26,12 +26,17 @@ RESIDENT_SHARE = 0.5  # of the free device memory that a data set may take; the 
 RESIDENT_ON_CPU = 2**26
 
 
+_DEVICES = ("auto", "cpu", "cuda")
+
+
 def choose_device(wanted: str) -> Choice:
     """``cuda`` or ``cpu``.
 
     Raises:
-        UserError: CUDA was asked for and is not there.
+        UserError: CUDA was asked for and is not there, or another device is.
     """
+    if wanted not in _DEVICES:
+        raise unknown("device", str(wanted), _DEVICES)
     if torch.cuda.is_available():
         if wanted == "cpu":
             return Choice("cpu", "asked for, although a GPU is present")

@@ -106,6 +106,13 @@ def _refusal(errors: list[Any], kind: Any, value: Any, where: str) -> UserError:
     path, found = _part(first["loc"], value)
     name = _joined(where, *path)
     if first["type"] == "unexpected_keyword_argument":
+        if "." in str(path[-1]):
+            section, _, field = str(path[-1]).partition(".")
+            return UserError(
+                f"{shortened(name)} is no single name: nest {shortened(field)} in its section, "
+                f"as in {{{json.dumps(shortened(section))}: "
+                f"{{{json.dumps(shortened(field))}: ...}}}}."
+            )
         known = nearest(name, [_joined(where, *of) for of in _fields(kind)])
         return UserError(
             f"{shortened(name)} is unknown, the nearest is {known}; was it written by another "

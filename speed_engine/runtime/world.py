@@ -6,6 +6,7 @@ LOCAL_RANK.
 Letters: W processes, B images of one process.
 """
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,22 +122,16 @@ def join(device_type: str) -> World:
         return ALONE
     import torch.distributed as dist
 
-    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    local_rank = _number("LOCAL_RANK", 0, rank)
-    local_size = _number("LOCAL_WORLD_SIZE", 1, size)
+    here = described(device_type)
+    rank, size = here.rank, here.size
     _number("MASTER_PORT", 0)
-    if not rank < size or not os.environ.get("MASTER_ADDR"):
+    if not os.environ.get("MASTER_ADDR"):
         raise UserError(
-            f"RANK={rank}, WORLD_SIZE={size}, MASTER_ADDR={os.environ.get('MASTER_ADDR')}: the "
-            f"rank lies below the size, and an address is needed. {_TORCHRUN}"
+            f"RANK={rank}, WORLD_SIZE={size}, MASTER_ADDR={os.environ.get('MASTER_ADDR')}: an "
+            f"address is needed. {_TORCHRUN}"
         )
     if device_type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"{local_size} processes on this node, but {torch.cuda.device_count()} GPUs; start "
-                "torchrun with --nproc-per-node of at most that."
-            )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(here.local_rank)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         store = rendezvous_store(keeper=rank == 0, timeout=CONNECT_TIMEOUT)
@@ -147,7 +142,34 @@ def join(device_type: str) -> World:
     background: Any = None
     if size > 1:
         background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
-    return World(rank, size, local_rank, local_size, background)
+    return dataclasses.replace(here, background=background)
+
+
+def described(device_type: str) -> World:
+    """The world that the environment describes, without process groups.
+
+    Args:
+        device_type: on cuda every process of this node needs a device of its own.
+
+    Raises:
+        UserError: more processes on this node than devices, or an environment that torchrun does
+            not make.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
+    size, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    local_rank = _number("LOCAL_RANK", 0, rank)
+    local_size = _number("LOCAL_WORLD_SIZE", 1, size)
+    if not rank < size:
+        raise UserError(
+            f"RANK={rank}, WORLD_SIZE={size}: the rank lies below the size. {_TORCHRUN}"
+        )
+    if device_type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"{local_size} processes on this node, but {torch.cuda.device_count()} GPUs; start "
+            "torchrun with --nproc-per-node of at most that."
+        )
+    return World(rank, size, local_rank, local_size)
 
 
 def _number(name: str, least: int, default: int | None = None) -> int:

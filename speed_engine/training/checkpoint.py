@@ -290,12 +290,8 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
         reader = HuggingFaceStorageReader(str(checkpoint))
         stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
         for name, tensor in stored.items():
-            parts = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-            fits = math.prod(tensor.size) == parts and all(
-                len(chunk.offsets) == len(chunk.sizes) and min(chunk.offsets, default=0) >= 0
-                for chunk in tensor.chunks
-            )
-            if not fits:
+            parts = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
+            if not _is_covered(tuple(tensor.size), parts):
                 shape = tuple(tensor.size)
                 raise UserError(f"the parts of {name} do not make up its shape {shape}")
     except FileNotFoundError:
@@ -315,6 +311,37 @@ def _stored(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint}: its tensors cannot be read ({error!r}). {_REMEDY}"
         ) from error
     return stored
+
+
+_Part = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes
+
+
+def _is_covered(whole: tuple[int, ...], parts: list[_Part]) -> bool:
+    """Whether boxes cover a tensor of this shape, every value once."""
+    filled = sorted(part for part in parts if math.prod(part[1]))
+    inside = all(_is_inside(part, whole) for part in filled)
+    if not inside or sum(math.prod(sizes) for _, sizes in filled) != math.prod(whole):
+        return False
+    for i, (offsets, sizes) in enumerate(filled):
+        for others in filled[i + 1 :]:
+            if whole and others[0][0] >= offsets[0] + sizes[0]:
+                break  # as all that follow: they lie behind it
+            if _overlap((offsets, sizes), others):
+                return False
+    return True
+
+
+def _is_inside(part: _Part, whole: tuple[int, ...]) -> bool:
+    if not len(part[0]) == len(part[1]) == len(whole):
+        return False
+    sides = zip(*part, whole, strict=True)
+    return all(0 <= start <= start + side <= end for start, side, end in sides)
+
+
+def _overlap(a: _Part, b: _Part) -> bool:
+    """Whether two boxes share a value."""
+    sides = zip(*a, *b, strict=True)
+    return all(start < other + more and other < start + size for start, size, other, more in sides)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -341,6 +368,20 @@ def newest(folder: Path) -> Path:
             return checkpoint
     why = f" ({damages[0]})" if damages else ""
     raise FileNotFoundError(f"{folder} holds no complete checkpoint{why}; train from the start.")
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first; damaged ones are reported and passed over."""
+    found = []
+    for checkpoint in sorted(folder.glob("step-*")):
+        try:
+            verify(checkpoint)
+        except (InvalidCheckpoint, FileNotFoundError) as damage:
+            if checkpoint.exists():  # not deleted by the run meanwhile
+                log.warning("%s; it is left out.", damage)
+        else:
+            found.append(checkpoint)
+    return found
 
 
 def verify(checkpoint: Path) -> None:

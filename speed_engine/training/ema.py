@@ -50,10 +50,12 @@ def power(gamma: float) -> Decay:
     kept in several checkpoints, are what post-hoc EMA is reconstructed from.
 
     Raises:
-        UserError: gamma is not positive.
+        UserError: gamma is not positive, or above 10^6, where nothing is averaged.
     """
-    if gamma <= 0:
-        raise UserError(f"a power-function EMA needs a positive exponent; got {gamma:g}.")
+    if not 0 < gamma <= 1e6:
+        raise UserError(
+            f"a power-function EMA needs a positive exponent of at most 10^6; got {gamma:g}."
+        )
     return lambda step: (1 - 1 / step) ** (gamma + 1)
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def python(*arguments: object) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def wrong(value: Any) -> Any:
+    """What no type allows."""
+    return value
 
 
 def write_shards(folder: Path, count: int, names: tuple[str, ...] = ()) -> str:
@@ -127,6 +133,15 @@ def test_another_average_is_another_model_and_the_name_of_a_class_its_number(run
         ({"prompts": "a frog"}, "this model is conditioned on labels; a prompt needs one"),
         ({"n": 0}, "evaluation.num_images=0: must be at least 1"),
         ({"steps": 5000}, "evaluation.solver_steps=5000: must be at most num_timesteps=1000"),
+        ({"n": 2.5}, "evaluation.num_images=2.5: should be a valid integer."),
+        ({"labels": [0.5]}, "labels=[0.5]: needed are classes from 0 to 1."),
+        ({"labels": 0.5}, "labels=0.5: needed are classes from 0 to 1."),
+        ({"labels": [None]}, "labels=[None]: needed are classes from 0 to 1."),
+        ({"seed": 2**63}, "seed=9223372036854775808: must be at most 9,223,372,036,854,775,807."),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number."),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1."),
+        ({"steps": 2.0}, "evaluation.solver_steps=2.0: should be a valid integer."),
+        ({"guidance": "2"}, 'evaluation.guidance="2": should be a valid number.'),
         ({"solver": "heum"}, "solver 'heum' is unknown; choose from ddim, euler, heun,"),
     ],
 )
@@ -183,6 +198,44 @@ def test_the_card_says_how_the_model_was_trained_and_what_was_measured(run, tmp_
         assert part in card, part
 
 
+def test_names_in_the_card_are_text(run, tmp_path):
+    model = run.model()
+    config = dataclasses.replace(
+        model.config, data=dataclasses.replace(model.config.data, source="a|`b\nc")
+    )
+    folder = dataclasses.replace(model, config=config).save_pretrained(tmp_path, name='x"_y_\n# z')
+    card = (folder / "README.md").read_text()
+    assert '\n# x"\\_y\\_\\\\n\\# z\n' in card
+    assert 'se.load("x\\"_y_\\n# z").generate(16)' in card
+    assert "| data | `` a\\|`b\\nc ``, images of shape" in card
+
+
+def test_the_card_has_the_figures_of_its_own_average(tmp_path, run):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    records = folder / "metrics.jsonl"
+    measured = {"num_generated": 3, "solver": "ddim", "solver_steps": 5, "guidance": 1.0}
+    own, other = ({"step": 2, **measured, "fid": fid} for fid in (3.25, 1.5))
+    with records.open("a") as file:
+        file.write(json.dumps(own) + "\n" + json.dumps(other | {"average": "power=1"}) + "\n")
+    (folder / "environment.json").write_text("{")
+    model = se.load(folder)
+    assert model.facts.figures["fid"] == 3.25 and model.facts.command == ()
+    assert se.load(folder, average="power=1").facts.figures["fid"] == 1.5
+    card = (model.save_pretrained(tmp_path / "saved") / "README.md").read_text()
+    assert "guidance 1, by the model of step 2 |" in card
+
+
+def test_numbers_of_numpy_are_numbers(run, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[0]))
+    rate = np.logspace(-3, -2, 2, dtype=np.float32)[0]
+    se.train("digits", tmp_path, steps=np.int64(7), optimizer={"learning_rate": rate})
+    assert started[0].steps == 7 and started[0].optimizer.learning_rate == float(rate)
+    images = run.model().generate(np.int64(2), labels=np.int64(1), seed=np.int32(3))
+    assert torch.equal(images, run.model().generate(2, labels=1, seed=3))
+
+
 def test_the_nearest_preset_of_every_preset_is_itself():
     for name, (_, config) in PRESETS.items():
         assert nearest_preset(dataclasses.replace(config, compile="off")) == f"`{name}`"
@@ -221,6 +274,16 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.load(ROOT), "is not a run folder: it has no config.json"),
         (lambda run: se.compare("ffhq-unet"), "unknown preset 'ffhq-unet'"),
         (lambda run: se.compare("digits", ["uniforn"]), "uniforn"),
+        (lambda run: se.compare("digits", "uniforn"), "unknown method 'uniforn'"),
+        (lambda run: se.compare("digits", seeds=wrong(1.5)), "seeds=1.5: must be a whole number."),
+        (lambda run: se.compare("digits", wrong([3])), "methods.0=3: should be a valid string."),
+        (lambda run: se.compare("digits", learning_rates=wrong(1e-3)), "learning_rates=0.001:"),
+        (lambda run: se.compare("digits", final_solver_steps=wrong(8)), "final_solver_steps=8:"),
+        (lambda run: se.train(wrong({"steps": 5})), "{'steps': 5} is neither the name of a preset"),
+        (lambda run: se.train("digits", **wrong({"optimizer.beta1": 0.5})), "beta1 in its section"),
+        (lambda run: se.load(run.folder, device=wrong("tpu")), "unknown device 'tpu'"),
+        (lambda run: se.load(run.folder, average="power=nan"), "positive exponent of at most 10^6"),
+        (lambda run: se.Run(wrong("nothing-here")).metrics, "nothing-here is not a run folder"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message(run, call, message, tmp_path, monkeypatch):

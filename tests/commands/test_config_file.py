@@ -116,6 +116,10 @@ def test_save_config_writes_every_field_and_trains_nothing(tmp_path, monkeypatch
         ('preset = "digitz"', "mine.toml: unknown preset 'digitz'; did you mean 'digits'?"),
         ("preset = 5", "mine.toml: unknown preset '5'; choose from digits"),
         ("steps = ", "mine.toml: Invalid value"),
+        ('preset = ["digits"]', "mine.toml: unknown preset"),
+        ("x = " + "[" * 5000, "mine.toml: it is nested too deeply"),
+        ("steps = 5.5", "mine.toml: steps=5.5: should be"),
+        ('"optimizer.beta1" = 0.5', 'as in {"optimizer": {"beta1": ...}}.'),
         ("optimizer = 5", "optimizer=5: should be an object."),
         ('[model]\nfamily = "dut"', """model.family="dut": should be one of 'dit'"""),
     ],
@@ -138,6 +142,13 @@ def test_a_path_that_is_no_configuration_is_refused(tmp_path):
         origin(broken)
 
 
+@pytest.mark.parametrize("name, text", [("x.toml", "steps = 7"), ("x.json", '{"steps": 7}')])
+def test_a_file_that_begins_as_editors_of_windows_begin_it_is_read(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    assert origin(str(path)).config().steps == 7
+
+
 def test_a_recipe_holds_before_the_preset_and_after_the_file_and_the_options(tmp_path, monkeypatch):
     path = file(tmp_path, 'preset = "digits"\nrecipe = "flow"\n[optimizer]\nschedule = "cosine"\n')
     config, folder = trained(monkeypatch, path, "--prediction", "x0")
@@ -156,7 +167,7 @@ def test_a_recipe_is_printed_in_full(monkeypatch, capsys):
     assert capsys.readouterr().out == f"recipe    flow_muon: {spelled}\n"
 
 
-@pytest.mark.parametrize("recipe", ['"flow_moun"', "3"])
+@pytest.mark.parametrize("recipe", ['"flow_moun"', "3", '["flow"]'])
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path, capsys, recipe):
     path = file(tmp_path, f"recipe = {recipe}\n")
     with pytest.raises(UserError, match="unknown recipe .*hoose from ddpm, speed, flow"):

@@ -1,9 +1,11 @@
 """Hashes of weights are those that records and data sets of version 0.1 hold."""
 
+import pytest
 import torch
 from torch import nn
 
-from speed_engine.encoders.hub import sha256_of, weights_hash
+from speed_engine.encoders.hub import load_pretrained, sha256_of, weights_hash
+from speed_engine.runtime.checks import UserError
 
 TENSORS = {
     "b": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -37,3 +39,14 @@ def test_every_part_of_a_tensor_counts_and_the_order_does_not():
     assert sha256_of({"b": tensor, "a": tensor}) == sha256_of(variants[-1])
     transposed = torch.arange(6).view(3, 2).T
     assert sha256_of({"a": transposed}) == sha256_of({"a": transposed.contiguous()})
+
+
+@pytest.mark.parametrize("name", ["./gone/x", "a/b/c", "/gone", "who/mistyped"])
+def test_a_model_that_is_nowhere_is_refused_before_its_library_asks_for_it(monkeypatch, name):
+    def nobody(self: object, name: str, timeout: float) -> None:
+        raise OSError(f"404 of {name}")
+
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.HfApi, "model_info", nobody)
+    with pytest.raises(UserError, match="is no folder"):
+        load_pretrained("no_such_library", "AutoencoderKL", name)

@@ -233,3 +233,21 @@ def test_whatever_a_record_says_is_refused_or_is_a_record(run, seed):
         assert all(type(record["step"]) is int for record in read_records(run))
     except UserError as refusal:
         assert "metrics.jsonl, line 1" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    "parts, covers",
+    [
+        ([((0, 0), (4, 6))], True),
+        ([((2, 0), (2, 6)), ((0, 0), (2, 6))], True),
+        ([((0, 0), (4, 2)), ((0, 2), (4, 4)), ((4, 6), (0, 6))], True),
+        ([((0, 0), (2, 6)), ((0, 0), (2, 6))], False),  # rows 0 and 1 twice, 2 and 3 never
+        ([((0, 0), (3, 6)), ((2, 0), (1, 6))], False),
+        ([((0, 0), (2, 6)), ((3, 0), (2, 6))], False),  # beyond the end
+        ([((0, 0), (2, 6)), ((-2, 0), (2, 6))], False),
+        ([((0,), (24,))], False),
+    ],
+)
+def test_parts_of_a_tensor_cover_each_of_its_values_once(parts, covers):
+    assert checkpoint._is_covered((4, 6), parts) == covers
+    assert checkpoint._is_covered((), [((), ())])

@@ -48,7 +48,9 @@ def test_every_decay_is_a_share():
         ("ema", r"averages='ema' needs a number"),
         ("power=much", r"averages='power=much' needs a number"),
         ("ema=1", r"must lie in \[0, 1\); got 1"),
-        ("power=-1", r"needs a positive exponent; got -1"),
+        ("power=-1", r"needs a positive exponent of at most 10\^6; got -1"),
+        ("power=nan", r"needs a positive exponent of at most 10\^6; got nan"),
+        ("power=1e400", r"needs a positive exponent of at most 10\^6; got inf"),
     ],
 )
 def test_an_average_that_cannot_be_is_named(average, message):

@@ -86,6 +86,7 @@ def test_a_run_s_average_of_another_length_is_made_of_those_it_kept(tmp_path):
     run.start(config, folder, Console(quiet=True))
     tracked, _ = run.load_average(folder, config, torch.device("cpu"), "power=10")
     without = replace(config, optimizer=replace(config.optimizer, averages=averages))
+    (folder / "checkpoints" / "step-00000005").mkdir()  # left by a run that was killed
     found, kept = (
         run.load_average(folder, without, torch.device("cpu"), name)[0].state_dict()
         for name in ("power=9.5", "power=6.94")

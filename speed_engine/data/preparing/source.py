@@ -11,6 +11,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from speed_engine.data.preparing.pictures import is_picture
+from speed_engine.runtime.checks import UserError
+
+_MOST_CLASSES = 10**6  # that have numbers only: a name is made for each
 
 
 class Record(NamedTuple):
@@ -66,7 +69,16 @@ def digest(*parts: Sequence[object]) -> str:
 
 
 def numbered_classes(count: int) -> tuple[str, ...]:
-    """Names of classes that have none; a single one is "all"."""
+    """Names of classes that have none; a single one is "all".
+
+    Raises:
+        UserError: there are more than a million, which no numbers of classes are.
+    """
+    if count > _MOST_CLASSES:
+        raise UserError(
+            f"a label is {count - 1:,}; needed are classes numbered from 0, at most "
+            f"{_MOST_CLASSES:,}. Number them anew, or give their names."
+        )
     return tuple(map(str, range(count))) if count > 1 else ("all",)
 
 

@@ -16,7 +16,7 @@ from speed_engine.data.format.folder import LocalFolder
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.preparing.pictures import FORMATS
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, printable
 
 CONTACT_SHEET = "contact-sheet.png"
 _ROWS, _COLUMNS, _CELL, _GAP, _NAME = 12, 12, 96, 4, 140  # of the sheet; the last three in pixels
@@ -50,7 +50,7 @@ class Summary:
         if len(self.labels):
             counts = np.bincount(self.labels, minlength=len(self.class_names))
             order = np.argsort(counts, kind="stable").tolist()
-            named = [f"{self.class_names[c]} {counts[c]:,}" for c in order]
+            named = [f"{printable(self.class_names[c])} {counts[c]:,}" for c in order]
             few = named if len(named) <= 12 else [*named[:3], "...", *named[-3:]]
             if len(named) == 1:
                 lines.append(f"1 class: {few[0]}")
@@ -75,7 +75,7 @@ class Summary:
         draw = ImageDraw.Draw(sheet)
         for row, (name, numbers) in enumerate(rows):
             top = _GAP + row * step
-            draw.text((_GAP, top + _CELL // 3), name[:22], fill="black")
+            draw.text((_GAP, top + _CELL // 3), printable(name)[:22], fill="black")
             for column, number in enumerate(numbers):
                 pixels = decode_image(reader.read(number)[picture], picture, 3)
                 sheet.paste(_cell(pixels), (margin + column * step, top))

@@ -268,6 +268,13 @@ def test_every_name_of_jpegs_is_taken(tmp_path):
     assert len(ImageFolder(tmp_path)) == 3
 
 
+def test_a_label_that_is_no_number_of_a_class_is_refused_at_once(tmp_path):
+    write(tmp_path / "a.png", picture(0))
+    write(tmp_path / "metadata.jsonl", b'{"file_name": "a.png", "label": 1000000000}')
+    with pytest.raises(UserError, match="a label is 1,000,000,000; needed are classes numbered fr"):
+        open_source(str(tmp_path))
+
+
 def test_metadata_jsonl_gives_labels_and_captions(tmp_path):
     for i in range(3):
         write(tmp_path / "sub" / f"{i}.png", picture(10 * i))

@@ -84,7 +84,7 @@ def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:
         data=checkpoint.read_state(newest_checkpoint(run)).data,
         classes=tuple(classes_with_samples(config.data, dataset)) if has_classes else (),
         metadata={name: metadata[name] for name in _KEPT if name in metadata},
-        figures=sorted(measured, key=lambda of: of["step"])[-1] if measured else {},
+        figures=max(reversed(measured), key=lambda of: of["step"], default={}),
         command=_command(run / "environment.json"),
     )
     return Model(config, network, null_conditions(config.data), facts)

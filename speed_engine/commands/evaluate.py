@@ -135,9 +135,8 @@ def evaluate(
         UserError: the run has no such checkpoint or no such EMA, or nothing is to be measured.
     """
     world = join(machine.torch_device(config.device).type)
-    step = asked_step
-    if step is None:
-        step = world.from_first(lambda: checkpoint.read_state(newest_checkpoint(run)).step)
+    newest = partial(_newest_step, run)
+    step: int = world.from_first(newest) if asked_step is None else asked_step
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
         raise UserError(
@@ -178,6 +177,10 @@ def evaluate(
         _save_copies(found.generated, evaluator.training, path)
         _note(f"the most copied images, above their nearest training images: {path}")
     return record
+
+
+def _newest_step(run: Path) -> int:
+    return checkpoint.read_state(newest_checkpoint(run)).step
 
 
 def _generated(

@@ -29,7 +29,8 @@ def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
     Raises:
         UserError: the library is missing, or cannot load it.
     """
-    _find(kind, name, options.get("subfolder", ""))
+    if not options.get("local_files_only"):
+        _find(kind, name, options.get("subfolder", ""))
     try:
         loader = getattr(importlib.import_module(library), kind)
     except Exception as error:  # RuntimeError, too: a torchvision of another torch breaks imports

@@ -1,5 +1,7 @@
 """FD-DINOv2's features, on a DINOv2 of random weights."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from speed_engine.evaluation.metrics import title
 from speed_engine.evaluation.references import real_images
 from speed_engine.runtime.checks import UserError
 
-SIZE = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZE: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,8 @@ def of_definition(folder, pixels: torch.Tensor) -> torch.Tensor:
     grid = positions[0, 1:].T.reshape(1, 8, 5, 5)
     grid = F.interpolate(grid, scale_factor=(16.1 / 5, 16.1 / 5), mode="bicubic")  # not 16 / 5
     assert grid.shape == (1, 8, 16, 16)
-    model.embeddings.interpolate_pos_encoding = lambda *_: torch.cat(
+    embeddings: Any = model.embeddings
+    embeddings.interpolate_pos_encoding = lambda *_: torch.cat(
         [positions[:, :1], grid.flatten(2).mT], dim=1
     )
     with torch.no_grad():

@@ -47,7 +47,7 @@ def test_a_test_data_set_is_the_held_out_part_and_nothing_is_taken_from_training
     assert evaluator.held_out is not None and len(evaluator.held_out) == 300
     assert {"held_out_fid", "copied_share", "validation_loss"} <= evaluator.fields()
     validation = build_validation(config, process)
-    assert len(validation._batch.ids) == 300
+    assert len(validation.batch.ids) == 300
 
 
 def test_two_ways_of_holding_out_are_one_too_many():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speed_engine.runtime.checks import UserError, shortened
+from speed_engine.runtime.checks import UserError, printable
 
 # One of them is in the cache where a model, a tokenizer or a processor is.
 _CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
@@ -48,7 +48,7 @@ def _find(kind: str, name: str, subfolder: str) -> None:
     if Path(name).is_dir():
         return
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise UserError(f"{kind}: {shortened(name)} is no folder, nor a name of the hub.")
+        raise UserError(f"{kind}: {printable(name)} is no folder, nor a name of the hub.")
     try:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:

@@ -308,7 +308,7 @@ def ladder(name: str) -> str:
     """The recipes of a comparison, one change a rung; speed-ups to the other's final quality."""
     path = COMPARISONS / name / "results.json"
     if not path.exists():
-        return f"Not measured yet: `docs/results/{name}`."
+        return "Not measured yet."
     results = read_results(path)
     found = {rung: _on_rung(results, *of) for rung, of in RUNGS.items()}
     rungs = {rung: name for rung, name in found.items() if name is not None}

@@ -382,7 +382,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile_pays": compile_pays,
     "comparisons": comparisons,
     "ladder_digits": partial(ladder, "recipe-digits"),
-    "ladder_cifar": partial(ladder, "cifar16"),
 }
 
 if __name__ == "__main__":

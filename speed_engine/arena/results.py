@@ -9,6 +9,7 @@ The headline metric is a lower-is-better distance to real images, a key of ``Poi
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,10 @@ class Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """As JSON."""
-    write_durably(path, (json.dumps(dataclasses.asdict(results), indent=1) + "\n").encode())
+    """As JSON; bytes of names that are no Unicode are written as their numbers."""
+    text = json.dumps(dataclasses.asdict(results), indent=1, ensure_ascii=False) + "\n"
+    text = re.sub("[\ud800-\udfff]", lambda found: f"\\\\u{ord(found[0]):x}", text)
+    write_durably(path, text.encode())
 
 
 def read_results(path: Path) -> Results:

@@ -57,7 +57,7 @@ def test_imports_point_down(path):
             )
 
 
-@pytest.mark.parametrize("path", ROOT.glob("*/config.py"), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("path", [*ROOT.glob("*/config.py")], ids=lambda p: p.parent.name)
 def test_the_configuration_of_a_folder_imports_only_the_checks(path):
     ours = {m for m in imported_modules(path) if m.startswith("speed_engine")}
     assert ours <= MAY_IMPORT

@@ -122,7 +122,12 @@ class Trainer:
                 "they were, or start a new run."
             )
         complete = self.world.from_first((self.folder / EMA_FILE).exists)
-        if state.step > self.loop.steps or (state.step == self.loop.steps and complete):
+        if state.step > self.loop.steps:
+            raise UserError(
+                f"{self.folder} stands at step {state.step}, beyond the {self.loop.steps} that are "
+                f"asked for; --steps N trains it further, with N above {state.step}."
+            )
+        if state.step == self.loop.steps and complete:
             raise UserError(
                 f"{self.folder} is complete at step {state.step} of {self.loop.steps}; "
                 "--steps N trains it longer."

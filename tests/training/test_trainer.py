@@ -309,6 +309,8 @@ def test_a_complete_run_without_checkpoints_is_not_trained_again(run):
 def test_a_complete_run_says_how_to_train_it_longer(run):
     with pytest.raises(ValueError, match=r"complete at step 60 of 60; --steps N"):
         resume(run, quiet())
+    with pytest.raises(ValueError, match=r"at step 60, beyond the 20 .* with N above 60"):
+        resume(run, quiet(), steps=20)
 
 
 def test_a_restart_after_the_end_has_nothing_to_do(tmp_path, monkeypatch):

@@ -333,6 +333,23 @@ def ladder(name: str) -> str:
     return rows(head, body)
 
 
+def cifar_tuning() -> str:
+    """Single runs by which learning rates and a target were chosen."""
+    found = result("cifar16_tuning")
+    if found is None:
+        return "Not measured yet."
+    body = [
+        [name]
+        + [f"{of['held_out_fid']:.3g}" for of in run["evaluations"]]
+        + [f"{run['evaluations'][-1]['validation_loss']:.3f}"]
+        for name, run in found["runs"].items()
+    ]
+    gaussian = found["gaussian_per_class"]["held_out_fid"]
+    body.append(["a Gaussian per class, no training", "", f"{gaussian:.3g}", ""])
+    halves = [f"FID at {of['images']:,} images" for of in found["runs"][body[0][0]]["evaluations"]]
+    return rows(["optimizer, learning rate", *halves, "validation loss at the end"], body)
+
+
 # What is changed: the method, the process and the optimizer of the contestant.
 RUNGS = {
     "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
@@ -381,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_headline": gpu_headline,
     "compile_pays": compile_pays,
     "comparisons": comparisons,
+    "cifar_tuning": cifar_tuning,
     "ladder_digits": partial(ladder, "recipe-digits"),
 }
 

@@ -1,7 +1,7 @@
 """Models of diffusers and transformers, from a folder or the hub; both libraries are optional."""
 
 import hashlib
-import importlib
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +29,8 @@ def load_pretrained(library: str, kind: str, name: str, **options: Any) -> Any:
     Raises:
         UserError: the library is missing, or cannot load it.
     """
-    if not options.get("local_files_only"):
+    is_here = importlib.util.find_spec(library) is not None  # else it is named below, unasked
+    if is_here and not options.get("local_files_only"):
         _find(kind, name, options.get("subfolder", ""))
     try:
         loader = getattr(importlib.import_module(library), kind)

@@ -42,11 +42,15 @@ def test_every_part_of_a_tensor_counts_and_the_order_does_not():
 
 
 @pytest.mark.parametrize("name", ["./gone/x", "a/b/c", "/gone", "who/mistyped"])
-def test_a_model_that_is_nowhere_is_refused_before_its_library_asks_for_it(monkeypatch, name):
+def test_a_model_that_is_nowhere_is_refused_before_its_library_is_imported(
+    monkeypatch, tmp_path, name
+):
     def nobody(self: object, name: str, timeout: float) -> None:
         raise OSError(f"404 of {name}")
 
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub.HfApi, "model_info", nobody)
+    (tmp_path / "slow_library.py").write_text("raise AssertionError('it is imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
-        load_pretrained("no_such_library", "AutoencoderKL", name)
+        load_pretrained("slow_library", "AutoencoderKL", name)

@@ -305,7 +305,7 @@ def comparisons() -> str:
 
 
 def ladder(name: str) -> str:
-    """The recipes of a comparison, one change a rung; speed-ups to the other's final quality."""
+    """The recipes of a comparison, one change a rung."""
     path = COMPARISONS / name / "results.json"
     if not path.exists():
         return "Not measured yet."
@@ -323,13 +323,13 @@ def ladder(name: str) -> str:
             f"`{contestant}`",
             spread([end[results.metric] for end in ends]),
             spread([end[LOSS] for end in ends]) if schedule[contestant] == "flow" else "–",
-            times(results, contestant, lowest),
-            times(results, contestant, below),
-            times(replace(results, metric=LOSS), contestant, below if same else None),
+            times(results, contestant, lowest, "final"),
+            times(results, contestant, below, "median"),
+            times(replace(results, metric=LOSS), contestant, below if same else None, "median"),
         ])  # fmt: skip
         below = contestant
-    head = ["", "written", results.title, "validation loss", "images, against the first"]
-    head += ["images, against the row above", "the same by validation loss"]
+    head = ["", "written", results.title, "validation loss", "against the first row"]
+    head += ["against the row above", "the same by validation loss"]
     return rows(head, body)
 
 
@@ -375,11 +375,11 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.3g} ± {stdev(values):.2g}"
 
 
-def times(results: Results, contestant: str, baseline: str | None) -> str:
-    """The speed-up in images to the other's final quality, with its interval."""
+def times(results: Results, contestant: str, baseline: str | None, where: str) -> str:
+    """The speed-up in images to the other's final quality, or its median, with its interval."""
     if baseline in (None, contestant):
         return "–"
-    ratio = speed_up(results, contestant, baseline).final
+    ratio = getattr(speed_up(results, contestant, baseline), where)
     return f"{written(ratio)} ({written_interval(ratio)})"
 
 

@@ -4,6 +4,7 @@ Every panel is a file of its own, so that a page can put as many side by side as
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from speed_engine.arena.speedup import SpeedUp, Unit, complete_runs, stacked
 
 PER_PANEL = 4  # contestants beside the baselines; more lines cannot be told apart
 LEGEND_COLUMN = 34  # characters of a name that fit half of a panel's width
+LEGEND_LINE = 54  # that fit the whole of it
 SAMPLE_ROWS = 3  # of a grid of samples: enough to judge, small enough to compare
 _SIZE, _DPI = (4.4, 3.7), 140
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: for the colour-blind, too
@@ -193,10 +195,23 @@ def _finish(panels: list, stem: str, log_y: bool) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            longest = max(map(len, axes.get_legend_handles_labels()[1]))
-            columns = 2 if longest <= LEGEND_COLUMN else 1
-            axes.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=7.5)
+        handles, names = axes.get_legend_handles_labels()
+        if handles:
+            axes.figure.legend(
+                handles, [in_lines(name) for name in names], loc="outside upper left",
+                ncols=2 if max(map(len, names)) <= LEGEND_COLUMN else 1, frameon=False,
+                fontsize=7.5,
+            )  # fmt: skip
+
+
+def in_lines(name: str) -> str:
+    """A contestant's name, broken before options where it is wider than the picture."""
+    lines = [""]
+    for part in re.split(r"(?=\+)", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > LEGEND_LINE:
+            lines.append("    ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _number_plainly(axis) -> None:

@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from speed_engine.arena import summary
-from speed_engine.arena.figures import PER_PANEL, draw_quality
+from speed_engine.arena.figures import LEGEND_LINE, PER_PANEL, draw_quality, in_lines
 from speed_engine.arena.report import write_report
 from speed_engine.arena.results import GAUSSIAN, REAL, Results, write_results
 from speed_engine.arena.speedup import Ratio, speed_up
@@ -366,3 +366,13 @@ def test_long_names_are_not_cut_off_in_a_legend(tmp_path):
     with Image.open(panels[0].path) as picture:
         border = np.asarray(picture.convert("L"))[:90, -8:]
     assert border.min() > 200
+
+
+def test_a_name_that_is_wider_than_a_picture_is_broken_before_its_options():
+    short = "logit_normal@flow:velocity+seed_offset=100"
+    assert in_lines(short) == short
+    wide = "logit_normal@flow:velocity+optimizer.name=muon+optimizer.learning_rate=0.016+budget=0.5"
+    lines = in_lines(wide).split("\n")
+    assert lines[1:] == ["    +optimizer.learning_rate=0.016+budget=0.5"]
+    assert all(len(line) <= LEGEND_LINE for line in lines)
+    assert "".join(line.strip() for line in lines) == wide

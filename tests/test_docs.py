@@ -32,6 +32,7 @@ from torch.distributed.run import get_args_parser
 
 from speed_engine import cli
 from speed_engine.arena.contestants import expand, resolve
+from speed_engine.arena.request import within_budget
 from speed_engine.build import build_process
 from speed_engine.commands import shards
 from speed_engine.config import from_json, to_json
@@ -181,8 +182,9 @@ def _check_names(command: Any) -> None:
         from_json(to_json(command.config))
         build_process(command.config)
     if hasattr(command, "methods"):
-        for name in expand(tuple(command.methods.split(",")), command.config):
-            resolve(name, command.config)
+        config = within_budget(command)
+        for name in expand(tuple(command.methods.split(",")), config):
+            resolve(name, config)
     if solver := getattr(command, "solver", None):
         check_solver(solver)
 

@@ -32,6 +32,7 @@ from torch.distributed.run import get_args_parser
 
 from speed_engine import cli
 from speed_engine.arena.contestants import expand, resolve
+from speed_engine.arena.recipes import RECIPES
 from speed_engine.arena.request import within_budget
 from speed_engine.build import build_process
 from speed_engine.commands import shards
@@ -563,3 +564,9 @@ def test_two_processes_train_by_a_launch_script_and_continue_when_it_runs_again(
     again = script.replace('--resume "$run"', f'--resume "$run" --steps {saved + 3}')
     assert subprocess.run(["bash", "-c", again], timeout=300, check=False).returncode == 0
     assert (checkpoints / f"step-{saved + 3:08d}").is_dir()
+
+
+def test_the_page_of_recipes_spells_every_recipe_as_it_is():
+    text = (DOCS / "recipes.md").read_text()
+    written = re.findall(r"^\| `(\w+)` \| `(.*?)` \|$", text, re.MULTILINE)
+    assert written == [(name, spelled) for name, (_, spelled) in RECIPES.items()]

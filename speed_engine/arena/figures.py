@@ -20,7 +20,8 @@ PER_PANEL = 4  # contestants beside the baselines; more lines cannot be told apa
 LEGEND_COLUMN = 34  # characters of a name that fit half of a panel's width
 LEGEND_LINE = 54  # that fit the whole of it
 SAMPLE_ROWS = 3  # of a grid of samples: enough to judge, small enough to compare
-_SIZE, _DPI = (4.4, 3.7), 140
+USUAL_ROWS = 3  # of a legend
+_SIZE, _ROW, _DPI = (4.4, 3.7), 0.15, 140  # inches, of a picture and of a row of its legend
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: for the colour-blind, too
 _BASELINE_STYLES = (("0.15", "-"), ("0.45", "--"), ("0.6", ":"))
 _HIGHEST, _LOWEST = 32.0, 1 / 8  # speed-ups outside are cut off
@@ -197,11 +198,14 @@ def _finish(panels: list, stem: str, log_y: bool) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         handles, names = axes.get_legend_handles_labels()
         if handles:
+            columns = 2 if max(map(len, names)) <= LEGEND_COLUMN else 1
+            texts = [in_lines(name) for name in names]
+            rows = sum(text.count("\n") + 1 for text in texts) / columns
+            width, height = _SIZE  # a long legend takes no room from the axes
+            axes.figure.set_size_inches(width, height + _ROW * max(0, rows - USUAL_ROWS))
             axes.figure.legend(
-                handles, [in_lines(name) for name in names], loc="outside upper left",
-                ncols=2 if max(map(len, names)) <= LEGEND_COLUMN else 1, frameon=False,
-                fontsize=7.5,
-            )  # fmt: skip
+                handles, texts, loc="outside upper left", ncols=columns, frameon=False, fontsize=7.5
+            )
 
 
 def in_lines(name: str) -> str:

@@ -162,7 +162,8 @@ def test_a_recipe_holds_before_the_preset_and_after_the_file_and_the_options(tmp
 
 
 def test_a_recipe_is_printed_in_full(monkeypatch, capsys):
-    trained(monkeypatch, "digits", "--recipe=flow_muon")
+    config, _ = trained(monkeypatch, "digits", "--recipe=flow_muon")
+    assert config.optimizer.name == "muon"
     spelled = "logit_normal@flow:velocity+optimizer.name=muon+optimizer.schedule=linear"
     assert capsys.readouterr().out == f"recipe    flow_muon: {spelled}\n"
 

@@ -222,6 +222,42 @@ def test_a_linear_schedule_rescaled_to_zero_snr_is_not_taken_for_linear():
     assert schedule.linear_betas is None
 
 
+@pytest.mark.parametrize(
+    "betas", [np.linspace(1e-4, 0.02, 500), torch.linspace(1e-4, 0.02, 500)], ids=["numpy", "torch"]
+)
+def test_trained_betas_are_arrays_too(betas):
+    scheduler = diffusers.DDPMScheduler(500, trained_betas=betas)
+    schedule = from_diffusers(scheduler)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=0
+    )
+
+
+def test_a_shifted_schedule_with_linear_betas_has_no_closed_form():
+    """CogVideoX divides the signal-to-noise ratio by 3 after that."""
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        beta_schedule="linear", beta_start=1e-4, beta_end=0.02
+    )
+    schedule = from_diffusers(scheduler)
+    assert schedule.linear_betas is None
+    # The signal has fallen 138.6-fold earlier than at 700.
+    suppressed = int((scheduler.alphas_cumprod <= 1 / 138.6).int().argmax()) + 1
+    frequent = build_method("speed_paper", schedule).probabilities > 0.5e-3
+    assert suppressed < 650 and int(frequent.sum()) == suppressed
+
+
+@pytest.mark.parametrize(
+    "name", ["DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "LCM"]
+)
+def test_a_zero_snr_schedule_falls_to_its_end(name):
+    kind = getattr(diffusers, f"{name}Scheduler")
+    scheduler = kind(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    schedule = from_diffusers(scheduler)
+    torch.testing.assert_close(
+        schedule.alphas_cumprod, scheduler.alphas_cumprod.double(), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_draws_are_timesteps_that_the_scheduler_knows():
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     for scheduler in (diffusers.DDPMScheduler(), flow):
@@ -254,6 +290,11 @@ def used_already():
         (SimpleNamespace(), "SimpleNamespace has neither alphas_cumprod nor sigmas"),
         (SimpleNamespace(sigmas=torch.empty(0), config={}), "neither alphas_cumprod nor sigmas"),
         (used_already(), "20 sigmas for 1000 timesteps; pass a scheduler on which set_timesteps"),
+        (diffusers.HeliosScheduler(), "set_timesteps.1000. failed, .* use from_sigmas"),
+        (
+            diffusers.CMStochasticIterativeScheduler(),
+            "does not say what its model predicts; use from_sigmas",
+        ),
         (
             diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
             "prediction_type 'flow_prediction'; known are epsilon, sample, v_prediction",

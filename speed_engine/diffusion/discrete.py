@@ -242,17 +242,36 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
             f"{noise_scheduler!r} is no scheduler; a process has its name in build_schedule."
         )
     if getattr(config, "use_flow_sigmas", False):
-        noise_scheduler = copy.deepcopy(noise_scheduler)
-        noise_scheduler.set_timesteps(config.num_train_timesteps)
-        return _in_sigma(noise_scheduler, name)
+        return _in_sigma(_with_all_timesteps(noise_scheduler, config, name), name)
     abar = getattr(noise_scheduler, "alphas_cumprod", None)
     if abar is None:
         return _in_sigma(noise_scheduler, name)
     target = _target(name, config, _VP_TARGETS)
     abar = abar.double().cpu().clone()
-    if abar[-1] <= 0:  # a zero-SNR schedule ends in pure noise; diffusers' solvers bound it, too
+    zero_snr = getattr(config, "rescale_betas_zero_snr", False)
+    # It ends in pure noise, or where diffusers' solvers bound it, which may be above the last but
+    # one.
+    if len(abar) > 1 and (abar[-1] <= 0 or (zero_snr and abar[-1] >= abar[-2])):
         abar[-1] = min(2.0**-24, float(abar[-2]) / 2)
-    return from_alphas_cumprod(abar, name, prediction=target, linear_betas=_linear_betas(config))
+    linear = _linear_betas(config, abar)
+    return from_alphas_cumprod(abar, name, prediction=target, linear_betas=linear)
+
+
+def _with_all_timesteps(noise_scheduler: Any, config: Any, name: str) -> Any:
+    """A copy of a solver that draws from flows, with the timesteps of training.
+
+    Raises:
+        UserError: the solver has none of that number.
+    """
+    copied = copy.deepcopy(noise_scheduler)
+    try:
+        copied.set_timesteps(config.num_train_timesteps)
+    except Exception as error:  # whatever a scheduler of others does
+        raise UserError(
+            f"{name}.set_timesteps({config.num_train_timesteps}) failed, so that its timesteps of "
+            f"training are not known ({type(error).__name__}: {error}); use from_sigmas."
+        ) from error
+    return copied
 
 
 def _in_sigma(noise_scheduler: Any, name: str) -> DiscreteSchedule:
@@ -277,6 +296,11 @@ def _in_sigma(noise_scheduler: Any, name: str) -> DiscreteSchedule:
             f"{name} has no sigma_data, so that it does not say how its model's answer is scaled; "
             "use from_sigmas."
         )
+    if not flow and not hasattr(config, "prediction_type"):
+        raise UserError(
+            f"{name} has no prediction_type, so that it does not say what its model predicts; "
+            "use from_sigmas."
+        )
     return from_sigmas(
         sigmas, name, flow=flow, sigma_data=sigma_data,
         times=None if times is None else times.cpu(),
@@ -299,13 +323,18 @@ def _target(name: str, config: Any, targets: dict[str, str]) -> str:
     return targets[kind]
 
 
-def _linear_betas(config: Any) -> tuple[float, float] | None:
-    """First and last beta of a scheduler that is linear in beta, where closed forms hold."""
-    linear = getattr(config, "beta_schedule", None) == "linear"
-    altered = ("trained_betas", "rescale_betas_zero_snr")
-    if not linear or any(getattr(config, name, None) for name in altered):
+def _linear_betas(config: Any, abar: Tensor) -> tuple[float, float] | None:
+    """First and last beta of a scheduler that is linear in beta, where closed forms hold.
+
+    What it says of its betas is compared with its signal power (T,), which other options of some
+    schedulers move.
+    """
+    if getattr(config, "beta_schedule", None) != "linear":
         return None
-    return config.beta_start, config.beta_end
+    first, last = config.beta_start, config.beta_end
+    betas = torch.linspace(first, last, len(abar), dtype=torch.float64)
+    same = torch.allclose(torch.cumprod(1 - betas, dim=0), abar, rtol=1e-3, atol=0)
+    return (first, last) if same else None
 
 
 # prediction_type of diffusers' schedulers -> key of PREDICTIONS

@@ -130,7 +130,7 @@ class TaskCurriculum(Distribution):
         tables = torch.stack([thresholds(p) for p in self._stages])
         self.register_buffer("_tables", tables, persistent=False)
         self.register_buffer("stage", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("best_loss", torch.full((), math.inf))
+        self.register_buffer("best_loss", torch.full((), math.inf, dtype=torch.float32))
         self.register_buffer("steps_without_gain", torch.zeros((), dtype=torch.int64))
 
     def probabilities(self, step: int) -> Tensor:

@@ -142,9 +142,9 @@ class Objective(nn.Module):
         """Whether P depends on what the sampler observes."""
         return type(self.timesteps.distribution).observe is not Distribution.observe
 
-    def observe(self, step: int, output: ObjectiveOutput) -> None:
+    def observe(self, step: int, output: ObjectiveOutput, finite: Tensor | bool = True) -> None:
         """Show the sampler what the step cost, after it; see ``TimestepSampler.observe``."""
-        self.timesteps.observe(step, output.t, output.weighted_error)
+        self.timesteps.observe(step, output.t, output.weighted_error, finite)
 
     def _noised_input(
         self, images: Tensor, coefficients: Tensor, ids: Tensor

@@ -33,8 +33,10 @@ def asymmetric(num_cells: int, tau: float, k: float = 5.0) -> Tensor:
         raise UserError(f"k={k}: the sampling ratio must lie in [1, 10^30].")
     if not 1 <= tau <= num_cells:
         raise UserError(f"tau={tau} is outside [1, {num_cells}], the process's timesteps.")
-    t = torch.arange(1, num_cells + 1)
-    return _normalised(torch.where(t <= tau, k, 1.0).double())
+    t = torch.arange(1, num_cells + 1, dtype=torch.float64)
+    # k has the precision of float32, so that runs of every version draw the same timesteps.
+    ratio = torch.tensor([1.0, k], dtype=torch.float32).double()
+    return _normalised(ratio[(t <= tau).long()])
 
 
 def log_normal(schedule: NoiseSchedule, mean: float = -1.2, std: float = 1.2) -> Tensor:

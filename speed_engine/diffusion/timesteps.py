@@ -59,23 +59,35 @@ class TimestepSampler(nn.Module):
         cells = self._cells(seed, ids, step)
         if self.schedule.discrete:
             return cells
-        inside = (random_bits(seed, ids, 2, Stream.TIMESTEP)[:, 1] + 0.5).double() / 2**32
-        return (cells + inside) / self.schedule.num_timesteps
+        # float32 whatever a loop's default type is: bfloat16 would leave 256 places in a cell.
+        inside = random_bits(seed, ids, 2, Stream.TIMESTEP)[:, 1].float() + 0.5
+        t = (cells + inside.double() / 2**32) / self.schedule.num_timesteps
+        # The largest words round to 2**32; at t = 1 noise may be infinite.
+        return t.clamp(max=1 - 2.0**-32)
 
     def importance(self, t: Tensor) -> Tensor | float:
         """(B,) factor of the loss that keeps the objective where P serves to lower its variance."""
         return self.distribution.importance(self.schedule.cell(t))
 
-    def observe(self, step: int, t: Tensor, loss: Tensor) -> None:
+    def observe(self, step: int, t: Tensor, loss: Tensor, finite: Tensor | bool = True) -> None:
         """Show the distribution what the images of a step cost; the device is not waited for.
+
+        Nothing is learned from a step whose losses are not finite: one that overflows in half
+        precision would leave no distribution.
 
         Args:
             step: as in ``sample``.
             t: (B,) timesteps of every image of the step. With several processes, gather them in the
                 order of the image counters first: then all of them decide alike.
             loss: (B,) weighted errors, detached.
+            finite: () bool, whether the step counts; one whose gradient overflowed does not.
         """
+        learned = list(self.distribution.buffers())
+        before = [buffer.clone() for buffer in learned]
         self.distribution.observe(step, self.schedule.cell(t), loss)
+        counts = torch.isfinite(loss).all() & finite
+        for now, was in zip(learned, before, strict=True):
+            now.copy_(torch.where(counts, now, was))
 
     def _cells(self, seed: Tensor, ids: Tensor, step: int) -> Tensor:
         return self.distribution.invert(self.words(seed, ids, step), step)

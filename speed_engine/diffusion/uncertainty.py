@@ -44,7 +44,7 @@ class ClusterUncertainty(MeanLoss):
         if not 1 <= clusters <= num_cells:
             raise UserError(f"clusters={clusters}: must lie in [1, {num_cells}].")
         self.num_cells = num_cells
-        self.log_variance = nn.Parameter(torch.zeros(clusters))
+        self.log_variance = nn.Parameter(torch.zeros(clusters, dtype=torch.float32))
 
     def forward(self, cells: Tensor, loss: Tensor) -> Tensor:
         """(B,) int64, (B,) -> ()."""
@@ -68,11 +68,12 @@ class FourierUncertainty(MeanLoss):
         t = schedule.timesteps
         level = (schedule.sigma(t) / schedule.alpha(t)).log() / 4
         generator = torch.Generator().manual_seed(0)  # features are constants, not a choice of runs
-        frequency = 2 * torch.pi * torch.randn(features, generator=generator).double()
-        phase = 2 * torch.pi * torch.rand(features, generator=generator).double()
+        kind = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        frequency = 2 * torch.pi * torch.randn(features, **kind).double()
+        phase = 2 * torch.pi * torch.rand(features, **kind).double()
         table = (level[:, None] * frequency + phase).cos() * 2**0.5
         self.register_buffer("_features", table.float(), persistent=False)
-        self.weight = nn.Parameter(torch.zeros(features))
+        self.weight = nn.Parameter(torch.zeros(features, dtype=torch.float32))
 
     def forward(self, cells: Tensor, loss: Tensor) -> Tensor:
         """(B,) int64, (B,) -> ()."""

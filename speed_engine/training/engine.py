@@ -109,11 +109,7 @@ class Engine:
         if not self.objective.learns_timesteps:
             return
         t, errors = self.world.gather(output.t), self.world.gather(output.weighted_error)
-        state = list(self.objective.timesteps.buffers())
-        previous = [buffer.clone() for buffer in state]
-        self.objective.observe(before, output._replace(t=t, weighted_error=errors))
-        for now, was in zip(state, previous, strict=True):
-            now.copy_(torch.where(finite, now, was))
+        self.objective.observe(before, output._replace(t=t, weighted_error=errors), finite)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -310,3 +310,59 @@ def test_the_largest_weight_cuts_the_velocity_s_of_a_flow_that_predicts_x0():
     torch.testing.assert_close(cut, time.clamp(min=0.05) ** -2)
     with pytest.raises(ValueError, match="max_weight=0.0 must be positive"):
         build_method("uniform", schedule, max_weight=0.0)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16, torch.float16], ids=str)
+def default_dtype(request):
+    known = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(known)
+
+
+PINNED = {
+    (name, process): build_method(name, build_schedule(process)).draw(torch.arange(512), 7)
+    for process in ("linear", "flow", "edm")
+    for name in ("uniform", "speed_paper", "speed_paper+k=3.3", "learned_uncertainty", "edm2")
+}
+
+
+@pytest.mark.parametrize("name, process", PINNED)
+def test_draws_are_the_same_whatever_the_default_type_of_someone_else_s_loop(
+    name, process, default_dtype
+):
+    method = build_method(name, build_schedule(process))
+    for ours, pinned in zip(method.draw(torch.arange(512), 7), PINNED[name, process], strict=True):
+        assert torch.equal(ours, pinned)
+    assert {parameter.dtype for parameter in method.parameters()} <= {torch.float32}
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("name", ["adaptive", "task_curriculum"])
+def test_a_loss_that_overflows_is_not_learned_from(name, bad):
+    """As half precision with a gradient scaler has it: that step is skipped, training goes on."""
+    method, same = (build_method(name, build_schedule("linear")) for _ in range(2))
+    for step in range(101):
+        timesteps, _ = method.draw(16, step)
+        assert torch.equal(timesteps, same.draw(16, step)[0])
+        error = 1 + timesteps / 1000
+        same.loss(error)
+        if step % 50 == 20:
+            error[3] = bad
+        method.loss(error)
+        if step % 50 == 20:  # the other is not shown this step
+            same.loop.seen.clear()
+    assert bool(torch.isfinite(method.timesteps.probabilities(101)).all())
+    for now, expected in zip(method.timesteps.buffers(), same.timesteps.buffers(), strict=True):
+        assert torch.equal(now, expected)
+
+
+def test_the_largest_word_s_time_is_below_one(monkeypatch):
+    monkeypatch.setattr(
+        "speed_engine.diffusion.timesteps.random_bits",
+        lambda seed, ids, words, stream: torch.full((len(ids), words), 2**32 - 1),
+    )
+    t = build_method("uniform", build_schedule("edm")).timesteps.sample(
+        torch.tensor(0), torch.arange(2), 0
+    )
+    assert float(t.max()) < 1 and bool(torch.isfinite(build_schedule("edm").sigma(t)).all())

@@ -13,11 +13,12 @@ Several processes, started by torchrun, train one run together; the first one wr
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -38,7 +39,7 @@ from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
-from speed_engine.runtime.checks import UserError, require_shapes, shortened
+from speed_engine.runtime.checks import UserError, check, require_shapes, shortened
 from speed_engine.runtime.determinism import deterministic
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.kernels import settle_kernels
@@ -50,6 +51,8 @@ from speed_engine.runtime.world import ALONE, World, join
 from speed_engine.training import checkpoint, post_hoc
 from speed_engine.training.ema import EMA, average_group, decay_of
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
+
+_Read = TypeVar("_Read")
 
 CONFIG_FILE = "config.json"
 
@@ -305,8 +308,11 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not (path / CHECKPOINTS).is_dir() or (path / EMA_FILE).is_file():
         load_pretrained(model, path)
         return
-    newest = newest_checkpoint(path)
-    load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
+
+    def read(newest: Path) -> None:
+        load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
+
+    _of_newest(path, read)
 
 
 def _check_name(folder: Path) -> None:
@@ -375,17 +381,32 @@ def load_average(
         UserError: there is no such checkpoint, it belongs to another model, or lacks the EMA.
         InvalidCheckpoint: the one that was asked for is damaged.
     """
-    if step is not None:
-        path = run / CHECKPOINTS / f"step-{step:08d}"
-        if not path.is_dir():
-            kept = ", ".join(map(str, kept_steps(run))) or "none"
-            raise UserError(f"{run} has no checkpoint of step {step}; it keeps those of: {kept}.")
-        checkpoint.verify(path)
-        return load_average_of(path, config, device, name)
+    check("average", name, isinstance(name, str), "must be the name of an EMA, such as ema")
+    if step is None:
+        return _of_newest(run, lambda path: load_average_of(path, config, device, name))
+    path = run / CHECKPOINTS / f"step-{step:08d}"
+    try:
+        if path.is_dir():
+            checkpoint.verify(path)
+            return load_average_of(path, config, device, name)
+    except Exception:
+        if path.exists():
+            raise
+        # Deleted while it was read, by a run that is training.
+    kept = ", ".join(map(str, kept_steps(run))) or "none"
+    raise UserError(f"{run} has no checkpoint of step {step}; it keeps those of: {kept}.")
+
+
+def _of_newest(run: Path, read: Callable[[Path], _Read]) -> _Read:
+    """What is read of a run's newest complete checkpoint, while the run may go on training.
+
+    Raises:
+        UserError: there is none.
+    """
     while True:
         path = newest_checkpoint(run)
         try:
-            return load_average_of(path, config, device, name)
+            return read(path)
         except Exception:
             if path.exists():
                 raise
@@ -439,10 +460,16 @@ def _reconstructed(path: Path, config: TrainConfig, name: str) -> dict[str, Tens
     """
     decay_of(name)
     step = checkpoint.read_state(path).step
-    kept = checkpoint.complete(path.parent)
-    stored = post_hoc.stored_averages(kept, config.optimizer.averages, step)
     exponent = float(name.removeprefix(post_hoc.RULE))
-    return post_hoc.reconstructed(stored, step, exponent) if stored else {}
+    while True:
+        kept = checkpoint.complete(path.parent)
+        try:
+            stored = post_hoc.stored_averages(kept, config.optimizer.averages, step)
+            return post_hoc.reconstructed(stored, step, exponent) if stored else {}
+        except Exception:
+            if not path.exists() or all(of.exists() for of in kept):
+                raise
+            # One of the older ones was deleted while it was read, by a run that is training.
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -21,7 +21,7 @@ from speed_engine.run import (
     read_config,
 )
 from speed_engine.runtime import strict
-from speed_engine.runtime.checks import UserError, check_installed
+from speed_engine.runtime.checks import UserError, check_installed, check_path
 from speed_engine.runtime.machine import torch_device
 from speed_engine.runtime.records import read_records
 from speed_engine.training import checkpoint
@@ -59,7 +59,7 @@ def load(
         >>> model.facts.step, model.config.method
         (20, 'speed_paper')
     """
-    folder = Path(source).expanduser()
+    folder = check_path("source", source)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
             raise UserError(

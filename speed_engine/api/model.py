@@ -36,7 +36,7 @@ from speed_engine.evaluation.conditions import (
 )
 from speed_engine.evaluation.generate import generate
 from speed_engine.run import CONFIG_FILE
-from speed_engine.runtime.checks import UserError, check_installed, unknown
+from speed_engine.runtime.checks import UserError, check_installed, check_path, unknown
 from speed_engine.runtime.files import replacing, write_durably
 
 WEIGHTS, NULL, FACTS, CARD = (
@@ -108,9 +108,10 @@ class Model:
             >>> images.shape, images.dtype
             (torch.Size([4, 1, 8, 8]), torch.uint8)
         """
-        wanted = {"num_images": n, "solver": solver, "solver_steps": steps, "guidance": guidance}
+        wanted = {"solver": solver, "solver_steps": steps, "guidance": guidance}
         given = {name: value for name, value in wanted.items() if value is not None}
-        config, n = with_values(self.config, {"evaluation": given}), int(n)
+        config = with_values(self.config, {"evaluation": {"num_images": n, **given}})
+        n = int(n)
         prompts = (prompts,) if isinstance(prompts, str) else prompts
         null = self.null
         if prompts:
@@ -149,7 +150,7 @@ class Model:
             >>> sorted(path.name for path in folder.iterdir() if path.suffix != ".json")
             ['README.md', 'model.safetensors', 'null.safetensors']
         """
-        folder = Path(folder).expanduser()
+        folder = check_path("folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {WEIGHTS: self.network.state_dict(), NULL: dict(self.null)}
         for file, values in tensors.items():

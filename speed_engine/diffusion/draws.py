@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check_whole
 
 BLOCK = 64  # even, so that both images of a mirrored pair are of one process
 
@@ -70,6 +70,8 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None:
         in_use = dist.is_available() and dist.is_initialized()
         return (dist.get_rank(), dist.get_world_size()) if in_use else (0, 1)
+    check_whole("rank", rank, 0, 2**31)
+    check_whole("world_size", world_size, 1, 2**31)
     if not 0 <= rank < world_size:
         raise UserError(f"rank={rank} of world_size={world_size}: must lie in [0, {world_size}).")
     return rank, world_size

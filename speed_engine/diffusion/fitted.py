@@ -132,7 +132,7 @@ class Method:
         if step != self.loop.step:
             self._learn()
             self._expect_feedback()
-        ids = ids if device is None else ids.to(device)
+        ids = ids if device is None else ids.to(_device(device))
         for module in (self.timesteps, self.table):
             module.to(ids.device)
         t = self.timesteps.sample(self.seed.to(ids.device), ids, step)
@@ -156,9 +156,10 @@ class Method:
             UserError: the errors are not those of the images that were drawn last.
         """
         t = self.loop.t
-        if t is None or error.shape != t.shape:
+        if t is None or not isinstance(error, Tensor) or error.shape != t.shape:
+            found = tuple(error.shape) if isinstance(error, Tensor) else shortened(error)
             raise UserError(
-                f"losses of shape {tuple(error.shape)} for "
+                f"losses of shape {found} for "
                 f"{'no draw' if t is None else f'a draw of {len(t)} images'}; one mean squared "
                 "error is needed for each image of the last draw."
             )
@@ -195,12 +196,25 @@ class Method:
         Raises:
             UserError: it is the state of another method.
         """
-        if state_dict.keys() != self.state_dict().keys() or state_dict["method"] != self.name:
+        own = self.state_dict()
+        known = isinstance(state_dict, Mapping) and state_dict.keys() == own.keys()
+        if not known or state_dict["method"] != self.name:
+            other = state_dict.get("method") if isinstance(state_dict, Mapping) else None
             raise UserError(
-                f"the state is of {shortened(str(state_dict.get('method', 'something else')))}, "
+                f"the state is of {shortened(other or 'something else')}, "
                 f"the method is {self.name}; build the method as the run did."
             )
-        self.loop.draws = Draws(state_dict["images"], state_dict["first"])
+        for part in ("timesteps", "batch_loss"):
+            if _shapes(state_dict[part]) != _shapes(own[part]):
+                raise UserError(
+                    f"the state's {part} is of {self.name} with other options or another process, "
+                    "or damaged; build the method as the run did."
+                )
+        images = _whole("images", state_dict["images"], 0, "the number of images drawn so far")
+        first = state_dict["first"]
+        if first is not None:
+            first = _whole("first", first, 0, "the first image counter", 2**63 - 1)
+        self.loop.draws = Draws(images, first)
         self.timesteps.load_state_dict(state_dict["timesteps"])
         self.batch_loss.load_state_dict(state_dict["batch_loss"])
 
@@ -236,16 +250,42 @@ class Method:
             )  # fmt: skip
 
 
-def _whole(name: str, value: object, least: int, meaning: str) -> int:
+def _whole(name: str, value: object, least: int, meaning: str, most: int = 2**31 - 1) -> int:
     """A whole number of Python, NumPy or a tensor.
 
     Raises:
-        UserError: it is none, or below ``least``.
+        UserError: it is none, below ``least`` or above ``most``.
     """
-    number = operator.index(value) if isinstance(value, SupportsIndex) else least - 1
+    try:
+        number = operator.index(value) if isinstance(value, SupportsIndex) else least - 1
+    except TypeError:  # of a tensor that holds something else
+        number = least - 1
     if number < least or isinstance(value, bool):
-        raise UserError(f"{name}={value!r}: must be {meaning}, at least {least}.")
+        raise UserError(f"{name}={shortened(value)}: must be {meaning}, at least {least}.")
+    if number > most:
+        raise UserError(f"{name}={shortened(value)}: must be {meaning}, at most {most}.")
     return number
+
+
+def _device(device: object) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return torch.device(device)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"device={shortened(device)}: must be a device of torch, such as cuda or cuda:1."
+        ) from error
+
+
+def _shapes(state: object) -> dict[str, object] | None:
+    """Of a module's state, by name; None of what is none."""
+    if not isinstance(state, Mapping):
+        return None
+    return {name: getattr(of, "shape", None) for name, of in state.items()}
 
 
 def _of_all_processes(t: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.diffusion.timesteps import independent
 from speed_engine.diffusion.timesteps import stratified as stratified_words
 from speed_engine.runtime import strict
-from speed_engine.runtime.checks import UserError, nearest, shortened, unknown
+from speed_engine.runtime.checks import UserError, check, check_seed, nearest, shortened, unknown
 
 
 def build_method(
@@ -68,6 +68,8 @@ def build_method(
     """
     if not isinstance(schedule, NoiseSchedule):
         schedule = from_diffusers(schedule)
+    check("method", method, isinstance(method, str), "must be a text, such as speed_paper+k=3")
+    check_seed(seed)
     spelling = read_spelling(method)
     name = spelling.method
     given = check_options(Spelling(name, {**spelling.options, **options}))

@@ -11,7 +11,7 @@ from speed_engine.diffusion.continuous import (
 )
 from speed_engine.diffusion.discrete import cosine, linear, quadratic, scaled_linear
 from speed_engine.diffusion.schedule import NoiseSchedule
-from speed_engine.runtime.checks import MOST_TIMESTEPS, UserError, check_between
+from speed_engine.runtime.checks import MOST_TIMESTEPS, UserError, check_whole
 
 SCHEDULES: dict[str, Callable[[int], NoiseSchedule]] = {
     "linear": linear,
@@ -33,7 +33,7 @@ def build_schedule(name: str, num_timesteps: int = 1000) -> NoiseSchedule:
     Raises:
         UserError: an unknown name, or a number of timesteps that the process does not allow.
     """
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise UserError(f"schedule {name!r} is unknown; choose from {', '.join(SCHEDULES)}.")
-    check_between("num_timesteps", num_timesteps, 2, MOST_TIMESTEPS)
+    check_whole("num_timesteps", num_timesteps, 2, MOST_TIMESTEPS)
     return SCHEDULES[name](num_timesteps)

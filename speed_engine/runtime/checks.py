@@ -5,6 +5,7 @@ import importlib
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import cast
 
 MOST = 10**12  # of steps, images, files: no run comes near
@@ -53,8 +54,20 @@ def check_whole(name: str, value: object, low: int, high: int) -> None:
     Raises:
         UserError: it is none.
     """
-    check(name, value, isinstance(value, numbers.Integral), "must be a whole number")
+    is_whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    check(name, value, is_whole, "must be a whole number")
     check_between(name, cast(int, value), low, high)
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path as a person gives it, with ``~`` for the home directory.
+
+    Raises:
+        UserError: it is neither text nor a path, or no path can be it.
+    """
+    is_path = isinstance(value, str | Path) and "\0" not in str(value)
+    check(name, value, is_path, "must be a path, as text or a Path")
+    return Path(cast(str, value)).expanduser()
 
 
 def check_seed(seed: object) -> None:

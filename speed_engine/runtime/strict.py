@@ -33,7 +33,14 @@ def read(kind: Any, value: Any, where: str = "") -> Any:
         UserError: a part of the value has another type, or what its dataclass refuses.
     """
     try:
-        (result,) = _adapter(kind).validate_json(json.dumps([value]))
+        text = json.dumps([value])
+    except TypeError as error:
+        raise UserError(
+            f"{where or 'this'}={shortened(value)}: {error}; only what JSON can hold is one of its "
+            "kind."
+        ) from None
+    try:
+        (result,) = _adapter(kind).validate_json(text)
     except ValidationError as error:
         raise _refusal(error.errors(), kind, value, where) from None
     for path, found in _taken_for_numbers(value, result):

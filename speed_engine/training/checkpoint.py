@@ -51,7 +51,7 @@ _DESCRIPTION = ".description"  # beside a file that a process wrote, until the m
 _REMEDY = "Delete this checkpoint, and the one before it is used; or put its files back."
 
 
-class InvalidCheckpoint(Exception):
+class InvalidCheckpoint(UserError):
     """A checkpoint is incomplete or damaged; the message names the file."""
 
 

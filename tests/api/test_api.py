@@ -285,6 +285,13 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.load(run.folder, device=wrong("tpu")), "unknown device 'tpu'"),
         (lambda run: se.load(run.folder, average="power=nan"), "positive exponent of at most 10^6"),
         (lambda run: se.Run(wrong("nothing-here")).metrics, "nothing-here is not a run folder"),
+        (lambda run: se.load(wrong(None)), "source=None: must be a path"),
+        (lambda run: se.load("no\0path"), "must be a path"),
+        (lambda run: se.load(run.folder, average=wrong(3)), "average=3: must be the name of"),
+        (lambda run: run.model(average=wrong(None)), "average=None: must be the name of"),
+        (lambda run: run.model().generate(wrong(None)), "evaluation.num_images=null: should be"),
+        (lambda run: run.model().generate(1, seed=True), "seed=True: must be a whole number"),
+        (lambda run: run.model().save_pretrained(wrong(3)), "folder=3: must be a path"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message(run, call, message, tmp_path, monkeypatch):

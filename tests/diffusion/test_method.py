@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.prediction import PREDICTIONS, linear_form, weight_conversion
 from speed_engine.diffusion.processes import SCHEDULES, build_schedule
 from speed_engine.diffusion.timesteps import MirroredSampler
+from speed_engine.runtime.checks import UserError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "methods.json").read_text())
 INDICES = torch.tensor(GOLDEN["idx0"])
@@ -366,3 +367,48 @@ def test_the_largest_word_s_time_is_below_one(monkeypatch):
         torch.tensor(0), torch.arange(2), 0
     )
     assert float(t.max()) < 1 and bool(torch.isfinite(build_schedule("edm").sigma(t)).all())
+
+
+def drawn():
+    method = build_method("adaptive", build_schedule("linear"))
+    method.draw(4, 0)
+    return method
+
+
+def state_with(**changes: Any):
+    return {**drawn().state_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda wrong: build_method(wrong, build_schedule("linear")), "method="),
+        (lambda wrong: build_method("uniform", build_schedule("linear"), seed=wrong), "seed="),
+        (lambda wrong: build_method("speed_paper", build_schedule("linear"), k=[wrong]), "k="),
+        (lambda wrong: build_schedule(wrong), "is unknown; choose from linear"),
+        (lambda wrong: build_schedule("linear", wrong), "num_timesteps="),
+        (lambda wrong: drawn().draw(wrong, 1), "batch="),
+        (lambda wrong: drawn().draw(4, wrong), "step="),
+        (lambda wrong: drawn().draw(4, 1, wrong), "device="),
+        (lambda wrong: drawn().draw(4, 1, rank=wrong, world_size=2), "rank="),
+        (lambda wrong: drawn().draw(4, 1, rank=0, world_size=wrong), "world_size="),
+        (lambda wrong: drawn().loss(wrong), "losses of shape"),
+        (lambda wrong: drawn().load_state_dict(wrong), "the method is adaptive"),
+        (lambda wrong: drawn().load_state_dict(state_with(images=wrong)), "images="),
+        (lambda wrong: drawn().load_state_dict(state_with(first=wrong)), "first="),
+        (lambda wrong: drawn().load_state_dict(state_with(timesteps=wrong)), "state's timesteps"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrong", [b"x", 2.5, [], object(), 10**30], ids=repr)
+def test_arguments_of_another_type_are_one_message(call, message, wrong):
+    with pytest.raises(UserError) as refused:
+        call(wrong)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_state_of_other_options_is_refused_before_anything_is_loaded():
+    method, state = drawn(), build_method("adaptive", build_schedule("flow", 40)).state_dict()
+    before = method.state_dict()
+    with pytest.raises(UserError, match="with other options or another process"):
+        method.load_state_dict(state)
+    assert method.state_dict()["images"] == before["images"] == 4

@@ -18,10 +18,12 @@ import torch
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import load_average
+from speed_engine.run import _load_weights, load_average
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
+from speed_engine.training.config import OptimizerConfig
+from speed_engine.training.ema import average_group
 
 TENSORS = {
     "model/w": torch.arange(12.0).view(3, 4),
@@ -257,3 +259,67 @@ def test_a_checkpoint_deleted_while_it_is_read_makes_way_for_a_newer_one(
     _, step = load_average(tmp_path, config, torch.device("cpu"))
     assert step == 2 and calls == ["step-00000001", "step-00000002"]
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_an_average_of_several_checkpoints_holds_while_a_run_prunes_the_older_ones(
+    monkeypatch, tmp_path
+):
+    averages = ("power=6.94", "power=16.97")
+    config = TrainConfig(
+        model=DiTConfig(dim=16, depth=1, num_heads=2),
+        device="cpu",
+        optimizer=OptimizerConfig(averages=averages),
+    )
+    ema = {k: v for k, v in build_model(config).state_dict().items()}
+    for step in range(1, 9):
+        tensors = {
+            f"{average_group(name)}/{k}": v * step for name in averages for k, v in ema.items()
+        }
+        write(tmp_path / "checkpoints", step, tensors, keep=9)
+    original, calls = checkpoint.load_group, []
+
+    def pruned_meanwhile(path, *arguments):
+        calls.append(path.name)
+        if calls.count("step-00000001") == 1 and path.name == "step-00000001":
+            shutil.rmtree(path)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "load_group", pruned_meanwhile)
+    _, step = load_average(tmp_path, config, torch.device("cpu"), "power=9")
+    assert step == 8 and calls.count("step-00000001") == 1 and calls.count("step-00000002") == 2
+
+
+def test_a_checkpoint_that_was_asked_for_and_is_pruned_meanwhile_is_named(monkeypatch, tmp_path):
+    config = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu")
+    average = {f"ema/{k}": v for k, v in build_model(config).state_dict().items()}
+    write(tmp_path / "checkpoints", 1, average)
+    original = checkpoint.load_group
+
+    def pruned_meanwhile(path, *arguments):
+        write(tmp_path / "checkpoints", 2, average, keep=1)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "load_group", pruned_meanwhile)
+    with pytest.raises(UserError, match="no checkpoint of step 1; it keeps those of: 2"):
+        load_average(tmp_path, config, torch.device("cpu"), step=1)
+
+
+def test_weights_to_start_from_hold_while_their_run_prunes(monkeypatch, tmp_path):
+    config = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu")
+    model, trained = build_model(config), build_model(config)
+    for step in (1, 2):
+        average = {f"ema/{k}": v + step for k, v in trained.state_dict().items()}
+        write(tmp_path / "checkpoints", step, average, keep=2)
+    original, calls = checkpoint.load_group, []
+
+    def pruned_meanwhile(path, *arguments):
+        calls.append(path.name)
+        if len(calls) == 1:
+            shutil.rmtree(path)
+        return original(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "load_group", pruned_meanwhile)
+    _load_weights(model, tmp_path)
+    assert calls == ["step-00000002", "step-00000001"]
+    for now, was in zip(model.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(now, was + 1)

@@ -21,7 +21,7 @@ from speed_engine.models.dit import DiT
 from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
 from speed_engine.models.unet import UNet
-from speed_engine.runtime.checks import UserError, require_shapes
+from speed_engine.runtime.checks import UserError, require_shapes, shortened
 from speed_engine.runtime.files import save_tensors
 
 LAYOUTS = ("original", "diffusers")
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise UserError(
             f"{path} holds more than tensors, or is damaged; nothing of it was run. If you trust "
-            f"it, convert it to .safetensors elsewhere. ({str(error).splitlines()[0]})"
+            f"it, convert it to .safetensors elsewhere. ({shortened(str(error) or type(error).__name__)})"
         ) from error
     for part in ("ema", "model", "state_dict"):
         stored = stored.get(part, stored) if isinstance(stored, dict) else stored

@@ -166,7 +166,7 @@ def test_what_wrappers_put_before_every_name_is_left_out(tmp_path, prefix):
 
 def test_a_file_that_was_cut_is_named(tmp_path):
     torch.save(model().state_dict(), tmp_path / "x.pt")
-    for size in (5000, 3):
+    for size in (5000, 3, 0):
         (tmp_path / "cut.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:size])
         with pytest.raises(ValueError, match="cut.pt holds more than tensors, or is damaged"):
             load_pretrained(model(), tmp_path / "cut.pt")

@@ -133,9 +133,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        why = shortened(str(error) or type(error).__name__)
         raise UserError(
             f"{path} holds more than tensors, or is damaged; nothing of it was run. If you trust "
-            f"it, convert it to .safetensors elsewhere. ({shortened(str(error) or type(error).__name__)})"
+            f"it, convert it to .safetensors elsewhere. ({why})"
         ) from error
     for part in ("ema", "model", "state_dict"):
         stored = stored.get(part, stored) if isinstance(stored, dict) else stored

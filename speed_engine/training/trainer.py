@@ -184,7 +184,17 @@ class Trainer:
                     if engine.steps_done > first and not self._is_due(loop.checkpoint_every):
                         self._checkpoint()
                     break
-                self._count(batch, engine.step(batch))
+                try:
+                    # The first step may compile for minutes, and there is nothing to save yet.
+                    with self.stop.interrupting(
+                        self.world.size == 1 and engine.steps_done == first
+                    ):
+                        report = engine.step(batch)
+                except Stopped:
+                    stopping = True
+                    engine.steps_done = first
+                    break
+                self._count(batch, report)
                 stopping = self._fire(self.stop.agreed())
             self.checkpoints.wait()
         if stopping:

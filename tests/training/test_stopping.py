@@ -22,6 +22,7 @@ from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
+from speed_engine.training.engine import Engine
 
 CONFIG = TrainConfig(
     steps=12,
@@ -134,6 +135,33 @@ def test_waiting_for_data_is_given_up(monkeypatch, tmp_path, straight):
     assert checkpoints(run)[-1] == "step-00000007"
     resume(run, Console(quiet=True))
     assert_same(run, straight)
+
+
+@pytest.mark.parametrize("done", [0, 5])  # of a new run, and of one that is resumed
+def test_a_first_step_that_compiles_is_given_up(monkeypatch, tmp_path, straight, done):
+    run, said = tmp_path / "run", io.StringIO()
+    if done:
+        start(dataclasses.replace(CONFIG, steps=done), run, Console(quiet=True))
+        config = dataclasses.replace(CONFIG, checkpoint_every=5)
+        (run / "ema.safetensors").unlink()
+        for picture in (run / "samples").glob(f"step-{done:08d}.*"):
+            picture.unlink()
+
+    def compiling(self, batch):
+        asked_to_stop(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", compiling)
+        if done:
+            resume(run, Console(file=said, width=200), changed=config)
+        else:
+            start(CONFIG, run, Console(file=said, width=200))
+    assert f"stopped by SIGTERM at step {done} of 12" in said.getvalue()
+    assert checkpoints(run) == [f"step-{step:08d}" for step in (done,) if step]
+    resume(run, Console(quiet=True))
+    assert [step for step, _ in losses(run)] == list(range(1, 13))
+    ours, theirs = (load_file(folder / "ema.safetensors") for folder in (run, straight))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_brackets_in_the_name_of_a_run_are_no_markup(tmp_path):

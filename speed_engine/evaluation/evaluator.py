@@ -15,7 +15,7 @@ from speed_engine.encoders.vae import Decoder
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
-from speed_engine.evaluation.metrics import ENOUGH, HELD_OUT, METRICS, fields, title, written
+from speed_engine.evaluation.metrics import ENOUGH, HELD_OUT, METRICS, curve, fields, title, written
 from speed_engine.evaluation.validation import Validation
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE, World
@@ -40,6 +40,11 @@ class Evaluation:
         """What is known, by name, for metrics.jsonl."""
         known = {**self.figures, **self.circumstances}
         return {name: value for name, value in known.items() if value is not None}
+
+    def curves(self) -> dict[str, str]:
+        """The name of each figure's curve, which says of what features it is."""
+        extractor = self.circumstances.get("extractor")
+        return {name: curve(name, extractor) for name in self.figures}
 
     def headline(self) -> str:
         """The figure that was asked for first, such as ``FID (classifier features) 0.436``."""

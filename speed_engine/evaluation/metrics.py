@@ -212,17 +212,32 @@ def title(field: str, extractor: str | None) -> str:
         field: of a record; one that no metric writes is its own title.
         extractor: name of the extractor of the features; None if there is none.
     """
-    from speed_engine.evaluation.features import INCEPTION
-
     figure = FIGURES.get(field.removeprefix(HELD_OUT))
     if figure is None:
         return field
     words = f"held-out {figure.title}" if field.startswith(HELD_OUT) else figure.title
-    if not figure.published or extractor in (None, INCEPTION):
-        return words
+    of = _other_features(field, extractor)
+    return words if of is None else f"{words} ({of} features)"
+
+
+def curve(field: str, extractor: str | None) -> str:
+    """A field's name where nothing beside it names the features: ``fid/classifier_features``.
+
+    With the features of published figures, and without any, it is the field itself.
+    """
+    of = _other_features(field, extractor)
+    return field if of is None else f"{field}/{of}_features"
+
+
+def _other_features(field: str, extractor: str | None) -> str | None:
+    """The features of a figure whose published values have others."""
+    from speed_engine.evaluation.features import INCEPTION
+
+    figure = FIGURES.get(field.removeprefix(HELD_OUT))
+    if figure is None or not figure.published or extractor is None or extractor == INCEPTION:
+        return None
     families = {"speed-classifier-": "classifier", "dinov2-": "DINOv2"}
-    of = next((of for begin, of in families.items() if extractor.startswith(begin)), extractor)
-    return f"{words} ({of} features)"
+    return next((of for begin, of in families.items() if extractor.startswith(begin)), extractor)
 
 
 def written(field: str, value: float | None) -> str:

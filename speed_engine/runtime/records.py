@@ -28,6 +28,7 @@ from speed_engine.runtime.loggers import Logger
 
 RECORDS = "metrics.jsonl"
 NO_LOGGERS: Mapping[str, Logger] = MappingProxyType({})
+_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 # Of an evaluation, what depends on no step, so that a curve of it is a line.
 CONSTANTS = frozenset(
     """
@@ -206,11 +207,19 @@ class RunLog:
         self._loggers = dict(loggers)
         self.lost = 0
 
-    def write(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Record figures at a step."""
+    def write(
+        self, step: int, figures: Mapping[str, Any], curves: Mapping[str, str] = _NO_NAMES
+    ) -> None:
+        """Record figures at a step.
+
+        Args:
+            step: optimizer steps done.
+            figures: by their names in metrics.jsonl.
+            curves: the names that loggers show some of them by.
+        """
         self._append(as_json({"step": step, **figures}).encode() + b"\n", step)
         numbers = {
-            name: of
+            curves.get(name, name): of
             for name, of in figures.items()
             if isinstance(of, int | float) and name not in CONSTANTS
         }

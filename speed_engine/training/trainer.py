@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -265,11 +266,13 @@ class Trainer:
         evaluated = self.world.from_first(lambda: any(pictures.glob(f"step-{step:08d}.*")))
         return step > 0 and self._is_due(self.loop.evaluate_every) and not evaluated
 
-    def _record(self, figures: dict[str, Any]) -> None:
+    def _record(
+        self, figures: dict[str, Any], curves: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         if self.world.is_first:
             step = self.engine.steps_done
             images, seconds = step * self.loop.batch_size, round(self.clock.seconds, 3)
-            self.records.write(step, {"images": images, "seconds": seconds, **figures})
+            self.records.write(step, {"images": images, "seconds": seconds, **figures}, curves)
 
     def _log(self) -> None:
         step = self.engine.steps_done
@@ -351,7 +354,7 @@ class Trainer:
         step = self.engine.steps_done
         quality = ""
         if found is not None:
-            self._record(found.record())
+            self._record(found.record(), found.curves())
             quality = f"{found.headline()}  "
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.folder / "samples" / f"step-{step:08d}.png"

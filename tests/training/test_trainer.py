@@ -25,6 +25,7 @@ from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.metrics import curve
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import (
     build_trainer,
@@ -253,6 +254,31 @@ def test_a_run_folder_holds_what_it_promises(trained):
     assert len(list((run / "checkpoints").iterdir())) == 3
     final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["step"] == 60 and final["fid"] > 0
+
+
+def test_a_curve_says_of_what_features_it_is(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(trained / "tensorboard"))
+    curves.Reload()
+    names = curves.Tags()["scalars"]
+    assert "fid/classifier_features" in names and "fid" not in names
+    recorded = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])["fid"]
+    assert curves.Scalars("fid/classifier_features")[-1].value == pytest.approx(recorded)
+
+
+@pytest.mark.parametrize(
+    "extractor, name",
+    [
+        (None, "held_out_fid"),
+        ("inception-v3-compat", "held_out_fid"),
+        ("speed-classifier-0123", "held_out_fid/classifier_features"),
+        ("dinov2-large-4567", "held_out_fid/DINOv2_features"),
+    ],
+)
+def test_a_curve_of_published_features_has_its_field_s_name(extractor, name):
+    assert curve("held_out_fid", extractor) == name
+    assert curve("loss", extractor) == "loss"
 
 
 def test_evaluate_repeats_the_figure_of_training(run, capsys):

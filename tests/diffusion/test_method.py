@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -384,7 +384,12 @@ def state_with(**changes: Any):
     [
         (lambda wrong: build_method(wrong, build_schedule("linear")), "method="),
         (lambda wrong: build_method("uniform", build_schedule("linear"), seed=wrong), "seed="),
-        (lambda wrong: build_method("speed_paper", build_schedule("linear"), k=[wrong]), "k="),
+        (
+            lambda wrong: build_method(
+                "speed_paper", build_schedule("linear"), k=cast(Any, [wrong])
+            ),
+            "k=",
+        ),
         (lambda wrong: build_schedule(wrong), "is unknown; choose from linear"),
         (lambda wrong: build_schedule("linear", wrong), "num_timesteps="),
         (lambda wrong: drawn().draw(wrong, 1), "batch="),

@@ -412,6 +412,12 @@ def test_a_command_that_needs_a_preset_names_the_presets(capsys):
     )
 
 
+def test_a_folder_in_place_of_a_preset_is_answered_with_what_takes_folders(capsys, tmp_path):
+    message = fails(capsys, "train", str(tmp_path))
+    assert f"{tmp_path} is a folder, not a preset; --data.source {tmp_path} trains on" in message
+    assert "--resume continues a run" in message
+
+
 def test_the_methods_are_listed_as_they_are_spelled(capsys):
     cli.main(["methods"])
     shown = capsys.readouterr().out

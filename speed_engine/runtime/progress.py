@@ -94,7 +94,7 @@ class TrainingProgress:
         """
         self._silent_since = None
         remaining = step_seconds * (self._total - step)
-        text = f"loss {loss:.4f}  {rate:,.0f} images/s  ETA {_clock(remaining)}"
+        text = f"loss {loss:.4f}  {_rate(rate)} images/s  ETA {_clock(remaining)}"
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
@@ -174,7 +174,7 @@ class SampleProgress:
             self._begun, self._at_begin = now, self._done
         rate = (self._done - self._at_begin) / max(now - self._begun, 1e-9)
         remaining = (self._total - self._done) / rate if rate else 0
-        text = f"{rate:,.0f}/s  ETA {_clock(remaining)}"
+        text = f"{_rate(rate)}/s  ETA {_clock(remaining)}"
         self._bar.update(self._task, completed=self._done, figures=text)
         line = f"{self._done:,}/{self._total:,} samples  {text}"
         if self._line is not None:
@@ -189,6 +189,11 @@ class SampleProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _rate(per_second: float) -> str:
+    """Two digits of a slow one, whole numbers of others."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def _clock(seconds: float) -> str:

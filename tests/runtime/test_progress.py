@@ -45,7 +45,11 @@ def test_the_remaining_time_follows_from_the_newest_interval(clock):
         shown.figures(100, 0.5, 10.0, 9.0)
         clock[0] += 10
         shown.figures(200, 0.5, 800.0, 0.1)
-    assert said(console)[-1] == "step 200/1000  loss 0.5000  800 images/s  ETA 1:20"
+        shown.figures(201, 0.5, 0.4403, 0.1)
+    assert said(console)[-2:] == [
+        "step 200/1000  loss 0.5000  800 images/s  ETA 1:20",
+        "step 201/1000  loss 0.5000  0.44 images/s  ETA 1:20",
+    ]
 
 
 def test_slow_steps_say_once_how_slow_they_are_before_the_first_figures(clock):

@@ -14,6 +14,7 @@ from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
 from speed_engine.config import TrainConfig, with_values
+from speed_engine.runtime.progress import announcing
 from speed_engine.runtime.records import read_records
 from speed_engine.training.ema import EMA
 
@@ -139,5 +140,7 @@ def train(
     start = origin(config, recipe=recipe)
     whole = start.config(changes)
     place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
-    runs.start(whole, place, console or Console())
+    console = console or Console()
+    with announcing(console):
+        runs.start(whole, place, console)
     return Run(place)

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,40 @@ def announced(text: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def announcing(console: Console) -> Iterator[None]:
+    """Print what ``announced`` says inside, where the log is not shown, as in a notebook.
+
+    Args:
+        console: what the first of several processes prints to.
+    """
+    if log.isEnabledFor(logging.INFO) or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    handler, level = _Lines(console), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # the handlers of others would show it again
+    try:
+        yield
+    finally:
+        log.propagate = True
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    """Prints each message as a line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.getMessage()} ..."
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class _NotebookLine:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from speed_engine.runtime import progress
-from speed_engine.runtime.progress import SampleProgress, TrainingProgress, announced
+from speed_engine.runtime.progress import SampleProgress, TrainingProgress, announced, announcing
 
 
 @pytest.fixture
@@ -36,6 +36,21 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(monkeypatch, caplog, s
     with announced("training a classifier"):
         time.sleep(seconds)
     assert caplog.messages == lines
+
+
+def test_what_takes_long_is_printed_where_the_log_is_not_shown(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "SILENCE", 0.01)
+    console = plain()
+    with announcing(console):
+        with announced("training a classifier"):
+            time.sleep(0.2)
+    with announced("something else"):
+        time.sleep(0.1)
+    assert said(console) == ["training a classifier ..."] and caplog.messages == []
+    with caplog.at_level(logging.INFO, logger="speed_engine.runtime.progress"):
+        with announcing(console), announced("shown by the log"):
+            time.sleep(0.2)
+    assert caplog.messages == ["shown by the log"] and len(said(console)) == 1
 
 
 def test_the_remaining_time_follows_from_the_newest_interval(clock):

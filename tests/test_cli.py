@@ -403,6 +403,12 @@ def test_an_option_by_the_name_of_other_programs_is_understood(capsys, arguments
     assert f"did you mean {meant}?" in fails(capsys, *arguments)
 
 
+def test_the_family_of_models_is_no_option_and_the_message_says_what_chooses_it(capsys):
+    message = fails(capsys, "train", "digits", "--model.family", "unet")
+    assert "--model.family is no option: a preset has the family of models" in message
+    assert '[model] family = "unet"' in message
+
+
 def test_a_command_that_needs_a_preset_names_the_presets(capsys):
     message = fails(capsys, "train")
     assert "a preset is missing: speed-engine train PRESET" in message

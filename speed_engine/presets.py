@@ -155,8 +155,8 @@ def _cifar(
         ),
         optimizer=OptimizerConfig(learning_rate=rate, schedule="linear"),
         evaluation=EvaluationConfig(
-            every=steps // 10, num_images=2000 if side < 32 else 10_000, solver="heun",
-            solver_steps=25, features=features,
+            every=steps // 10, num_images=2000 if side < 32 else 10_000,
+            solver="dpmpp_2m", solver_steps=20, features=features,
         ),
     )  # fmt: skip
 

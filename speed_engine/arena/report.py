@@ -73,6 +73,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
         "results": results,
         "headlines": [
             *summary.floor_in_words(results),
+            *summary.solver_in_words(results),
             *(summary.headline(results, one) for one in found),
             *false_alarm_tests(results),
         ],

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Set
+from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from speed_engine.arena.bootstrap import LEAST_SEEDS
@@ -15,6 +15,8 @@ from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 MEASURED_AT = {("logit_normal", "flow"): "median"}
 WHERE = {"final": "to its final quality", "median": "in the median over levels of quality"}
 GOT = {"final": "to its final quality", "median": "to half of its levels of quality"}
+# A final value that is so many times that with more solver steps is one of the solver.
+OF_SOLVER = 1.1
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Against:
     by_images: dict[str, SpeedUp]  # by contestant
     by_seconds: dict[str, SpeedUp]
     missing: dict[str, str]  # contestant: why it has no speed-up
-    undecided: set[str]  # contestants whose baseline is no better than the Gaussian
+    undecided: dict[str, str]  # contestant: why its speed-up decides nothing
 
 
 def against(results: Results, baseline: str) -> Against:
@@ -65,7 +67,8 @@ def against_own_uniform(results: Results) -> Against:
 
 
 def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
-    found = Against(label, results.title, {}, {}, {}, set())
+    found = Against(label, results.title, {}, {}, {}, {})
+    limited = _limited_by_solver(results)
     for name, rival in rivals.items():
         if name == rival:
             continue
@@ -77,9 +80,48 @@ def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Aga
             found.by_seconds[name] = speed_up(results, name, rival, "seconds")
         except ValueError as obstacle:
             found.missing[name] = str(obstacle)
+        of_solver = [one for one in (rival, name) if one in limited]
         if not _beats_gaussian(results, rival):
-            found.undecided.add(name)
+            found.undecided[name] = f"{rival} is no better than a Gaussian."
+        elif of_solver:
+            few = "generated with too few solver steps"
+            found.undecided[name] = f"the images of {' and '.join(of_solver)} are {few}."
     return found
+
+
+def _limited_by_solver(results: Results) -> dict[str, tuple[float, str, float]]:
+    """Contestants whose last evaluation is much worse than the same models are with more solver
+    steps: both means, and how many steps.
+
+    A validation loss generates nothing.
+    """
+    if results.metric == LOSS:
+        return {}
+    few, found = results.config["evaluation"]["solver_steps"], {}
+    for contestant in results.contestants:
+        runs = complete_runs(results, contestant.name).values()
+        for steps in {k for run in runs for k in run.by_solver_steps if int(k) > few}:
+            both = [
+                (_last(run, results.metric), run.by_solver_steps[steps])
+                for run in runs
+                if steps in run.by_solver_steps
+            ]
+            last, more = (statistics.fmean(values) for values in zip(*both, strict=True))
+            if last > OF_SOLVER * more and more < found.get(contestant.name, (0, "", math.inf))[2]:
+                found[contestant.name] = last, steps, more
+    return found
+
+
+def solver_in_words(results: Results) -> list[str]:
+    """Of each contestant, whether the evaluations had too few solver steps for its images."""
+    few = results.config["evaluation"]["solver_steps"]
+    return [
+        f"{name} ends at {_number(last)} with the {few} solver steps of the evaluations, and at "
+        f"{_number(more)} with {steps}: its curve is that of the solver, and what is measured with "
+        "it is undecided. Compare with another --evaluation.solver, or more "
+        "--evaluation.solver-steps."
+        for name, (last, steps, more) in _limited_by_solver(results).items()
+    ]
 
 
 def _beats_gaussian(results: Results, name: str) -> bool:
@@ -107,10 +149,7 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
     ratio = _at(found.by_images[best], where)
     chosen, verdict = _caution(len(pool), ratio), _verdict(ratio)
     if best in found.undecided:
-        chosen, verdict = (
-            "",
-            f"That decides nothing: {found.baseline} is no better than a Gaussian.",
-        )
+        chosen, verdict = "", f"That decides nothing: {found.undecided[best]}"
     if ratio.low == 0:
         return (
             f"Against {found.baseline}, {best} never got {GOT[where]}: {written(ratio)}"
@@ -226,7 +265,7 @@ def _head(field: str, extractor: str) -> str:
     return f"{title(field, extractor)}{f', {better} is better' * bool(better)}"
 
 
-def speedup_table(speedups: dict[str, SpeedUp], undecided: Set[str]) -> Table | None:
+def speedup_table(speedups: dict[str, SpeedUp], undecided: Container[str]) -> Table | None:
     """The largest median first; None without speed-ups."""
     if not speedups:
         return None

@@ -31,7 +31,8 @@ def comparison(speeds: dict[str, float], seeds=1, noise=0.0, draw=None, evaluati
     return Results(
         metric="held_out_fid", extractor="digits classifier", budget_images=BUDGET,
         contestants=tuple(contestant(name) for name in speeds), seeds=tuple(range(seeds)),
-        curves=tuple(curves), baselines=(next(iter(speeds)),), config={"batch_size": 128},
+        curves=tuple(curves), baselines=(next(iter(speeds)),),
+        config={"batch_size": 128, "evaluation": {"solver_steps": 20}},
         environment={"torch": "2.11"}, command="speed-engine compare --seeds 5",
     )  # fmt: skip
 

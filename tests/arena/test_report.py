@@ -163,7 +163,7 @@ def test_the_report_names_its_data_and_how_learning_rates_were_chosen(tmp_path, 
     rates = {"0.0005": 3.0, "0.001": 2.0} if tuned else {}
     results = dataclasses.replace(
         results,
-        config={"data": {"source": "/data/shards/birds"}},
+        config=results.config | {"data": {"source": "/data/shards/birds"}},
         contestants=tuple(dataclasses.replace(c, tuning=rates) for c in results.contestants),
     )
     for text in report(results, tmp_path):
@@ -322,6 +322,36 @@ def test_a_baseline_that_ends_where_real_images_are_is_said_to_be_at_the_end_of_
 
     assert "no longer tells generated images from real ones" in said(end * 1.01)
     assert "training images" not in said(end * 0.99)
+
+
+@pytest.mark.parametrize("name", ["uniform", "p2"])
+def test_a_contestant_whose_solver_has_too_few_steps_is_named_and_nothing_with_it_is_decided(name):
+    results = comparison({"uniform": 1.0, "p2": 2.0}, 3)
+    steps = results.config["evaluation"]["solver_steps"]
+
+    def with_more(share: float, of: int) -> Results:
+        curves = [
+            dataclasses.replace(
+                curve,
+                by_solver_steps={str(of): share * curve.points[-1].values["held_out_fid"]}
+                if curve.contestant == name
+                else {},
+            )
+            for curve in results.curves
+        ]
+        return dataclasses.replace(results, curves=tuple(curves))
+
+    limited = with_more(0.4, steps + 1)
+    (sentence,) = summary.solver_in_words(limited)
+    assert sentence.startswith(f"{name} ends at")
+    found = summary.against(limited, "uniform")
+    assert name in found.undecided["p2"]
+    assert "decides nothing" in summary.headline(limited, found)
+    table = summary.speedup_table(found.by_images, found.undecided)
+    assert table is not None and table.rows[0][1] == "undecided"
+    for sound in (results, with_more(0.95, steps + 1), with_more(0.4, steps - 1)):
+        assert summary.solver_in_words(sound) == []
+        assert summary.against(sound, "uniform").undecided == {}
 
 
 def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():

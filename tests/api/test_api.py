@@ -389,6 +389,19 @@ def test_a_model_is_shown_in_one_line(run):
     assert "images of shape (3, 8, 8)" in shown and len(shown) < 120
 
 
+def test_a_run_is_resumed_with_what_may_change(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    again = se.Run(folder).resume(console=QUIET, steps=6, optimizer={"learning_rate": 0.01})
+    assert again.folder == folder and again.metrics[-1]["step"] == 6
+    assert (again.config.steps, again.config.optimizer.learning_rate) == (6, 0.01)
+    assert '"optimizer.learning_rate": [0.05, 0.01]' in (folder / "changes.jsonl").read_text()
+    with pytest.raises(UserError, match="complete at step 6 of 6"):
+        again.resume(console=QUIET)
+    with pytest.raises(UserError, match="started with batch_size=8"):
+        again.resume(console=QUIET, batch_size=4)
+
+
 def test_one_process_is_not_warned_that_it_is_one(run):
     code = "import sys, speed_engine as se; se.load(sys.argv[1])"
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))

@@ -96,6 +96,7 @@ class TrainingProgress:
         self._silent_since: float | None = None  # until the first figures
         self._live = console.is_terminal
         self._line = _NotebookLine() if console.is_jupyter else None
+        self._newest, self._shown_at = "", time.monotonic()  # of a notebook's line
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -106,9 +107,12 @@ class TrainingProgress:
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
 
     def step(self, step: int) -> None:
-        """Move on to a step; cheap. Where steps are slow, says once how slow."""
+        """Move on to a step; cheap. In plain lines, says once how slow slow steps are."""
         if self._live:
             self._bar.update(self._task, completed=step)
+        elif self._line is not None:
+            if time.monotonic() - self._shown_at >= NOTEBOOK_INTERVAL:
+                self._show(f"step {step}/{self._total}  {self._newest}".rstrip())
         elif self._silent_since is not None:
             passed = time.monotonic() - self._silent_since
             if passed > INTERVAL:
@@ -133,6 +137,7 @@ class TrainingProgress:
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
+            self._newest = text
             self._show(f"step {step}/{self._total}  {text}")
 
     def evaluating(self, step: int, images: int) -> Callable[[float], None]:
@@ -166,6 +171,7 @@ class TrainingProgress:
         if self._line is None:
             self.say(text)
         else:
+            self._shown_at = time.monotonic()
             self._line.show(text)
 
     def __enter__(self) -> Self:
@@ -208,10 +214,11 @@ class SampleProgress:
         if self._begun is None:
             self._begun, self._at_begin = now, self._done
         rate = (self._done - self._at_begin) / max(now - self._begun, 1e-9)
-        remaining = (self._total - self._done) / rate if rate else 0
-        text = f"{_rate(rate)}/s  ETA {_clock(remaining)}"
+        text = ""
+        if rate:
+            text = f"{_rate(rate)}/s  ETA {_clock((self._total - self._done) / rate)}"
         self._bar.update(self._task, completed=self._done, figures=text)
-        line = f"{self._done:,}/{self._total:,} samples  {text}"
+        line = f"{self._done:,}/{self._total:,} samples  {text}".rstrip()
         if self._line is not None:
             self._line.show(line)
         elif self._bar.disable and now - self._said > self._interval:

@@ -142,7 +142,12 @@ def notebook(monkeypatch) -> list[list[str]]:
 def test_a_notebook_has_one_line_that_changes_and_what_is_said_below_it(notebook, clock):
     console = Console(force_jupyter=True)
     with TrainingProgress(console, 0, 300) as shown:
+        for step in (1, 2, 3):
+            clock[0] += 0.6
+            shown.step(step)
         shown.figures(100, 0.5, 10.0, 1.0)
+        clock[0] += 1.1
+        shown.step(101)
         advance = shown.evaluating(100, 200)
         for _ in range(4):
             clock[0] += 0.6
@@ -151,7 +156,9 @@ def test_a_notebook_has_one_line_that_changes_and_what_is_said_below_it(notebook
         shown.figures(200, 0.25, 10.0, 1.0)
     live, said = notebook
     assert live == [
+        "step 2/300",
         "step 100/300  loss 0.5000  10 images/s  ETA 3:20",
+        "step 101/300  loss 0.5000  10 images/s  ETA 3:20",
         "step 100/300  evaluating: 100/200 images",
         "step 100/300  evaluating: 200/200 images",
         "step 200/300  loss 0.2500  10 images/s  ETA 1:40",
@@ -165,6 +172,6 @@ def test_a_notebook_counts_samples_in_one_line(notebook, clock):
             shown.advance(10)
             clock[0] += 1
     assert notebook == [[
-        "10/30 samples  0/s  ETA 0:00", "20/30 samples  10/s  ETA 0:01",
+        "10/30 samples", "20/30 samples  10/s  ETA 0:01",
         "30/30 samples  10/s  ETA 0:00",
     ]]  # fmt: skip

@@ -194,7 +194,9 @@ class DiT(nn.Module):
 
     def embed(self, x: Tensor) -> OpenSum:
         """(B, C, H, W) -> (B, N, D), the stream of tokens before the first block."""
-        tokens = self.x_embedder(x) + self.pos_embed
+        # The first summand decides the order in memory. Patches, which a convolution leaves
+        # channel by channel, would cost a copy of all tokens wherever a kernel reads them.
+        tokens = self.pos_embed + self.x_embedder(x)
         return OpenSum(tokens.to(self.residual_dtype or tokens.dtype))
 
     def through(

@@ -133,7 +133,9 @@ class MDT(nn.Module):
             mask_draws: (B, mask_words) int64 in [0, 2**32), uniform; given, they decide which
                 tokens are hidden, and otherwise none is.
         """
-        tokens = self.x_embedder(x) + self.pos_embed
+        # The first summand decides the order in memory. Patches, which a convolution leaves
+        # channel by channel, would cost a copy of all tokens wherever a kernel reads them.
+        tokens = self.pos_embed + self.x_embedder(x)
         condition = self.t_embedder(t)
         if self.y_embedder is not None:
             condition = condition + self.y_embedder(labels)

@@ -25,6 +25,7 @@ from speed_engine.evaluation.conditions import generation_conditions, prompted
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network
+from speed_engine.models.layers.open_sum import opened
 from speed_engine.run import read_config, resume, start
 from speed_engine.runtime.sharding import blocks
 from speed_engine.training.config import OptimizerConfig
@@ -115,6 +116,19 @@ def told(folder: Path, *members: str) -> DataConfig:
     return DataConfig(
         source=str(folder), members=("npy", *members), token_shape=(12, 16), low_shape=(1, 4, 4)
     )
+
+
+@pytest.mark.parametrize("name", ["dit", "dit-modern", "mdt", "mdt-v2"])
+def test_the_first_block_gets_its_tokens_one_after_the_other_as_the_kernels_read_them(name):
+    model = build_network(SMALL[name], Shape((8, 8), 3))
+    seen: list[torch.Tensor] = []
+
+    def look(_: torch.nn.Module, given: tuple) -> None:
+        seen.append(opened(given[0]).closed())
+
+    blocks(model)[0].register_forward_pre_hook(look)
+    model(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    assert seen[0].shape == (2, 16, 32) and seen[0].is_contiguous()
 
 
 @pytest.mark.parametrize("name", SMALL)

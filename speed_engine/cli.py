@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -133,8 +132,6 @@ def _prepare_process() -> None:
     # Compiled code is kept from run to run; Inductor's own default is in /tmp.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder() / "triton"))
-    # torch's checkpoints warn, in two ways, that there is one process; that is no news.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     # A name that the terminal cannot show is shown by its numbers.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

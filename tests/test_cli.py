@@ -403,6 +403,12 @@ def test_an_option_by_the_name_of_other_programs_is_understood(capsys, arguments
     assert f"did you mean {meant}?" in fails(capsys, *arguments)
 
 
+def test_the_family_of_models_is_no_option_and_the_message_says_what_chooses_it(capsys):
+    message = fails(capsys, "train", "digits", "--model.family", "unet")
+    assert "--model.family is no option: a preset has the family of models" in message
+    assert '[model] family = "unet"' in message
+
+
 def test_a_command_that_needs_a_preset_names_the_presets(capsys):
     message = fails(capsys, "train")
     assert "a preset is missing: speed-engine train PRESET" in message
@@ -410,6 +416,12 @@ def test_a_command_that_needs_a_preset_names_the_presets(capsys):
     assert "unknown preset 'digitz'; did you mean 'digits'? Choose from digits, dit-s" in fails(
         capsys, "train", "digitz"
     )
+
+
+def test_a_folder_in_place_of_a_preset_is_answered_with_what_takes_folders(capsys, tmp_path):
+    message = fails(capsys, "train", str(tmp_path))
+    assert f"{tmp_path} is a folder, not a preset; --data.source {tmp_path} trains on" in message
+    assert "--resume continues a run" in message
 
 
 def test_the_methods_are_listed_as_they_are_spelled(capsys):

@@ -120,8 +120,10 @@ def _fetch(repo_id: str, revision: str | None, token: str | bool | None) -> Path
     try:
         folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=files)
     except Exception as error:  # of many kinds: no such model, no access, no network
+        reason = " ".join(str(error).split())  # one line
         raise UserError(
-            f"{repo_id} is no folder here, and cannot be fetched from the Hugging Face hub: {error}"
+            f"{repo_id} is no folder here, and cannot be fetched from the Hugging Face hub: "
+            f"{reason}"
         ) from error
     if not (Path(folder) / FACTS).is_file():
         raise UserError(

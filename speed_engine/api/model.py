@@ -12,8 +12,9 @@ Letters: N images; C channels and H, W of an image.
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -36,7 +37,14 @@ from speed_engine.evaluation.conditions import (
 )
 from speed_engine.evaluation.generate import generate
 from speed_engine.run import CONFIG_FILE
-from speed_engine.runtime.checks import UserError, check_installed, check_path, unknown
+from speed_engine.runtime.checks import (
+    MOST,
+    UserError,
+    check_installed,
+    check_path,
+    check_whole,
+    unknown,
+)
 from speed_engine.runtime.files import replacing, write_durably
 
 WEIGHTS, NULL, FACTS, CARD = (
@@ -47,7 +55,7 @@ WEIGHTS, NULL, FACTS, CARD = (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Model:
     """A trained model, of ``speed_engine.load`` or of a run's ``model()``.
 
@@ -59,9 +67,19 @@ class Model:
     """
 
     config: TrainConfig
-    network: nn.Module = field(repr=False)
-    null: Mapping[str, Tensor] = field(repr=False)
+    network: nn.Module
+    null: Mapping[str, Tensor]
     facts: Facts
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it; ``config`` and ``facts`` have the rest."""
+        parameters = sum(p.numel() for p in self.network.parameters())
+        conditions = ", ".join(condition_names(self.config.data)) or "nothing"
+        return (
+            f"<Model {self.config.model.family}, {parameters:,} parameters, images of shape "
+            f"{self.config.data.image_shape}, conditioned on {conditions}, "
+            f"step {self.facts.step:,}>"
+        )
 
     def generate(
         self,
@@ -108,6 +126,7 @@ class Model:
             >>> images.shape, images.dtype
             (torch.Size([4, 1, 8, 8]), torch.uint8)
         """
+        check_whole("n", n, 1, MOST)
         wanted = {"solver": solver, "solver_steps": steps, "guidance": guidance}
         given = {name: value for name, value in wanted.items() if value is not None}
         config = with_values(self.config, {"evaluation": {"num_images": n, **given}})
@@ -187,7 +206,8 @@ class Model:
             The URL of the commit.
 
         Raises:
-            UserError: the library huggingface_hub is not installed.
+            UserError: the library huggingface_hub is not installed, or the hub cannot be reached or
+                refuses.
 
         Examples:
             >>> model = se.load("runs/mine")
@@ -197,15 +217,17 @@ class Model:
         from huggingface_hub import HfApi
 
         api = HfApi(token=token, library_name="speed-engine")
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with _writing(repo_id):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, name=repo_id)
-            done = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-            )
+            with _writing(repo_id):
+                done = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message,
+                )
         return str(done)
 
     def _conditions(self, n: int, labels: Any) -> Conditions:
@@ -253,3 +275,15 @@ class Model:
         device: Any = next(self.network.parameters()).device.type  # what trained it may be another
         config = dataclasses.replace(self.config, device=device)
         return build_decoder(config, metadata=self.facts.metadata)
+
+
+@contextmanager
+def _writing(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of many kinds: no token, no such owner, no network
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{repo_id} cannot be written on the Hugging Face hub: {reason}. Log in by `hf auth "
+            "login`, or give a token that may write there; save_pretrained keeps the model here."
+        ) from error

@@ -14,6 +14,7 @@ from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
 from speed_engine.config import TrainConfig, with_values
+from speed_engine.runtime.progress import announcing
 from speed_engine.runtime.records import read_records
 from speed_engine.training.ema import EMA
 
@@ -72,6 +73,39 @@ class Run:
         """
         return of_run(Path(self.folder), average, device)
 
+    def resume(self, *, console: Console | None = None, **changes: Any) -> "Run":
+        """Continue from the newest checkpoint, as ``speed-engine train --resume`` does.
+
+        Args:
+            console: where the progress is shown. By default standard output, or the notebook.
+            changes: fields of the configuration that a resumed run may change, as ``train`` takes
+                them, such as ``steps=5000``, or ``optimizer={"learning_rate": 1e-3}``.
+
+        Returns:
+            The run itself.
+
+        Raises:
+            UserError: a field that the run keeps is changed, it is complete, or its data are not
+                those that it was trained on.
+            FloatingPointError: too many steps in a row were not finite.
+
+        Examples:
+            >>> quick = {"features": "none", "num_images": 10, "solver_steps": 2}
+            >>> run = se.train("digits", "runs/longer", steps=2, evaluation=quick)
+            ... # doctest: +ELLIPSIS
+            run       runs/longer
+            ...
+            >>> run = run.resume(steps=3)  # doctest: +ELLIPSIS
+            run       runs/longer
+            ...
+            >>> run.metrics[-1]["step"]
+            3
+        """
+        changed, console = with_values(self.config, changes), console or Console()
+        with announcing(console):
+            runs.resume(Path(self.folder), console, changed=changed)
+        return self
+
     def evaluate(
         self, average: str = EMA, *, checkpoint: int | None = None, **changes: Any
     ) -> dict[str, Any]:
@@ -120,7 +154,7 @@ def train(
             mapping of its own fields: ``optimizer={"learning_rate": 2e-3}``.
 
     Returns:
-        The run; it is not complete if a signal stopped it.
+        The run; it is not complete if a signal stopped it, and ``Run.resume`` continues it.
 
     Raises:
         UserError: a field or a value that does not exist, data that do not fit, or the folder is
@@ -139,5 +173,7 @@ def train(
     start = origin(config, recipe=recipe)
     whole = start.config(changes)
     place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
-    runs.start(whole, place, console or Console())
+    console = console or Console()
+    with announcing(console):
+        runs.start(whole, place, console)
     return Run(place)

@@ -33,7 +33,7 @@ from speed_engine.arena.gather import curve_of, extractor_of, final_value
 from speed_engine.arena.paces import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
 from speed_engine.arena.recipes import read_contestant
-from speed_engine.arena.report import check_libraries, write_report
+from speed_engine.arena.report import PAGE, check_libraries, write_report
 from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
 from speed_engine.arena.runs import execute
@@ -66,7 +66,8 @@ def compare(command: CompareCommand, console: Console) -> Path:
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
     Comparison(plan, out, slots, threads, console).run()
-    console.print(f"report    {write_report(out)}", highlight=False, markup=False, soft_wrap=True)
+    for line in (*write_report(out), f"report    {out / PAGE}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return out
 
 

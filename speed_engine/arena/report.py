@@ -17,6 +17,8 @@ from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
 from speed_engine.runtime.checks import UserError, check_installed
 
+PAGE = "report.html"
+
 
 def check_libraries() -> None:
     """Refuse to write reports where the libraries for them are not installed.
@@ -27,8 +29,11 @@ def check_libraries() -> None:
     check_installed("the report of a comparison", "plots", "jinja2", "matplotlib")
 
 
-def write_report(folder: Path) -> Path:
-    """Write report and pictures beside ``folder/results.json``; returns the path of the HTML.
+def write_report(folder: Path) -> list[str]:
+    """Write report and pictures beside ``folder/results.json``.
+
+    Returns:
+        The sentences that the report begins with: what the comparison found.
 
     Raises:
         UserError: results.json is absent, or is no file of results, or names an unknown baseline;
@@ -44,11 +49,11 @@ def write_report(folder: Path) -> Path:
     shutil.rmtree(pictures, ignore_errors=True)  # pictures of contestants that are gone
     pictures.mkdir()
     content = _content(results, folder, pictures)
-    for name in ("report.md", "report.html"):
+    for name in ("report.md", PAGE):
         # A path that is no Unicode is shown by its numbers.
         page = _render(name, folder, content).encode("utf-8", "backslashreplace")
         (folder / name).write_bytes(page)
-    return folder / "report.html"
+    return content["headlines"]
 
 
 def _check(results: Results) -> None:

@@ -111,6 +111,11 @@ def origin(
     if name in presets:
         return Origin(name, *presets[name], {}, _recipe(recipe), name in OWN_IMAGES)
     if path.suffix not in SUFFIXES:
+        if path.is_dir():
+            raise UserError(
+                f"{name} is a folder, not a preset; --data.source {name} trains on shards in it, "
+                "--resume continues a run, and a run's config.json starts another one like it."
+            )
         raise unknown("preset", name, presets)
     values = _read(path)
     preset, filed = values.pop("preset", None), values.pop("recipe", None)

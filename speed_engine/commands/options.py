@@ -90,6 +90,12 @@ MEANINGS = {
     "finetune": ("init_from",),
 }
 
+# What no option changes, since other options follow from it, and what does.
+NO_OPTIONS = {
+    "model.family": "a preset has the family of models that it starts from, such as unet-s or "
+    'emoji32-unet; in a file, [model] family = "unet" chooses another one'
+}
+
 NO_GROUPS: Mapping[str, Group] = types.MappingProxyType({})
 
 
@@ -155,6 +161,8 @@ def _refuse_other_names(arguments: Sequence[str], known: Sequence[str]) -> None:
         given = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if not argument.startswith("--") or given in known:
             continue
+        if given in NO_OPTIONS:
+            raise UserError(f"--{given} is no option: {NO_OPTIONS[given]}.")
         meant = [name for name in MEANINGS.get(given, ()) if name in known]
         meant = meant or [name for name in known if name.endswith(f".{given}")]
         if meant:

@@ -303,7 +303,8 @@ def _check_counts(name: str, num_generated: int, num_real: int, extractor: Extra
     least = metric.least(extractor.feature_dim)
     if min(num_generated, num_real) < least:
         raise UserError(
-            f"{name} with {extractor.name} ({extractor.feature_dim} features) needs {least} "
-            f"images or more on both sides, {metric.why}; got {num_generated} generated, "
-            f"{num_real} real. Use more images or another extractor or metric."
+            f"{name} in {extractor.feature_dim} features needs {least} images or more on both "
+            f"sides, {metric.why}; got {num_generated} generated, {num_real} real. Generate more "
+            f"(evaluation.num_images); where too few are real, leave {name} out of "
+            "evaluation.metrics."
         )

@@ -143,7 +143,7 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         f"images/s: products at {_short(device.bf16_flops)}FLOP/s, and the update of "
         f"{UPDATE_BYTES} bytes per parameter at {_short(device.bandwidth)}B/s",
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
-        f"{config.steps * floor / 3600:.3g} hours",
+        f"{_duration(config.steps * floor)}",
     }
 
 
@@ -154,6 +154,13 @@ def _optimizer(cost: Estimate) -> str:
         f"Muon and AdamW {_short(cost.optimizer_bytes)}B (Muon's products take "
         f"{_short(cost.muon_flops)}FLOP a step)"
     )
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit of which it is one or more."""
+    if seconds < 60:
+        return f"{seconds:.3g} seconds"
+    return f"{seconds / 60:.3g} minutes" if seconds < 3600 else f"{seconds / 3600:.3g} hours"
 
 
 def _short(number: float) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,40 @@ def announced(text: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+@contextmanager
+def announcing(console: Console) -> Iterator[None]:
+    """Print what ``announced`` says inside, where the log is not shown, as in a notebook.
+
+    Args:
+        console: what the first of several processes prints to.
+    """
+    if log.isEnabledFor(logging.INFO) or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    handler, level = _Lines(console), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False  # the handlers of others would show it again
+    try:
+        yield
+    finally:
+        log.propagate = True
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+class _Lines(logging.Handler):
+    """Prints each message as a line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.getMessage()} ..."
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class _NotebookLine:
@@ -61,6 +96,7 @@ class TrainingProgress:
         self._silent_since: float | None = None  # until the first figures
         self._live = console.is_terminal
         self._line = _NotebookLine() if console.is_jupyter else None
+        self._newest, self._shown_at = "", time.monotonic()  # of a notebook's line
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -71,9 +107,12 @@ class TrainingProgress:
         self._task = self._bar.add_task("", total=total_steps, completed=first_step, figures="")
 
     def step(self, step: int) -> None:
-        """Move on to a step; cheap. Where steps are slow, says once how slow."""
+        """Move on to a step; cheap. In plain lines, says once how slow slow steps are."""
         if self._live:
             self._bar.update(self._task, completed=step)
+        elif self._line is not None:
+            if time.monotonic() - self._shown_at >= NOTEBOOK_INTERVAL:
+                self._show(f"step {step}/{self._total}  {self._newest}".rstrip())
         elif self._silent_since is not None:
             passed = time.monotonic() - self._silent_since
             if passed > INTERVAL:
@@ -94,10 +133,11 @@ class TrainingProgress:
         """
         self._silent_since = None
         remaining = step_seconds * (self._total - step)
-        text = f"loss {loss:.4f}  {rate:,.0f} images/s  ETA {_clock(remaining)}"
+        text = f"loss {loss:.4f}  {_rate(rate)} images/s  ETA {_clock(remaining)}"
         if self._live:
             self._bar.update(self._task, figures=text)
         else:
+            self._newest = text
             self._show(f"step {step}/{self._total}  {text}")
 
     def evaluating(self, step: int, images: int) -> Callable[[float], None]:
@@ -131,6 +171,7 @@ class TrainingProgress:
         if self._line is None:
             self.say(text)
         else:
+            self._shown_at = time.monotonic()
             self._line.show(text)
 
     def __enter__(self) -> Self:
@@ -173,10 +214,11 @@ class SampleProgress:
         if self._begun is None:
             self._begun, self._at_begin = now, self._done
         rate = (self._done - self._at_begin) / max(now - self._begun, 1e-9)
-        remaining = (self._total - self._done) / rate if rate else 0
-        text = f"{rate:,.0f}/s  ETA {_clock(remaining)}"
+        text = ""
+        if rate:
+            text = f"{_rate(rate)}/s  ETA {_clock((self._total - self._done) / rate)}"
         self._bar.update(self._task, completed=self._done, figures=text)
-        line = f"{self._done:,}/{self._total:,} samples  {text}"
+        line = f"{self._done:,}/{self._total:,} samples  {text}".rstrip()
         if self._line is not None:
             self._line.show(line)
         elif self._bar.disable and now - self._said > self._interval:
@@ -189,6 +231,11 @@ class SampleProgress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+def _rate(per_second: float) -> str:
+    """Two digits of a slow one, whole numbers of others."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def _clock(seconds: float) -> str:

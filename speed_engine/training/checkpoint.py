@@ -17,6 +17,7 @@ import logging
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ from speed_engine.runtime.records import Sums
 from speed_engine.runtime.world import ALONE, World
 
 log = logging.getLogger(__name__)
+# That there is one process is no news, in a notebook as little as on the command line.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 SCHEMA = 2
 _MANIFEST = "manifest.json"

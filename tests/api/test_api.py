@@ -131,9 +131,9 @@ def test_another_average_is_another_model_and_the_name_of_a_class_its_number(run
         ({"labels": [0, 2]}, "labels=[0, 2]: needed are classes from 0 to 1."),
         ({"labels": []}, "labels=[]: needed are classes from 0 to 1."),
         ({"prompts": "a frog"}, "this model is conditioned on labels; a prompt needs one"),
-        ({"n": 0}, "evaluation.num_images=0: must be at least 1"),
+        ({"n": 0}, "n=0: must be at least 1"),
         ({"steps": 5000}, "evaluation.solver_steps=5000: must be at most num_timesteps=1000"),
-        ({"n": 2.5}, "evaluation.num_images=2.5: should be a valid integer."),
+        ({"n": 2.5}, "n=2.5: must be a whole number."),
         ({"labels": [0.5]}, "labels=[0.5]: needed are classes from 0 to 1."),
         ({"labels": 0.5}, "labels=0.5: needed are classes from 0 to 1."),
         ({"labels": [None]}, "labels=[None]: needed are classes from 0 to 1."),
@@ -289,7 +289,7 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.load("no\0path"), "must be a path"),
         (lambda run: se.load(run.folder, average=wrong(3)), "average=3: must be the name of"),
         (lambda run: run.model(average=wrong(None)), "average=None: must be the name of"),
-        (lambda run: run.model().generate(wrong(None)), "evaluation.num_images=null: should be"),
+        (lambda run: run.model().generate(wrong(None)), "n=None: must be a whole number"),
         (lambda run: run.model().generate(1, seed=True), "seed=True: must be a whole number"),
         (lambda run: run.model().save_pretrained(wrong(3)), "folder=3: must be a path"),
     ],
@@ -371,6 +371,52 @@ def test_a_model_that_the_hub_does_not_have_is_one_message(tmp_path, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(UserError, match="me/other .* is no model of speed_engine: it has no speed"):
         se.load("me/other")
+
+
+def test_a_hub_that_refuses_an_upload_is_one_message(run, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def __init__(self, **_):
+            pass
+
+        def create_repo(self, *_, **__):
+            raise OSError("Token is required\n\n(`token=True`), but no token found.")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(UserError) as refused:
+        run.model().push_to_hub("me/frogs")
+    message = "me/frogs cannot be written on the Hugging Face hub: Token is required (`token=True`)"
+    assert str(refused.value).startswith(message) and "`hf auth login`" in str(refused.value)
+
+
+def test_a_model_is_shown_in_one_line(run):
+    shown = repr(run.model())
+    assert shown.startswith("<Model dit, ") and shown.endswith("conditioned on labels, step 4>")
+    assert "images of shape (3, 8, 8)" in shown and len(shown) < 120
+
+
+def test_a_run_is_resumed_with_what_may_change(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    again = se.Run(folder).resume(console=QUIET, steps=6, optimizer={"learning_rate": 0.01})
+    assert again.folder == folder and again.metrics[-1]["step"] == 6
+    assert (again.config.steps, again.config.optimizer.learning_rate) == (6, 0.01)
+    assert '"optimizer.learning_rate": [0.05, 0.01]' in (folder / "changes.jsonl").read_text()
+    with pytest.raises(UserError, match="complete at step 6 of 6"):
+        again.resume(console=QUIET)
+    with pytest.raises(UserError, match="started with batch_size=8"):
+        again.resume(console=QUIET, batch_size=4)
+
+
+def test_one_process_is_not_warned_that_it_is_one(run):
+    code = "import sys, speed_engine as se; se.load(sys.argv[1])"
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-c", code, run.folder],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_the_hub_s_library_its_extra_is_named(run, monkeypatch):

@@ -46,6 +46,15 @@ def test_every_contestant_is_reported_and_the_one_that_fails_with_the_reason(fin
     assert (out / "report.html").stat().st_size > 50_000
 
 
+def test_a_comparison_ends_with_what_the_report_begins_with(finished):
+    out, said = finished
+    page = (out / "report.md").read_text().replace("\\", "")
+    found = [line.removeprefix("- ") for line in page.splitlines() if line.startswith("- ")]
+    first, last = said.splitlines()[-3], said.splitlines()[-1]
+    assert first in found and first.startswith("Against uniform ")
+    assert last == f"report    {out / 'report.html'}"
+
+
 def test_contestants_are_paired_and_measured_where_the_plan_says(finished):
     out, _ = finished
     results = read_results(out / "results.json")

@@ -21,7 +21,8 @@ SPEEDS = {"uniform": 1.0, "speed_paper": 2.0, "min_snr": 1.0, "uniform@flow": 3.
 
 def report(results: Results, folder) -> tuple[str, str]:
     write_results(results, folder / "results.json")
-    html = write_report(folder)
+    write_report(folder)
+    html = folder / "report.html"
     return html.read_text(), (folder / "report.md").read_text()
 
 

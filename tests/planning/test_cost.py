@@ -32,6 +32,12 @@ def test_every_preset_passes_the_dry_run(capsys, name):
     assert "on one a100" in lines["step"]
 
 
+def test_a_short_run_is_told_in_seconds():
+    lines = describe(dataclasses.replace(SMALL, steps=20), "h200")
+    seconds = 20 * estimate(SMALL).step_seconds(GPUS["h200"])
+    assert lines["run"].endswith(f"at least {seconds:.3g} seconds")
+
+
 def test_dit_xl_2_costs_what_its_paper_says():
     _, config = PRESETS["imagenet256-dit-xl2"]
     cost = estimate(config)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from speed_engine.runtime import progress
-from speed_engine.runtime.progress import SampleProgress, TrainingProgress, announced
+from speed_engine.runtime.progress import SampleProgress, TrainingProgress, announced, announcing
 
 
 @pytest.fixture
@@ -38,6 +38,21 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(monkeypatch, caplog, s
     assert caplog.messages == lines
 
 
+def test_what_takes_long_is_printed_where_the_log_is_not_shown(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "SILENCE", 0.01)
+    console = plain()
+    with announcing(console):
+        with announced("training a classifier"):
+            time.sleep(0.2)
+    with announced("something else"):
+        time.sleep(0.1)
+    assert said(console) == ["training a classifier ..."] and caplog.messages == []
+    with caplog.at_level(logging.INFO, logger="speed_engine.runtime.progress"):
+        with announcing(console), announced("shown by the log"):
+            time.sleep(0.2)
+    assert caplog.messages == ["shown by the log"] and len(said(console)) == 1
+
+
 def test_the_remaining_time_follows_from_the_newest_interval(clock):
     console = plain()
     with TrainingProgress(console, 0, 1000) as shown:
@@ -45,7 +60,11 @@ def test_the_remaining_time_follows_from_the_newest_interval(clock):
         shown.figures(100, 0.5, 10.0, 9.0)
         clock[0] += 10
         shown.figures(200, 0.5, 800.0, 0.1)
-    assert said(console)[-1] == "step 200/1000  loss 0.5000  800 images/s  ETA 1:20"
+        shown.figures(201, 0.5, 0.4403, 0.1)
+    assert said(console)[-2:] == [
+        "step 200/1000  loss 0.5000  800 images/s  ETA 1:20",
+        "step 201/1000  loss 0.5000  0.44 images/s  ETA 1:20",
+    ]
 
 
 def test_slow_steps_say_once_how_slow_they_are_before_the_first_figures(clock):
@@ -123,7 +142,12 @@ def notebook(monkeypatch) -> list[list[str]]:
 def test_a_notebook_has_one_line_that_changes_and_what_is_said_below_it(notebook, clock):
     console = Console(force_jupyter=True)
     with TrainingProgress(console, 0, 300) as shown:
+        for step in (1, 2, 3):
+            clock[0] += 0.6
+            shown.step(step)
         shown.figures(100, 0.5, 10.0, 1.0)
+        clock[0] += 1.1
+        shown.step(101)
         advance = shown.evaluating(100, 200)
         for _ in range(4):
             clock[0] += 0.6
@@ -132,7 +156,9 @@ def test_a_notebook_has_one_line_that_changes_and_what_is_said_below_it(notebook
         shown.figures(200, 0.25, 10.0, 1.0)
     live, said = notebook
     assert live == [
+        "step 2/300",
         "step 100/300  loss 0.5000  10 images/s  ETA 3:20",
+        "step 101/300  loss 0.5000  10 images/s  ETA 3:20",
         "step 100/300  evaluating: 100/200 images",
         "step 100/300  evaluating: 200/200 images",
         "step 200/300  loss 0.2500  10 images/s  ETA 1:40",
@@ -146,6 +172,6 @@ def test_a_notebook_counts_samples_in_one_line(notebook, clock):
             shown.advance(10)
             clock[0] += 1
     assert notebook == [[
-        "10/30 samples  0/s  ETA 0:00", "20/30 samples  10/s  ETA 0:01",
+        "10/30 samples", "20/30 samples  10/s  ETA 0:01",
         "30/30 samples  10/s  ETA 0:00",
     ]]  # fmt: skip

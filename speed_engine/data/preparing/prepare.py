@@ -229,10 +229,15 @@ def _size_of_all(source: Source, options: PictureOptions, skip_bad: bool) -> tup
             picture = source.read(i, options.channels).picture
         except (ValueError, OSError) as error:
             if not skip_bad:
-                raise UserError(f"{source.name(i)}: {error}") from error
+                raise _unusable(source.name(i), error) from error
         else:
             return (options.size, options.size) if options.size else picture.size
     raise UserError(f"of the {len(source)} samples of the source, none is usable.")
+
+
+def _unusable(name: str, error: Exception) -> UserError:
+    reason = str(error).rstrip(".")
+    return UserError(f"{name}: {reason}. Mend it, or leave out all such pictures by --skip-bad.")
 
 
 def _in_processes(
@@ -274,10 +279,9 @@ def _make_shard(path: Path, numbers: np.ndarray) -> tuple[Path, list[str]]:
             try:
                 yield f"{number:07d}", _members(source, number, options, size)
             except (ValueError, OSError) as error:
-                message = f"{source.name(number)}: {error}"
                 if not skip_bad:
-                    raise UserError(message) from error
-                bad.append(message)
+                    raise _unusable(source.name(number), error) from error
+                bad.append(f"{source.name(number)}: {error}")
 
     if content := _content(source, numbers, map):
         write_durably(_source_file(path), content.encode())
@@ -292,7 +296,10 @@ def _members(
     if options.size is not None:
         picture = centre_crop(picture, options.size)
     elif picture.size != size:
-        raise UserError(f"it has {picture.size} pixels, the first has {size}; choose a size.")
+        shape, first = ("{} x {}".format(*of) for of in (picture.size, size))
+        raise UserError(
+            f"it has {shape} pixels, the first picture has {first}; --size 64 crops all to 64 x 64"
+        )
     members = {options.format: encode_picture(picture, options.format, options.quality)}
     if options.low_size is not None:
         kind = "npy" if options.format == "npy" else "png"

@@ -20,7 +20,7 @@ from typing import Any
 
 import bench_loader
 from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
-from speed_engine.arena.speedup import LOSS, complete_runs, speed_up
+from speed_engine.arena.speedup import LOSS, complete_runs
 from speed_engine.arena.summary import against, headline, written, written_interval
 
 ROOT = Path(__file__).parent.parent
@@ -310,8 +310,7 @@ def ladder(name: str) -> str:
     if not path.exists():
         return "Not measured yet."
     results = read_results(path)
-    found = {rung: _on_rung(results, *of) for rung, of in RUNGS.items()}
-    rungs = {rung: name for rung, name in found.items() if name is not None}
+    rungs = _rungs(results)
     lowest = next(iter(rungs.values()))
     body, below = [], None
     for rung, contestant in rungs.items():
@@ -330,6 +329,38 @@ def ladder(name: str) -> str:
         below = contestant
     head = ["", "written", results.title, "validation loss", "against the first row"]
     head += ["against the row above", "the same by validation loss"]
+    return rows(head, body)
+
+
+# Data of the headline: the comparison, and the data in words.
+PROOFS = {"cifar16": "CIFAR-10 at 16 px", "recipe-digits": "digits at 8 px"}
+FLOW = "logit-normal times"  # the rung that the headline's ratios are given against
+
+
+def proofs() -> str:
+    """Recipes on all data: quality, and how many times fewer images than a flow with AdamW."""
+    columns: list[dict[str, list[str]]] = []
+    head = [""]
+    for name, data in PROOFS.items():
+        path = COMPARISONS / name / "results.json"
+        if not path.exists():
+            continue
+        results, cells = read_results(path), {}
+        rungs = _rungs(results)
+        for rung, contestant in rungs.items():
+            runs = complete_runs(results, contestant).values()
+            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
+            cells[rung] = [
+                spread([run.points[-1].values[results.metric] for run in runs]),
+                times(results, contestant, flow, "median") if flow else "1",
+            ]
+        columns.append(cells)
+        head += [f"{data}: FID", "times as fast as the flow"]
+    body = [
+        [rung, *(cell for of in columns for cell in of.get(rung, ["", ""]))]
+        for rung in RUNGS
+        if any(rung in of for of in columns)
+    ]
     return rows(head, body)
 
 
@@ -353,10 +384,17 @@ def cifar_tuning() -> str:
 # What is changed: the method, the process and the optimizer of the contestant.
 RUNGS = {
     "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
+    "DDPM, SpeeD": ("speed_paper", "linear", "adamw"),
     "a rectified flow": ("uniform", "flow", "adamw"),
     "logit-normal times": ("logit_normal", "flow", "adamw"),
     "Muon": ("logit_normal", "flow", "muon"),
 }
+
+
+def _rungs(results: Results) -> dict[str, str]:
+    """Rung -> contestant, of those that a comparison has."""
+    found = {rung: _on_rung(results, *of) for rung, of in RUNGS.items()}
+    return {rung: name for rung, name in found.items() if name is not None}
 
 
 def _on_rung(results: Results, method: str, schedule: str, optimizer: str) -> str | None:
@@ -377,10 +415,12 @@ def spread(values: list[float]) -> str:
 
 def times(results: Results, contestant: str, baseline: str | None, where: str) -> str:
     """The speed-up in images to the other's final quality, or its median, with its interval."""
-    if baseline in (None, contestant):
+    if baseline is None or baseline == contestant:
         return "–"
-    ratio = getattr(speed_up(results, contestant, baseline), where)
-    return f"{written(ratio)} ({written_interval(ratio)})"
+    found = against(results, baseline)
+    ratio = getattr(found.by_images[contestant], where)
+    said = f"{written(ratio)} ({written_interval(ratio)})"
+    return f"undecided: {said}" if contestant in found.undecided else said
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -399,7 +439,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile_pays": compile_pays,
     "comparisons": comparisons,
     "cifar_tuning": cifar_tuning,
+    "ladder_cifar": partial(ladder, "cifar16"),
     "ladder_digits": partial(ladder, "recipe-digits"),
+    "proofs": proofs,
 }
 
 if __name__ == "__main__":

@@ -200,8 +200,8 @@ def _gathered(units: list[int], gpus: int, reshard: bool) -> float:
 
 def _activations(cost: Estimate, images: float, gpus: int) -> float:
     """Autocast's copies of the weights are the gathered blocks themselves where those exist."""
-    copies = cost.autocast_weight_bytes if gpus == 1 else 0
-    return cost.autocast_activation_bytes * images + copies
+    copies = cost.kept.weights if gpus == 1 else 0
+    return cost.kept.per_image * images + copies
 
 
 def _compute(cost: Estimate, images: float, shards: int, gpu: Gpu, efficiency: float) -> float:

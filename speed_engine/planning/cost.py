@@ -10,35 +10,28 @@ optimizer and the average read five and write four float32 per parameter in one 
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from speed_engine.build import build_model, training_inputs
 from speed_engine.config import TrainConfig
 from speed_engine.data.opening import condition_names
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
+from speed_engine.planning.memory import (
+    STATE_BYTES,
+    USED_SHARE,
+    Kept,
+    fitting_images,
+    kept_bytes,
+    kept_on_gpu,
+)
 from speed_engine.training import muon
 
-STATE_BYTES = 20  # per parameter: itself, gradient, two moments, average
 UPDATE_BYTES = 36  # per parameter: five values read, four written
 MOMENT_BYTES = 4  # per parameter: what Muon does without
-
-
-class _NormsInFloat32(TorchFunctionMode):
-    """What CUDA's autocast does and the CPU's does not."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,7 @@ class Estimate:
         forward_flops: per image, of one pass.
         training_flops: per image, of every forward pass of a step and its backward pass.
         activation_bytes: per image, kept for the backward pass in float32.
-        autocast_activation_bytes: the same under bfloat16 autocast.
-        autocast_weight_bytes: bfloat16 copies of the parameters that autocast keeps.
+        kept: on a GPU, under bfloat16 autocast and with our kernels.
         batch_size: images per step on the device.
         muon_parameters: that Muon trains, with one moment instead of two.
         muon_flops: of its products, per step, on every device.
@@ -61,8 +53,7 @@ class Estimate:
     forward_flops: int
     training_flops: int
     activation_bytes: int
-    autocast_activation_bytes: int
-    autocast_weight_bytes: int
+    kept: Kept
     batch_size: int
     muon_parameters: int = 0
     muon_flops: int = 0
@@ -78,10 +69,9 @@ class Estimate:
         return STATE_BYTES * self.parameters - MOMENT_BYTES * self.muon_parameters
 
     @property
-    def autocast_bytes(self) -> int:
-        """Everything, under bfloat16 autocast."""
-        activations = self.autocast_activation_bytes * self.batch_size
-        return self.state_bytes + self.autocast_weight_bytes + activations
+    def gpu_bytes(self) -> int:
+        """Everything, on a GPU, with all images of a step at once."""
+        return self.state_bytes + self.kept.weights + self.kept.per_image * self.batch_size
 
     def step_seconds(self, gpu: Gpu) -> float:
         """The floor: no step can be faster, real ones move activations through memory as well."""
@@ -99,19 +89,18 @@ def estimate(config: TrainConfig) -> Estimate:
         model = build_model(config)
         flops = [forward_flops(model, inputs) for inputs in training_inputs(model, config, 1)]
         matrices = [*muon.hidden_matrices(model)] if config.optimizer.name == "muon" else []
-    # Unlike the meta device, a fake one has autocast and fused attention.
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        exact = _kept_bytes(model, config, 2) - _kept_bytes(model, config, 1)
-        with _NormsInFloat32():
-            one, two = (_kept_bytes(model, config, images, autocast=True) for images in (1, 2))
+        one, two = (kept_bytes(model, training_inputs(model, config, n)) for n in (1, 2))
+    kept = kept_on_gpu(
+        partial(build_model, config), lambda model, images: training_inputs(model, config, images)
+    )
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         forward_flops=flops[0],
         training_flops=3 * sum(flops),
-        activation_bytes=exact,
-        autocast_activation_bytes=two - one,
-        autocast_weight_bytes=2 * one - two,
+        activation_bytes=two - one,
+        kept=kept,
         batch_size=config.batch_size,
         muon_parameters=sum(weight.numel() for weight, _ in matrices),
         muon_flops=sum(muon.step_flops(weight, parts) for weight, parts in matrices),
@@ -133,18 +122,28 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
         f"{_short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
         f"{_short(4 * cost.parameters)}B; float32",
-        "activations": f"{_short(cost.activation_bytes)}B per image in float32; under bfloat16 "
-        f"autocast, which halves what products read but not what norms and residuals keep, "
-        f"{_short(cost.autocast_activation_bytes)}B per image and "
-        f"{_short(cost.autocast_weight_bytes)}B of weights once more",
-        "memory": f"{_short(cost.autocast_bytes)}B of one {gpu}'s {_short(device.memory)}B, with "
-        f"all {cost.batch_size} images of a step at once, under autocast",
+        "activations": f"{_short(cost.kept.per_image)}B per image on a GPU, under bfloat16 "
+        f"autocast, and {_short(cost.kept.weights)}B of weights once more; "
+        f"{_short(cost.activation_bytes)}B per image in float32",
+        "memory": f"{_short(cost.gpu_bytes)}B of one {gpu}'s {_short(device.memory)}B, with "
+        f"all {cost.batch_size} images of a step at once{_in_parts(cost, device)}",
         "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "
         f"images/s: products at {_short(device.bf16_flops)}FLOP/s, and the update of "
         f"{UPDATE_BYTES} bytes per parameter at {_short(device.bandwidth)}B/s",
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
         f"{_duration(config.steps * floor)}",
     }
+
+
+def _in_parts(cost: Estimate, device: Gpu) -> str:
+    """What a run on the device does where that is too much."""
+    images = fitting_images(cost.kept, cost.state_bytes, cost.batch_size, device.memory)
+    if images == cost.batch_size:
+        return ""
+    need = cost.state_bytes + cost.kept.weights + images * cost.kept.per_image
+    if need > USED_SHARE * device.memory:
+        return "; it does not fit, even one by one: take more GPUs, or --model.checkpointing 1"
+    return f"; it takes {images} at a time, and {_short(need)}B"
 
 
 def _optimizer(cost: Estimate) -> str:
@@ -170,35 +169,3 @@ def _short(number: float) -> str:
             return f"{number:.4g} {prefix}"
         number /= 1000
     return f"{number:.4g} T"
-
-
-def _kept_bytes(model: nn.Module, config: TrainConfig, images: int, autocast: bool = False) -> int:
-    """Of the storages made by a step's forward passes and alive after them, for the backward."""
-    with _Storages(model) as storages:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            answers = [model(**inputs) for inputs in training_inputs(model, config, images)]
-        kept = storages.bytes_alive()
-    del answers
-    return kept
-
-
-class _Storages(TorchDispatchMode):
-    """Watches what is allocated beside a model, by whatever it is held: autograd, or a cache."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        tensors = (*model.parameters(), *model.buffers())
-        self._own = {tensor.untyped_storage()._cdata for tensor in tensors}
-        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._own:
-                storage = leaf.untyped_storage()
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def bytes_alive(self) -> int:
-        """Of the storages that are still held."""
-        return sum(size for reference, size in self._made.values() if not reference.expired())

@@ -24,7 +24,7 @@ def test_one_gpu_sends_nothing_and_takes_what_the_estimate_says():
     one = plan(SMALL, 1, "h200", 8, 1.0)
     cost = estimate(SMALL)
     assert (one.layout, one.sent_bytes, one.communication_seconds) == ("none", 0, 0)
-    assert one.memory_bytes == cost.autocast_bytes
+    assert one.memory_bytes == cost.gpu_bytes
     assert one.compute_seconds == pytest.approx(cost.step_seconds(GPUS["h200"]))
 
 

@@ -107,7 +107,8 @@ class TrainConfig:
     keeps none."""
     microbatch_size: int | None = None
     """Number of images that one process passes through the model at a time; the gradients of a step
-    are summed over them. The default is all of its images at once."""
+    are summed over them. By default all of its images at once or, where a GPU's memory would not be
+    enough by an estimate, a half, a quarter and so on of them."""
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """How several processes hold the parameters: all of them in each process (ddp), a share in each
     (fsdp), or a share in each process of a node (hsdp). auto is ddp on CPUs, fsdp on one node of

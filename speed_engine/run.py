@@ -11,6 +11,7 @@ RUN/ema.safetensors     the EMA of the parameters, once the run is complete
 Several processes, started by torchrun, train one run together; the first one writes.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,12 +32,14 @@ from speed_engine.build import (
     build_evaluator,
     build_model,
     build_process,
+    training_inputs,
 )
 from speed_engine.config import TrainConfig, flat, from_json, to_json
 from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.layouts.files import load_pretrained
+from speed_engine.planning.memory import STATE_BYTES, fitting_images, kept_on_gpu
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
 from speed_engine.runtime.checks import UserError, check, require_shapes, shortened
@@ -46,12 +49,13 @@ from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.loggers import check_loggers, open_loggers
 from speed_engine.runtime.memory import keep_freed_memory
 from speed_engine.runtime.progress import announced
-from speed_engine.runtime.sharding import COMPUTE_DTYPES
+from speed_engine.runtime.sharding import COMPUTE_DTYPES, LAYOUTS
 from speed_engine.runtime.world import ALONE, World, join
 from speed_engine.training import checkpoint, post_hoc
 from speed_engine.training.ema import EMA, average_group, decay_of
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE, Loop, Trainer
 
+log = logging.getLogger(__name__)
 _Read = TypeVar("_Read")
 
 CONFIG_FILE = "config.json"
@@ -255,6 +259,9 @@ def build_trainer(
     process = build_process(config)
     with announced("reading the real images that generated ones are compared with"):
         evaluator = build_evaluator(config, process, world)
+    if device.type == "cuda" and config.microbatch_size is None:
+        resident = data.num_bytes if choices.resident.value == "on" else 0
+        config = replace(config, microbatch_size=images_that_fit(config, choices, resident, world))
     with announced("making the model"):
         model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
@@ -301,6 +308,45 @@ def build_trainer(
     )
     resolved = replace(config, compile=choices.compile.value, attention=choices.attention.value)
     return trainer, resolved
+
+
+def images_that_fit(
+    config: TrainConfig, choices: machine.Choices, resident: int, world: World = ALONE
+) -> int | None:
+    """The images that go through the model at a time so that the GPU's memory is enough, by an
+    estimate; None if all of a step do.
+
+    Args:
+        config: of the run.
+        choices: what the machine decides.
+        resident: bytes of the data that will be kept on the GPU.
+        world: the processes that train together.
+    """
+    images = -(-config.batch_size // world.size)
+    shards = LAYOUTS[choices.parallel.value](world)[1] if world.size > 1 else 1
+
+    def fitting() -> int:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(config).parameters())
+        kept = kept_on_gpu(
+            partial(build_model, config), lambda model, of: training_inputs(model, config, of)
+        )
+        state = (STATE_BYTES + 4 * len(config.optimizer.averages)) * parameters / shards
+        free, _ = torch.cuda.mem_get_info()
+        return fitting_images(kept, state, images, free - resident)
+
+    with announced("counting the memory of a step"):
+        fits = world.from_first(fitting)
+    if fits == images:
+        return None
+    if world.is_first:
+        log.info(
+            "of %d images, %d go through the model at a time, since all at once would not fit the "
+            "GPU's memory, by an estimate; --microbatch-size decides otherwise",
+            images,
+            fits,
+        )
+    return fits
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

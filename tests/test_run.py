@@ -17,8 +17,19 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import build_trainer, load_average, read_config, resume, start
+from speed_engine.planning.cost import estimate
+from speed_engine.planning.memory import USED_SHARE
+from speed_engine.run import (
+    build_trainer,
+    images_that_fit,
+    load_average,
+    machine_choices,
+    read_config,
+    resume,
+    start,
+)
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.world import World
 from speed_engine.training.engine import Engine
 
 ROOT = Path(__file__).parents[1]
@@ -195,3 +206,21 @@ def test_a_constant_run_is_resumed_with_its_decay(tmp_path):
     assert all(torch.equal(branch[name], value) for name, value in whole.items())
     record = json.loads((tmp_path / "branch" / "changes.jsonl").read_text())
     assert record["changes"]["optimizer.schedule"] == ["constant", "wsd"]
+
+
+@pytest.mark.parametrize("room, fits", [(64, None), (63, 32), (31, 16), (0, 1)])
+def test_images_that_do_not_fit_a_gpu_go_through_in_parts_and_that_is_said(
+    room, fits, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    config = TrainConfig(model=DiTConfig(dim=64, depth=2, num_heads=4), batch_size=64)
+    cost, resident = estimate(config), 10**6
+    training = cost.state_bytes + cost.kept.weights + room * cost.kept.per_image
+    free = training / USED_SHARE + resident + 1
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
+    assert images_that_fit(config, machine_choices(config), resident) == fits
+    assert (f"of 64 images, {fits} go through" in caplog.text) == (fits is not None)
+    both = World(size=2, local_size=2)
+    monkeypatch.setattr(World, "from_first", lambda self, compute: compute())
+    of_two = dataclasses.replace(config, batch_size=128)
+    assert images_that_fit(of_two, machine_choices(config, both), resident, both) == fits

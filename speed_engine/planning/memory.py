@@ -1,7 +1,7 @@
 """What a step keeps on a GPU between its forward and its backward pass, counted without a GPU.
 
-The model runs on tensors that have a device, a shape and a dtype, and no memory: with the operators,
-the autocast and the fused attention of a GPU. Counted are the storages that are alive afterwards.
+The model runs on tensors that have a device, a shape and a dtype, and no memory, with a GPU's
+operators, autocast and fused attention. Counted are the storages that are alive afterwards.
 """
 
 from collections.abc import Callable, Iterator

@@ -78,7 +78,7 @@ def test_activations_are_those_that_autograd_keeps(model):
 def test_autocast_halves_what_products_read_and_copies_the_weights():
     cost = estimate(SMALL)
     assert 0.4 < cost.kept.per_image / cost.activation_bytes < 0.8
-    assert 0.85 < cost.kept.weights / (2 * cost.parameters) <= 1.0
+    assert 0.85 < cost.kept.weights / (2 * cost.parameters) < 1.01  # and a few scalars
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ operators, autocast and fused attention. Counted are the storages that are alive
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,15 +43,26 @@ def kept_on_gpu(make: Callable[[], nn.Module], inputs: Inputs) -> Kept:
         model = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cuda")
-        with torch.device("cuda"), _autocast(), _FusedAttention():
-            one, two = (kept_bytes(model, inputs(model, images)) for images in (1, 2))
+        with torch.device("cuda"), _FusedAttention():
+            one, two = (kept_bytes(model, inputs(model, n), _autocast) for n in (1, 2))
     return Kept(per_image=two - one, weights=2 * one - two)
 
 
-def kept_bytes(model: nn.Module, passes: list[dict[str, Tensor]]) -> int:
-    """Of the storages made by forward passes and alive after them, for the backward."""
+def kept_bytes(
+    model: nn.Module,
+    passes: list[dict[str, Tensor]],
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
+    """Of the storages made by forward passes and alive after them, for the backward.
+
+    Args:
+        model: on a device without memory.
+        passes: its arguments in each.
+        precision: in which they are made; what it keeps for itself is gone afterwards.
+    """
     with _Storages(model) as storages:
-        answers = [model(**inputs) for inputs in passes]
+        with precision():
+            answers = [model(**inputs) for inputs in passes]
         kept = storages.bytes_alive()
     del answers
     return kept

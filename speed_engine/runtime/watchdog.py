@@ -101,7 +101,7 @@ class Watchdog:
     def _end(self, verdict: str) -> None:
         text = (
             f"rank {self._world.rank} waited {self._limit:.0f} s for the others: {verdict}. The "
-            "run ends here; its newest checkpoint is intact. Longer waits: --hang-timeout."
+            "run ends here; the checkpoints that it has are intact. Longer waits: --hang-timeout."
         )
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)

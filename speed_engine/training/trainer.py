@@ -319,8 +319,8 @@ class Trainer:
         if most >= self.loop.on_nonfinite:
             raise FloatingPointError(
                 f"loss or gradient were not finite in {most} steps in a row, up to step "
-                f"{self.engine.steps_done} ({total} in the whole run); all were skipped and the "
-                "newest checkpoint is intact. Lower optimizer.learning_rate or "
+                f"{self.engine.steps_done} ({total} in the whole run); all were skipped, and no "
+                "checkpoint holds any of them. Lower optimizer.learning_rate or "
                 "optimizer.grad_clip, or allow more with on_nonfinite."
             )
         return total

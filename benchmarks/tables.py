@@ -21,7 +21,7 @@ from typing import Any
 import bench_loader
 from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
 from speed_engine.arena.speedup import LOSS, complete_runs
-from speed_engine.arena.summary import against, headline, written, written_interval
+from speed_engine.arena.summary import against, written, written_interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +29,7 @@ COMPARISONS = ROOT / "docs" / "results"
 DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "recipes.md",
+    ROOT / "docs" / "training.md",
     Path(__file__).parent / "README.md",
 )
 MACHINE = "x86-64-2-cores"  # of blocks that name no other
@@ -288,22 +289,6 @@ def missing(command: str) -> str:
     return f"Not measured (`benchmarks/{command}`)."
 
 
-def comparisons() -> str:
-    """What the committed comparisons say in a sentence for each baseline."""
-    text = []
-    for folder in sorted(COMPARISONS.glob("*/")):
-        results = read_results(folder / "results.json")
-        sentences = [
-            headline(results, against(results, name), "speed_plus") for name in results.baselines
-        ]
-        sentences = [f"- {sentence}" for sentence in sentences]
-        size = f"{len(results.contestants)} methods, {len(results.seeds)} seeds"
-        link = f"[{folder.name}](docs/results/{folder.name}/report.md)"
-        text.append(f"{link} ({size}, {results.budget_images:,} images each):\n")
-        text += [*sentences, ""]
-    return "\n".join(text).rstrip()
-
-
 def ladder(name: str) -> str:
     """The recipes of a comparison, one change a rung."""
     path = COMPARISONS / name / "results.json"
@@ -381,6 +366,18 @@ def cifar_tuning() -> str:
     return rows(["optimizer, learning rate", *halves, "validation loss at the end"], body)
 
 
+def cifar_ddpm_tuning() -> str:
+    """Single runs on DDPM by which its learning rate was chosen."""
+    found = result("cifar16_tuning")
+    if found is None:
+        return "Not measured yet."
+    body = [
+        [name, f"{run['evaluations'][-1]['held_out_fid']:.3g}"]
+        for name, run in found["ddpm"]["runs"].items()
+    ]
+    return rows(["method, target, learning rate of AdamW", "FID at 102,400 images"], body)
+
+
 # What is changed: the method, the process and the optimizer of the contestant.
 RUNGS = {
     "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
@@ -437,8 +434,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_kernels": gpu_kernels,
     "gpu_headline": gpu_headline,
     "compile_pays": compile_pays,
-    "comparisons": comparisons,
     "cifar_tuning": cifar_tuning,
+    "cifar_ddpm_tuning": cifar_ddpm_tuning,
     "ladder_cifar": partial(ladder, "cifar16"),
     "ladder_digits": partial(ladder, "recipe-digits"),
     "proofs": proofs,

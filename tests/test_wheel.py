@@ -53,6 +53,7 @@ def installed(built, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
+@pytest.mark.long
 def test_the_wheel_trains_examines_the_machine_and_gives_methods_to_other_loops(
     installed, tmp_path
 ):
@@ -68,6 +69,7 @@ def test_the_wheel_trains_examines_the_machine_and_gives_methods_to_other_loops(
     assert shapes == ["torch.Size([8]) torch.Size([8])\n"]
 
 
+@pytest.mark.long
 def test_the_wheel_s_kernels_compile_for_a_gpu_that_is_not_there(installed, tmp_path):
     script = tmp_path / "cubins.py"  # away from the repository
     script.write_text((ROOT / "benchmarks" / "cubins.py").read_text())

@@ -62,6 +62,7 @@ def expected(
     return [(step, built.draw(4, step, rank=rank, world_size=size)[0]) for step in steps]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "example, scheduler, accumulate, options",
     [
@@ -86,6 +87,7 @@ def test_two_processes_draw_other_timesteps_and_resume_as_if_there_was_no_break(
     assert not any(torch.equal(mine, other) for (_, mine), (_, other) in zip(*drawn, strict=True))
 
 
+@pytest.mark.long
 def test_a_plain_loop_on_timm_resumes_as_if_there_was_no_break(tmp_path):
     out = ["--out", tmp_path / "run", *FEW]
     (first,) = run("timm_vit.py", tmp_path / "first", "--steps", 2, *out)
@@ -94,6 +96,7 @@ def test_a_plain_loop_on_timm_resumes_as_if_there_was_no_break(tmp_path):
     assert same(first + rest, expected("min_snr", scheduler))
 
 
+@pytest.mark.long
 def test_a_loop_over_sigma_generates_images(tmp_path):
     (draws,) = run("sigma_loop.py", tmp_path / "draws", "--steps", 30, "--out", tmp_path)
     sigmas = torch.cat([4 * t for _, t in draws]).exp()
@@ -132,6 +135,7 @@ def pipeline(tmp_path) -> Path:
     return tmp_path / "pipeline"
 
 
+@pytest.mark.long
 def test_a_text_to_image_lora_trains_and_the_pipeline_loads_it(pipeline, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -14,7 +14,7 @@ from speed_engine.arena.results import Results, read_results
 from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
 from speed_engine.runtime import strict
-from speed_engine.runtime.checks import MOST, check, check_whole
+from speed_engine.runtime.checks import check
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,6 @@ def compare(
         >>> "min_snr" in [row["method"] for row in found.table]
         True
     """
-    for name, number in (
-        ("seeds", seeds),
-        ("evaluations", evaluations),
-        ("slots", 1 if slots is None else slots),
-    ):
-        check_whole(name, number, 1, MOST)
     lists = {
         "methods": [methods] if isinstance(methods, str) else methods,
         "learning_rates": learning_rates,

@@ -328,6 +328,6 @@ def _slots(command: CompareCommand) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0))
     gpus = torch.cuda.device_count() if command.config.device != "cpu" else 0
     slots = command.slots or gpus or cores
-    if slots < 1 or (gpus and slots > gpus):
-        raise UserError(f"slots={slots}: needed is at least 1, and at most the {gpus} GPUs here.")
+    if gpus and slots > gpus:
+        raise UserError(f"slots={slots}: needed are at most the {gpus} GPUs here.")
     return slots, max(1, cores // slots)

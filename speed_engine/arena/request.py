@@ -1,15 +1,24 @@
 """What a comparison is asked for: the options of ``speed-engine compare``, as a value."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, flat
 from speed_engine.presets import PRESETS
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import MOST, MOST_TIMESTEPS, UserError, check, check_whole
 
 HELD_OUT = 0.3
+MOST_SEEDS = 10_000
+# Options of a run that a comparison decides itself: what to use in their place.
+REPLACED = {
+    "method": "--methods names what is compared",
+    "evaluation.every": "--evaluations places them",
+    "checkpoint_every": "each run has a checkpoint at its end",
+    "keep_checkpoints": "each run has a checkpoint at its end",
+}
 
 
 def _fair(config: TrainConfig) -> TrainConfig:
@@ -68,16 +77,48 @@ class CompareCommand:
     out: Path | None = None
     """Folder of the comparison. By default comparisons/PRESET."""
 
+    def __post_init__(self) -> None:
+        named = [name for name in self.methods.split(",") if name.strip()]
+        check("methods", self.methods, bool(named), "name one or more, separated by commas")
+        check_whole("seeds", self.seeds, 1, MOST_SEEDS)
+        check_whole("evaluations", self.evaluations, 1, MOST)
+        if self.budget_images is not None:
+            check_whole("budget_images", self.budget_images, 1, MOST)
+        if self.budget_seconds is not None:
+            limits = 0 < self.budget_seconds <= MOST
+            check("budget_seconds", self.budget_seconds, limits, "must be positive, at most 10^12")
+        for rate in self.learning_rates:
+            check("learning_rates", rate, 0 < rate < math.inf, "must be positive and finite")
+        for steps in self.final_solver_steps:
+            check_whole("final_solver_steps", steps, 1, MOST_TIMESTEPS)
+        if self.slots is not None:
+            check_whole("slots", self.slots, 1, MOST_SEEDS)
+        evaluation = self.config.evaluation
+        check(
+            "evaluation.metrics",
+            " ".join(evaluation.metrics),
+            "fid" in evaluation.metrics and evaluation.features != "none",
+            "a comparison decides by fid, which needs evaluation.features",
+        )
+        self._refuse_what_has_no_effect()
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Options of a run in whose place a comparison has its own."""
+        _, base = FAIR_PRESETS.get(self.preset, ("", self.config))
+        given, preset = flat(self.config), flat(base)
+        for name, instead in REPLACED.items():
+            same = given[name] == preset[name]
+            check(name, given[name], same, f"has no effect in a comparison; {instead}")
+
 
 def within_budget(command: CompareCommand) -> TrainConfig:
     """The configuration of every run: its length, and where it is measured."""
     config, wanted = command.config, command.budget_images
     steps = config.steps if wanted is None else wanted // config.batch_size
-    if steps < command.evaluations or command.seeds < 1 or command.evaluations < 1:
+    if steps < command.evaluations:
         raise UserError(
-            f"{steps} steps of {config.batch_size} images, {command.evaluations} evaluations, "
-            f"{command.seeds} seeds: needed are one seed or more, one evaluation or more, and a "
-            "step or more for each; raise --budget-images."
+            f"{steps} steps of {config.batch_size} images are fewer than the {command.evaluations} "
+            "evaluations; raise --budget-images, or lower --evaluations or --batch-size."
         )
     every = steps // command.evaluations
     return replace(

@@ -119,7 +119,6 @@ def test_seeds_can_be_added_and_what_is_there_is_kept(finished):
     ("options", "complaint"),
     [
         (("--seeds", 1, "--batch-size", 8), "config.batch_size was 16, is 8"),
-        (("--seeds", 0), "one seed or more"),
         (("--seeds", 1, "--budget-images", 8), "raise --budget-images"),
         (("--seeds", 1, "--methods", "uniform,nonsense"), "'nonsense'"),
         (
@@ -134,4 +133,36 @@ def test_another_plan_or_an_impossible_one_is_refused(finished, options, complai
     with pytest.raises(SystemExit) as stopped:
         cli.main(command)
     assert stopped.value.code == 2
+    assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--methods", ",", "methods=,: name one or more"),
+        ("--seeds", "0", "seeds=0: must be at least 1"),
+        ("--seeds", "1000000", "seeds=1000000: must be at most 10,000"),
+        ("--evaluations", "0", "evaluations=0: must be at least 1"),
+        ("--budget-images", "-5", "budget_images=-5: must be at least 1"),
+        ("--budget-images", "64", "0 steps of 128 images are fewer than the 10 evaluations"),
+        ("--budget-seconds", "nan", "budget_seconds=nan: must be positive"),
+        ("--budget-seconds", "0", "budget_seconds=0.0: must be positive"),
+        ("--learning-rates", "-1", "learning_rates=-1.0: must be positive"),
+        ("--learning-rates", "inf", "learning_rates=inf: must be positive and finite"),
+        ("--final-solver-steps", "0", "final_solver_steps=0: must be at least 1"),
+        ("--slots", "0", "slots=0: must be at least 1"),
+        ("--evaluation.metrics", "loss", "a comparison decides by fid"),
+        ("--evaluation.features", "none", "a comparison decides by fid"),
+        ("--method", "p2", "method=p2: has no effect in a comparison; --methods names"),
+        ("--evaluation.every", "7", "evaluation.every=7: has no effect in a comparison"),
+        ("--checkpoint-every", "3", "checkpoint_every=3: has no effect in a comparison"),
+    ],
+)
+def test_what_a_comparison_cannot_do_is_refused_before_any_work(
+    option, value, complaint, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "digits", option, value, "--out", str(out)])
+    assert stopped.value.code == 2 and not out.exists()
     assert complaint in " ".join(capsys.readouterr().err.split())

@@ -415,6 +415,8 @@ def times(results: Results, contestant: str, baseline: str | None, where: str) -
     if baseline is None or baseline == contestant:
         return "–"
     found = against(results, baseline)
+    if contestant in found.missing:
+        return "undecided"
     ratio = getattr(found.by_images[contestant], where)
     said = f"{written(ratio)} ({written_interval(ratio)})"
     return f"undecided: {said}" if contestant in found.undecided else said

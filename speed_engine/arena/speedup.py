@@ -168,8 +168,8 @@ def _refuse_without_learning(
     if gain[0] <= math.log(least) or (interval is not None and interval[0] <= 0):
         raise UserError(
             f"{name} did not measurably improve after its first evaluation: at its best, {metric} "
-            f"was {math.exp(gain[0]):.2f} times better ({least:g} times, and more than the "
-            "spread of the seeds, are needed). Evaluate earlier, train longer, or look at the data."
+            f"was {math.exp(gain[0]):.2f} times better; {least:g} times, and more than its seeds "
+            "differ among themselves, are needed. Evaluate earlier, train longer, or look at the data."
         )
 
 

@@ -404,7 +404,9 @@ def state_with(**changes: Any):
         (lambda wrong: drawn().load_state_dict(state_with(timesteps=wrong)), "state's timesteps"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("wrong", [b"x", 2.5, [], object(), 10**30], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [b"x", 2.5, [], object(), 10**30], ids=lambda of: type(of).__name__
+)
 def test_arguments_of_another_type_are_one_message(call, message, wrong):
     with pytest.raises(UserError) as refused:
         call(wrong)

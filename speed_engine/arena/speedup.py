@@ -169,7 +169,7 @@ def _refuse_without_learning(
         raise UserError(
             f"{name} did not measurably improve after its first evaluation: at its best, {metric} "
             f"was {math.exp(gain[0]):.2f} times better; {least:g} times, and more than its seeds "
-            "differ among themselves, are needed. Evaluate earlier, train longer, or look at the data."
+            "differ, are needed. Evaluate earlier, train longer, or look at the data."
         )
 
 

@@ -101,7 +101,7 @@ def test_an_entry_is_all_that_a_metric_takes(two_more, capsys, tmp_path):
         )
     evaluator = evaluator_of("shift", "brightness")
     assert evaluator.fields() == {"shift", "held_out_shift", "brightness"}
-    with pytest.raises(ValueError, match="shift with .* needs 3 images .*, or so; got"):
+    with pytest.raises(ValueError, match="shift in .* needs 3 images .*, or so; got"):
         evaluator_of("shift", num_images=2)
     assert EvaluationConfig(metrics=("brightness",)).metrics == ("brightness",)
     show({"step": 1, **record}, Console())

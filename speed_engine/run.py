@@ -327,10 +327,9 @@ def images_that_fit(
 
     def fitting() -> int:
         with torch.device("meta"):
-            parameters = sum(p.numel() for p in build_model(config).parameters())
-        kept = kept_on_gpu(
-            partial(build_model, config), lambda model, of: training_inputs(model, config, of)
-        )
+            model = build_model(config)
+        parameters = sum(p.numel() for p in model.parameters())
+        kept = kept_on_gpu(model, lambda images: training_inputs(model, config, images))
         state = (STATE_BYTES + 4 * len(config.optimizer.averages)) * parameters / shards
         free, _ = torch.cuda.mem_get_info()
         return fitting_images(kept, state, images, free - resident)

@@ -10,10 +10,8 @@ optimizer and the average read five and write four float32 per parameter in one 
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speed_engine.build import build_model, training_inputs
 from speed_engine.config import TrainConfig
@@ -25,7 +23,6 @@ from speed_engine.planning.memory import (
     USED_SHARE,
     Kept,
     fitting_images,
-    kept_bytes,
     kept_on_gpu,
 )
 from speed_engine.training import muon
@@ -42,7 +39,6 @@ class Estimate:
         parameters: of the model.
         forward_flops: per image, of one pass.
         training_flops: per image, of every forward pass of a step and its backward pass.
-        activation_bytes: per image, kept for the backward pass in float32.
         kept: on a GPU, under bfloat16 autocast and with our kernels.
         batch_size: images per step on the device.
         muon_parameters: that Muon trains, with one moment instead of two.
@@ -52,7 +48,6 @@ class Estimate:
     parameters: int
     forward_flops: int
     training_flops: int
-    activation_bytes: int
     kept: Kept
     batch_size: int
     muon_parameters: int = 0
@@ -89,17 +84,11 @@ def estimate(config: TrainConfig) -> Estimate:
         model = build_model(config)
         flops = [forward_flops(model, inputs) for inputs in training_inputs(model, config, 1)]
         matrices = [*muon.hidden_matrices(model)] if config.optimizer.name == "muon" else []
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        one, two = (kept_bytes(model, training_inputs(model, config, n)) for n in (1, 2))
-    kept = kept_on_gpu(
-        partial(build_model, config), lambda model, images: training_inputs(model, config, images)
-    )
+    kept = kept_on_gpu(model, lambda images: training_inputs(model, config, images))
     return Estimate(
         parameters=sum(p.numel() for p in model.parameters()),
         forward_flops=flops[0],
         training_flops=3 * sum(flops),
-        activation_bytes=two - one,
         kept=kept,
         batch_size=config.batch_size,
         muon_parameters=sum(weight.numel() for weight, _ in matrices),
@@ -123,8 +112,7 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         f"{_short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
         f"{_short(4 * cost.parameters)}B; float32",
         "activations": f"{_short(cost.kept.per_image)}B per image on a GPU, under bfloat16 "
-        f"autocast, and {_short(cost.kept.weights)}B of weights once more; "
-        f"{_short(cost.activation_bytes)}B per image in float32",
+        f"autocast, and {_short(cost.kept.weights)}B of weights once more",
         "memory": f"{_short(cost.gpu_bytes)}B of one {gpu}'s {_short(device.memory)}B, with "
         f"all {cost.batch_size} images of a step at once{_in_parts(cost, device)}",
         "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "

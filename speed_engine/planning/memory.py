@@ -21,8 +21,8 @@ STATE_BYTES = 20  # per parameter: itself, gradient, two moments, average; float
 USED_SHARE = 0.92  # of the memory that training may plan with; the rest is for what comes and goes
 FLASH_WIDTH = 256  # of the heads that flash attention takes
 
-# A model's arguments on so many images, in every forward pass of a step.
-Inputs = Callable[[nn.Module, int], list[dict[str, Tensor]]]
+# The model's arguments on so many images, in every forward pass of a step.
+Inputs = Callable[[int], list[dict[str, Tensor]]]
 
 
 class Kept(NamedTuple):
@@ -32,19 +32,17 @@ class Kept(NamedTuple):
     weights: int  # the parameters once more, in the precision of the products
 
 
-def kept_on_gpu(make: Callable[[], nn.Module], inputs: Inputs) -> Kept:
+def kept_on_gpu(model: nn.Module, inputs: Inputs) -> Kept:
     """Of a model under bfloat16 autocast.
 
     Args:
-        make: the model, on the meta device.
-        inputs: of the model, on the current default device.
+        model: on the meta device; it is left without a device that anything can be computed on.
+        inputs: on the current default device.
     """
-    with torch.device("meta"):
-        model = make()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cuda")
         with torch.device("cuda"), _FusedAttention():
-            one, two = (kept_bytes(model, inputs(model, n), _autocast) for n in (1, 2))
+            one, two = (kept_bytes(model, inputs(n), _autocast) for n in (1, 2))
     return Kept(per_image=two - one, weights=2 * one - two)
 
 

@@ -175,9 +175,8 @@ def test_a_diffusers_cosine_schedule_keeps_its_last_step():
 def test_a_diffusers_scheduler_in_sigma_space_is_edm_s():
     sigmas = torch.cat([torch.logspace(2, -2, 1000), torch.zeros(1)])  # it ends in a zero
     times = 0.25 * sigmas[:-1].log()
-    schedule = from_diffusers(
-        diffusers_scheduler({"sigma_data": 0.5}, sigmas=sigmas, timesteps=times)
-    )
+    config = {"sigma_data": 0.5, "prediction_type": "epsilon"}
+    schedule = from_diffusers(diffusers_scheduler(config, sigmas=sigmas, timesteps=times))
     assert schedule.prediction == "F" and schedule.sigma_data == 0.5
     t = torch.tensor([0, 999])
     torch.testing.assert_close(schedule.sigma(t), torch.tensor([0.01, 100.0]).double())

@@ -40,9 +40,7 @@ def test_what_takes_long_is_said_and_what_does_not_is_not(monkeypatch, caplog, s
 
 def test_what_takes_long_is_printed_where_the_log_is_not_shown(monkeypatch, caplog):
     monkeypatch.setattr(progress, "SILENCE", 0.01)
-    caplog.set_level(
-        logging.WARNING, logger="speed_engine"
-    )  # the command line may have set another
+    # Tests of the command line may have set another.
     caplog.set_level(logging.WARNING, logger="speed_engine.runtime.progress")
     console = plain()
     with announcing(console):

@@ -14,15 +14,17 @@ from speed_engine.presets import OWN_IMAGES, PRESETS
 # preset: launches of a training step on 8 images, and of the generation of 8 images in 3 steps
 LAUNCHES = {
     toolchain.TORCH_2_11_TRITON_3_6: {
-        "digits": (327, 814),
+        "digits": (324, 779),
         "emoji32": (327, 814),
         "emoji32-unet": (1396, 3448),
         "emoji64": (590, 1342),
         "emoji64-unet": (1700, 4144),
+        "cifar16": (367, 410),
+        "cifar10-dit": (865, 914),
         "metfaces-dit-xl2": (250, 273),
         "ffhq-dit-xl2": (250, 273),
         "ffhq-unet": (2068, 2376),
-        "imagenet256-dit-xl2": (260, 543),
+        "imagenet256-dit-xl2": (257, 520),
         "imagenet256-unet": (2080, 4911),
         "imagenet256-mdt-s2": (2165, 3015),
         "cifar10-edm": (2244, 2731),

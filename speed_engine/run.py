@@ -331,6 +331,7 @@ def images_that_fit(
         parameters = sum(p.numel() for p in model.parameters())
         kept = kept_on_gpu(model, lambda images: training_inputs(model, config, images))
         state = (STATE_BYTES + 4 * len(config.optimizer.averages)) * parameters / shards
+        state *= not config.offload  # then it is in the host's memory
         free, _ = torch.cuda.mem_get_info()
         return fitting_images(kept, state, images, free - resident)
 

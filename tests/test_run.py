@@ -18,7 +18,7 @@ from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import estimate
-from speed_engine.planning.memory import USED_SHARE
+from speed_engine.planning.memory import USED_SHARE, fitting_images
 from speed_engine.run import (
     build_trainer,
     images_that_fit,
@@ -224,3 +224,7 @@ def test_images_that_do_not_fit_a_gpu_go_through_in_parts_and_that_is_said(
     monkeypatch.setattr(World, "from_first", lambda self, compute: compute())
     of_two = dataclasses.replace(config, batch_size=128)
     assert images_that_fit(of_two, machine_choices(config, both), resident, both) == fits
+    offloaded = dataclasses.replace(of_two, offload=True)
+    without_state = fitting_images(cost.kept, 0, 64, free - resident)
+    found = images_that_fit(offloaded, machine_choices(config, both), resident, both)
+    assert (found or 64) == without_state

@@ -101,6 +101,11 @@ class Results:
         return Path(source.rstrip("/")).name or source
 
     @property
+    def solver_steps(self) -> int | None:
+        """Of the evaluations' images; None if unknown."""
+        return self.config.get("evaluation", {}).get("solver_steps")
+
+    @property
     def shortened(self) -> bool:
         """Whether some contestants have a part of the budget only."""
         return any(BUDGET in contestant.options for contestant in self.contestants)

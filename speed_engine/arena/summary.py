@@ -95,9 +95,9 @@ def _limited_by_solver(results: Results) -> dict[str, tuple[float, str, float]]:
 
     A validation loss generates nothing.
     """
-    if results.metric == LOSS:
+    few, found = results.solver_steps, {}
+    if few is None or results.metric == LOSS:
         return {}
-    few, found = results.config["evaluation"]["solver_steps"], {}
     for contestant in results.contestants:
         runs = complete_runs(results, contestant.name).values()
         for steps in {k for run in runs for k in run.by_solver_steps if int(k) > few}:
@@ -114,10 +114,9 @@ def _limited_by_solver(results: Results) -> dict[str, tuple[float, str, float]]:
 
 def solver_in_words(results: Results) -> list[str]:
     """Of each contestant, whether the evaluations had too few solver steps for its images."""
-    few = results.config["evaluation"]["solver_steps"]
     return [
-        f"{name} ends at {_number(last)} with the {few} solver steps of the evaluations, and at "
-        f"{_number(more)} with {steps}: its curve is that of the solver, and what is measured with "
+        f"{name} ends at {_number(last)} with the {results.solver_steps} solver steps of the "
+        f"evaluations, and at {_number(more)} with {steps}: its curve is that of the solver, and what is measured with "
         "it is undecided. Compare with another --evaluation.solver, or more "
         "--evaluation.solver-steps."
         for name, (last, steps, more) in _limited_by_solver(results).items()

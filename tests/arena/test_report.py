@@ -328,7 +328,8 @@ def test_a_baseline_that_ends_where_real_images_are_is_said_to_be_at_the_end_of_
 @pytest.mark.parametrize("name", ["uniform", "p2"])
 def test_a_contestant_whose_solver_has_too_few_steps_is_named_and_nothing_with_it_is_decided(name):
     results = comparison({"uniform": 1.0, "p2": 2.0}, 3)
-    steps = results.config["evaluation"]["solver_steps"]
+    steps = results.solver_steps
+    assert steps is not None
 
     def with_more(share: float, of: int) -> Results:
         curves = [
@@ -350,7 +351,8 @@ def test_a_contestant_whose_solver_has_too_few_steps_is_named_and_nothing_with_i
     assert "decides nothing" in summary.headline(limited, found)
     table = summary.speedup_table(found.by_images, found.undecided)
     assert table is not None and table.rows[0][1] == "undecided"
-    for sound in (results, with_more(0.95, steps + 1), with_more(0.4, steps - 1)):
+    unknown = dataclasses.replace(limited, config={})
+    for sound in (results, unknown, with_more(0.95, steps + 1), with_more(0.4, steps - 1)):
         assert summary.solver_in_words(sound) == []
         assert summary.against(sound, "uniform").undecided == {}
 

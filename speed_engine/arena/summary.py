@@ -116,8 +116,8 @@ def solver_in_words(results: Results) -> list[str]:
     """Of each contestant, whether the evaluations had too few solver steps for its images."""
     return [
         f"{name} ends at {_number(last)} with the {results.solver_steps} solver steps of the "
-        f"evaluations, and at {_number(more)} with {steps}: its curve is that of the solver, and what is measured with "
-        "it is undecided. Compare with another --evaluation.solver, or more "
+        f"evaluations, and at {_number(more)} with {steps}: its curve is that of the solver, and "
+        "what is measured with it is undecided. Compare with another --evaluation.solver, or more "
         "--evaluation.solver-steps."
         for name, (last, steps, more) in _limited_by_solver(results).items()
     ]

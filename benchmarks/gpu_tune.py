@@ -1,4 +1,4 @@
-"""Launch parameters of adaLN's, GELU's and attention's kernels, tried at the sizes of DiT-XL/2 with 256 images.
+"""Launch parameters of kernels, tried at the sizes of DiT-XL/2 with 256 images.
 
 Keys are the parameters, joined by commas: of adaLN tokens, stages and elements of a thread; of GELU
 rows, rows and columns of a tile, stages and warps; of attention tokens, tokens met, stages and

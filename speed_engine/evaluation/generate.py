@@ -5,6 +5,7 @@ Image i is a function of (model, seed, i, its conditions): the same in any batch
 Letters: N images, B images per batch.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import MOST, UserError, check_seed, check_whole
 from speed_engine.runtime.sharding import autocast
+
+log = logging.getLogger(__name__)
 
 GRID_COLUMNS, GRID_ROWS = 10, 10
 GRID_IMAGE_PIXELS = 48  # smallest side of one image in a grid, by enlarging whole pixels
@@ -101,6 +104,8 @@ def generate(
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
 
+    Images that are not finite are counted in a warning.
+
     Raises:
         UserError: an unknown solver, too many steps, guidance on what cannot be hidden, or a seed
             or a batch size that is none.
@@ -141,9 +146,21 @@ def generate(
         problem = Denoising(
             predict, table, lambda step, noise=noise: noise(Stream.SOLVER, step), clip=not latents
         )
-        x = solve(problem, noise(Stream.GENERATION), settings.steps)
-        images.append(x.cpu() if latents else ((x + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(images)
+        images.append(solve(problem, noise(Stream.GENERATION), settings.steps).cpu())
+    found = torch.cat(images)
+    _warn_of_broken(found, settings)
+    return found if latents else ((found + 1) * 127.5).round().to(torch.uint8)
+
+
+def _warn_of_broken(images: Tensor, settings: GenerationSettings) -> None:
+    broken = int((~images.isfinite().flatten(1).all(dim=1)).sum())
+    if broken:
+        log.warning(
+            "%d of %d generated images are not finite, so that they are no pictures: the model's "
+            "weights are not finite or far too large, or guidance=%g is too much for solver=%s "
+            "with %d steps.",
+            broken, len(images), settings.guidance, settings.solver, settings.steps,
+        )  # fmt: skip
 
 
 def check_guidance(guidance: float, conditions: Conditions, null: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,15 @@ class Exact(nn.Module):
 
 
 def images_of(
-    process="linear", ids=None, labels=None, *, seed=5, batch_size=500, network=Exact, **settings
+    process="linear",
+    ids=None,
+    labels=None,
+    *,
+    seed=5,
+    batch_size=500,
+    network=Exact,
+    latents=True,
+    **settings,
 ):
     schedule = build_schedule(process)
     table = TimestepTable(schedule, schedule.prediction, torch.ones(1000))
@@ -54,7 +62,7 @@ def images_of(
         image_shape=SHAPE,
         null={"labels": torch.tensor(9)},
         seed=seed,
-        latents=True,
+        latents=latents,
         batch_size=batch_size,
     )
     return images, model.asked
@@ -225,6 +233,20 @@ class Rounding(Exact):
 
     def forward(self, x, t, labels=None):
         return super().forward(x, t, labels).bfloat16().to(self.answer_dtype)
+
+
+@pytest.mark.parametrize("latents", [True, False], ids=["latents", "pixels"])
+def test_images_that_are_not_finite_are_counted_and_said(latents, caplog):
+    class Broken(Exact):
+        def forward(self, x, t, labels=None):
+            answer = super().forward(x, t)
+            return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) < 3, torch.nan, answer)
+
+    images_of(network=Exact, latents=latents)
+    assert not caplog.records
+    images_of(network=Broken, latents=latents)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("3 of 8 generated images are not finite")
 
 
 def test_solvers_compute_in_float32_whatever_the_model_answers_in(monkeypatch):

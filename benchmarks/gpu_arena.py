@@ -45,7 +45,9 @@ OPTIONS = (
 
 
 def measure(rows: Rows) -> None:
-    """Both rows."""
+    """Both rows; what is there already would be passed over, and the pace be wrong."""
+    if OUT.exists():
+        raise SystemExit(f"{OUT} is there already; remove it, or continue what it holds.")
     rows.row("pace", 90, partial(pace, OUT / "pace", rows))
     rows.row("comparison", 90, partial(comparison, OUT, rows))
 

@@ -83,7 +83,7 @@ def test_one_failing_run_is_told_and_does_not_stop_the_others(tmp_path):
     assert "not finite in 3 steps in a row" in failure(started[1])
     assert (tmp_path / "last" / "outcome").read_text() == "done"
     for name, tensor in average(started[0].folder).items():  # processes do not disturb each other
-        assert torch.equal(tensor, average(runs[2].folder)[name])
+        assert torch.equal(tensor, average(started[2].folder)[name])
 
 
 def test_a_killed_run_is_told_and_resumed_by_the_next_call_as_if_it_had_not_been(tmp_path):

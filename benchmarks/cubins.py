@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from speed_kernels import (
     adaln,
     adamw_ema,
+    attention,
     clean_images,
     gelu,
     group_norm_silu,
@@ -97,6 +98,16 @@ def qk_rotation(
         (*tensors, *[FP32] * 4, *outputs, *sizes, *constants),
         num_warps,
     )
+
+
+def attention_backward(width: int) -> Case:
+    """Of 256 tokens in bfloat16."""
+    pointers, sizes = (BF16, BF16, BF16, FP32, BF16, FP32), ("i32", "fp32")  # heads, scale
+    tiles = attention.tiles(width)
+    constants = (width, tiles["WIDE"], tiles["REST"], 256)
+    shape = (attention.ROWS, attention.INNER, attention.STAGES)
+    kernel = attention._attention_backward_kernel
+    return Case(kernel, (*pointers, *sizes, *constants, *shape), attention.WARPS)
 
 
 def group_norm(kernel: str, channels_last: bool) -> Case:
@@ -192,6 +203,8 @@ CASES = {
             *(gelu.ROWS, gelu.TILE_ROWS, gelu.TILE_COLUMNS, gelu.STAGES),
         ),
     ),
+    "attention_backward": attention_backward(64),
+    "attention_backward 72": attention_backward(72),
     "pack_heads": Case(
         heads._pack_kernel,
         (*[BF16] * 4, FP32, MULTIPLE, MULTIPLE, heads.ROWS, heads.TILE_ROWS, heads.TILE_COLUMNS),

@@ -37,6 +37,7 @@ from triton.runtime import driver
 RARELY_READ = {"speed_kernels.hybrid_sums.default": 1}  # x0, for the images at t = 0
 NOT_CHARGED = re.compile(  # randint draws the seed of a generator
     r"\b(addmm|mm|bmm|_scaled_dot_product_flash_attention(_backward)?|randint)\b"
+    r"|speed_kernels\.attention(_backward)?\."
 )
 H200 = SimpleNamespace(
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 2**30,
@@ -158,7 +159,9 @@ def skipped(node: BaseSchedulerNode) -> bool:
 
 def is_ours(node: BaseSchedulerNode) -> bool:
     call = node.node
-    return isinstance(call, ir.FallbackKernel) and "speed_kernels" in str(call.op_overload)
+    if not isinstance(call, ir.FallbackKernel) or NOT_CHARGED.search(str(call.op_overload)):
+        return False
+    return "speed_kernels" in str(call.op_overload)
 
 
 def charge(node: BaseSchedulerNode) -> Kernel:

@@ -1,7 +1,8 @@
-"""Launch parameters of adaLN's and GELU's kernels, tried at the sizes of DiT-XL/2 with 256 images.
+"""Launch parameters of kernels, tried at the sizes of DiT-XL/2 with 256 images.
 
 Keys are the parameters, joined by commas: of adaLN tokens, stages and elements of a thread; of GELU
-rows, rows and columns of a tile, stages and warps. Values are milliseconds, and whether the result
+rows, rows and columns of a tile, stages and warps; of attention tokens, tokens met, stages and
+warps. Values are milliseconds, and whether the result
 is that of the parameters in the source.
 """
 
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_rows import Rows
-from speed_kernels import adaln, gelu
+from speed_kernels import adaln, attention, gelu
+from speed_kernels.heads import split_heads
 
 GPU = torch.device("cuda")
-IMAGES, TOKENS, WIDTH = 256, 256, 1152
+IMAGES, TOKENS, WIDTH, HEADS = 256, 256, 1152, 16
 REPEATS = 8
 CACHE = 2**27  # bytes that are written before every call, more than an H200 caches
 WARPS = 4  # of GELU, Triton's own choice
@@ -41,6 +43,10 @@ GELU_BACKWARD = (
     (128, 16, 128, 3), (32, 4, 512, 1), (64, 4, 512, 1), (128, 2, 512, 1), (128, 2, 1024, 1),
     (128, 2, 1024, 3), (128, 8, 256, 1), (128, 4, 256, 2), (128, 4, 256, 4), (256, 4, 512, 3),
 )  # fmt: skip
+ATTENTION_BACKWARD = (
+    (64, 32, 2, 4), (64, 32, 1, 4), (64, 32, 3, 4), (64, 64, 1, 4), (64, 64, 2, 4), (64, 64, 3, 4),
+    (128, 32, 2, 8), (128, 32, 3, 8), (128, 64, 1, 8), (128, 64, 2, 8), (64, 16, 2, 4),
+)  # fmt: skip
 
 
 def measure(rows: Rows) -> None:
@@ -48,6 +54,8 @@ def measure(rows: Rows) -> None:
     rows.row("backward", 6, adaln_backward)
     rows.row("gelu", 6, gelu_backward)
     rows.row("gelu forward", 2, gelu_forward)
+    rows.row("attention backward", 40, attention_backward)
+    rows.row("attention, gradients of qkv", 5, attention_gradients)
 
 
 def adaln_forward() -> dict[str, Any]:
@@ -90,6 +98,38 @@ def gelu_forward() -> dict[str, Any]:
     """PyTorch's."""
     h = _random(IMAGES * TOKENS, 4 * WIDTH)
     return {"ms": _milliseconds(partial(F.gelu, h, approximate="tanh"))}
+
+
+def attention_backward() -> dict[str, Any]:
+    qkv, bias = _random(IMAGES, TOKENS, 3 * WIDTH), _random(3 * WIDTH)
+    dy = _tokens()
+    y, log_sum = torch.ops.speed_kernels.attention(qkv, bias, HEADS)
+
+    def call() -> list[Tensor]:
+        return list(attention._attention_backward(dy, qkv, y, log_sum))
+
+    names = ("ROWS", "INNER", "STAGES", "WARPS")
+    return _tried(attention, names, ATTENTION_BACKWARD, call, sums_over=0)
+
+
+def attention_gradients() -> dict[str, Any]:
+    """From the gradient of attention to that of qkv and its bias, by either way there."""
+
+    def of_pytorch(qkv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
+        heads = split_heads(qkv, num_heads, bias)
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+    qkv, bias = (_random(*s).requires_grad_() for s in ((IMAGES, TOKENS, 3 * WIDTH), (3 * WIDTH,)))
+    dy = _tokens()
+    found: dict[str, Any] = {}
+    gradients = []
+    for name, operator in (("PyTorch's", of_pytorch), ("ours", attention.attention)):
+        y = operator(qkv, HEADS, bias)
+        call = partial(torch.autograd.grad, y, (qkv, bias), dy, retain_graph=True)
+        gradients.append(call()[0].float())
+        found[f"{name}, ms"] = _milliseconds(call)
+    apart = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    return found | {"relative difference": float(apart)}
 
 
 def _tried(

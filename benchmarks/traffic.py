@@ -3,8 +3,8 @@
 Run: ``python benchmarks/traffic.py [--cases NAME ...] [--kernels] [--json]``.
 
 Counted on the code that Inductor generates, see ``generated_code.py``. Matrix products and
-attention are left out: they are the same in all. u is a (B, N, D) tensor in bfloat16. What is
-called torch.compile has no kernels of ours.
+attention are left out, with the tensors that they read and write. u is a (B, N, D) tensor in
+bfloat16. What is called torch.compile has no kernels of ours.
 """
 
 import argparse
@@ -26,8 +26,9 @@ from noise_and_loss_cases import TABLES, from_device, hybrid_eager, noise_on_dev
 from speed_engine.models import dit
 from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.embeddings import unpatchify
-from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
+from speed_engine.ops import ALL_KERNELS, BLOCK_FUSED, BLOCK_REFERENCE, BlockOperators
 from speed_kernels import adaln, gelu, heads, noising, variational_bound
+from speed_kernels import attention as attention_kernel
 
 BATCH, TOKENS, DIM, NUM_HEADS = 256, 256, 1152, 16  # DiT-XL/2, latents 32 x 32, on one GPU
 UNIT = 2 * BATCH * TOKENS * DIM
@@ -96,7 +97,8 @@ def dispatched_to(operators: BlockOperators) -> Iterator[None]:
     with ExitStack() as stack:
         for module in (attention, feed_forward, open_sum):
             stack.enter_context(patch.object(module, "block_operators_for", lambda _: operators))
-        for module in (adaln, gelu, heads, noising, variational_bound):
+        stack.enter_context(patch.object(attention, "kernels_on", lambda _: ALL_KERNELS))
+        for module in (adaln, attention_kernel, gelu, heads, noising, variational_bound):
             stack.enter_context(patch.object(module, "runs_kernels", lambda _: True))
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", flash))
         yield
@@ -165,6 +167,11 @@ def without(operator: str) -> Case:
     return block(BLOCK_FUSED._replace(**{operator: getattr(BLOCK_REFERENCE, operator)}))
 
 
+def attention_of_heads(*qkv: Any) -> Tensor:
+    """PyTorch's attention between kernels of ours, for what ``attention`` does not take."""
+    return F.scaled_dot_product_attention(*heads.split_heads(*qkv)).transpose(1, 2).flatten(2)
+
+
 def noise_and_loss(fused: bool) -> Case:
     return Case(lambda: noise_and_loss_traffic(fused), "bytes/element", math.prod(IMAGES))
 
@@ -176,7 +183,8 @@ CASES = {
     "block": block(BLOCK_FUSED),
     "block without gated_residual_adaln": without("gated_residual_adaln"),
     "block without gelu": without("gelu"),
-    "block without split_heads": without("split_heads"),
+    "block without attention": without("attention"),
+    "block, PyTorch's attention": block(BLOCK_FUSED._replace(attention=attention_of_heads)),
     "block, autocast": block(BLOCK_FUSED, **AUTOCAST),
     "block, autocast, bfloat16 stream": block(BLOCK_FUSED, parameters=torch.float32),
     "noise and loss, torch.compile": noise_and_loss(fused=False),

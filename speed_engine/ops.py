@@ -23,6 +23,7 @@ from speed_kernels.adaln import (
     gated_residual_adaln_reference,
 )
 from speed_kernels.adaln import gated_residual_reference as gated_residual
+from speed_kernels.attention import attention, attention_reference
 from speed_kernels.clean_images import clean_images, clean_images_reference, from_pixels
 from speed_kernels.gelu import gelu, gelu_by_sigmoid, gelu_reference
 from speed_kernels.heads import split_heads, split_heads_reference
@@ -176,6 +177,7 @@ class BlockOperators(NamedTuple):
     gated_residual_adaln: Callable[..., tuple[Tensor, Tensor]]
     gelu: Callable[..., Tensor]
     split_heads: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attention: Callable[..., Tensor]
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -189,11 +191,16 @@ def _linear_without_bias_gradient(layer: nn.Linear, x: Tensor) -> tuple[Tensor, 
 
 
 BLOCK_REFERENCE = BlockOperators(
-    _linear, adaln_reference, gated_residual_adaln_reference, gelu_reference, split_heads_reference
+    _linear,
+    adaln_reference,
+    gated_residual_adaln_reference,
+    gelu_reference,
+    split_heads_reference,
+    attention_reference,
 )
 BLOCK_COMPILED = BLOCK_REFERENCE._replace(gelu=gelu_by_sigmoid)
 BLOCK_FUSED = BlockOperators(
-    _linear_without_bias_gradient, adaln, gated_residual_adaln, gelu, split_heads
+    _linear_without_bias_gradient, adaln, gated_residual_adaln, gelu, split_heads, attention
 )
 
 

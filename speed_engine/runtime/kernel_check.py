@@ -163,6 +163,11 @@ def _split_heads(split_heads: Callable[..., tuple[Tensor, ...]], given: Given) -
     return _with_gradients(split_heads(qkv, H, bias), [qkv, bias])
 
 
+def _attention(attention: Callable[..., Tensor], given: Given) -> Sequence[Tensor]:
+    qkv, bias = given.values(B, 4 * N, 3 * D), given.parameters(3 * D)
+    return _with_gradients(attention(qkv, H, bias), [qkv, bias])
+
+
 def _qk_norm_rope(
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor]], given: Given
 ) -> Sequence[Tensor]:
@@ -207,6 +212,7 @@ CASES = (
     Case("block", "gated_residual_adaln", BFLOAT16, _gated_residual_adaln),
     Case("block", "gelu", BFLOAT16, _gelu),
     Case("block", "split_heads", BFLOAT16, _split_heads),
+    Case("block", "attention", BFLOAT16, _attention),
     Case("norms", "qk_norm_rope", BFLOAT16, _qk_norm_rope),
     Case("norms", "group_norm_silu", BFLOAT16, _group_norm_silu),
     Case("update", "adamw_ema", FLOAT32, _adamw_ema),

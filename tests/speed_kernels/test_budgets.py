@@ -41,6 +41,9 @@ LIMITS = {  # registers per thread; global accesses of 16 bytes; narrower ones, 
     "gated_residual_adaln_backward": (128, 28, 8),
     "gated_residual_adaln_backward widest": (128, 24, 8),
     "gelu_backward": (96, 14, 1),
+    # The narrow ones are sums, L, and of a width of 72 the last 8 columns of the second tile.
+    "attention_backward": (176, 52, 7),
+    "attention_backward 72": (255, 60, 20),
     "pack_heads": (64, 6, 3),
     "qk_norm_rope": (80, 32, 0),
     "qk_norm_rope 72": (64, 12, 8),  # half a head is 4.5 times 16 bytes: 8 bytes at a time

@@ -18,9 +18,10 @@ from speed_kernels import adaln, gelu, heads, noising, variational_bound
 ROOT = Path(__file__).parents[2]
 COUNTED = {toolchain.TORCH_2_11_TRITON_3_6, toolchain.TORCH_2_14_TRITON_3_8}
 BUDGETS = {
-    "block": 48.0,
-    "block, autocast": 60.0,
-    "block, autocast, bfloat16 stream": 50.0,
+    "block": 42.0,
+    "block, PyTorch's attention": 48.0,
+    "block, autocast": 54.0,
+    "block, autocast, bfloat16 stream": 44.0,
     "noise and loss": 14.0,
 }
 # What Inductor makes of the same block: the count means something if it finds these.
@@ -44,7 +45,7 @@ def counted():
 @pytest.mark.long
 def test_what_is_moved_stays_within_its_budget_and_every_kernel_is_needed_for_it(counted):
     without = {name: figure for name, figure in counted.items() if name.startswith("block without")}
-    assert len(without) == 3
+    assert len(without) == 3  # the last leaves out two kernels, of attention and of its heads
     off = [
         f"{case}: {counted[case]}, budget {u}" for case, u in BUDGETS.items() if counted[case] > u
     ]

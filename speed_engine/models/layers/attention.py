@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speed_engine.models.layers.fused_linear import FusedLinear
-from speed_engine.ops import block_operators_for, qk_norm_rope
+from speed_engine.ops import block_operators_for, kernels_on, qk_norm_rope
 from speed_engine.runtime.checks import UserError
 
 # (q, k, v) -> attended, each (B, H, N, K).
@@ -91,6 +91,10 @@ class SelfAttention(nn.Module):
 
     def _mix(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), before the last projection."""
+        op = block_operators_for(x.device)
+        if self.attend is sdpa and kernels_on(x.device).block:
+            qkv, bias = op.linear(self.qkv, x)
+            return op.attention(qkv, self.num_heads, bias)
         return self.attend(*self._heads(x)).transpose(1, 2).flatten(2)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

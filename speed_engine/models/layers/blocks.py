@@ -30,6 +30,7 @@ DEAR = [
     aten._scaled_dot_product_cudnn_attention.default,
     aten._flash_attention_forward.default,
     aten._efficient_attention_forward.default,
+    torch.ops.speed_kernels.attention.default,
 ]
 VARIANTS = 4  # of a compiled block: in training and generation, of other strides, batch sizes
 # What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.

@@ -113,6 +113,14 @@ def test_another_matrix_of_a_shape_costs_two_launches(monkeypatch):
     assert launches_of_a_step(5) - launches_of_a_step(2) == 3 * 2
 
 
+def test_only_the_products_are_in_the_type_of_products(monkeypatch):
+    monkeypatch.setitem(muon.COMPUTE_DTYPES, "cpu", torch.bfloat16)
+    weight = nn.Parameter(torch.ones(4, 8))
+    (update,) = Muon([(weight, 1)], lr=0.1)._orthogonal([weight], [torch.ones(4, 8)])
+    assert update.dtype == torch.float32
+    assert torch.equal(update, update.bfloat16().float())  # they were
+
+
 def test_the_update_has_the_size_of_adamws():
     weight = nn.Parameter(torch.zeros(64, 256))
     weight.grad = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))

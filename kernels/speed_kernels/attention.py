@@ -61,7 +61,7 @@ def takes(qkv: Tensor, num_heads: int) -> bool:
     """Whether the gradient's kernel takes heads of this dtype, number and width."""
     width = qkv.shape[-1] // (3 * num_heads)
     fits = qkv.shape[1] % ROWS == 0 and width % 8 == 0 and 16 <= width <= WIDEST
-    return fits and qkv.dtype in DTYPES and runs_kernels(qkv)
+    return qkv.numel() > 0 and fits and qkv.dtype in DTYPES and runs_kernels(qkv)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,8 +89,9 @@ def _(qkv, bias, num_heads):
 
 
 def _by_definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-    return (scores.softmax(dim=-1) @ v.float()).to(q.dtype), scores.logsumexp(dim=-1)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
+        return (scores.softmax(dim=-1) @ v.float()).to(q.dtype), scores.logsumexp(dim=-1)
 
 
 # What PyTorch's attention calls itself, here for the sums that it keeps for its own gradient.
@@ -240,14 +241,13 @@ def _attention_backward(
     """dqkv (B, N, 3 D) and (B N / ROWS, 3 D) partial sums of it."""
     dqkv, partial = _allocate_backward(qkv)
     batch, num_heads, tokens = log_sum.shape
-    if qkv.numel():
-        width = qkv.shape[-1] // (3 * num_heads)
-        with torch.cuda.device_of(qkv):
-            _attention_backward_kernel[(tokens // ROWS, batch * num_heads)](
-                dy.contiguous(), qkv.contiguous(), y, log_sum, dqkv, partial,
-                num_heads, width**-0.5, WIDTH=width, TOKENS=tokens,
-                ROWS=ROWS, INNER=INNER, STAGES=STAGES, num_warps=WARPS, **tiles(width),
-            )  # fmt: skip
+    width = qkv.shape[-1] // (3 * num_heads)
+    with torch.cuda.device_of(qkv):
+        _attention_backward_kernel[(tokens // ROWS, batch * num_heads)](
+            dy.contiguous(), qkv.contiguous(), y, log_sum, dqkv, partial,
+            num_heads, width**-0.5, WIDTH=width, TOKENS=tokens,
+            ROWS=ROWS, INNER=INNER, STAGES=STAGES, num_warps=WARPS, **tiles(width),
+        )  # fmt: skip
     return dqkv, partial
 
 

@@ -9,10 +9,10 @@ from torch import nn
 from speed_engine.models.dit import Block, DiT
 from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.open_sum import OpenSum
-from speed_engine.ops import BLOCK_FUSED, BLOCK_REFERENCE
+from speed_engine.ops import ALL_KERNELS, BLOCK_FUSED, BLOCK_REFERENCE, NO_KERNELS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DIM = 32
+DIM, SIZE = 32, (4, 6)
 
 
 @pytest.fixture
@@ -22,6 +22,8 @@ def kernels(monkeypatch):
     def choose(operators):
         for module in (attention, feed_forward, open_sum):
             monkeypatch.setattr(module, "block_operators_for", lambda device: operators)
+        families = ALL_KERNELS if operators is BLOCK_FUSED else NO_KERNELS
+        monkeypatch.setattr(attention, "kernels_on", lambda device: families)
 
     return choose
 
@@ -37,24 +39,21 @@ def trained(module: nn.Module) -> nn.Module:
 
 def make_model(**options) -> nn.Module:
     torch.manual_seed(0)
-    return trained(
-        DiT(
-            input_size=(4, 6), channels=3, patch_size=2, dim=DIM, depth=2, num_heads=4,
-            num_classes=5, **options,
-        )
-    )  # fmt: skip
+    shape = {"input_size": SIZE, "num_heads": 4} | options
+    return trained(DiT(channels=3, patch_size=2, dim=DIM, depth=2, num_classes=5, **shape))
 
 
-def step(model, autocast: bool = False, call=None) -> dict[str, torch.Tensor]:
+def step(model, autocast: bool = False, call=None, size=SIZE) -> dict[str, torch.Tensor]:
     """Answer and all gradients."""
     model.zero_grad()
-    result = answer(model if call is None else call, autocast, next(model.parameters()).dtype)
+    dtype = next(model.parameters()).dtype
+    result = answer(model if call is None else call, autocast, dtype, size)
     result.to(torch.promote_types(result.dtype, torch.float32)).square().sum().backward()
     return {"answer": result.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def answer(model, autocast: bool, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+def answer(model, autocast: bool, dtype: torch.dtype = torch.float32, size=SIZE) -> torch.Tensor:
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     t, labels = torch.tensor([0, 500], device=DEVICE), torch.tensor([4, 5], device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
         return model(x, t, labels)
@@ -72,6 +71,28 @@ def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kerne
     kernels(BLOCK_FUSED)
     actual = step(model, autocast)
     assert actual.keys() == expected.keys() == truth.keys()
+    for name, value in truth.items():
+        error, eager = ((v[name].double() - value).norm() for v in (actual, expected))
+        assert error <= 2 * eager + 1e-6 * value.norm(), name
+
+
+def test_attention_of_64_tokens_has_a_gradient_of_its_own(kernels, monkeypatch):
+    from speed_kernels import attention as kernel
+
+    calls = []
+    original = kernel._attention_backward
+    monkeypatch.setattr(
+        kernel, "_attention_backward", lambda *inputs: calls.append(1) or original(*inputs)
+    )
+    size, options = (16, 16), {"input_size": (16, 16), "num_heads": 2}
+    model = make_model(**options)
+    kernels(BLOCK_REFERENCE)
+    truth = step(make_model(**options).double(), size=size)
+    expected = step(model, autocast=True, size=size)
+    assert not calls
+    kernels(BLOCK_FUSED)
+    actual = step(model, autocast=True, size=size)
+    assert len(calls) == 2  # blocks
     for name, value in truth.items():
         error, eager = ((v[name].double() - value).norm() for v in (actual, expected))
         assert error <= 2 * eager + 1e-6 * value.norm(), name

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_arena
 import regression
 import tables
 from gpu_rows import Rows
-from speed_engine import ops
+from speed_engine import cli, ops
+from speed_engine.arena.contestants import expand
+from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.build import build_model
 
 ROOT = Path(__file__).parent.parent
@@ -120,6 +123,53 @@ rows.row("two", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert list(found) == ["one"] and found["one"]["ms"] == 1.0
+
+
+def test_the_comparison_on_a_gpu_is_one_that_the_command_accepts(monkeypatch, tmp_path):
+    asked: list[CompareCommand] = []
+    run = lambda command, console: asked.append(command)
+    monkeypatch.setattr("speed_engine.arena.compare.compare", run)
+    options = ("--device", "cpu", "--compile", "off")
+    for_methods = partial(gpu_arena.command, tmp_path, options=options)
+    pace = for_methods([*gpu_arena.METHODS, *gpu_arena.FILLERS], 1, 1000, 1)
+    for command in (pace, for_methods(gpu_arena.METHODS, 3, 4000, 10)):
+        cli.main(command[3:])
+    paced, found = asked
+    assert (found.seeds, found.evaluations, found.budget_images) == (3, 10, 4000 * 512)
+    assert found.config.batch_size == 512 and found.config.optimizer.learning_rate == 0.016
+    assert found.config.evaluation.metrics == ("fid", "loss")
+    for of, names in (
+        (found, gpu_arena.METHODS),
+        (paced, (*gpu_arena.METHODS, *gpu_arena.FILLERS)),
+    ):
+        assert expand(of.methods.split(","), within_budget(of)) == names
+    assert len(paced.methods.split(",")) == found.slots  # as busy as the comparison will be
+
+
+def test_a_comparison_on_a_gpu_has_the_steps_that_its_time_holds():
+    assert gpu_arena.ROUNDS == 2
+    steps = gpu_arena.steps_that_fit(225, seconds_per_step=0.01, beside=62.5)
+    assert steps == 4340  # (225 / 2 - 62.5) / (1.15 * 0.01) = 4347, whole evaluations
+    with pytest.raises(RuntimeError, match="take 120 s beside their steps, and 100 s are left"):
+        gpu_arena.steps_that_fit(100, seconds_per_step=0.01, beside=60)
+
+
+def test_a_comparison_on_a_gpu_that_takes_too_long_is_interrupted_and_says_what_it_found(rows):
+    slow = [sys.executable, "-c", """
+import time
+try:
+    print("running", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("the report is written")
+    raise SystemExit(2)
+"""]  # fmt: skip
+    rows.seconds = gpu_arena.STOPPING + 1
+    found = gpu_arena.compared(slow, rows)
+    assert found["interrupted"] and found["printed"] == "running\nthe report is written\n"
+    broken = [sys.executable, "-c", "raise SystemExit('no such data')"]
+    with pytest.raises(RuntimeError, match="no such data"):
+        gpu_arena.compared(broken, rows)
 
 
 @pytest.mark.long

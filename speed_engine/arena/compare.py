@@ -1,6 +1,7 @@
 """A comparison of methods at equal budget: its plan, its runs, and what came of them.
 
 OUT/compare.json                   the conditions
+OUT/references.json                what the metrics say of images that no network made
 OUT/paces/CONTESTANT               short runs, where the budget is a time
 OUT/tuning/CONTESTANT/lr-X/seed-S  a run per learning rate, with a seed that does not count
 OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``speed-engine train``
@@ -8,7 +9,7 @@ OUT/results.json                   see results.py
 
 Contestants are paired by seed: runs of one seed have the same initial weights, order of data, noise
 and generated images. Called again, a comparison goes on where it stopped; contestants and seeds may
-be added to it.
+be added to it. One that is interrupted reports what is complete.
 """
 
 import json
@@ -46,6 +47,8 @@ from speed_engine.runtime.files import write_durably
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
 PLAN_FILE = "compare.json"
+REFERENCES_FILE = "references.json"
+RESULTS_FILE = "results.json"
 
 
 def compare(command: CompareCommand, console: Console) -> Path:
@@ -53,6 +56,8 @@ def compare(command: CompareCommand, console: Console) -> Path:
 
     Raises:
         UserError: what does not fit, or a library of the extra ``plots`` is missing.
+        KeyboardInterrupt: after the runs under way have written a checkpoint, and the report of
+            those that are complete is written.
     """
     check_libraries()
     plan = Plan(
@@ -65,10 +70,20 @@ def compare(command: CompareCommand, console: Console) -> Path:
     )
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
-    Comparison(plan, out, slots, threads, console).run()
+    comparison = Comparison(plan, out, slots, threads, console)
+    try:
+        comparison.run()
+    except KeyboardInterrupt:
+        if (out / RESULTS_FILE).exists():
+            _report(out, console)
+        raise
+    _report(out, console)
+    return out
+
+
+def _report(out: Path, console: Console) -> None:
     for line in (*write_report(out), f"report    {out / PAGE}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +146,30 @@ class Comparison:
         self._keep_plan()
 
     def run(self) -> Results:
-        """Run what is missing, and record what came of all."""
-        references = measure_references(self.plan.config)
+        """Run what is missing, and record what came of all, even if it is interrupted."""
+        references = self._references()
         if self.plan.budget_seconds is not None:
             folders = {name: self._folder("paces", name) for name in self.configs}
             execute = partial(self._execute, "short runs to measure paces")
             self.configs = in_time(self.configs, self.plan.budget_seconds, folders, execute)
         screened = self._screened()
         runs = self._counting_runs({name: contenders(of) for name, of in screened.items()})
-        self._execute("runs", list(runs.values()))
-        contestants = [self._contestant(name, screened[name], runs) for name in self.configs]
-        results = self._results(contestants, runs, references)
-        write_results(results, self.out / "results.json")
+        try:
+            self._execute("runs", list(runs.values()))
+        finally:
+            contestants = [self._contestant(name, screened[name], runs) for name in self.configs]
+            results = self._results(contestants, runs, references)
+            write_results(results, self.out / RESULTS_FILE)
         return results
+
+    def _references(self) -> dict[str, dict[str, float]]:
+        """Measured once: the conditions that they depend on are those of the folder."""
+        path = self.out / REFERENCES_FILE
+        if not path.exists():
+            measured = measure_references(self.plan.config)
+            write_durably(path, (json.dumps(measured, indent=1) + "\n").encode())
+        remedy = "Delete it and run the same comparison again, which measures them anew."
+        return strict.read_file(dict[str, dict[str, float]], path, remedy)
 
     def _screened(self) -> dict[str, dict[float, float]]:
         """By contestant, what one run with each of its learning rates reaches; where there is only
@@ -328,6 +354,4 @@ def _slots(command: CompareCommand) -> tuple[int, int]:
     cores = len(os.sched_getaffinity(0))
     gpus = torch.cuda.device_count() if command.config.device != "cpu" else 0
     slots = command.slots or gpus or cores
-    if gpus and slots > gpus:
-        raise UserError(f"slots={slots}: needed are at most the {gpus} GPUs here.")
     return slots, max(1, cores // slots)

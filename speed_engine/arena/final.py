@@ -76,7 +76,8 @@ def times_at(process: Method, log_snrs: tuple[int, ...]) -> dict[int, float]:
 def _quality(
     config: TrainConfig, process: Method, model: torch.nn.Module, steps: int, metric: str
 ) -> float:
-    evaluation = replace(config.evaluation, solver_steps=steps)
+    # Of the metrics only the one that decides, which is a Frechet distance.
+    evaluation = replace(config.evaluation, solver_steps=steps, metrics=("fid",))
     _, found = build_evaluator(replace(config, evaluation=evaluation), process)(model)
     assert found is not None  # this process is alone
     return found.figures[metric]

@@ -73,7 +73,9 @@ class CompareCommand:
     final_solver_steps: tuple[int, ...] = (8, 50)
     """Numbers of model evaluations per image with which the final models are measured, too."""
     slots: int | None = None
-    """Number of runs at a time. By default one per GPU, or per CPU core."""
+    """Number of runs at a time. By default one per GPU, or per CPU core. More runs than GPUs share
+    them, which pays for small models, whose steps wait for the host; seconds of training are then
+    those of a shared GPU."""
     out: Path | None = None
     """Folder of the comparison. By default comparisons/PRESET."""
 

@@ -28,7 +28,10 @@ PRELOADED = ["speed_engine.arena.runs", "torch_fidelity", "torch.utils.tensorboa
 def execute(
     runs: Sequence[Run], slots: int, threads: int, done: Callable[[Run, bool], None]
 ) -> None:
-    """Complete the runs, ``slots`` at a time, on one GPU each where there are GPUs.
+    """Complete the runs, ``slots`` at a time, each on one GPU where there are GPUs.
+
+    More slots than GPUs share them: the host holds up the steps of a small model, and meanwhile the
+    GPU computes those of another run.
 
     Args:
         runs: in this order.
@@ -45,12 +48,14 @@ def execute(
     for run in runs:
         if run not in waiting:
             done(run, True)
+    gpus = _gpus()
     free, busy = list(range(slots)), dict[int, tuple[BaseProcess, Run, int]]()
     with _stopped_together(busy):
         while waiting or busy:
             while waiting and free:
                 run, slot = waiting.pop(0), free.pop(0)
-                process = context.Process(target=_work, args=(run, slot, threads))
+                gpu = gpus[slot % len(gpus)] if gpus else ""
+                process = context.Process(target=_work, args=(run, gpu, threads))
                 process.start()
                 busy[process.sentinel] = process, run, slot
             for sentinel in connection.wait(list(busy)):
@@ -76,11 +81,16 @@ def _stopped_together(busy: dict[int, tuple[BaseProcess, Run, int]]) -> Iterator
             process.join()
 
 
-def _work(run: Run, slot: int, threads: int) -> None:
-    """One run, in its own process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison's process tells when to stop
+def _gpus() -> list[str]:
+    """Those that may be used, as ``CUDA_VISIBLE_DEVICES`` names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot] if visible else str(slot)
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _work(run: Run, gpu: str, threads: int) -> None:
+    """One run, in its own process, which sees one GPU; none under an empty name."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison's process tells when to stop
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     with log_file(run).open("a", buffering=1) as log:

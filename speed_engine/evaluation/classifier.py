@@ -155,22 +155,44 @@ def classifier_for(
     Raises:
         UserError: for bad inputs (see ``train_classifier``) or a damaged or foreign cache file.
     """
-    if not re.fullmatch(r"[\w.-]+", fingerprint, re.ASCII):
-        raise UserError(
-            f"fingerprint={fingerprint!r} becomes part of a file name; "
-            "use letters, digits, '.', '_' and '-' only."
-        )
     _check_labelled_images(images, labels)
-    steps = training_steps(len(images))
-    longer = "" if steps == LEAST_STEPS else f"-{steps}"
-    path = Path(folder) / f"classifier-v{FEATURES_VERSION}{longer}-{fingerprint}.safetensors"
+    path = _kept_at(folder, fingerprint, len(images))
     if path.exists():
-        return _load(path, channels=images.shape[1], num_classes=int(labels.max()) + 1)
+        return _load(path, images.shape[1], int(labels.max()) + 1)
     seed = 0
     with announced("training a classifier of these images, whose features FID compares; once"):
         network, accuracy = train_classifier(images, labels, seed)
     _save(path, network, accuracy, seed)
     return _as_features(network, accuracy)
+
+
+def kept_classifier(
+    count: int, channels: int, folder: Path | str, fingerprint: str
+) -> ClassifierFeatures | None:
+    """The classifier of a data set, which need not be read for it; None if there is none yet.
+
+    Args:
+        count: of the images.
+        channels: of an image.
+        folder: as in ``classifier_for``.
+        fingerprint: as in ``classifier_for``.
+
+    Raises:
+        UserError: for a damaged or foreign cache file.
+    """
+    path = _kept_at(folder, fingerprint, count)
+    return _load(path, channels) if path.exists() else None
+
+
+def _kept_at(folder: Path | str, fingerprint: str, images: int) -> Path:
+    if not re.fullmatch(r"[\w.-]+", fingerprint, re.ASCII):
+        raise UserError(
+            f"fingerprint={fingerprint!r} becomes part of a file name; "
+            "use letters, digits, '.', '_' and '-' only."
+        )
+    steps = training_steps(images)
+    longer = "" if steps == LEAST_STEPS else f"-{steps}"
+    return Path(folder) / f"classifier-v{FEATURES_VERSION}{longer}-{fingerprint}.safetensors"
 
 
 # Training.
@@ -270,20 +292,23 @@ def _save(path: Path, network: Classifier, accuracy: float, seed: int) -> None:
     write_durably(path, save(network.state_dict(), metadata=facts), shared=True)
 
 
-def _load(path: Path, channels: int, num_classes: int) -> ClassifierFeatures:
+def _load(path: Path, channels: int, num_classes: int | None = None) -> ClassifierFeatures:
+    """Of as many classes as it was trained on, where it isn't known how many there are."""
+    of_classes = "" if num_classes is None else f", {num_classes} classes"
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
-        network = Classifier(channels, num_classes).eval()
+        classes = len(weights["to_logits.weight"]) if num_classes is None else num_classes
+        network = Classifier(channels, classes).eval()
         network.load_state_dict(weights)
         features = _as_features(network, accuracy=float(facts["accuracy"]))
         if features.weights_sha256 != facts["weights_sha256"]:
             raise UserError("the weights are not those it was written with")
     except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(
-            f"{path} is not the classifier of this data set ({channels} channels, {num_classes} "
-            f"classes) or is damaged: {error}. Delete the file; the classifier is trained again."
+            f"{path} is not the classifier of this data set ({channels} channels{of_classes}) "
+            f"or is damaged: {error}. Delete the file; the classifier is trained again."
         ) from error
     return features
 

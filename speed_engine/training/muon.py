@@ -111,22 +111,22 @@ class Muon(torch.optim.Optimizer):
         found_inf = self.found_inf
         proceeds = torch.ones((), device=device) if found_inf is None else 1 - found_inf.to(device)
         gradients = [local(weight.grad) for weight in weights]  # pyright: ignore[reportArgumentType]
-        gradients = [torch.where(proceeds > 0, gradient, 0.0) for gradient in gradients]
+        wanted, share, zero = proceeds > 0, (1 - momentum) * proceeds, torch.zeros_like(proceeds)
+        gradients = [torch.where(wanted, gradient, zero) for gradient in gradients]
         buffers = [local(self.state[weight]["momentum_buffer"]) for weight in weights]
         for buffer, gradient in zip(buffers, gradients, strict=True):
-            buffer.lerp_(gradient, (1 - momentum) * proceeds)
+            buffer.lerp_(gradient, share)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
-        for weight, update in zip(weights, self._orthogonal(weights, ahead), strict=True):
-            own = local(weight)
-            own.mul_(1 - lr * decay * proceeds)
-            own.sub_(update * (lr * proceeds))
+        own = [local(weight) for weight in weights]
+        updates = torch._foreach_mul(self._orthogonal(weights, ahead), lr * proceeds)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(own, 1 - lr * decay * proceeds)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_sub_(own, updates)  # pyright: ignore[reportPrivateImportUsage]
 
     def _orthogonal(self, weights: list[Tensor], ahead: Sequence[Tensor]) -> list[Tensor]:
         """Of each weight, this process's part of its scaled orthogonal update, in its own type."""
-        dtype = COMPUTE_DTYPES.get(weights[0].device.type)
+        rounded = _in_dtype(ahead, COMPUTE_DTYPES.get(weights[0].device.type))
         by_shape: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
-        for i, (weight, update) in enumerate(zip(weights, ahead, strict=True)):
-            update = update if dtype is None else update.to(dtype)
+        for i, (weight, update) in enumerate(zip(weights, rounded, strict=True)):
             matrices = _gathered(update, weight).flatten(1).unflatten(0, (self._parts[weight], -1))
             by_shape[matrices.shape[1], matrices.shape[2]].append((i, matrices))
         found: list[Tensor] = list(ahead)
@@ -134,11 +134,20 @@ class Muon(torch.optim.Optimizer):
             for batch in _batches(members, rows * columns):
                 results = orthogonal(torch.cat([matrices for _, matrices in batch]))
                 results *= 0.2 * max(rows, columns) ** 0.5
+                results = results.to(ahead[0].dtype)
                 sizes = [len(matrices) for _, matrices in batch]
                 for (i, _), result in zip(batch, results.split(sizes), strict=True):
-                    whole = result.reshape(weights[i].shape).to(ahead[i].dtype)
-                    found[i] = _own_part(whole, weights[i])
+                    found[i] = _own_part(result.reshape(weights[i].shape), weights[i])
         return found
+
+
+def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> Sequence[Tensor]:
+    """The same numbers rounded to a type, in one launch; None leaves them as they are."""
+    if dtype in (None, tensors[0].dtype):
+        return tensors
+    rounded = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(rounded, list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    return rounded
 
 
 def _batches(

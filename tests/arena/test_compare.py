@@ -9,6 +9,7 @@ import pytest
 
 from speed_engine import cli
 from speed_engine.arena.results import read_results
+from speed_engine.arena.runs import execute
 
 OPTIONS = (
     "--methods uniform,speed_paper+optimizer.learning_rate=1e30+optimizer.warmup_steps=0 "
@@ -113,6 +114,41 @@ def test_seeds_can_be_added_and_what_is_there_is_kept(finished):
     after = read_results(out / "results.json")
     assert after.seeds == (0, 1)
     assert {c for c in map(repr, before) if "failure=None" in c} <= set(map(repr, after.curves))
+
+
+def test_an_interruption_reports_the_runs_that_are_complete(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def only_the_first(runs, slots, threads, done):
+        execute(runs[:1], slots, threads, done)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speed_engine.arena.compare.execute", only_the_first)
+    options = [*OPTIONS, "--methods", "uniform", "--learning-rates", "1e-3", "--seeds", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "digits", *options, "--out", str(out)])
+    assert stopped.value.code == 2
+    curves = {c.contestant: c for c in read_results(out / "results.json").curves}
+    assert curves["uniform"].failure is None and len(curves["uniform"].points) == 2
+    assert curves["uniform@flow:velocity"].failure == "it has not begun"
+    assert "report" in capsys.readouterr().out and (out / "report.html").exists()
+
+
+def test_what_no_network_made_is_measured_once(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    calls = []
+
+    def measure(config):
+        calls.append(config)
+        return {"a Gaussian": {"held_out_fid": 3.5}}
+
+    monkeypatch.setattr("speed_engine.arena.compare.measure_references", measure)
+    monkeypatch.setattr("speed_engine.arena.compare.execute", lambda *ignored: None)
+    options = [*OPTIONS, "--learning-rates", "1e-3", "--out", str(out)]
+    for seeds in ("1", "2"):
+        cli.main(["compare", "digits", *options, "--seeds", seeds])
+        assert read_results(out / "results.json").references == measure(None)
+    assert len([call for call in calls if call is not None]) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from speed_engine.arena import runs
 from speed_engine.arena.planned import Run, failure, is_complete
 from speed_engine.arena.runs import execute
 from speed_engine.config import TrainConfig
@@ -67,7 +69,7 @@ def kill_when_there_is_a_checkpoint(run: Path) -> None:
 def test_one_failing_run_is_told_and_does_not_stop_the_others(tmp_path):
     outcome = tmp_path / "outcome"
     outcome.write_text("done")
-    runs = [
+    started = [
         Run(config=TINY, folder=tmp_path / "first"),
         Run(config=DIVERGING, folder=tmp_path / "diverging"),
         Run(
@@ -76,12 +78,12 @@ def test_one_failing_run_is_told_and_does_not_stop_the_others(tmp_path):
         ),
     ]  # fmt: skip
     ended = Ended()
-    execute(runs, slots=2, threads=1, done=ended)
+    execute(started, slots=2, threads=1, done=ended)
     assert ended.complete == {"first": True, "diverging": False, "last": True}
-    assert "not finite in 3 steps in a row" in failure(runs[1])
+    assert "not finite in 3 steps in a row" in failure(started[1])
     assert (tmp_path / "last" / "outcome").read_text() == "done"
-    for name, tensor in average(runs[0].folder).items():  # processes do not disturb each other
-        assert torch.equal(tensor, average(runs[2].folder)[name])
+    for name, tensor in average(started[0].folder).items():  # processes do not disturb each other
+        assert torch.equal(tensor, average(started[2].folder)[name])
 
 
 def test_a_killed_run_is_told_and_resumed_by_the_next_call_as_if_it_had_not_been(tmp_path):
@@ -101,6 +103,41 @@ def test_a_killed_run_is_told_and_resumed_by_the_next_call_as_if_it_had_not_been
     assert ended.complete == {"killed": True, "straight": True}
     for name, tensor in average(killed.folder).items():
         assert torch.equal(tensor, average(straight.folder)[name])
+
+
+class Processes:
+    """A context of multiprocessing whose processes end at once, and what they were given."""
+
+    def __init__(self) -> None:
+        self.gpus: list[str] = []
+
+    def set_forkserver_preload(self, modules: list[str]) -> None:
+        pass
+
+    def Process(self, target: Callable[..., None], args: tuple[Run, str, int]) -> SimpleNamespace:  # noqa: N802
+        self.gpus.append(args[1])
+        ended, end = os.pipe()
+        os.close(end)
+        nothing = lambda: None
+        return SimpleNamespace(sentinel=ended, exitcode=0, start=nothing, join=nothing)
+
+
+@pytest.mark.parametrize("gpus, given", [(["2", "5"], ["2", "5", "2"]), ([], ["", "", ""])])
+def test_more_slots_than_gpus_share_them(gpus, given, tmp_path, monkeypatch):
+    processes = Processes()
+    monkeypatch.setattr(runs, "get_context", lambda method: processes)
+    monkeypatch.setattr(runs, "_gpus", lambda: gpus)
+    planned = [Run(config=TINY, folder=tmp_path / str(i)) for i in range(3)]
+    execute(planned, slots=3, threads=1, done=Ended())
+    assert processes.gpus == given
+
+
+def test_the_gpus_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert runs._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    assert runs._gpus() == ["3", "7"]
 
 
 def test_a_complete_run_is_passed_over(tmp_path):

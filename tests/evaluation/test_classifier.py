@@ -8,7 +8,12 @@ from sklearn.datasets import load_digits
 
 from speed_engine.encoders.hub import sha256_of
 from speed_engine.evaluation import classifier
-from speed_engine.evaluation.classifier import FEATURE_DIM, classifier_for, train_classifier
+from speed_engine.evaluation.classifier import (
+    FEATURE_DIM,
+    classifier_for,
+    kept_classifier,
+    train_classifier,
+)
 
 
 def blobs(count=60, channels=1, height=8, width=8, num_classes=3):
@@ -106,6 +111,10 @@ def test_the_cache_returns_the_trained_classifier(short_training, tmp_path, monk
     monkeypatch.setattr(classifier, "train_classifier", None)
     read = classifier_for(*blobs(), tmp_path / "new", "blobs")
     assert read == trained
+    count, channels = blobs()[0].shape[:2]
+    kept = kept_classifier(count, channels, tmp_path / "new", "blobs")
+    assert kept is not None and kept == trained
+    assert kept_classifier(count, channels, tmp_path / "new", "others") is None
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".safetensors"]
     images = blobs()[0]
     assert torch.equal(read.network(images), trained.network(images))

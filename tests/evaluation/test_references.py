@@ -50,6 +50,14 @@ def test_a_test_data_set_is_the_held_out_part_and_nothing_is_taken_from_training
     assert len(validation.batch.ids) == 300
 
 
+def test_no_image_is_read_for_a_classifier_that_is_kept(monkeypatch):
+    data, evaluation = DataConfig(), EvaluationConfig()
+    first = real_images(data, evaluation, data.image_shape)
+    monkeypatch.setattr(references, "read_all", None)
+    again = real_images(data, evaluation, data.image_shape)
+    assert again.extractor == first.extractor and again.extractor is not first.extractor
+
+
 def test_two_ways_of_holding_out_are_one_too_many():
     with pytest.raises(UserError, match=r"data\.test_source=other holds images out already"):
         DataConfig(test_source="other", held_out=0.1)

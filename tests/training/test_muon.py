@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from speed_engine.build import build_model
@@ -82,6 +83,42 @@ def test_steps_are_those_of_the_definition(elements, monkeypatch):
             update = torch.cat([size * reference(each) for each in maps]).view_as(weight)
             expected[weight] = (1 - rate * decay) * expected[weight] - rate * update
             torch.testing.assert_close(weight.double(), expected[weight], atol=1e-5, rtol=1e-4)
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute; views and allocations launch nothing on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and "empty" not in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(matrices: int) -> int:
+    weights = [nn.Parameter(torch.ones(4, 8)) for _ in range(matrices)]
+    for weight in weights:
+        weight.grad = torch.ones(4, 8)
+    optimizer = Muon([(weight, 1) for weight in weights], lr=0.1)
+    with Launches() as launches:
+        optimizer.step()
+    return launches.count
+
+
+def test_another_matrix_of_a_shape_costs_two_launches(monkeypatch):
+    """Its gradient is let through or not, and its momentum follows it; all else is together."""
+    monkeypatch.setitem(muon.COMPUTE_DTYPES, "cpu", torch.bfloat16)
+    assert launches_of_a_step(5) - launches_of_a_step(2) == 3 * 2
+
+
+def test_only_the_products_are_in_the_type_of_products(monkeypatch):
+    monkeypatch.setitem(muon.COMPUTE_DTYPES, "cpu", torch.bfloat16)
+    weight = nn.Parameter(torch.ones(4, 8))
+    (update,) = Muon([(weight, 1)], lr=0.1)._orthogonal([weight], [torch.ones(4, 8)])
+    assert update.dtype == torch.float32
+    assert torch.equal(update, update.bfloat16().float())  # they were
 
 
 def test_the_update_has_the_size_of_adamws():

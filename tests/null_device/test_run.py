@@ -13,12 +13,13 @@ BLOCKS = 4  # of the model of digits
 
 
 @pytest.mark.long
-def test_a_run_trains_evaluates_stops_and_is_continued(compiled, tmp_path):
+@pytest.mark.parametrize("how", ["blocks", "graphs"])
+def test_a_run_trains_evaluates_stops_and_is_continued(how, compiled, tmp_path):
     folder = tmp_path / "run"
     train = lambda *options: null_device.run("command.py", "train", *options, compiled=compiled)
-    launched = train("digits", "--steps", "4", *OPTIONS, "--run", str(folder))
+    launched = train("digits", "--steps", "4", "--compile", how, *OPTIONS, "--run", str(folder))
     assert launched["_adaln_backward_kernel"] >= 4 * BLOCKS  # not only in its test
-    assert json.loads((folder / "config.json").read_text())["compile"] == "blocks"
+    assert json.loads((folder / "config.json").read_text())["compile"] == how
     train("--resume", str(folder), "--steps", "6")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]

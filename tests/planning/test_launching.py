@@ -9,7 +9,7 @@ from speed_engine.build import build_model, training_inputs
 from speed_engine.config import TrainConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import describe
-from speed_engine.planning.gpus import GPUS, gpu_called
+from speed_engine.planning.gpus import GPUS, GpuName, gpu_called
 from speed_engine.planning.launching import launching
 from speed_engine.presets import PRESETS
 
@@ -24,7 +24,7 @@ def estimated(config):
         return launching(config, model, training_inputs(model, config, 1), GPUS["h200"])
 
 
-def chosen(config, gpu="h200"):
+def chosen(config, gpu: GpuName = "h200"):
     return describe(config, gpu)["compile"].split(":")[0]
 
 

@@ -51,7 +51,11 @@ def test_what_graphs_cannot_do_is_compiled_by_blocks():
     for changed in ({"microbatch_size": 128}, {"deterministic": True}, {"steps": 300}):
         assert chosen(dataclasses.replace(S2, **changed)) == "blocks"
     assert chosen(dataclasses.replace(S2, microbatch_size=256, steps=1000)) == "graphs"
-    assert chosen(dataclasses.replace(S2, batch_size=4096), "rtx4090") == "blocks"
+
+
+def test_a_gpu_that_takes_the_images_in_parts_compiles_by_blocks(monkeypatch):
+    monkeypatch.setitem(GPUS, "h200", GPUS["h200"]._replace(memory=5e9))
+    assert chosen(S2) == "blocks"
 
 
 def test_an_option_decides_before_the_estimate():

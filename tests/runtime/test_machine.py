@@ -116,6 +116,7 @@ def test_graphs_are_chosen_where_the_host_loses_more_time_than_they_take_to_comp
     assert f"in about {1e3 * host:.0f} ms, which the GPU computes in {1e3 * device:g}" in (
         choice.reason
     )
+    assert ("do not win" in choice.reason) == (value == "blocks" and host > device)
     assert choose_compile("auto", "cpu", steps, launching=Launching(host, device, 14.0)).value in (
         "on",
         "off",

@@ -41,7 +41,6 @@ def measure(rows: Rows) -> None:
     rows.row("attention, heads of 256", 10, partial(attention, 256, 4, 64))
     rows.row("no waiting", 40, no_waiting)
     rows.row("repeats", 30, repeats)
-    rows.row("U-Net", 60, unet)
     rows.row("tests of the kernels", 60, lambda: tests(min(rows.left() - 5, 75)))
 
 
@@ -179,24 +178,6 @@ def repeats() -> dict[str, Any]:
         found[name] = {"parameters": len(equal), "equal": sum(equal)}
     torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(True)
-    return found
-
-
-def unet() -> dict[str, Any]:
-    """The U-Net's step with either layout of images, eager: its many blocks take a minute each."""
-    config = replace(gpu_cases()["unet"], batch_size=256)
-    batch = synthetic_batch(config, GPU)
-    found: dict[str, Any] = {}
-    for name, layout in (("contiguous", None), ("channels last", torch.channels_last)):
-        torch._dynamo.reset()
-        torch.cuda.reset_peak_memory_stats()
-        engine = engine_of(config, "off", memory_format=layout)
-        for _ in range(3):
-            engine.step(batch)
-        found[name] = timed_steps(partial(engine.step, batch), 8)
-        found[name]["peak_gigabytes"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        del engine
-        torch.cuda.empty_cache()
     return found
 
 

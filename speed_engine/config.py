@@ -77,7 +77,8 @@ class TrainConfig:
     compile: Literal["auto", "on", "graphs", "blocks", "off"] = "auto"
     """How torch.compile is used: on compiles the whole model, blocks compiles block by block, which
     takes as long for many blocks as for one, and graphs also replays CUDA graphs, for small models
-    on one GPU. auto compiles where that was measured to pay."""
+    on one GPU, and takes all images of a step at once. auto compiles where that was measured to
+    pay: on one GPU graphs, where the host would hold the GPU up, else blocks."""
     attention: Literal["auto", "sdpa", "xformers"] = "auto"
     """What computes a DiT's attention: sdpa is PyTorch's, xformers needs the library xFormers; auto
     is sdpa."""
@@ -155,6 +156,14 @@ class TrainConfig:
             self.evaluation.solver_steps,
             self.evaluation.solver_steps <= self.num_timesteps,
             f"must be at most num_timesteps={self.num_timesteps}",
+        )
+        parts = self.microbatch_size or self.batch_size
+        check(
+            "compile",
+            self.compile,
+            self.compile != "graphs" or parts >= self.batch_size,
+            f"a replay overwrites the gradients of the {parts} images before; choose blocks, or a "
+            f"microbatch_size of all {self.batch_size} images",
         )
         self._check_pictures()
         self._check_metrics()

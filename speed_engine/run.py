@@ -39,6 +39,8 @@ from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.layouts.files import load_pretrained
+from speed_engine.planning.gpus import gpu_called
+from speed_engine.planning.launching import launching
 from speed_engine.planning.memory import STATE_BYTES, fitting_images, kept_on_gpu
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
@@ -222,7 +224,21 @@ def machine_choices(
         workers=config.data.workers,
         world=world,
         num_bytes=num_bytes,
+        launching=_launching(config, world),
     )
+
+
+def _launching(config: TrainConfig, world: World) -> machine.Launching | None:
+    """Of a step on this machine, where it decides how the model is compiled."""
+    on_gpu = machine.choose_device(config.device).value == "cuda"
+    if config.compile != "auto" or world.size > 1 or not on_gpu:
+        return None
+    gpu = gpu_called(torch.cuda.get_device_name())
+    if gpu is None:
+        return None
+    with torch.device("meta"):
+        model = build_model(config)
+        return launching(config, model, training_inputs(model, config, 1), gpu)
 
 
 def build_trainer(
@@ -262,6 +278,7 @@ def build_trainer(
     if device.type == "cuda" and config.microbatch_size is None:
         resident = data.num_bytes if choices.resident.value == "on" else 0
         config = replace(config, microbatch_size=images_that_fit(config, choices, resident, world))
+        choices = machine_choices(config, world, data.num_bytes)  # graphs take all images at once
     with announced("making the model"):
         model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:

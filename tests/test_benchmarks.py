@@ -212,6 +212,38 @@ def test_the_other_loop_trains_a_network_of_equal_work(case):
     assert flops == pytest.approx(other, rel=0.03)
 
 
+class Names(list):
+    """Rows that are named and not measured."""
+
+    def row(self, name, needs, measure):
+        self.append((name, needs))
+
+
+def test_the_ladder_begins_with_what_every_change_must_show_and_that_takes_two_minutes():
+    import gpu_xl
+
+    rows = Names()
+    gpu_xl.measure(rows)
+    first = rows[:5]
+    assert [name for name, _ in first] == [
+        "XL/2: default",
+        "XL/2: bf16 stream, one sweep",
+        "XL/2: kernel table",
+        "S/2: whole, CUDA graphs",
+        "XL/2: kernels off",
+    ]
+    assert sum(needs for _, needs in first) <= 120
+    assert len({name for name, _ in rows}) == len(rows) == len(gpu_xl.XL) + len(gpu_xl.SMALL) + 1
+
+
+def test_every_small_network_whose_graphs_are_measured_can_be_built():
+    import gpu_defaults
+
+    for config in gpu_defaults.FAMILIES.values():
+        with torch.device("meta"):
+            assert build_model(config)
+
+
 def test_without_kernels_a_benchmark_runs_the_definitions_and_then_kernels_again():
     import train_cases
 

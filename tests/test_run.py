@@ -6,19 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from speed_engine import cli
+from speed_engine import run as runs
 from speed_engine.config import TrainConfig
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.memory import USED_SHARE, fitting_images
+from speed_engine.presets import PRESETS
 from speed_engine.run import (
     build_trainer,
     images_that_fit,
@@ -28,7 +32,9 @@ from speed_engine.run import (
     resume,
     start,
 )
+from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.world import World
 from speed_engine.training.engine import Engine
 
@@ -206,6 +212,50 @@ def test_a_constant_run_is_resumed_with_its_decay(tmp_path):
     assert all(torch.equal(branch[name], value) for name, value in whole.items())
     record = json.loads((tmp_path / "branch" / "changes.jsonl").read_text())
     assert record["changes"]["optimizer.schedule"] == ["constant", "wsd"]
+
+
+@pytest.fixture
+def h200(monkeypatch):
+    """A machine that has one, without anything that could run there."""
+    monkeypatch.setattr(machine, "choose_device", lambda wanted: Choice("cuda", "NVIDIA H200"))
+    monkeypatch.setattr(machine, "choose_kernels", lambda *_: defaultdict(lambda: Choice("", "")))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (141e9, 141e9))
+
+
+def test_a_small_model_is_replayed_on_one_gpu_that_is_known_and_not_on_several(h200, monkeypatch):
+    digits = PRESETS["digits"][1]
+    assert machine_choices(digits).compile.value == "graphs"
+    assert machine_choices(digits, World(size=2, local_size=2)).compile.value == "blocks"
+    assert machine_choices(PRESETS["dit-b"][1]).compile.value == "blocks"
+    assert machine_choices(dataclasses.replace(digits, compile="on")).compile.value == "on"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA of another time")
+    assert machine_choices(digits).compile.value == "blocks"
+
+
+def test_how_a_model_is_compiled_is_chosen_when_its_microbatches_are_known(
+    h200, monkeypatch, tmp_path
+):
+    class Chosen(Exception):
+        pass
+
+    def choices(config, *_):
+        seen.append(config.microbatch_size)
+        return SimpleNamespace(resident=Choice("off", ""), attention=Choice("sdpa", ""))
+
+    def stop(*_):
+        raise Chosen
+
+    seen: list[int | None] = []
+    monkeypatch.setattr(machine, "torch_device", lambda *_: torch.device("cuda"))
+    for name in ("TrainingData", "settle_operators", "build_evaluator"):
+        monkeypatch.setattr(runs, name, lambda *_: SimpleNamespace(num_bytes=1))
+    monkeypatch.setattr(runs, "images_that_fit", lambda *_: 16)
+    monkeypatch.setattr(runs, "machine_choices", choices)
+    monkeypatch.setattr(runs, "build_model", stop)
+    with pytest.raises(Chosen):
+        build_trainer(PRESETS["digits"][1], tmp_path / "run", quiet())
+    assert seen == [None, 16]
 
 
 @pytest.mark.parametrize("room, fits", [(64, None), (63, 32), (31, 16), (0, 1)])

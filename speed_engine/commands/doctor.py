@@ -27,6 +27,7 @@ def run(arguments: list[str], console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("python", facts["python"], packages)
     table.add_row("machine", f"{facts['cores']} cores", facts["cpu"])
+    table.add_row("run", "digits", "the preset of which the following is said")
     for name, (value, reason) in machine_choices(PRESETS["digits"][1]).shown().items():
         table.add_row(name, Text(value, "bold"), reason)
     table.add_row("cache", "", str(cache_folder()))

@@ -9,7 +9,7 @@ The backward pass takes twice the forward's FLOPs (gradients of inputs and of pa
 optimizer and the average read five and write four float32 per parameter in one sweep.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.opening import condition_names
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
+from speed_engine.planning.launching import launching
 from speed_engine.planning.memory import (
     STATE_BYTES,
     USED_SHARE,
@@ -25,6 +26,8 @@ from speed_engine.planning.memory import (
     fitting_images,
     kept_on_gpu,
 )
+from speed_engine.runtime.choice import Choice
+from speed_engine.runtime.machine import choose_compile
 from speed_engine.training import muon
 
 UPDATE_BYTES = 36  # per parameter: five values read, four written
@@ -118,14 +121,29 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "
         f"images/s: products at {_short(device.bf16_flops)}FLOP/s, and the update of "
         f"{UPDATE_BYTES} bytes per parameter at {_short(device.bandwidth)}B/s",
+        "compile": "{}: {}".format(*_compiled(config, cost, device)),
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
         f"{_duration(config.steps * floor)}",
     }
 
 
+def _compiled(config: TrainConfig, cost: Estimate, device: Gpu) -> Choice:
+    """How a run on one such device compiles."""
+    images = config.microbatch_size or _fitting(cost, device)
+    in_parts = replace(config, microbatch_size=images)
+    with torch.device("meta"):
+        model = build_model(config)
+        launched = launching(in_parts, model, training_inputs(model, config, 1), device)
+    return choose_compile(config.compile, "cuda", config.steps, launching=launched)
+
+
+def _fitting(cost: Estimate, device: Gpu) -> int:
+    return fitting_images(cost.kept, cost.state_bytes, cost.batch_size, device.memory)
+
+
 def _in_parts(cost: Estimate, device: Gpu) -> str:
     """What a run on the device does where that is too much."""
-    images = fitting_images(cost.kept, cost.state_bytes, cost.batch_size, device.memory)
+    images = _fitting(cost, device)
     if images == cost.batch_size:
         return ""
     need = cost.state_bytes + cost.kept.weights + images * cost.kept.per_image

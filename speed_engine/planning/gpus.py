@@ -27,3 +27,9 @@ GPUS: dict[GpuName, Gpu] = {
     "a6000": Gpu(154.8e12, 0.768e12, 48e9, 32e9, 25e9),  # what the SpeeD paper trained on
     "rtx4090": Gpu(165.2e12, 1.008e12, 24e9, 32e9, 25e9),
 }
+
+
+def gpu_called(name: str) -> Gpu | None:
+    """The GPU that PyTorch calls so, such as ``NVIDIA GeForce RTX 4090``; None if it is another."""
+    words = name.lower().replace(" ", "")
+    return next((gpu for known, gpu in GPUS.items() if known in words), None)

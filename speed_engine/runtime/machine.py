@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -53,8 +54,31 @@ def choose_precision(device: str) -> Choice:
     return Choice("float32", "exact, and as fast as bfloat16 on a CPU at these sizes")
 
 
-def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -> Choice:
+class Launching(NamedTuple):
+    """Estimates of a training step on a GPU.
+
+    Attributes:
+        host_seconds: that the host takes to launch it, block by block.
+        device_seconds: that the device takes to compute it.
+        compile_seconds: that compiling the whole model takes longer than compiling its blocks.
+    """
+
+    host_seconds: float
+    device_seconds: float
+    compile_seconds: float
+
+
+def choose_compile(
+    wanted: str, device: str, steps: int, world: World = ALONE, launching: Launching | None = None
+) -> Choice:
     """``on``, ``graphs``, ``blocks`` or ``off``.
+
+    Args:
+        wanted: the option.
+        device: ``cuda`` or ``cpu``.
+        steps: of the run.
+        world: its processes.
+        launching: of its step; None where CUDA graphs are no choice.
 
     Raises:
         UserError: CUDA graphs were asked for and cannot be made here.
@@ -67,13 +91,31 @@ def choose_compile(wanted: str, device: str, steps: int, world: World = ALONE) -
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if device == "cuda":
+        return _blocks_or_graphs(steps, launching)
+    measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
+    return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+
+
+def _blocks_or_graphs(steps: int, launching: Launching | None) -> Choice:
+    """Graphs where the host would hold the device up for longer than the whole model compiles."""
+    if launching is None:
         return Choice(
             "blocks",
             "equal blocks share a compilation; DiT-XL/2 on an H200: the step as fast as compiled "
             "whole, the first one in 3 to 16 s instead of 46",
         )
-    measured = f"on a CPU it pays from about {COMPILE_PAYS_ON_CPU:,} steps on; here {steps:,}"
-    return Choice("on" if steps >= COMPILE_PAYS_ON_CPU else "off", measured)
+    host, device, more = launching
+    estimate = (
+        f"the host would launch a step in about {1e3 * host:.0f} ms, which the GPU computes in "
+        f"{1e3 * device:.3g}"
+    )
+    if host <= device:
+        return Choice("blocks", f"{estimate}, by an estimate")
+    if steps * (host - device) <= more:
+        return Choice(
+            "blocks", f"{estimate}, but {steps:,} steps do not win {more:.0f} s of compiling back"
+        )
+    return Choice("graphs", f"{estimate}, by an estimate; {more:.0f} s more of compiling first")
 
 
 def choose_generation(compile: str, device: str) -> Choice:
@@ -248,6 +290,7 @@ def choose(
     workers: int,
     world: World = ALONE,
     num_bytes: int | None = None,
+    launching: Launching | None = None,
 ) -> Choices:
     """Every choice of a run.
 
@@ -264,6 +307,7 @@ def choose(
         workers: processes that read the data.
         world: the processes of the run.
         num_bytes: of its data set, if known.
+        launching: see ``choose_compile``.
 
     Raises:
         UserError: an option asks for what this machine does not offer.
@@ -271,7 +315,7 @@ def choose(
     chosen = choose_device(device)
     kind = chosen.value
     by_family = choose_kernels(kernels, kind, world)
-    compiling = choose_compile(compile, kind, steps, world)
+    compiling = choose_compile(compile, kind, steps, world, launching)
     return Choices(
         device=chosen,
         parallel=choose_parallel(parallel, world, kind),

@@ -28,7 +28,7 @@ def test_every_preset_passes_the_dry_run(capsys, name):
     shown = capsys.readouterr().out
     lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
     assert list(lines) == [
-        "model", "parameters", "FLOPs", "state", "activations", "memory", "step", "run",
+        "model", "parameters", "FLOPs", "state", "activations", "memory", "step", "compile", "run",
     ]  # fmt: skip
     assert "on one a100" in lines["step"]
 

@@ -12,6 +12,7 @@ from speed_engine.data.config import DataConfig
 from speed_engine.run import machine_choices
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import (
+    Launching,
     choose_attention,
     choose_checksums,
     choose_compile,
@@ -101,6 +102,25 @@ def test_the_average_is_compiled_by_blocks_on_cuda_unless_compilation_is_off(com
     assert choose_compile("auto", "cuda", 1).value == "blocks"
     assert choose_generation(compile, "cuda").value == on_cuda
     assert choose_generation(compile, "cpu").value == "off"
+
+
+@pytest.mark.parametrize(
+    "host, device, steps, value",
+    [(0.063, 0.032, 1000, "graphs"), (0.063, 0.032, 451, "blocks"), (0.14, 0.4, 10**6, "blocks")],
+)
+def test_graphs_are_chosen_where_the_host_loses_more_time_than_they_take_to_compile(
+    host, device, steps, value
+):
+    choice = choose_compile("auto", "cuda", steps, launching=Launching(host, device, 14.0))
+    assert choice.value == value
+    assert f"in about {1e3 * host:.0f} ms, which the GPU computes in {1e3 * device:g}" in (
+        choice.reason
+    )
+    assert ("do not win" in choice.reason) == (value == "blocks" and host > device)
+    assert choose_compile("auto", "cpu", steps, launching=Launching(host, device, 14.0)).value in (
+        "on",
+        "off",
+    )
 
 
 def test_cuda_graphs_need_one_process_with_a_gpu():

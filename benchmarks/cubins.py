@@ -103,11 +103,9 @@ def qk_rotation(
 def attention_backward(width: int) -> Case:
     """Of 256 tokens in bfloat16."""
     pointers, sizes = (BF16, BF16, BF16, FP32, BF16, FP32), ("i32", "fp32")  # heads, scale
-    tiles = attention.tiles(width)
-    constants = (width, tiles["WIDE"], tiles["REST"], 256)
-    shape = (attention.ROWS, attention.INNER, attention.STAGES)
+    constants = (*attention.tiles(width).values(), 256, attention.KEYS, attention.STAGES)
     kernel = attention._attention_backward_kernel
-    return Case(kernel, (*pointers, *sizes, *constants, *shape), attention.WARPS)
+    return Case(kernel, (*pointers, *sizes, *constants), attention.num_warps(256))
 
 
 def group_norm(kernel: str, channels_last: bool) -> Case:

@@ -1,8 +1,8 @@
 """Launch parameters of kernels, tried at the sizes of DiT-XL/2 with 256 images.
 
 Keys are the parameters, joined by commas: of adaLN tokens, stages and elements of a thread; of GELU
-rows, rows and columns of a tile, stages and warps; of attention tokens, tokens met, stages and
-warps. Values are milliseconds, and whether the result
+rows, rows and columns of a tile, stages and warps; of attention keys and
+stages. Values are milliseconds, and whether the result
 is that of the parameters in the source.
 """
 
@@ -43,10 +43,7 @@ GELU_BACKWARD = (
     (128, 16, 128, 3), (32, 4, 512, 1), (64, 4, 512, 1), (128, 2, 512, 1), (128, 2, 1024, 1),
     (128, 2, 1024, 3), (128, 8, 256, 1), (128, 4, 256, 2), (128, 4, 256, 4), (256, 4, 512, 3),
 )  # fmt: skip
-ATTENTION_BACKWARD = (
-    (64, 32, 2, 4), (64, 32, 1, 4), (64, 32, 3, 4), (64, 64, 1, 4), (64, 64, 2, 4), (64, 64, 3, 4),
-    (128, 32, 2, 8), (128, 32, 3, 8), (128, 64, 1, 8), (128, 64, 2, 8), (64, 16, 2, 4),
-)  # fmt: skip
+ATTENTION_BACKWARD = ((64, 1), (64, 2), (64, 3), (32, 1), (32, 2), (32, 3))
 
 
 def measure(rows: Rows) -> None:
@@ -54,8 +51,10 @@ def measure(rows: Rows) -> None:
     rows.row("backward", 6, adaln_backward)
     rows.row("gelu", 6, gelu_backward)
     rows.row("gelu forward", 2, gelu_forward)
-    rows.row("attention backward", 40, attention_backward)
-    rows.row("attention, gradients of qkv", 5, attention_gradients)
+    rows.row("attention backward", 12, attention_backward)
+    for width in (72, 64):
+        name = f"attention, heads of {width}"
+        rows.row(name, 5, partial(attention_gradients, HEADS * width))
 
 
 def adaln_forward() -> dict[str, Any]:
@@ -108,19 +107,19 @@ def attention_backward() -> dict[str, Any]:
     def call() -> list[Tensor]:
         return list(attention._attention_backward(dy, qkv, y, log_sum))
 
-    names = ("ROWS", "INNER", "STAGES", "WARPS")
+    names = ("KEYS", "STAGES")
     return _tried(attention, names, ATTENTION_BACKWARD, call, sums_over=0)
 
 
-def attention_gradients() -> dict[str, Any]:
+def attention_gradients(dim: int) -> dict[str, Any]:
     """From the gradient of attention to that of qkv and its bias, by either way there."""
 
     def of_pytorch(qkv: Tensor, num_heads: int, bias: Tensor) -> Tensor:
         heads = split_heads(qkv, num_heads, bias)
         return F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
 
-    qkv, bias = (_random(*s).requires_grad_() for s in ((IMAGES, TOKENS, 3 * WIDTH), (3 * WIDTH,)))
-    dy = _tokens()
+    qkv, bias = (_random(*s).requires_grad_() for s in ((IMAGES, TOKENS, 3 * dim), (3 * dim,)))
+    dy = _random(IMAGES, TOKENS, dim)
     found: dict[str, Any] = {}
     gradients = []
     for name, operator in (("PyTorch's", of_pytorch), ("ours", attention.attention)):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from speed_kernels.attention import (
-    ROWS,
+    TOKENS,
     WIDEST,
     _attention_backward,
     attention,
@@ -18,6 +18,7 @@ from speed_kernels.attention import (
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FEW = TOKENS[0]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -40,7 +41,7 @@ def run(operator, num_heads, qkv, bias, upstream, dtype=None):
 @settings(max_examples=12)
 @given(
     batch=st.integers(1, 2),
-    tokens=st.sampled_from([ROWS, 2 * ROWS, 3 * ROWS]),
+    tokens=st.sampled_from(TOKENS),
     num_heads=st.sampled_from([1, 3]),
     width=st.sampled_from([16, 24, 40, 64, 72, WIDEST]),
     dtype=st.sampled_from(DTYPES),
@@ -62,7 +63,7 @@ def test_matches_float64_as_well_as_eager_does(
 
 def test_each_gradient_stands_where_its_projection_was(device):
     """Not only on average: the largest error of queries, keys and values each is of rounding."""
-    qkv, bias, upstream = draw(2, 2 * ROWS, 2, 24, device=device)
+    qkv, bias, upstream = draw(2, TOKENS[1], 2, 24, device=device)
     truth = run(attention_reference, 2, qkv, bias, upstream, torch.float64)["dqkv"]
     fused = run(attention, 2, qkv, bias, upstream)["dqkv"]
     for part, wanted in zip(fused.chunk(3, dim=-1), truth.chunk(3, dim=-1), strict=True):
@@ -71,18 +72,19 @@ def test_each_gradient_stands_where_its_projection_was(device):
 
 def test_the_bias_of_the_keys_has_no_gradient(device):
     """A number that is added to a row of scores changes nothing."""
-    qkv, bias, upstream = draw(2, ROWS, 2, 24, device=device)
+    qkv, bias, upstream = draw(2, FEW, 2, 24, device=device)
     _, of_keys, _ = run(attention, 2, qkv, bias, upstream)["dbias"].chunk(3)
     assert not bool(of_keys.any())
 
 
 def test_what_the_kernel_does_not_take_goes_through_pytorchs_attention(device):
     for tokens, width, dtype in (
-        (ROWS - 1, 24, torch.float16),
-        (ROWS, 12, torch.float16),
-        (ROWS, 8, torch.float16),
-        (ROWS, WIDEST + 8, torch.float16),
-        (ROWS, 24, torch.float32),
+        (FEW - 1, 24, torch.float16),
+        (3 * FEW, 24, torch.float16),
+        (FEW, 12, torch.float16),
+        (FEW, 8, torch.float16),
+        (FEW, WIDEST + 8, torch.float16),
+        (FEW, 24, torch.float32),
     ):
         qkv, bias, upstream = draw(1, tokens, 2, width, dtype, device)
         assert not takes(qkv, 2)
@@ -95,7 +97,7 @@ def test_no_sum_is_kept_where_nothing_wants_a_gradient(device, monkeypatch):
     import speed_kernels.attention as module
 
     monkeypatch.setattr(module, "_attention", None)
-    qkv, bias, _ = draw(1, ROWS, 2, 16, device=device)
+    qkv, bias, _ = draw(1, FEW, 2, 16, device=device)
     with torch.no_grad():
         y = attention(qkv.requires_grad_(), 2, bias)
     assert torch.equal(y, attention_reference(qkv.detach(), 2))
@@ -103,13 +105,13 @@ def test_no_sum_is_kept_where_nothing_wants_a_gradient(device, monkeypatch):
 
 @pytest.mark.parametrize("width", range(16, WIDEST + 1, 8))
 def test_two_tiles_cover_a_head(width):
-    wide, rest = tiles(width).values()
-    assert wide <= width <= wide + rest <= 96
+    given, wide, rest = tiles(width).values()
+    assert given == width and wide <= width <= wide + rest <= 96
     assert all(n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (wide, rest))
 
 
 def test_without_a_bias_there_is_none_to_differentiate(device):
-    qkv, _, upstream = draw(1, ROWS, 2, 16, device=device)
+    qkv, _, upstream = draw(1, FEW, 2, 16, device=device)
     qkv.requires_grad_()
     found, plain = (
         torch.autograd.grad(f(qkv, 2), qkv, upstream)[0] for f in (attention, attention_reference)
@@ -118,7 +120,7 @@ def test_without_a_bias_there_is_none_to_differentiate(device):
 
 
 def test_the_operators_are_registered_soundly(device):
-    qkv, bias, upstream = draw(1, ROWS, 2, 16, device=device)
+    qkv, bias, upstream = draw(1, FEW, 2, 16, device=device)
     torch.library.opcheck(
         torch.ops.speed_kernels.attention.default, (qkv.requires_grad_(), bias.requires_grad_(), 2),
         rtol=1e-2, atol=1e-2,
@@ -128,7 +130,7 @@ def test_the_operators_are_registered_soundly(device):
 
 
 def test_compiling_recomputing_and_repeating_change_no_bit(device):
-    arguments = 2, *draw(2, ROWS, 2, 16, device=device)
+    arguments = 2, *draw(2, FEW, 2, 16, device=device)
     plain = run(attention, *arguments)
     variants = [
         attention,
@@ -141,5 +143,5 @@ def test_compiling_recomputing_and_repeating_change_no_bit(device):
 
 
 def test_an_empty_batch_is_fine(device):
-    figures = run(attention, 2, *draw(0, ROWS, 2, 16, device=device))
-    assert figures["dqkv"].shape == (0, ROWS, 96) and not bool(figures["dbias"].any())
+    figures = run(attention, 2, *draw(0, FEW, 2, 16, device=device))
+    assert figures["dqkv"].shape == (0, FEW, 96) and not bool(figures["dbias"].any())

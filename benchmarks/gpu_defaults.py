@@ -3,9 +3,11 @@
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +17,21 @@ from gpu_rows import Rows
 from gpu_xl import forget, profiled, timed_steps
 from speed_engine.build import build_objective, build_process
 from speed_engine.config import TrainConfig
+from speed_engine.models import edm_unet, unet
 from speed_engine.models.config import EdmUNetConfig, MDTConfig, UNetConfig
+from speed_engine.models.layers import unet_layers
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.gpus import GPUS
 from speed_engine.planning.memory import fitting_images
 from speed_engine.presets import PRESETS
 from train_cases import gpu_cases, synthetic_batch
 
-LAYOUTS = {"contiguous": None, "channels last": torch.channels_last}
+# of images, and of the weights of convolutions
+LAYOUTS = {
+    "channels last": (unet_layers.laid_out, None),
+    "channels last, weights, too": (unet_layers.laid_out, torch.channels_last),
+    "contiguous": (lambda x: x, None),
+}
 DIGITS = PRESETS["digits"][1]
 # A small network of every family; those with dropout draw it inside the graphs.
 FAMILIES = {
@@ -50,9 +59,9 @@ def measure(rows: Rows) -> None:
     rows.row("graphs of digits", 30, partial(ways, DIGITS, ("blocks", "on", "graphs")))
     for name, config in FAMILIES.items():
         rows.row(f"graphs of a small {name}", 40, partial(ways, config, ("on", "graphs")))
-    mdt, unet = PRESETS["imagenet256-mdt-s2"][1], PRESETS["emoji32-unet"][1]
+    mdt, emoji = PRESETS["imagenet256-mdt-s2"][1], PRESETS["emoji32-unet"][1]
     rows.row("MDT-S/2", 60, partial(ways, mdt, ("blocks", "graphs")))
-    rows.row("emoji32-unet", 150, partial(ways, unet, ("off", "graphs", "blocks")))
+    rows.row("emoji32-unet", 150, partial(ways, emoji, ("off", "graphs", "blocks")))
 
 
 def memory() -> dict[str, Any]:
@@ -97,12 +106,15 @@ def unets() -> dict[str, Any]:
     for name, config in unet_cases().items():
         batch = synthetic_batch(config, GPU)
         found[name] = {}
-        for layout, order in LAYOUTS.items():
+        for layout, (laid_out, order) in LAYOUTS.items():
             torch.cuda.reset_peak_memory_stats()
             engine = engine_of(config, "off", memory_format=order)
             step = partial(engine.step, batch)
-            found[name][layout] = profiled(step, 12)
-            found[name][layout]["host"] = timed_steps(step, 4)
+            with ExitStack() as stack:
+                for module in (unet, edm_unet):
+                    stack.enter_context(patch.object(module, "laid_out", laid_out))
+                found[name][layout] = profiled(step, 12)
+                found[name][layout]["host"] = timed_steps(step, 4)
             found[name][layout]["peak_gigabytes"] = _gigabytes(torch.cuda.max_memory_allocated())
             del engine, step
             forget()
@@ -161,6 +173,7 @@ def ways(config: TrainConfig, hows: Sequence[str]) -> dict[str, Any]:
         for _ in range(3):
             engine.step(batch)
         found[how] = timed_steps(partial(engine.step, batch), 16) | {
+            "loss": round(float(engine.step(batch).loss), 5),
             "first_step_seconds": round(first, 1),
             "peak_gigabytes": _gigabytes(torch.cuda.max_memory_allocated()),
         }

@@ -26,8 +26,8 @@ from torch.nn.attention import SDPBackend
 from speed_kernels.heads import split_heads, split_heads_reference
 from speed_kernels.language import INTERPRETED, rounded, runs_kernels, tl, triton
 
-# Tokens that the kernel takes, all of an image; keys that a program meets at a time, and of how many
-# such steps the memory is read ahead: benchmarks/results/nvidia-h200/gpu_tune.json.
+# Tokens that the kernel takes, all of an image; keys that a program meets at a time, and how far it
+# reads ahead of them. Tuned on an H200: benchmarks/results/nvidia-h200/gpu_tune.json.
 TOKENS, KEYS, STAGES = (64, 128, 256), 64, 2
 DTYPES = (torch.bfloat16, torch.float16)  # others go through PyTorch's attention
 WIDEST = 80  # of a head; beyond, a program's tiles leave the registers
@@ -106,8 +106,8 @@ FORWARDS = {
 }
 
 
-# Backward: one program per head, which holds all its queries and their gradient, and meets KEYS keys
-# at a time. A width that is no power of two is two tiles, the second of which is partly empty.
+# Backward: one program per head, which holds all queries and their gradient, and meets KEYS keys at
+# a time. A width that is no power of two is two tiles, the second of which is partly empty.
 
 
 @triton.jit

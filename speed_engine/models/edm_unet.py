@@ -23,6 +23,7 @@ from speed_engine.models.layers.unet_layers import (
     Halve,
     check_given,
     check_halvings,
+    laid_out,
 )
 
 # The networks of EDM's experiments, with their parameters in millions.
@@ -140,7 +141,7 @@ class EdmUNet(nn.Module):
         """
         check_given("labels", labels, self.num_classes is not None)
         embedding = self._embed(t.float() * self.time_scale, labels)
-        skips = []
+        x, skips = laid_out(x), []
         for block in self.enc.values():
             x = block(x, embedding) if isinstance(block, EdmBlock) else block(x)
             skips.append(x)

@@ -26,6 +26,7 @@ from speed_engine.models.layers.unet_layers import (
     Upsample,
     check_given,
     check_halvings,
+    laid_out,
 )
 from speed_engine.runtime.checks import UserError
 
@@ -195,7 +196,7 @@ class UNet(nn.Module):
         embedding = self.time_embed(code)
         if labels is not None:
             embedding = embedding + self.label_emb(labels)
-        skips = []
+        x, skips = laid_out(x), []
         for block in self.input_blocks:
             x = block(x, embedding, tokens)
             skips.append(x)

@@ -3,6 +3,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -173,5 +175,34 @@ def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path, interruptibl
     with pytest.raises(KeyboardInterrupt):
         execute([run], slots=1, threads=1, done=Ended())
     assert not Path(f"/proc/{pid_of(run.folder)}").exists()
+    assert "stopped by SIGTERM" in failure(run)
+    assert checkpoint.newest(run.folder / "checkpoints")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_runs import LONG, Ended, Run, execute
+
+if __name__ == "__main__":
+    execute([Run(config=LONG, folder=Path({folder!r}))], slots=1, threads=1, done=Ended())
+"""
+
+
+def test_runs_of_a_comparison_that_was_killed_stop_with_a_checkpoint(tmp_path):
+    """Else they would train on, and the same command would start them a second time."""
+    run, script = Run(config=LONG, folder=tmp_path / "run"), tmp_path / "comparison.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(run.folder)))
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    comparison = subprocess.Popen([sys.executable, str(script)], env=environment)
+    while not any((run.folder / "checkpoints").glob("step-*")):
+        assert comparison.poll() is None
+        time.sleep(0.01)
+    comparison.kill()
+    comparison.wait()
+    while Path(f"/proc/{pid_of(run.folder)}").exists():
+        time.sleep(0.01)
     assert "stopped by SIGTERM" in failure(run)
     assert checkpoint.newest(run.folder / "checkpoints")

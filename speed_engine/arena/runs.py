@@ -110,12 +110,17 @@ def _work(run: Run, gpu: str, threads: int) -> None:
 
 
 def _complete(run: Run, console: Console) -> None:
-    if not (run.folder / EMA_FILE).exists():
+    if not _is_trained(run):
         if any((run.folder / CHECKPOINTS).glob("step-*")):
             resume(run.folder, console)
         else:
             shutil.rmtree(run.folder, ignore_errors=True)
             start(run.config, run.folder, console)
-    trained = (run.folder / EMA_FILE).exists()  # else it was asked to stop
-    if trained and run.finish is not None:
+    if _is_trained(run) and run.finish is not None:  # else it was asked to stop
         run.finish(run.folder)
+
+
+def _is_trained(run: Run) -> bool:
+    """Whether its EMA is there and its last checkpoint, which a full disk may have cost."""
+    last = run.folder / CHECKPOINTS / f"step-{run.config.steps:08d}"
+    return (run.folder / EMA_FILE).exists() and last.is_dir()

@@ -206,3 +206,19 @@ def test_runs_of_a_comparison_that_was_killed_stop_with_a_checkpoint(tmp_path):
         time.sleep(0.01)
     assert "stopped by SIGTERM" in failure(run)
     assert checkpoint.newest(run.folder / "checkpoints")
+
+
+def test_a_run_whose_last_checkpoint_a_full_disk_cost_is_trained_again(tmp_path):
+    """Its EMA alone is not what a final model is measured by."""
+    finished = tmp_path / "outcome"
+    finished.write_text("done")
+    run = Run(
+        config=TINY, folder=tmp_path / "run", outcome="outcome",
+        finish=partial(shutil.copy, finished),  # (outcome, folder)
+    )  # fmt: skip
+    run.folder.mkdir()
+    (run.folder / "ema.safetensors").write_bytes(b"")
+    ended = Ended()
+    execute([run], slots=1, threads=1, done=ended)
+    assert ended.complete == {"run": True}
+    assert checkpoint.newest(run.folder / "checkpoints").name == "step-00000040"

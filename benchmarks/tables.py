@@ -223,6 +223,81 @@ def gpu_tuning() -> str:
     return rows(["", "before, ms", "since, ms", "parameters tried"], body)
 
 
+def gpu_attention_gradients() -> str:
+    """PyTorch's, and the fastest parameters of either way to write it."""
+    found = gpu("attention")
+    if not found:
+        return missing("gpu.py tune")
+    body = []
+    for heads, ways in found.items():
+        timed = {name: values for name, values in ways.items() if isinstance(values, list)}
+        for way in ("PyTorch's, cudnn", "PyTorch's, flash", "two phases", "one program per head"):
+            tried = {name: values for name, values in timed.items() if name.startswith(way)}
+            best = min(tried, key=lambda name: tried[name][0])
+            milliseconds, error = tried[best]
+            body.append([heads, best, f"{milliseconds:.2f}", f"{error:.4f}"])
+    return rows(["", "gradients of qkv and its bias", "ms", "relative error"], body)
+
+
+def gpu_memory() -> str:
+    """What is estimated to be held beside the allocator's peak."""
+    found = gpu("defaults").get("memory")
+    if found is None:
+        return missing("gpu.py defaults")
+    body = [
+        [
+            name,
+            f"{facts['microbatch']}",
+            f"{facts['estimated_gb']:.1f}",
+            f"{facts['measured_gb']:.1f}",
+            f"{facts['estimated_gb'] / facts['measured_gb'] - 1:+.0%}",
+        ]
+        for name, facts in found.items()
+        if isinstance(facts, dict)
+    ]
+    return rows(["", "images at a time", "estimate, GB", "peak, GB", "estimate off by"], body)
+
+
+def gpu_layouts() -> str:
+    """U-Nets by the layout of their images."""
+    found = gpu("defaults").get("U-Nets by layout")
+    if found is None:
+        return missing("gpu.py defaults")
+    body = [
+        [
+            f"{name}: {layout}",
+            f"{facts['total_ms']:.1f}",
+            f"{facts['host']['ms']['median']:.1f}",
+            f"{facts['host']['ms']['p20']:.1f} to {facts['host']['ms']['p80']:.1f}",
+            f"{facts['peak_gigabytes']:.1f}",
+        ]
+        for name, layouts in found.items()
+        if isinstance(layouts, dict)
+        for layout, facts in layouts.items()
+    ]
+    head = ["", "kernels, ms per step", "step, ms", "20 to 80 %", "peak, GB"]
+    return rows(head, body)
+
+
+def gpu_graphs() -> str:
+    """The digits' step by every way to compile it."""
+    found = gpu("defaults").get("graphs of digits")
+    if found is None:
+        return missing("gpu.py defaults")
+    names = {"blocks": "block by block", "on": "whole", "graphs": "whole, CUDA graphs"}
+    body = [
+        [
+            name,
+            f"{found[way]['ms']['median']:.1f}",
+            f"{found[way]['ms']['p20']:.1f} to {found[way]['ms']['p80']:.1f}",
+            f"{found[way]['host_ms']:.1f}",
+            f"{found[way]['first_step_seconds']:.1f}",
+        ]
+        for way, name in names.items()
+    ]
+    return rows(["", "ms per step", "20 to 80 %", "host, ms", "first step, s"], body)
+
+
 SHARES = {  # by a part of the kernel's name; the first that names it takes it
     "attention": ("sdpa", "cudnn::fusion"),
     "matrix products": ("nvjet", "sm90_xmma", "splitKreduce"),
@@ -259,7 +334,7 @@ def gpu_headline() -> str:
     original = before["XL/2: original loop, SDPA, batch 64"]
     return (
         f"On one H200, DiT-XL/2 trains at {default['images_per_second']:.0f} images/s with the "
-        f"defaults (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of the peak rate) "
+        f"defaults of that day (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of the peak rate) "
         f"and at {best['images_per_second']:.0f} with a bfloat16 residual stream and one sweep;\n"
         f"the original loop, rewritten, with its 64 images a step, at "
         f"{original['images_per_second']:.0f}."
@@ -433,6 +508,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_rates": gpu_rates,
     "gpu_attention": gpu_attention,
     "gpu_tuning": gpu_tuning,
+    "gpu_attention_gradients": gpu_attention_gradients,
+    "gpu_memory": gpu_memory,
+    "gpu_layouts": gpu_layouts,
+    "gpu_graphs": gpu_graphs,
     "gpu_kernels": gpu_kernels,
     "gpu_headline": gpu_headline,
     "compile_pays": compile_pays,

@@ -5,10 +5,14 @@ They come in families, each a value with the definitions in PyTorch and one with
 elsewhere the definitions run.
 """
 
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.compiler.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,7 +47,7 @@ __all__ = [
     "HAS_TRITON", "NO_KERNELS", "REFERENCE", "SPECIFICATION", "BlockOperators", "Kernels",
     "NormOperators", "Operators", "RandomOperators", "Stream", "UpdateOperators", "adamw_ema",
     "block_operators_for", "from_pixels", "gated_residual", "group_norm_silu", "kernels_on",
-    "normal", "operators_for", "qk_norm_rope", "random_bits", "register_fallbacks", "use_kernels",
+    "normal", "operators_for", "prepare_compiler", "qk_norm_rope", "random_bits", "use_kernels",
 ]  # fmt: skip
 
 
@@ -77,19 +81,28 @@ def kernels_on(device: torch.device) -> Kernels:
     return _on_cuda if device.type == "cuda" else NO_KERNELS
 
 
-def register_fallbacks() -> None:
-    """Tell Inductor, before it compiles, that it has no code of its own for our operators.
+@functools.cache
+def prepare_compiler() -> None:
+    """Tell Inductor, before it compiles, what it would not find out about our operators in time.
 
-    It finds that out by itself, but torch 2.11 then describes the operator with all that it was
-    computed from, which in the last block of a deep model is text of gigabytes.
+    That it has no code of its own for them: torch 2.11 would describe an operator with all that it
+    was computed from, which in the last block of a deep model is text of gigabytes. And that code
+    which it has kept was made for other operators, where theirs was: it knows them by name only.
     """
     from torch._inductor.lowering import make_fallback, tag_to_layout_constraint
     from torch._library.utils import get_layout_constraint_tag
 
+    torch.compiler.config.cache_key_tag += kernels_sha256()
     for name in torch.ops.speed_kernels:
         operator = getattr(torch.ops.speed_kernels, name).default
         tag = get_layout_constraint_tag(operator, with_default=True)
         make_fallback(operator, layout_constraint=tag_to_layout_constraint(tag), warn=False)
+
+
+def kernels_sha256() -> str:
+    """Of the source of all kernels."""
+    sources = sorted(Path(_philox.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 
 
 class RandomOperators(NamedTuple):

@@ -18,7 +18,7 @@ from speed_engine.ops import (
     block_operators_for,
     kernels_on,
     operators_for,
-    register_fallbacks,
+    prepare_compiler,
     use_kernels,
 )
 from speed_kernels import philox
@@ -100,7 +100,26 @@ def test_inductor_is_told_of_every_operator_that_it_has_no_code_for():
     """Else torch 2.11 describes each by all that it was computed from: gigabytes of text."""
     from torch._inductor.lowering import fallbacks
 
-    register_fallbacks()
+    prepare_compiler()
     names = list(torch.ops.speed_kernels)
     assert "gated_residual_adaln_backward" in names
     assert {getattr(torch.ops.speed_kernels, name).default for name in names} <= fallbacks
+
+
+def test_code_that_was_compiled_for_other_kernels_is_compiled_again(monkeypatch, tmp_path):
+    """Inductor keeps code under the names of our operators, whatever these return since."""
+    import torch.compiler.config as compiler
+
+    from speed_engine import ops
+
+    prepare_compiler()
+    monkeypatch.setattr(compiler, "cache_key_tag", "of the user ")
+    prepare_compiler.__wrapped__()
+    prepare_compiler()  # again: no more
+    assert compiler.cache_key_tag == "of the user " + ops.kernels_sha256()
+    for name in ("philox.py", "gelu.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    monkeypatch.setattr(ops._philox, "__file__", str(tmp_path / "philox.py"))
+    first = ops.kernels_sha256()
+    (tmp_path / "gelu.py").write_text("x = 2\n")
+    assert ops.kernels_sha256() != first

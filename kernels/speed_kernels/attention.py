@@ -57,10 +57,17 @@ def attention(qkv: Tensor, num_heads: int, bias: Tensor | None = None) -> Tensor
 
 
 def takes(qkv: Tensor, num_heads: int) -> bool:
-    """Whether the gradient's kernel takes so many tokens and heads of this dtype and width."""
+    """Whether the gradient's kernel takes so many tokens and heads of this dtype and width here."""
     width = qkv.shape[-1] // (3 * num_heads)
     fits = qkv.shape[1] in TOKENS and width % 8 == 0 and 16 <= width <= WIDEST
-    return qkv.numel() > 0 and fits and qkv.dtype in DTYPES and runs_kernels(qkv)
+    known = not qkv.is_cuda or _is_hopper(qkv.device)
+    return fits and qkv.dtype in DTYPES and runs_kernels(qkv) and known
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    """An H100, H200 or GH200: elsewhere the tiles fit worse, and nothing was measured."""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -73,6 +80,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @custom_op("speed_kernels::attention", mutates_args=())
 def _attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor, Tensor]:
     """y (B, N, D) and L (B, H, N), by the kernel that PyTorch would choose."""
+    if not qkv.numel():  # of which PyTorch's own attention answers None on a GPU
+        return _allocate_forward(qkv, num_heads)
     q, k, v = split_heads_reference(qkv, num_heads)
     chosen = SDPBackend(torch._fused_sdp_choice(q, k, v)) if qkv.is_cuda else SDPBackend.MATH  # pyright: ignore[reportPrivateImportUsage]
     y, log_sum = FORWARDS[chosen](q, k, v)[:2]
@@ -82,9 +91,13 @@ def _attention(qkv: Tensor, bias: Tensor | None, num_heads: int) -> tuple[Tensor
 
 @_attention.register_fake
 def _(qkv, bias, num_heads):
-    batch, tokens, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    return _allocate_forward(qkv, num_heads)
+
+
+def _allocate_forward(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, packed = qkv.shape
     log_sum = torch.empty((batch, num_heads, tokens), dtype=torch.float32, device=qkv.device)
-    return torch.empty((batch, tokens, dim), dtype=qkv.dtype, device=qkv.device), log_sum
+    return torch.empty((batch, tokens, packed // 3), dtype=qkv.dtype, device=qkv.device), log_sum
 
 
 def _by_definition(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,12 +230,13 @@ def _attention_backward(
     dqkv, partial = _allocate_backward(qkv)
     batch, num_heads, tokens = log_sum.shape
     width = qkv.shape[-1] // (3 * num_heads)
-    with torch.cuda.device_of(qkv):
-        _attention_backward_kernel[(batch * num_heads,)](
-            dy.contiguous(), qkv.contiguous(), y, log_sum, dqkv, partial,
-            num_heads, width**-0.5, **tiles(width), TOKENS=tokens, KEYS=KEYS, STAGES=STAGES,
-            num_warps=num_warps(tokens),
-        )  # fmt: skip
+    if batch:
+        with torch.cuda.device_of(qkv):
+            _attention_backward_kernel[(batch * num_heads,)](
+                dy.contiguous(), qkv.contiguous(), y, log_sum, dqkv, partial,
+                num_heads, width**-0.5, **tiles(width), TOKENS=tokens, KEYS=KEYS, STAGES=STAGES,
+                num_warps=num_warps(tokens),
+            )  # fmt: skip
     return dqkv, partial
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.models.layers.blocks import set_recompute
-from speed_engine.models.layers.embeddings import sinusoid
+from speed_engine.models.layers.embeddings import embedded, sinusoid
 from speed_engine.models.layers.group_norm import NORM_GROUPS, GroupNormSiLU
 from speed_engine.models.layers.initial import zeroed
 from speed_engine.models.layers.spatial_transformer import SpatialTransformer
@@ -195,7 +195,7 @@ class UNet(nn.Module):
         code = sinusoid(t, self.model_channels).to(next(self.parameters()).dtype)
         embedding = self.time_embed(code)
         if labels is not None:
-            embedding = embedding + self.label_emb(labels)
+            embedding = embedding + embedded(self.label_emb.weight, labels)
         x, skips = laid_out(x), []
         for block in self.input_blocks:
             x = block(x, embedding, tokens)

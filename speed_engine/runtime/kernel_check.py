@@ -164,7 +164,9 @@ def _split_heads(split_heads: Callable[..., tuple[Tensor, ...]], given: Given) -
 
 
 def _attention(attention: Callable[..., Tensor], given: Given) -> Sequence[Tensor]:
-    qkv, bias = given.values(B, 4 * N, 3 * D), given.parameters(3 * D)
+    # As DiT-XL/2 has them, since the kernel of so wide heads is the one that fills the registers.
+    tokens, packed = 256, 3 * 72 * H
+    qkv, bias = given.values(B, tokens, packed), given.parameters(packed)
     return _with_gradients(attention(qkv, H, bias), [qkv, bias])
 
 

@@ -18,9 +18,10 @@ KERNEL_FAMILIES = {
     "random": ("random bits and normals (on a CPU by NumPy)", "the CPU's bits"),
     "objective": ("clean images, noised input and loss", "each one pass over memory"),
     "block": (
-        "adaLN, gates, GELU and bias gradients",
+        "adaLN, gates, GELU, bias gradients and, on Hopper, the gradient of attention",
         # benchmarks/results/nvidia-h200/gpu_xl.json, "default" and "kernels off"
-        "with those before, 408 ms instead of 434 for a step of DiT-XL/2 on an H200",
+        "with those before and without attention's, 408 ms instead of 434 for a step of DiT-XL/2 "
+        "on an H200",
     ),
     "norms": (
         "QK-norm with RoPE, group norm with SiLU",

@@ -151,7 +151,8 @@ def choose_attention(wanted: str, device: str) -> Choice:
 def choose_noise(device: str) -> Choice:
     """``stored`` from input to loss, or ``drawn again`` there: the bits are the same."""
     if device == "cuda":
-        return Choice("drawn again", "needs no memory; not measured on a GPU")
+        # benchmarks/results/nvidia-h200/gpu_defaults.json, "noise"
+        return Choice("drawn again", "needs no memory, and takes an H200 no longer than reading")
     return Choice("stored", "drawing takes a CPU longer than reading")
 
 

@@ -1,7 +1,8 @@
 """What presets ask of a GPU, measured on the null device; run by the tests beside this file.
 
 Usage: ``measure.py step PRESET COMPILE``, ``measure.py memory DEPTH MODEL``, where MODEL is JSON of
-options of the model, or ``measure.py depths DEPTH...``. The result is JSON in the last line.
+options of the model, ``measure.py depths DEPTH...`` or ``measure.py atomics PRESET``. The result is
+JSON in the last line.
 """
 
 import gc
@@ -36,7 +37,7 @@ from speed_engine.training.engine import Engine
 CUDA = torch.device("cuda:0")
 BATCH = 8  # images; launches depend on it only where a kernel splits its work
 SOLVER_STEPS = 3
-Compile = Literal["blocks", "off"]
+Compile = Literal["on", "blocks", "off"]
 XL = {"size": None, "patch_size": 2, "dim": 1152, "num_heads": 16, "depth": 2}
 
 
@@ -148,9 +149,21 @@ def depths(wanted: list[int]) -> dict[int, Any]:
     return found
 
 
+def atomics(preset: str) -> dict[str, int]:
+    """Of a preset compiled whole: atomic additions in the code, whose order is not fixed."""
+    with tempfile.TemporaryDirectory() as folder:
+        with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            clear_caches()
+            config = small(preset, compile="on")
+            engine_of(config).step(batch_of(config))
+        code = [path.read_text() for path in Path(folder).rglob("*.py")]
+    return {"kernels": len(code), "atomics": sum(text.count("atomic_add(") for text in code)}
+
+
 MEASUREMENTS: dict[str, Callable[..., dict[Any, Any]]] = {
     "step": step,
     "memory": lambda depth, model: memory(int(depth), json.loads(model)),
+    "atomics": atomics,
     "depths": lambda *wanted: depths([int(each) for each in wanted]),
 }
 

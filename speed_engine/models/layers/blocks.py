@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from speed_engine.ops import register_fallbacks
+from speed_engine.ops import prepare_compiler
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.sharding import blocks
 
@@ -99,7 +99,7 @@ def compiled(model: nn.Module, how: str) -> Callable[..., Any]:
 
 def compiled_whole(model: nn.Module, mode: str | None = None) -> Callable[..., Any]:
     """The model as one compiled graph, whose compilation grows with the depth."""
-    register_fallbacks()
+    prepare_compiler()
     return torch.compile(model, dynamic=False, mode=mode)
 
 
@@ -133,6 +133,7 @@ def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
     a shape of its own.
     """
+    prepare_compiler()
     config: Any = torch._dynamo.config  # its attributes are made when it is imported
     limit = VARIANTS * len(blocks)
     config.recompile_limit = max(config.recompile_limit, limit)

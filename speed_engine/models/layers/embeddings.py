@@ -6,6 +6,7 @@ Letters: B images, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCY_DIM = 256  # sinusoidal features of t, as in DiT and ADM
@@ -47,7 +48,31 @@ class LabelEmbedding(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         """(B,) int64 -> (B, D)."""
-        return self.embedding_table(labels)
+        return embedded(self.embedding_table.weight, labels)
+
+
+def embedded(table: Tensor, labels: Tensor) -> Tensor:
+    """(K, D) rows, (B,) int64 -> (B, D): of each label its row.
+
+    On a GPU the gradient of a row is a product that repeats bit for bit: code that is compiled as a
+    whole would add to rows atomically, in no fixed order.
+    """
+    return _Embedded.apply(table, labels) if table.is_cuda else F.embedding(labels, table)
+
+
+class _Embedded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table, labels):
+        ctx.save_for_backward(labels)
+        ctx.num_rows = len(table)
+        return F.embedding(labels, table)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (labels,) = ctx.saved_tensors
+        is_row = labels == torch.arange(ctx.num_rows, device=labels.device)[:, None]
+        with torch.autocast(dy.device.type, enabled=False):
+            return is_row.to(dy.dtype) @ dy, None
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

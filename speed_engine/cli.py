@@ -17,7 +17,7 @@ from rich.text import Text
 from speed_engine import __version__
 from speed_engine.commands.dispatch import usage
 from speed_engine.runtime.checks import UserError, printable, unknown
-from speed_engine.runtime.files import cache_folder
+from speed_engine.runtime.files import CONTINUED, cache_folder, in_words
 
 # name -> (how it is called, what it does); each is a module of speed_engine/commands
 COMMANDS = {
@@ -54,12 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
         _print_no_more()
         sys.exit(1)
     except (UserError, OSError, FloatingPointError) as error:
-        _fail(str(error))
+        _fail(in_words(error))
     except KeyboardInterrupt:
-        _fail(
-            "interrupted; `speed-engine train --resume RUN` continues a run whose folder is there "
-            "already; all else begins or continues by the same command."
-        )
+        _fail(f"interrupted; {CONTINUED}")
 
 
 def _chosen(arguments: list[str]) -> Callable[[list[str], Console], None] | None:
@@ -98,7 +95,9 @@ def _print_no_more() -> None:
 
 
 def _interrupt_when_terminated() -> None:
-    """SIGTERM ends a command as Ctrl-C does: what it started is stopped, what is done is kept."""
+    """SIGTERM and SIGUSR1, by which clusters announce the end of a job, end a command as Ctrl-C
+    does: what it started is stopped, what is done is kept.
+    """
     own = os.getpid()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -108,7 +107,8 @@ def _interrupt_when_terminated() -> None:
         os.kill(os.getpid(), number)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, interrupt)
 
 
 def _repeat_lost_interrupts() -> None:

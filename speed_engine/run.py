@@ -490,6 +490,12 @@ def load_average_of(
     if not tensors:
         kept = ", ".join((EMA, *config.optimizer.averages))
         raise UserError(f"{path} holds no EMA {name!r}; this run keeps {kept}.")
+    if broken := [of for of, value in tensors.items() if not value.isfinite().all()]:
+        log.warning(
+            "%s: %d of the %d tensors of the EMA %s, such as %s, hold numbers that are not finite; "
+            "such a model makes no pictures.",
+            path, len(broken), len(tensors), name, broken[0],
+        )  # fmt: skip
     step = checkpoint.read_state(path).step
     return load_network(tensors, config, device, path), step
 

@@ -41,8 +41,9 @@ def test_without_arguments_the_commands_are_listed(capsys):
         assert command in shown
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_word(
-    capfd, monkeypatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_word(
+    capfd, monkeypatch, number
 ):
     from speed_engine.commands import doctor
 
@@ -51,20 +52,21 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_and_a_forked_worker_without_a_wor
     def long_command(arguments, console):
         worker = os.fork()
         if worker == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             os._exit(0)
         ended.append(os.waitpid(worker, 0)[1])
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(600)
         finally:
             ended.append("what it started is stopped")
 
     monkeypatch.setattr(doctor, "run", long_command)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)}
     assert "error: interrupted" in fails(capfd, "doctor")
-    assert ended == [signal.SIGTERM, "what it started is stopped"]
-    signal.signal(signal.SIGTERM, before)
+    assert ended == [number, "what it started is stopped"]
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 def test_an_interrupt_that_a_callback_loses_is_sent_again(capfd, monkeypatch):

@@ -16,8 +16,9 @@ from speed_engine.arena import figures, summary
 from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
 from speed_engine.runtime.checks import UserError, check_installed
+from speed_engine.runtime.files import naming, write_durably
 
-PAGE = "report.html"
+PAGE, FIGURES = "report.html", "figures"
 
 
 def check_libraries() -> None:
@@ -32,12 +33,15 @@ def check_libraries() -> None:
 def write_report(folder: Path) -> list[str]:
     """Write report and pictures beside ``folder/results.json``.
 
+    All pictures are drawn before those of an earlier report are replaced.
+
     Returns:
         The sentences that the report begins with: what the comparison found.
 
     Raises:
         UserError: results.json is absent, or is no file of results, or names an unknown baseline;
             or a library of the extra ``plots`` is missing.
+        OSError: the disk is full, for example; the earlier report stays.
     """
     check_libraries()
     path = folder / "results.json"
@@ -45,14 +49,20 @@ def write_report(folder: Path) -> list[str]:
         raise UserError(f"{folder} has no results.json; `speed-engine compare` writes it.")
     results = read_results(path)
     _check(results)
-    pictures = folder / "figures"
-    shutil.rmtree(pictures, ignore_errors=True)  # pictures of contestants that are gone
-    pictures.mkdir()
-    content = _content(results, folder, pictures)
-    for name in ("report.md", PAGE):
-        # A path that is no Unicode is shown by its numbers.
-        page = _render(name, folder, content).encode("utf-8", "backslashreplace")
-        (folder / name).write_bytes(page)
+    partial, pictures = folder / "report.partial", folder / FIGURES
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming(pictures):
+            (partial / FIGURES).mkdir(parents=True)
+            content = _content(results, folder, partial / FIGURES)
+            pages = {name: _render(name, partial, content) for name in ("report.md", PAGE)}
+            shutil.rmtree(pictures, ignore_errors=True)  # of contestants that are gone, too
+            (partial / FIGURES).rename(pictures)
+        for name, page in pages.items():
+            # A path that is no Unicode is shown by its numbers.
+            write_durably(folder / name, page.encode("utf-8", "backslashreplace"))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return content["headlines"]
 
 

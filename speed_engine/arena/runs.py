@@ -19,6 +19,7 @@ from rich.console import Console
 
 from speed_engine.arena.planned import Run, is_complete, log_file
 from speed_engine.run import resume, start
+from speed_engine.runtime.workers import end_with_parent
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE
 
 # Imported once, by the process that all others are forked from, instead of once per run.
@@ -54,6 +55,8 @@ def execute(
         while waiting or busy:
             while waiting and free:
                 run, slot = waiting.pop(0), free.pop(0)
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                log_file(run).touch()  # a disk that cannot even hold it ends the comparison here
                 gpu = gpus[slot % len(gpus)] if gpus else ""
                 process = context.Process(target=_work, args=(run, gpu, threads))
                 process.start()
@@ -90,9 +93,9 @@ def _gpus() -> list[str]:
 def _work(run: Run, gpu: str, threads: int) -> None:
     """One run, in its own process, which sees one GPU; none under an empty name."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the comparison's process tells when to stop
+    end_with_parent(signal.SIGTERM)  # a run that is training then stops with a checkpoint
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
     with log_file(run).open("a", buffering=1) as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -107,12 +110,17 @@ def _work(run: Run, gpu: str, threads: int) -> None:
 
 
 def _complete(run: Run, console: Console) -> None:
-    if not (run.folder / EMA_FILE).exists():
+    if not _is_trained(run):
         if any((run.folder / CHECKPOINTS).glob("step-*")):
             resume(run.folder, console)
         else:
             shutil.rmtree(run.folder, ignore_errors=True)
             start(run.config, run.folder, console)
-    trained = (run.folder / EMA_FILE).exists()  # else it was asked to stop
-    if trained and run.finish is not None:
+    if _is_trained(run) and run.finish is not None:  # else it was asked to stop
         run.finish(run.folder)
+
+
+def _is_trained(run: Run) -> bool:
+    """Whether its EMA is there and its last checkpoint, which a full disk may have cost."""
+    last = run.folder / CHECKPOINTS / f"step-{run.config.steps:08d}"
+    return (run.folder / EMA_FILE).exists() and last.is_dir()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from speed_engine.arena.recipes import RECIPES
-from speed_engine.commands.config_file import origin
+from speed_engine.commands.config_file import Origin, origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
 from speed_engine.config import TrainConfig
@@ -81,7 +81,7 @@ def configured(
     start = origin(name, presets, _recipe(options))
 
     def with_options(config: TrainConfig) -> Command:
-        made = command(start.name, config)
+        made = _made(command, start, config)
         _refuse_options_of_methods(options, type(made))
         filled = read_options(
             made, arguments, program, description=start.text, first=first, groups=GROUPS
@@ -94,6 +94,18 @@ def configured(
     if source == config.data.source:
         return filled
     return with_options(start.config({"data": {"source": source}}))
+
+
+def _made(
+    command: Callable[[str, TrainConfig], Command], start: Origin, config: TrainConfig
+) -> Command:
+    """The command without options: what it refuses stands in the file, if there is one."""
+    try:
+        return command(start.name, config)
+    except UserError as error:
+        if start.file is None:
+            raise
+        raise UserError(f"{start.file}: {error}") from error
 
 
 def _print_help(

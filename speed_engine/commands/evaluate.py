@@ -166,16 +166,16 @@ def evaluate(
     with announced("comparing generated images with real ones"):
         found = evaluator.measure(images, validation)
     assert found is not None  # some field is measured
-    if parts is not None:
-        parts.remove()
     record = {"step": step, "images": step * config.batch_size, **found.record()}
     record |= {} if average == EMA else {"average": average}
-    append_record(run, record | {"evaluated": True})
     if "copied_share" in found.figures:
         assert found.generated is not None and evaluator.training is not None  # it compares them
         path = run / "samples" / f"step-{step:08d}-copies.png"
         _save_copies(found.generated, evaluator.training, path)
         _note(f"the most copied images, above their nearest training images: {path}")
+    append_record(run, record | {"evaluated": True})
+    if parts is not None:  # only now: a disk may be full
+        parts.remove()
     return record
 
 

@@ -21,6 +21,7 @@ from speed_engine.models.layouts.dit import DIFFUSERS_SHIFT
 from speed_engine.models.layouts.files import save_pretrained
 from speed_engine.run import load_average, read_config
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.files import new_folder
 from speed_engine.training.ema import EMA
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,14 @@ def _save_pipeline(
     """Model, scheduler, VAE if there is one, and index, as ``DiTPipeline`` reads them."""
     if folder.exists():
         raise UserError(f"{folder} exists already; name another path.")
+    with new_folder(folder) as partial:
+        written = _write_pipeline(model, config, scheduler, partial)
+    return [folder / path.relative_to(partial) for path in written]
+
+
+def _write_pipeline(
+    model: nn.Module, config: TrainConfig, scheduler: dict[str, Any], folder: Path
+) -> list[Path]:
     paths = save_pretrained(model, folder / "transformer", "diffusers")
     names = class_names(config.data)
     index = {

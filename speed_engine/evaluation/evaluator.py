@@ -1,9 +1,10 @@
 """A model's quality: images generated under given conditions, compared with the data."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +119,9 @@ class Evaluator:
 
         Every process generates its part of the images and gets all; the first one measures them,
         the others have None.
+
+        Raises:
+            FloatingPointError: on every process, if images are not finite.
         """
         images, validation = self.generate(model), self.validate(model)
         return images, self.measure(images, validation) if self.world.is_first else None
@@ -134,12 +138,21 @@ class Evaluator:
         Args:
             model: as of ``generate_some``.
             advance: called with how many images, or parts of one, this process generated since.
+
+        Raises:
+            FloatingPointError: on every process, if images of one are not finite.
         """
         # Each process generates equally many, for sharded models compute together: the last image
         # again where there is none left.
         first, share = self.world.rank * self.share, self.share
         ids = torch.arange(first, first + share).clamp(max=self.num_images - 1)
-        images = self.generate_some(model, ids, advance)
+        images, broken = None, None
+        try:
+            images = self.generate_some(model, ids, advance)
+        except FloatingPointError as error:
+            broken = error
+        if self.world.gather_on_host(torch.tensor([broken is not None])).any() or images is None:
+            raise broken or FloatingPointError("images of another process are not finite.")
         return self.world.gather_on_host(images)[: self.num_images]
 
     @property
@@ -153,7 +166,11 @@ class Evaluator:
         ids: Tensor,
         advance: Callable[[float], object] = lambda images: None,
     ) -> Tensor:
-        """(B,) int64 -> (B, C, H, W): these of the images, on this process alone."""
+        """(B,) int64 -> (B, C, H, W): these of the images, on this process alone.
+
+        Raises:
+            FloatingPointError: some are not finite: no figure of them would mean anything.
+        """
         images = generate(
             model,
             self.table,
@@ -165,6 +182,7 @@ class Evaluator:
             seed=self.seed,
             latents=self.latents,
             advance=advance,
+            on_broken=_refuse,
         )
         return images if self.decode is None else self.decode(images)
 
@@ -177,7 +195,8 @@ class Evaluator:
         """What is to be measured of images that were generated; None if that is nothing.
 
         Args:
-            images: (N, C, H, W), of ``generate``; None only where none are needed.
+            images: (N, C, H, W), of ``generate``; None where none are needed, or where they are
+                not finite: figures that need them are NaN then.
             validation: of ``validate``.
         """
         measured = [METRICS[name] for name in self._measured()]
@@ -198,6 +217,9 @@ class Evaluator:
         figures: dict[str, float] = {}
         for metric in measured:
             for prefix, real in self._parts(metric.needs):
+                if images is None and metric.needs != ("validation",):
+                    figures |= {prefix + name: math.nan for name in metric.figures}
+                    continue
                 values = metric.compute(*((given | {"real": real})[need] for need in metric.needs))
                 figures |= {prefix + name: values[name] for name in metric.figures}
         return Evaluation(
@@ -274,6 +296,10 @@ class Evaluator:
                     found[f"{figure}_within"] = metric.bias(real, count)
                     found[f"{figure}_within_images"] = count
         return found
+
+
+def _refuse(broken: str) -> NoReturn:
+    raise FloatingPointError(f"{broken} Nothing is measured of them.")
 
 
 def _check_channels(channels: int, extractor: Extractor) -> None:

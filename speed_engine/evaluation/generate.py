@@ -23,6 +23,7 @@ from speed_engine.diffusion.solvers import Denoising, check_solver, solver_named
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import MOST, UserError, check_seed, check_whole
+from speed_engine.runtime.files import replacing
 from speed_engine.runtime.sharding import autocast
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def generate(
     latents: bool = False,
     batch_size: int = 500,
     advance: Callable[[float], object] = lambda images: None,
+    on_broken: Callable[[str], object] = log.warning,
 ) -> Tensor:
     """Generate images, computing in the precision that the model is trained in on its device.
 
@@ -100,11 +102,10 @@ def generate(
         batch_size: B, images at a time; changes nothing but memory and rounding.
         advance: called with how many images were generated since, of which a step of a solver
             makes a part.
+        on_broken: called with a sentence where images are not finite, which are no pictures.
 
     Returns:
         (N, C, H, W) on the CPU: uint8 pixels, or float32 latents.
-
-    Images that are not finite are counted in a warning.
 
     Raises:
         UserError: an unknown solver, too many steps, guidance on what cannot be hidden, or a seed
@@ -148,19 +149,17 @@ def generate(
         )
         images.append(solve(problem, noise(Stream.GENERATION), settings.steps).cpu())
     found = torch.cat(images)
-    _warn_of_broken(found, settings)
+    if broken := int((~found.isfinite().flatten(1).all(dim=1)).sum()):
+        on_broken(_broken(broken, len(found), settings))
     return found if latents else ((found + 1) * 127.5).round().to(torch.uint8)
 
 
-def _warn_of_broken(images: Tensor, settings: GenerationSettings) -> None:
-    broken = int((~images.isfinite().flatten(1).all(dim=1)).sum())
-    if broken:
-        log.warning(
-            "%d of %d generated images are not finite, so that they are no pictures: the model's "
-            "weights are not finite or far too large, or guidance=%g is too much for solver=%s "
-            "with %d steps.",
-            broken, len(images), settings.guidance, settings.solver, settings.steps,
-        )  # fmt: skip
+def _broken(count: int, total: int, settings: GenerationSettings) -> str:
+    return (
+        f"{count} of {total} generated images are not finite, so that they are no pictures: the "
+        f"model's weights are not finite or far too large, or guidance={settings.guidance:g} is "
+        f"too much for solver={settings.solver} with {settings.steps} steps."
+    )
 
 
 def check_guidance(guidance: float, conditions: Conditions, null: Mapping[str, Tensor]) -> None:
@@ -210,7 +209,8 @@ def save_images(images: Tensor, rows: Tensor, path: Path) -> Path:
         return path
     path = path.with_suffix(".npy")
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, images.numpy(), allow_pickle=False)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, images.numpy(), allow_pickle=False)
     return path
 
 
@@ -237,4 +237,6 @@ def save_grid(images: Tensor, rows: Tensor, path: Path) -> None:
             left = gap + column * (width * scale + gap)
             canvas[top : top + height * scale, left : left + width * scale] = enlarged
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(path)
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")

@@ -5,7 +5,6 @@ Both are complete or not there at all, and are written a part at a time.
 Letters: N images, C channels (1 or 3), H x W pixels.
 """
 
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from speed_engine.evaluation.parts import ImageParts
-from speed_engine.runtime.files import replacing
+from speed_engine.runtime.files import new_folder, replacing
 
 
 def write_archive(images: ImageParts, labels: np.ndarray | None, path: Path) -> None:
@@ -49,15 +48,14 @@ def write_pictures(images: ImageParts, labels: np.ndarray | None, folder: Path) 
     Args:
         images: uint8, on disk.
         labels: (N,), or None.
-        folder: must not exist.
+        folder: one that is there is whole, and stays.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for i, image in enumerate(_one_by_one(images)):
-        of_class = "" if labels is None else f"-class-{labels[i]}"
-        Image.fromarray(image).save(partial / f"{i:06d}{of_class}.png")
-    partial.rename(folder)
+    if folder.exists():
+        return
+    with new_folder(folder) as partial:
+        for i, image in enumerate(_one_by_one(images)):
+            of_class = "" if labels is None else f"-class-{labels[i]}"
+            Image.fromarray(image).save(partial / f"{i:06d}{of_class}.png")
 
 
 def _one_by_one(images: ImageParts) -> Iterator[np.ndarray]:

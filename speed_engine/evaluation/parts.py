@@ -132,7 +132,7 @@ def is_begun(folder: Path) -> bool:
 def _begin(images: ImageParts, settings: dict[str, Any]) -> list[int]:
     """Make the folder, or check that it is of these settings; the parts to generate."""
     folder, settings = images.folder, json.loads(json.dumps(settings))
-    if is_begun(folder):
+    if is_begun(folder) and any(folder.glob("[0-9]*.npy")):
         _check_settings(folder, settings)
     else:
         folder.mkdir(parents=True, exist_ok=True)

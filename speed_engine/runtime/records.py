@@ -5,6 +5,7 @@ metrics.jsonl    one JSON object per record, for programs; null is a figure that
 loggers          the same figures as curves, see loggers.py
 """
 
+import errno
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import MOST, UserError, check, check_between, shortened
-from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.files import naming, write_durably
 from speed_engine.runtime.loggers import Logger
 
 RECORDS = "metrics.jsonl"
@@ -278,14 +279,21 @@ def as_json(record: Mapping[str, Any]) -> str:
 
 
 def append_record(run: Path, record: Mapping[str, Any]) -> None:
-    """Add one to metrics.jsonl, after half a line, if a kill left one, is gone."""
-    with (run / RECORDS).open("a+b") as file:
+    """Add one to metrics.jsonl, after half a line, if a kill left one, is gone.
+
+    Raises:
+        OSError: the disk is full, for example; no part of the record is left behind.
+    """
+    line, path = as_json(record).encode() + b"\n", run / RECORDS
+    with naming(path), path.open("a+b", buffering=0) as file:
         file.seek(0)
-        known = file.read()
+        known = file.readall()
         complete = known.rfind(b"\n") + 1
         if complete < len(known):
             file.truncate(complete)
-        file.write(as_json(record).encode() + b"\n")
+        if file.write(line) < len(line):
+            file.truncate(complete)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -38,14 +38,21 @@ def worker_processes(
 
 def _start(start: Callable[..., object] | None, given: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(signal.SIGKILL)
     if start is not None:
         start(*given)
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for tasks for ever."""
+def end_with_parent(number: signal.Signals) -> None:
+    """Send this process a signal once the one that started it is gone, however that ended.
+
+    A worker of a killed parent would wait for tasks for ever, and a run would train on.
+    """
+    threading.Thread(target=_signal_without_parent, args=(number,), daemon=True).start()
+
+
+def _signal_without_parent(number: signal.Signals) -> None:
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
-        os._exit(1)
+        os.kill(os.getpid(), number)

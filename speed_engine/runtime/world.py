@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from speed_engine.runtime.checks import UserError, shortened
+from speed_engine.runtime.files import in_words
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,7 +94,7 @@ class World:
             try:
                 answer[0] = compute()
             except (UserError, OSError) as error:
-                answer[1] = str(error)
+                answer[1] = in_words(error)
         torch.distributed.broadcast_object_list(answer, src=0, group=self.background)
         if answer[1] is not None:
             raise UserError(answer[1])

@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from speed_engine.data.batch import Batch
 from speed_engine.data.format.reader import ShardReader
@@ -262,8 +261,9 @@ class Trainer:
     def _lacks_evaluation(self) -> bool:
         """Whether the step that a run is resumed from was to be evaluated, and was not."""
         step = self.engine.steps_done
-        pictures = self.folder / "samples"
-        evaluated = self.world.from_first(lambda: any(pictures.glob(f"step-{step:08d}.*")))
+        picture = self.folder / "samples" / f"step-{step:08d}.png"
+        kept = picture, picture.with_suffix(".npy")  # not what `evaluate` keeps beside it
+        evaluated = self.world.from_first(lambda: any(path.exists() for path in kept))
         return step > 0 and self._is_due(self.loop.evaluate_every) and not evaluated
 
     def _record(
@@ -336,7 +336,7 @@ class Trainer:
                 advance = self.progress.evaluating(step, self.evaluator.share)
                 with self.stop.interrupting(alone):
                     called = model if alone else self.stop.watched(model)
-                    images = self.evaluator.generate(called, advance)
+                    images = self._generated(called, advance)
                     validation = self.evaluator.validate(called)
                 if self.world.is_first:
                     comparing = announced("comparing generated images with real ones")
@@ -349,13 +349,25 @@ class Trainer:
         self.watchdog.doing(step, "training")
         return not stopping
 
-    def _keep_evaluation(self, images: Tensor, found: Evaluation | None) -> None:
-        """On the first process: pictures and figures."""
+    def _generated(self, model: nn.Module, advance: Callable[[float], object]) -> Tensor | None:
+        """The images of an evaluation; None where they are not finite, which ends no run."""
+        try:
+            return self.evaluator.generate(model, advance)
+        except FloatingPointError as error:
+            if self.world.is_first:
+                log.warning("step %d: %s", self.engine.steps_done, error)
+            return None
+
+    def _keep_evaluation(self, images: Tensor | None, found: Evaluation | None) -> None:
+        """On the first process: pictures and figures; of images that are not finite, none."""
         step = self.engine.steps_done
         quality = ""
         if found is not None:
             self._record(found.record(), found.curves())
             quality = f"{found.headline()}  "
+        if images is None:
+            self.progress.say(f"step {step}/{self.loop.steps}  {quality}")
+            return
         rows = grid_rows(len(images), self.evaluator.conditions)
         where = self.folder / "samples" / f"step-{step:08d}.png"
         where = self._try_to_write(where, lambda: save_images(images, rows, where))
@@ -368,8 +380,7 @@ class Trainer:
         """What a full disk may cost without ending the run, and the path that was written."""
         try:
             return write() or path
-        except (OSError, SafetensorError) as error:
-            path.unlink(missing_ok=True)
+        except OSError as error:
             log.error("%s could not be written: %s", path, error)
             self.lost.append(f"{path.name}: {error}")
             return path
@@ -407,10 +418,8 @@ class Trainer:
         }
         if not self.world.is_first:
             return
-        temporary = self.folder / f".{EMA_FILE}"
-        self._try_to_write(temporary, lambda: save_tensors(average, temporary))
-        if temporary.exists():
-            temporary.rename(self.folder / EMA_FILE)
+        path = self.folder / EMA_FILE
+        self._try_to_write(path, lambda: save_tensors(average, path))
         if self.newest_evaluation is not None:
             quality, samples = self.newest_evaluation
             if quality:

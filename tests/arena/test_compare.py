@@ -202,3 +202,13 @@ def test_what_a_comparison_cannot_do_is_refused_before_any_work(
         cli.main(["compare", "digits", option, value, "--out", str(out)])
     assert stopped.value.code == 2 and not out.exists()
     assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_has_no_effect_in_a_file_named_like_a_preset_is_refused_with_the_file(
+    tmp_path, capsys
+):
+    (tmp_path / "digits.toml").write_text('preset = "digits"\nmethod = "p2"\n')
+    with pytest.raises(SystemExit):
+        cli.main(["compare", str(tmp_path / "digits.toml"), "--out", str(tmp_path / "out")])
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / 'digits.toml'}: method=p2: has no effect in a comparison" in said

@@ -1,6 +1,8 @@
 """The report: complete, self-contained, and never kinder than the numbers."""
 
 import dataclasses
+import errno
+import os
 import re
 from html.parser import HTMLParser
 
@@ -10,7 +12,7 @@ from arena_curves import BUDGET, comparison
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from speed_engine.arena import summary
+from speed_engine.arena import figures, summary
 from speed_engine.arena.figures import LEGEND_LINE, PER_PANEL, draw_quality, in_lines
 from speed_engine.arena.report import write_report
 from speed_engine.arena.results import GAUSSIAN, REAL, Results, write_results
@@ -409,3 +411,17 @@ def test_a_name_that_is_wider_than_a_picture_is_broken_before_its_options():
     assert lines[1:] == ["    +optimizer.learning_rate=0.016+budget=0.5"]
     assert all(len(line) <= LEGEND_LINE for line in lines)
     assert "".join(line.strip() for line in lines) == wide
+
+
+def test_a_report_that_cannot_be_drawn_leaves_the_one_before(tmp_path, monkeypatch):
+    report(comparison({"a": 1.0, "b": 2.0}, 2, 0.1), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(results, folder):
+        (folder / "denoising.png").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(figures, "draw_denoising", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'figures'}'"):
+        write_report(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

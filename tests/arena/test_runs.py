@@ -3,6 +3,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -175,3 +177,48 @@ def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path, interruptibl
     assert not Path(f"/proc/{pid_of(run.folder)}").exists()
     assert "stopped by SIGTERM" in failure(run)
     assert checkpoint.newest(run.folder / "checkpoints")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_runs import LONG, Ended, Run, execute
+
+if __name__ == "__main__":
+    execute([Run(config=LONG, folder=Path({folder!r}))], slots=1, threads=1, done=Ended())
+"""
+
+
+def test_runs_of_a_comparison_that_was_killed_stop_with_a_checkpoint(tmp_path):
+    """Else they would train on, and the same command would start them a second time."""
+    run, script = Run(config=LONG, folder=tmp_path / "run"), tmp_path / "comparison.py"
+    script.write_text(KILLED.format(tests=str(Path(__file__).parent), folder=str(run.folder)))
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
+    comparison = subprocess.Popen([sys.executable, str(script)], env=environment)
+    while not any((run.folder / "checkpoints").glob("step-*")):
+        assert comparison.poll() is None
+        time.sleep(0.01)
+    comparison.kill()
+    comparison.wait()
+    while Path(f"/proc/{pid_of(run.folder)}").exists():
+        time.sleep(0.01)
+    assert "stopped by SIGTERM" in failure(run)
+    assert checkpoint.newest(run.folder / "checkpoints")
+
+
+def test_a_run_whose_last_checkpoint_a_full_disk_cost_is_trained_again(tmp_path):
+    """Its EMA alone is not what a final model is measured by."""
+    finished = tmp_path / "outcome"
+    finished.write_text("done")
+    run = Run(
+        config=TINY, folder=tmp_path / "run", outcome="outcome",
+        finish=partial(shutil.copy, finished),  # (outcome, folder)
+    )  # fmt: skip
+    run.folder.mkdir()
+    (run.folder / "ema.safetensors").write_bytes(b"")
+    ended = Ended()
+    execute([run], slots=1, threads=1, done=ended)
+    assert ended.complete == {"run": True}
+    assert checkpoint.newest(run.folder / "checkpoints").name == "step-00000040"

@@ -1,6 +1,7 @@
 """``speed-engine evaluate``: records that are kept, found again, and separable from training's."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -295,3 +296,49 @@ def test_half_a_record_does_not_spoil_the_next(tmp_path):
     append_record(tmp_path, {"step": 2})
     append_record(tmp_path, {"step": 3})
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3]
+
+
+def test_a_full_disk_costs_no_image_that_was_generated(run, capsys, monkeypatch):
+    options = ("--solver-steps", "4", "--metrics", "fid", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "append_record", full_disk)
+        with pytest.raises(SystemExit):
+            evaluate(run, capsys, *options)
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.setattr(Evaluator, "generate_some", full_disk)  # all images are there
+    record = json.loads(evaluate(run, capsys, *options).out)
+    assert read_records(run)[-1] == {**record, "evaluated": True}
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_half_a_record_that_a_full_disk_takes_is_cut_off_again(tmp_path, monkeypatch):
+    append_record(tmp_path, {"step": 1})
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from speed_engine.runtime.records import append_record\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
+        "append_record(Path(sys.argv[1]), {'step': 2})"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert "OSError" in ended.stderr and str(tmp_path / "metrics.jsonl") in ended.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_nothing_is_measured_of_images_that_are_not_finite(run, capsys, monkeypatch):
+    load = commands.load_average
+
+    def broken(*given):
+        model, step = load(*given)
+        return model.apply(lambda part: [p.fill_(torch.nan) for p in part.parameters()]), step
+
+    before = (run / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(commands, "load_average", broken)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(run, capsys, "--solver-steps", "4")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "100 of 100 generated images are not finite" in said
+    assert "Nothing is measured of them." in said
+    assert (run / "metrics.jsonl").read_bytes() == before

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import safetensors.torch
 import states
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
@@ -184,3 +185,39 @@ def test_the_evaluation_of_an_exported_run_needs_no_init_file(run):
     moved = replace(CONFIG, init_from=run / "gone", evaluation=EvaluationConfig())
     (run / "config.json").write_text(to_json(moved))
     assert load_average(run, read_config(run), torch.device("cpu"))[1] == 7
+
+
+@pytest.mark.parametrize("layout, name", [("original", "x.safetensors"), ("diffusers", "pipeline")])
+def test_a_full_disk_is_one_error_and_the_same_command_writes_the_file(
+    run, tmp_path, capsys, monkeypatch, layout, name
+):
+    out, save_file = tmp_path / name, safetensors.torch.save_file
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        text = "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise safetensors.SafetensorError(text)
+
+    command = ["export", str(run), "--layout", layout, "--out", str(out)]
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command)
+    said = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and f"No space left on device: '{out}'. Make room" in said
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    cli.main(command)
+    assert out.exists()
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path, caplog):
+    state = build.build_model(CONFIG).state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = torch.inf
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save({f"ema/{name}": value for name, value in state.items()}, states.at(7))
+    checkpoints.wait()
+    load_average(tmp_path, CONFIG, torch.device("cpu"))
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"step-00000007: 1 of the {len(state)} tensors of the EMA ema" in said
+    assert "such as blocks.1.mlp.fc1.bias, hold numbers that are not finite" in said

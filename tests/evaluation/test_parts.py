@@ -98,3 +98,20 @@ def test_pictures_are_numbered_and_named_by_class(tmp_path, channels, size):
     assert picture.shape == size and (picture == 7).all()
     write_pictures(images, None, tmp_path / "plain")
     assert (tmp_path / "plain" / "000009.png").is_file()
+
+
+def test_a_folder_without_a_part_holds_no_other_images(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path / "parts", Model(parts=0))
+    assert is_begun(tmp_path / "parts")
+    generate(tmp_path / "parts", other := Model(), seed=1)
+    assert len(other.generated) == 10
+
+
+def test_pictures_that_are_there_are_whole_and_stay(tmp_path):
+    images, folder = generate(tmp_path / "parts", Model()), tmp_path / "pictures"
+    write_pictures(images, None, folder)
+    written = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write_pictures(images, None, folder)  # the process was ended before the parts were removed
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
+    assert len(written) == 10 and not (tmp_path / "pictures.partial").exists()

@@ -18,10 +18,12 @@ from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 import fault_harness
 from speed_engine.config import TrainConfig
 from speed_engine.data.training_data import TrainingData
+from speed_engine.evaluation import evaluator as evaluator_module
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run import resume, start
+from speed_engine.runtime.records import read_records
 from speed_engine.training.engine import Engine
 
 CONFIG = TrainConfig(
@@ -210,3 +212,37 @@ def test_several_processes_give_up_an_evaluation_together(tmp_path):
     assert training.join() == [0, 0], training.said()
     assert "stopped by a signal to another process at step 5 of 20" in training.said()
     assert fault_harness.checkpoints(training.run) == ["step-00000005"]
+
+
+def test_an_evaluation_is_made_up_for_although_evaluate_has_begun_one_of_its_own(
+    monkeypatch, tmp_path, straight
+):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "generate", lambda *_: asked_to_stop(signal.SIGTERM))
+        start(CONFIG, run, Console(quiet=True))
+    parts = run / "samples" / "step-00000004.parts"  # of `speed-engine evaluate`, interrupted
+    parts.mkdir(parents=True)
+    resume(run, Console(quiet=True))
+    parts.rmdir()
+    assert_same(run, straight)
+
+
+def test_an_evaluation_of_images_that_are_not_finite_has_no_figures_and_ends_no_run(
+    monkeypatch, tmp_path, caplog
+):
+    generate = evaluator_module.generate
+
+    def broken(*given, on_broken, **settings):
+        images = generate(*given, **settings)
+        on_broken("2 of 4 generated images are not finite.")
+        return images
+
+    monkeypatch.setattr(evaluator_module, "generate", broken)
+    evaluation = dataclasses.replace(CONFIG.evaluation, features="classifier", num_images=100)
+    start(dataclasses.replace(CONFIG, evaluation=evaluation), tmp_path / "run", Console(quiet=True))
+    records = [r for r in read_records(tmp_path / "run") if "extractor" in r]
+    assert [record["step"] for record in records] == [4, 8, 12]
+    assert all(record["fid"] is None for record in records)
+    assert caplog.messages[0].startswith("step 4: 2 of 4 generated images are not finite.")
+    assert not (tmp_path / "run" / "samples").exists()

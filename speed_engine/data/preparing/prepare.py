@@ -57,7 +57,7 @@ class Preparation:
         text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
         if (out / PLAN).exists():
             _check_same_plan(out / PLAN, json.loads(text))
-        elif any(out.iterdir()):
+        elif any(path.name != f"{PLAN}.tmp" for path in out.iterdir()):  # what a kill left
             raise UserError(f"{out} is not empty; choose another folder or delete it.")
         else:
             write_durably(out / PLAN, text.encode())

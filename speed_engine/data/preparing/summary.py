@@ -17,6 +17,7 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.preparing.pictures import FORMATS
 from speed_engine.runtime.checks import UserError, printable
+from speed_engine.runtime.files import replacing
 
 CONTACT_SHEET = "contact-sheet.png"
 _ROWS, _COLUMNS, _CELL, _GAP, _NAME = 12, 12, 96, 4, 140  # of the sheet; the last three in pixels
@@ -79,8 +80,10 @@ class Summary:
             for column, number in enumerate(numbers):
                 pixels = decode_image(reader.read(number)[picture], picture, 3)
                 sheet.paste(_cell(pixels), (margin + column * step, top))
-        sheet.save(self.folder / CONTACT_SHEET)
-        return self.folder / CONTACT_SHEET
+        path = self.folder / CONTACT_SHEET
+        with replacing(path) as temporary:
+            sheet.save(temporary, "PNG")
+        return path
 
     def _rows(self) -> list[tuple[str, list[int]]]:
         """(name of the row, numbers of its samples)."""

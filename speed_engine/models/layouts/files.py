@@ -22,7 +22,7 @@ from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
 from speed_engine.models.unet import UNet
 from speed_engine.runtime.checks import UserError, require_shapes, shortened
-from speed_engine.runtime.files import save_tensors
+from speed_engine.runtime.files import new_folder, save_tensors
 
 LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -81,9 +81,9 @@ def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:
         raise UserError(f"layout diffusers is for DiTs, and this is a {type(model).__name__}.")
     tensors = _owned(dit.to_diffusers(model))
     config = dit.diffusers_config(model)
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_tensors(tensors, path / DIFFUSERS_FILE, metadata)
+    with new_folder(path) as partial:
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_tensors(tensors, partial / DIFFUSERS_FILE, metadata)
     return [path / "config.json", path / DIFFUSERS_FILE]
 
 

@@ -302,3 +302,11 @@ def test_a_plan_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "out" / "preparation.json").write_text(text)
     with pytest.raises(UserError, match="preparation.json"):
         make(ImageFolder(tmp_path / "in"), tmp_path / "out", SMALL, workers=1)
+
+
+def test_half_a_plan_that_a_kill_left_is_no_folder_in_use(pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "preparation.json.tmp").write_text('{"sou')
+    make(ImageFolder(pictures), tmp_path / "out", SMALL, workers=1)
+    make(ImageFolder(pictures), tmp_path / "whole", SMALL, workers=1)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")

@@ -333,8 +333,9 @@ def gpu_headline() -> str:
     best, default = after["XL/2: tuned, bf16 stream, one sweep"], after["XL/2: tuned"]
     original = before["XL/2: original loop, SDPA, batch 64"]
     return (
-        f"On one H200, DiT-XL/2 trains at {default['images_per_second']:.0f} images/s with the "
-        f"defaults of that day (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of the peak rate) "
+        f"On one H200, DiT-XL/2 trained at {default['images_per_second']:.0f} images/s with the "
+        f"defaults of that day (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of "
+        "the peak rate), before attention had a gradient of its own, "
         f"and at {best['images_per_second']:.0f} with a bfloat16 residual stream and one sweep;\n"
         f"the original loop, rewritten, with its 64 images a step, at "
         f"{original['images_per_second']:.0f}."

@@ -73,10 +73,16 @@ def _note(name: str) -> None:
     _device.null_device_note_library(name.encode())
 
 
+def _order(images: Tensor, weight: Tensor) -> torch.memory_format:
+    """Of everything that a convolution computes: channels last if the images or the weights are."""
+    last = any(_channels_last(tensor) for tensor in (images, weight))
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def convolution(
     x, weight, bias, stride, padding, dilation, transposed, output_padding, groups
 ) -> Tensor:
-    """Allocates as cuDNN does: channels last if the images or the weights are."""
+    """Allocates as cuDNN does."""
     assert not transposed
     _note("convolution")
     sizes = [
@@ -85,22 +91,25 @@ def convolution(
             x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
         )
     ]
-    last = any(_channels_last(tensor) for tensor in (x, weight))
-    order = torch.channels_last if last else torch.contiguous_format
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes)).contiguous(memory_format=order)
+    result = x.new_empty((x.shape[0], weight.shape[0], *sizes))
+    return result.contiguous(memory_format=_order(x, weight))
 
 
 def convolution_backward(
     gradient, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups,
     wanted,
 ):  # fmt: skip
-    """Gradients of images, weight and bias; cuDNN computes the first two by a call each."""
+    """Gradients of images, weight and bias; cuDNN computes the first two by a call each.
+
+    Both are laid out as the result of the forward is.
+    """
     for name, each in zip(("images", "weight", "bias"), wanted, strict=True):
         if each:
             _note(f"convolution backward of {name}")
+    order = _order(x, weight)
     return (
-        torch.empty_like(x) if wanted[0] else None,
-        torch.empty_like(weight) if wanted[1] else None,
+        torch.empty_like(x, memory_format=order) if wanted[0] else None,
+        torch.empty_like(weight, memory_format=order) if wanted[1] else None,
         weight.new_empty(weight.shape[0]) if wanted[2] else None,
     )
 

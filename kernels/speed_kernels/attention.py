@@ -66,8 +66,11 @@ def takes(qkv: Tensor, num_heads: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
-    """An H100, H200 or GH200: elsewhere the tiles fit worse, and nothing was measured."""
-    return torch.cuda.get_device_capability(device)[0] == 9
+    """An H100, H200 or GH200: elsewhere the tiles fit worse, and nothing was measured.
+
+    None where a fake CUDA tensor is counted on a machine without a GPU.
+    """
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -272,7 +272,10 @@ def test_a_method_takes_a_scheduler_for_its_process():
     )
     for one, other in zip(ours.draw(16, 0), theirs.draw(16, 0), strict=True):
         assert torch.equal(one, other)
-    with pytest.raises(ValueError, match="'linear' is no scheduler; .* build_schedule"):
+    with pytest.raises(
+        ValueError,
+        match="'linear' is no scheduler; needed .* build_schedule of speed_engine",
+    ):
         build_method("speed_paper", "linear")
 
 

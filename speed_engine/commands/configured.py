@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from speed_engine.arena.recipes import RECIPES
+from speed_engine.arena.recipes import RECIPES, values_of
 from speed_engine.commands.config_file import Origin, origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
@@ -78,10 +78,12 @@ def configured(
             f"{program} --data.source SHARDS [options]; choose from {', '.join(presets)}."
         )
     name, *options = arguments
-    start = origin(name, presets, _recipe(options))
+    start = origin(name, presets, _following("--recipe", options))
 
     def with_options(config: TrainConfig) -> Command:
         made = _made(command, start, config)
+        if hasattr(made, "recipe"):
+            _refuse_recipe_as_method(options)
         _refuse_options_of_methods(options, type(made))
         filled = read_options(
             made, arguments, program, description=start.text, first=first, groups=GROUPS
@@ -126,13 +128,23 @@ def _print_help(
     print(columns({name: text for name, (text, _) in RECIPES.items()}), end="")
 
 
-def _recipe(options: Sequence[str]) -> str | None:
-    """What follows ``--recipe``: it sets the defaults of the other options."""
+def _following(wanted: str, options: Sequence[str]) -> str | None:
+    """The value of an option; ``--recipe`` sets the defaults of the other options."""
     for option, following in zip(options, [*options, None][1:], strict=True):
         name, _, value = option.partition("=")
-        if name == "--recipe":
+        if name == wanted:
             return value or following
     return None
+
+
+def _refuse_recipe_as_method(options: Sequence[str]) -> None:
+    """``compare --methods`` takes both, and the method that looks most alike is another one."""
+    recipe = _following("--method", options)
+    if recipe in RECIPES:
+        raise UserError(
+            f"{recipe!r} is a recipe, which sets the process and the optimizer, too: give "
+            f"--recipe {recipe}, or its method alone, --method {values_of(recipe)['method']}."
+        )
 
 
 def _config(command: Any) -> TrainConfig:

@@ -239,7 +239,9 @@ def from_diffusers(noise_scheduler: Any) -> DiscreteSchedule:
     config: Any = getattr(noise_scheduler, "config", None)
     if isinstance(noise_scheduler, str):
         raise UserError(
-            f"{noise_scheduler!r} is no scheduler; a process has its name in build_schedule."
+            f"{noise_scheduler!r} is no scheduler; needed is one of diffusers, such as "
+            "DDPMScheduler(), or a process: build_schedule of speed_engine.diffusion.processes "
+            "makes one of its name."
         )
     if getattr(config, "use_flow_sigmas", False):
         return _in_sigma(_with_all_timesteps(noise_scheduler, config, name), name)

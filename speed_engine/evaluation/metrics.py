@@ -60,7 +60,7 @@ class Metric:
         about: what it is, for the help text.
         figures: what it writes, by the name in records.
         needs: arguments of ``compute``, see the head of this module.
-        compute: returns the value of each figure.
+        compute: returns the value of each figure, by its name in ``figures``.
         least: number of features -> images that it needs on both sides.
         why: the reason for that number, after a comma.
         by_statistics: whether mean and covariance of the features of real images suffice.

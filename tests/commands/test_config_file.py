@@ -168,6 +168,15 @@ def test_a_recipe_is_printed_in_full(monkeypatch, capsys):
     assert capsys.readouterr().out == f"recipe    flow_muon: {spelled}\n"
 
 
+@pytest.mark.parametrize("option", [("--method", "speed"), ("--method=speed",)])
+def test_a_recipe_given_as_a_method_is_refused_with_the_option_that_takes_it(capsys, option):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "digits", *option])
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "'speed' is a recipe" in printed
+    assert "give --recipe speed, or its method alone, --method speed_paper." in printed
+
+
 @pytest.mark.parametrize("recipe", ['"flow_moun"', "3", '["flow"]'])
 def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path, capsys, recipe):
     path = file(tmp_path, f"recipe = {recipe}\n")

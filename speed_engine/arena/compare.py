@@ -312,7 +312,8 @@ class Comparison:
             "solver_steps": list(plan.solver_steps),
             "budget_seconds": plan.budget_seconds,
         }
-        if not path.exists():
+        refused = path.exists() and [*self.out.iterdir()] == [path]  # before its first run
+        if refused or not path.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
             return

@@ -104,6 +104,7 @@ def test_every_contestant_of_the_ablation_resolves_and_differs():
 def test_a_comparison_of_version_0_1_goes_on_under_its_conditions(tmp_path):
     kept = Path(__file__).parents[2] / "docs" / "results" / "digits" / "compare.json"
     (tmp_path / "compare.json").write_bytes(kept.read_bytes())
+    (tmp_path / "runs").mkdir()
     then = json.loads(kept.read_text())
     plan = Plan(
         config=from_json(json.dumps(then["config"])),
@@ -117,6 +118,23 @@ def test_a_comparison_of_version_0_1_goes_on_under_its_conditions(tmp_path):
     shorter = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=7))
     with pytest.raises(UserError, match="config.steps was .*, is 7"):
         Comparison(shorter, tmp_path, 1, 1, Console(quiet=True))
+
+
+def test_a_comparison_that_was_refused_before_its_first_run_begins_again_as_corrected(tmp_path):
+    plan = Plan(
+        config=BASE,
+        contestants=("uniform",),
+        seeds=1,
+        learning_rates=(),
+        solver_steps=(),
+        budget_seconds=None,
+    )
+    Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+    corrected = dataclasses.replace(plan, config=dataclasses.replace(BASE, batch_size=7))
+    Comparison(corrected, tmp_path, 1, 1, Console(quiet=True))
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="config.batch_size was 7, is "):
+        Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
 
 
 def test_a_share_of_the_budget_is_a_shorter_run_with_evaluations_as_far_apart():

@@ -189,10 +189,9 @@ def _attention_backward_kernel(
     y, y_rest = _load(y_ptr, tokens, dim, WIDTH, WIDE, REST)
     delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), axis=1)
     dq = tl.zeros((TOKENS, WIDE), dtype=tl.float32)
-    dq_rest = None
+    dq_rest = tl.zeros((TOKENS, REST if REST else 16), dtype=tl.float32)
     if REST:
         delta += tl.sum(dy_rest.to(tl.float32) * y_rest.to(tl.float32), axis=1)
-        dq_rest = tl.zeros((TOKENS, REST), dtype=tl.float32)
         _store_sums(partial_ptr + 2 * dim, dy.to(tl.float32), dy_rest.to(tl.float32), WIDTH)
     else:
         _store_sums(partial_ptr + 2 * dim, dy.to(tl.float32), None, WIDTH)
@@ -220,8 +219,8 @@ def _attention_backward_kernel(
         dk_rest = _dot(tl.trans(ds), q_rest) if REST else None
         _store(dqkv_ptr + dim, keys, stride, dk, dk_rest, WIDTH)
 
-    _store(dqkv_ptr, tokens, stride, dq, dq_rest, WIDTH)
-    _store_sums(partial_ptr, dq, dq_rest, WIDTH)
+    _store(dqkv_ptr, tokens, stride, dq, dq_rest if REST else None, WIDTH)
+    _store_sums(partial_ptr, dq, dq_rest if REST else None, WIDTH)
     _store_sums(partial_ptr + dim, dq * 0.0, dq_rest * 0.0 if REST else None, WIDTH)
 
 

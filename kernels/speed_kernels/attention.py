@@ -28,7 +28,7 @@ from speed_kernels.language import INTERPRETED, rounded, runs_kernels, tl, trito
 
 # Tokens that the kernel takes, all of an image; keys that a program meets at a time, and how far it
 # reads ahead of them. Tuned on an H200: benchmarks/results/nvidia-h200/gpu_tune.json.
-TOKENS, KEYS, STAGES = (64, 128, 256), 64, 2
+TOKENS, KEYS, STAGES = (64, 128, 256), 64, 3
 DTYPES = (torch.bfloat16, torch.float16)  # others go through PyTorch's attention
 WIDEST = 80  # of a head; beyond, a program's tiles leave the registers
 LOG2_E = tl.constexpr(1.4426950408889634)

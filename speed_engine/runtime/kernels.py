@@ -19,9 +19,8 @@ KERNEL_FAMILIES = {
     "objective": ("clean images, noised input and loss", "each one pass over memory"),
     "block": (
         "adaLN, gates, GELU, bias gradients and, on Hopper, the gradient of attention",
-        # benchmarks/results/nvidia-h200/gpu_xl.json, "default" and "kernels off"
-        "with those before and without attention's, 408 ms instead of 434 for a step of DiT-XL/2 "
-        "on an H200",
+        # benchmarks/results/nvidia-h200/gpu_third.json, "default" and "kernels off"
+        "with those before, 402 ms instead of 427 for a step of DiT-XL/2 on an H200",
     ),
     "norms": (
         "QK-norm with RoPE, group norm with SiLU",

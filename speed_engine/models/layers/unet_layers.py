@@ -19,7 +19,7 @@ from speed_engine.runtime.checks import UserError
 def laid_out(x: Tensor) -> Tensor:
     """Images as convolutions want them: on a GPU with channels last, which all layers then keep.
 
-    The step of the paper's U-Net takes an H200 a sixth less time so
+    The kernels of a step of the paper's U-Net take an H200 a seventh less time so
     (``benchmarks/results/nvidia-h200/gpu_defaults.json``).
     """
     return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x

@@ -210,16 +210,15 @@ TUNED = {  # parameters in the source before, and since
 
 
 def gpu_tuning() -> str:
-    found = result("gpu_tune", GPU_MACHINE)
-    if found is None:
+    tried = gpu("tune")
+    if not tried:
         return missing("gpu.py tune")
-    tried = found.get("rows", found)  # the committed one is older than rows
     body = []
     for name, (kernel, before, after) in TUNED.items():
         values = tried[kernel]
         tried_of = [value for value in values.values() if isinstance(value, list)]
-        times = [f"{values[key][0]:.3f}" for key in (before, after)]
-        body.append([name, *times, f"{len(tried_of)}"])
+        milliseconds = [f"{values[key][0]:.3f}" for key in (before, after)]
+        body.append([name, *milliseconds, f"{len(tried_of)}"])
     return rows(["", "before, ms", "since, ms", "parameters tried"], body)
 
 

@@ -36,7 +36,7 @@ SECTIONS: dict[str, tuple[Callable[[Rows], None], int]] = {
     "xl": (gpu_xl.measure, 400),
     "tune": (gpu_tune.measure, 60),
     "train": (gpu_train.measure, 150),
-    "arena": (gpu_arena.measure, 330),
+    "arena": (gpu_arena.measure, 450),
 }
 
 

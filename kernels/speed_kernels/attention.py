@@ -68,7 +68,7 @@ def takes(qkv: Tensor, num_heads: int) -> bool:
 def _is_hopper(device: torch.device) -> bool:
     """An H100, H200 or GH200: elsewhere the tiles fit worse, and nothing was measured.
 
-    None where a fake CUDA tensor is counted on a machine without a GPU.
+    False for the fake CUDA tensors of an estimate on a machine without a GPU.
     """
     return torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] == 9
 

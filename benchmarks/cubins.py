@@ -49,6 +49,7 @@ class Case(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     num_warps: int = 4
+    architectures: tuple[int, ...] = ARCHITECTURES  # that launch it
 
 
 MULTIPLE = ("i32", 16)
@@ -104,8 +105,8 @@ def attention_backward(width: int) -> Case:
     """Of 256 tokens in bfloat16."""
     pointers, sizes = (BF16, BF16, BF16, FP32, BF16, FP32), ("i32", "fp32")  # heads, scale
     constants = (*attention.tiles(width).values(), 256, attention.KEYS, attention.STAGES)
-    kernel = attention._attention_backward_kernel
-    return Case(kernel, (*pointers, *sizes, *constants), attention.num_warps(256))
+    kernel, num_warps = attention._attention_backward_kernel, attention.num_warps(256)
+    return Case(kernel, (*pointers, *sizes, *constants), num_warps, architectures=(90,))
 
 
 def group_norm(kernel: str, channels_last: bool) -> Case:
@@ -304,6 +305,7 @@ def main() -> None:
         f"{name}, sm_{architecture}": report(compile_case(CASES[name], architecture))
         for architecture in options.architectures
         for name in options.kernels
+        if architecture in CASES[name].architectures
     }
     if options.json:
         print(json.dumps({name: figures._asdict() for name, figures in reports.items()}))

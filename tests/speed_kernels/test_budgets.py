@@ -73,6 +73,7 @@ BUDGETS = LIMITS | MOVED[toolchain.nearest(MOVED)]
 # Bytes of stack, and accesses to it, of the one kernel that was faster with them than any without
 # was on an H200: benchmarks/results/nvidia-h200/gpu_attention.json.
 SPILLED = {"attention_backward 72": (96, 46)}
+HOPPERS = {"attention_backward", "attention_backward 72"}  # launched on sm_90 only
 EXACT = ("random_bits", "normal", "noised_input", "squared_error", "clean_images")
 
 # Cases that must break a budget, and whether the noise kernel depends on contraction.
@@ -116,12 +117,13 @@ def reports(request):
     architecture = str(request.param)
     script = str(ROOT / "benchmarks" / "cubins.py")
     reports = run(script, "--json", "--architectures", architecture)
-    return {name.removesuffix(f", sm_{architecture}"): each for name, each in reports.items()}
+    kernels = {name.removesuffix(f", sm_{architecture}"): each for name, each in reports.items()}
+    assert kernels.keys() == BUDGETS.keys() - (HOPPERS if architecture != "90" else set())
+    return kernels
 
 
 @pytest.mark.long
 def test_no_kernel_spills_or_contracts_the_noise_and_each_stays_within_its_budget(reports):
-    assert reports.keys() == BUDGETS.keys()
     over = []
     for name, report in reports.items():
         stack, spills = SPILLED.get(name, (0, 0))

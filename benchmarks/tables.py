@@ -19,6 +19,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import bench_loader
+from candidates import CANDIDATES, CASES
 from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
 from speed_engine.arena.speedup import LOSS, complete_runs
 from speed_engine.arena.summary import against, written, written_interval
@@ -452,6 +453,43 @@ def cifar_ddpm_tuning() -> str:
     return rows(["method, target, learning rate of AdamW", "FID at 102,400 images"], body)
 
 
+def candidates() -> str:
+    """What was tried in place of the recipe: figures, and how far off the recipe's own they are."""
+    found = result("candidates")
+    if found is None:
+        return missing("candidates.py")
+    names = {"digits": "digits", "cifar16": "CIFAR-10"}
+    head = ["in place of the recipe"]
+    for case in CASES:
+        head += [f"{names[case]}: FID", "validation loss", "a step"]
+    body = [
+        [candidate.what, *(cell for case in CASES for cell in _candidate(found, case, name))]
+        for name, candidate in CANDIDATES.items()
+    ]
+    return rows(head, [line for line in body if any(cell != "–" for cell in line[1:])])
+
+
+def _candidate(found: dict[str, Any], case: str, name: str) -> list[str]:
+    """FID, validation loss and time of a step, against the recipe with the same seeds."""
+    runs = found["runs"].get(case, {})
+    cells = []
+    for key in ("held_out_fid", "validation_loss"):
+        own = {seed: of[key] for seed, of in runs.get(name, {}).items()}
+        recipe = [runs["recipe"][seed][key] for seed in own]
+        cells.append(_against(list(own.values()), recipe))
+    times = {of: timing["median"] for of, timing in found["step_ms"].get(case, {}).items()}
+    cells.append(f"{times[name] / times['recipe']:.2f}×" if name in times else "–")
+    return cells
+
+
+def _against(own: list[float], recipe: list[float]) -> str:
+    """The mean, and by how many per cent it is above that of the recipe."""
+    if not own:
+        return "–"
+    above = 100 * (fmean(own) / fmean(recipe) - 1)
+    return f"{fmean(own):.3g}" if own == recipe else f"{fmean(own):.3g} ({above:+.1f} %)"
+
+
 # What is changed: the method, the process and the optimizer of the contestant.
 RUNGS = {
     "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
@@ -516,6 +554,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile_pays": compile_pays,
     "cifar_tuning": cifar_tuning,
     "cifar_ddpm_tuning": cifar_ddpm_tuning,
+    "candidates": candidates,
     "ladder_cifar": partial(ladder, "cifar16"),
     "ladder_digits": partial(ladder, "recipe-digits"),
     "proofs": proofs,

@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (UserError, OSError, FloatingPointError) as error:
         _fail(in_words(error))
     except KeyboardInterrupt:
-        _fail(f"interrupted; {CONTINUED}")
+        again = CONTINUED if arguments[:1] == ["train"] else "run the same command again to go on."
+        _fail(f"interrupted; {again}")
 
 
 def _chosen(arguments: list[str]) -> Callable[[list[str], Console], None] | None:

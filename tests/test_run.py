@@ -113,6 +113,24 @@ def test_a_resumed_run_says_from_which_step_and_takes_what_may_change(run, capsy
     }
 
 
+def test_a_run_that_another_process_trains_is_not_resumed(run, capsys):
+    hold = "import sys; from pathlib import Path; from speed_engine.runtime.locks import held\n"
+    hold += "with held(Path(sys.argv[1]), 'trained'): print('held', flush=True); sys.stdin.read()"
+    before = (run / "config.json").read_text()
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["train", "--resume", str(run), "--steps", "6"])
+        assert stopped.value.code == 2
+        assert "is being trained by another command" in " ".join(capsys.readouterr().err.split())
+        assert (run / "config.json").read_text() == before
+        other.communicate()
+    cli.main(["train", "--resume", str(run), "--steps", "6"])
+    assert read_config(run).steps == 6
+
+
 def test_the_learning_rate_is_recorded(run):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [record["learning_rate"] for record in records if "loss" in record]

@@ -55,7 +55,7 @@ class Compared:
 
 def compare(
     config: str | Path | TrainConfig,
-    methods: Sequence[str] = ("uniform", "speed_paper"),
+    methods: Sequence[str] | None = None,
     folder: str | Path | None = None,
     *,
     seeds: int = 5,
@@ -74,8 +74,8 @@ def compare(
     Args:
         config: a preset, of which 30 % of the images are held out, or a configuration or its file,
             which says itself what is held out.
-        methods: ``METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]`` each. The baselines that
-            speed-ups refer to are added.
+        methods: ``METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]`` each. By default uniform and
+            the method of ``config``. The baselines that speed-ups refer to are added.
         folder: of the comparison. By default comparisons/NAME.
         seeds: number of runs of each method.
         evaluations: of each run, at equal distances.
@@ -101,7 +101,7 @@ def compare(
         True
     """
     lists = {
-        "methods": [methods] if isinstance(methods, str) else methods,
+        "methods": [methods] if isinstance(methods, str) else () if methods is None else methods,
         "learning_rates": learning_rates,
         "final_solver_steps": final_solver_steps,
     }
@@ -113,7 +113,7 @@ def compare(
     command = CompareCommand(
         preset=start.name,
         config=start.config(changes),
-        methods=",".join(names),
+        methods=None if methods is None else ",".join(names),
         seeds=seeds,
         evaluations=evaluations,
         learning_rates=tuple(rates),

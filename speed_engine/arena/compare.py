@@ -44,6 +44,7 @@ from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.locks import LOCK_FILE, held
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
 PLAN_FILE = "compare.json"
@@ -62,7 +63,7 @@ def compare(command: CompareCommand, console: Console) -> Path:
     check_libraries()
     plan = Plan(
         config=within_budget(command),
-        contestants=tuple(name.strip() for name in command.methods.split(",") if name.strip()),
+        contestants=command.contestants,
         seeds=command.seeds,
         learning_rates=command.learning_rates,
         solver_steps=command.final_solver_steps,
@@ -71,13 +72,14 @@ def compare(command: CompareCommand, console: Console) -> Path:
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
     comparison = Comparison(plan, out, slots, threads, console)
-    try:
-        comparison.run()
-    except KeyboardInterrupt:
-        if (out / RESULTS_FILE).exists():
-            _report(out, console)
-        raise
-    _report(out, console)
+    with held(out, "filled"):
+        try:
+            comparison.run()
+        except KeyboardInterrupt:
+            if (out / RESULTS_FILE).exists():
+                _report(out, console)
+            raise
+        _report(out, console)
     return out
 
 
@@ -312,8 +314,8 @@ class Comparison:
             "solver_steps": list(plan.solver_steps),
             "budget_seconds": plan.budget_seconds,
         }
-        refused = path.exists() and [*self.out.iterdir()] == [path]  # before its first run
-        if refused or not path.exists():
+        begun = path.exists() and {of.name for of in self.out.iterdir()} - {PLAN_FILE, LOCK_FILE}
+        if not begun:
             self.out.mkdir(parents=True, exist_ok=True)
             write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
             return

@@ -50,11 +50,11 @@ class CompareCommand:
     compare --help` lists at its end, or a file, FILE.toml or FILE.json, which says itself how many
     images it holds out and what is measured."""
     config: TrainConfig
-    methods: str = "uniform,speed_paper"
+    methods: str | None = None
     """Methods to compare, separated by commas: METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...],
     such as speed_paper@linear:v+k=3, or a recipe of `speed-engine train --recipe`. `all` is every
-    method, `ablation` is SpeeD without each of its parts. The baselines that speed-ups refer to are
-    added."""
+    method, `ablation` is SpeeD without each of its parts. By default uniform and the method of the
+    preset or the file. The baselines that speed-ups refer to are added."""
     seeds: int = 5
     """Number of seeds, from --seed on; every method has one run with each of them."""
     budget_images: int | None = None
@@ -80,8 +80,8 @@ class CompareCommand:
     """Folder of the comparison. By default comparisons/PRESET."""
 
     def __post_init__(self) -> None:
-        named = [name for name in self.methods.split(",") if name.strip()]
-        check("methods", self.methods, bool(named), "name one or more, separated by commas")
+        some = bool(self.contestants)
+        check("methods", self.methods, some, "name one or more, separated by commas")
         check_whole("seeds", self.seeds, 1, MOST_SEEDS)
         check_whole("evaluations", self.evaluations, 1, MOST)
         if self.budget_images is not None:
@@ -103,6 +103,13 @@ class CompareCommand:
             "a comparison decides by fid, which needs evaluation.features",
         )
         self._refuse_what_has_no_effect()
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """The names of what is compared, in order; the baselines that are added are not in it."""
+        if self.methods is None:
+            return tuple(dict.fromkeys(("uniform", self.config.method)))
+        return tuple(name.strip() for name in self.methods.split(",") if name.strip())
 
     def _refuse_what_has_no_effect(self) -> None:
         """Options of a run in whose place a comparison has its own."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -159,6 +160,9 @@ def _make(arguments: list[str], console: Console) -> None:
         what = "unusable picture was" if left_out == 1 else "unusable pictures were"
         _say(console, f"{left_out:,} {what} left out, each named above")
     _say(console, f"contact sheet: {summary.draw_contact_sheet()}")
+    if command.split == "train":
+        out = shlex.quote(str(command.out))
+        _say(console, f"train on it: speed-engine train --data.source {out}")
 
 
 def _encode(arguments: list[str], console: Console) -> None:

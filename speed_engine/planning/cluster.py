@@ -23,7 +23,7 @@ import torch
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.planning.cost import UPDATE_BYTES, Estimate, estimate
+from speed_engine.planning.cost import UPDATE_BYTES, Estimate, duration, estimate, short
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_parallel
@@ -32,6 +32,7 @@ from speed_engine.runtime.world import World
 
 # Assumed, as nothing of it has been measured: seconds of a collective per doubling of its devices.
 NODE_LATENCY, NETWORK_LATENCY = 5e-6, 10e-6
+LAUNCHES = 7e-3  # seconds of the digits' step on an H200, as one CUDA graph: hardly any arithmetic
 
 
 @dataclass(frozen=True)
@@ -126,24 +127,31 @@ def describe(
     verdict = "fits" if need < 0.9 * memory else "does not fit: lower microbatch_size or add GPUs"
     alone = planned.compute_seconds
     rates = [config.batch_size / seconds for seconds in (longest, shortest)]
-    hours = [config.steps * seconds / 3600 for seconds in (shortest, longest)]
+    whole = [config.steps * seconds for seconds in (shortest, longest)]
+    launches = "; launches, not counted, take longer" if alone < LAUNCHES else ""
     bound = "communication" if planned.communication_seconds > alone else "arithmetic"
     return {
         "layout": f"{planned.layout} on {gpus} {gpu}, {planned.images:g} images each per step",
-        "memory": f"{need / 1e9:.1f} GB of {memory / 1e9:.0f} per GPU, {verdict}: state "
-        f"{planned.state_bytes / 1e9:.2f}, blocks in use {planned.gathered_bytes / 1e9:.2f}, "
-        f"activations {planned.activation_bytes / 1e9:.1f}",
-        "sent": f"{planned.sent_bytes / 1e9:.2f} GB per GPU and step, "
-        f"{1e3 * planned.communication_seconds:.1f} ms",
-        "compute": f"{1e3 * alone:.1f} ms per step at {efficiency:.0%} of the peak rate, which is "
-        "assumed, not measured",
-        "step": f"{1e3 * shortest:.1f} to {1e3 * longest:.1f} ms (communication behind arithmetic, "
+        "memory": f"{short(need)}B of {short(memory)}B per GPU, {verdict}: state "
+        f"{short(planned.state_bytes)}B, blocks in use {short(planned.gathered_bytes)}B, "
+        f"activations {short(planned.activation_bytes)}B",
+        "sent": f"{short(planned.sent_bytes)}B per GPU and step, "
+        f"{1e3 * planned.communication_seconds:.3g} ms",
+        "compute": f"{1e3 * alone:.3g} ms per step at {efficiency:.0%} of the peak rate, which is "
+        f"assumed, not measured{launches}",
+        "step": f"{1e3 * shortest:.3g} to {1e3 * longest:.3g} ms (communication behind arithmetic, "
         f"or not at all): {rates[0]:,.0f} to {rates[1]:,.0f} images/s, bound by {bound}",
         "scaling": f"{alone / longest:.0%} to {alone / shortest:.0%} of {gpus} times one GPU with "
         "the same images each",
-        "run": f"{config.steps:,} steps: {hours[0]:.3g} to {hours[1]:.3g} hours, "
-        f"{gpus * hours[0]:,.0f} to {gpus * hours[1]:,.0f} GPU-hours",
+        "run": f"{config.steps:,} steps: {duration(whole[0])} to {duration(whole[1])}, "
+        f"{_hours(gpus * whole[0])} to {_hours(gpus * whole[1])} GPU-hours",
     }
+
+
+def _hours(seconds: float) -> str:
+    """Whole ones where there are many."""
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 class _Span(NamedTuple):

@@ -109,21 +109,21 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
     return {
         "model": f"{config.model.size or config.model.family} on {shape}, {conditioned}",
         "parameters": f"{cost.parameters:,}",
-        "FLOPs": f"{_short(cost.forward_flops)}FLOP per image forward "
-        f"({_short(cost.forward_flops / 2)}MAC), {_short(cost.training_flops)}FLOP trained",
-        "state": f"{_short(cost.state_bytes)}B: parameters and gradients "
-        f"{_short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
-        f"{_short(4 * cost.parameters)}B; float32",
-        "activations": f"{_short(cost.kept.per_image)}B per image on a GPU, under bfloat16 "
-        f"autocast, and {_short(cost.kept.weights)}B of weights once more",
-        "memory": f"{_short(cost.gpu_bytes)}B of one {gpu}'s {_short(device.memory)}B, with "
+        "FLOPs": f"{short(cost.forward_flops)}FLOP per image forward "
+        f"({short(cost.forward_flops / 2)}MAC), {short(cost.training_flops)}FLOP trained",
+        "state": f"{short(cost.state_bytes)}B: parameters and gradients "
+        f"{short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
+        f"{short(4 * cost.parameters)}B; float32",
+        "activations": f"{short(cost.kept.per_image)}B per image on a GPU, under bfloat16 "
+        f"autocast, and {short(cost.kept.weights)}B of weights once more",
+        "memory": f"{short(cost.gpu_bytes)}B of one {gpu}'s {short(device.memory)}B, with "
         f"all {cost.batch_size} images of a step at once{_in_parts(cost, device)}",
         "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "
-        f"images/s: products at {_short(device.bf16_flops)}FLOP/s, and the update of "
-        f"{UPDATE_BYTES} bytes per parameter at {_short(device.bandwidth)}B/s",
+        f"images/s: products at {short(device.bf16_flops)}FLOP/s, and the update of "
+        f"{UPDATE_BYTES} bytes per parameter at {short(device.bandwidth)}B/s",
         "compile": "{}: {}".format(*_compiled(config, cost, device)),
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
-        f"{_duration(config.steps * floor)}",
+        f"{duration(config.steps * floor)}",
     }
 
 
@@ -149,26 +149,26 @@ def _in_parts(cost: Estimate, device: Gpu) -> str:
     need = cost.state_bytes + cost.kept.weights + images * cost.kept.per_image
     if need > USED_SHARE * device.memory:
         return "; it does not fit, even one by one: take more GPUs, or --model.checkpointing 1"
-    return f"; it takes {images} at a time, and {_short(need)}B"
+    return f"; it takes {images} at a time, and {short(need)}B"
 
 
 def _optimizer(cost: Estimate) -> str:
     if not cost.muon_parameters:
-        return f"AdamW {_short(cost.optimizer_bytes)}B"
+        return f"AdamW {short(cost.optimizer_bytes)}B"
     return (
-        f"Muon and AdamW {_short(cost.optimizer_bytes)}B (Muon's products take "
-        f"{_short(cost.muon_flops)}FLOP a step)"
+        f"Muon and AdamW {short(cost.optimizer_bytes)}B (Muon's products take "
+        f"{short(cost.muon_flops)}FLOP a step)"
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the largest unit of which it is one or more."""
     if seconds < 60:
         return f"{seconds:.3g} seconds"
     return f"{seconds / 60:.3g} minutes" if seconds < 3600 else f"{seconds / 3600:.3g} hours"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Three or four digits and the decimal prefix of a unit."""
     for prefix in ("", "k", "M", "G"):
         if number < 999.95:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from speed_engine import cli
+from speed_engine.arena.request import CompareCommand
 from speed_engine.arena.results import read_results
 from speed_engine.arena.runs import execute
 
@@ -131,7 +132,40 @@ def test_an_interruption_reports_the_runs_that_are_complete(tmp_path, monkeypatc
     curves = {c.contestant: c for c in read_results(out / "results.json").curves}
     assert curves["uniform"].failure is None and len(curves["uniform"].points) == 2
     assert curves["uniform@flow:velocity"].failure == "it has not begun"
-    assert "report" in capsys.readouterr().out and (out / "report.html").exists()
+    said = capsys.readouterr()
+    assert "report" in said.out and (out / "report.html").exists()
+    assert "interrupted; run the same command again" in said.err and "--resume" not in said.err
+
+
+@pytest.mark.parametrize(
+    "named, compared",
+    [([], ("uniform", "min_snr+gamma=3")), (["--methods", "clts"], ("clts",))],
+)
+def test_the_method_of_a_file_is_compared_unless_others_are_named(
+    tmp_path, monkeypatch, named, compared
+):
+    """Nothing that a file says is left out silently."""
+    (tmp_path / "mine.toml").write_text('method = "min_snr+gamma=3"\nsteps = 100\n')
+    asked: list[CompareCommand] = []
+    monkeypatch.setattr("speed_engine.arena.compare.compare", lambda of, console: asked.append(of))
+    cli.main(["compare", str(tmp_path / "mine.toml"), *named])
+    assert asked[0].contestants == compared
+
+
+def test_a_second_command_on_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):
+    """By another process, as a lock is no obstacle to the process that holds it."""
+    out = tmp_path / "out"
+    again: list[subprocess.CompletedProcess] = []
+    options = [*OPTIONS, "--methods", "uniform", "--learning-rates", "1e-3", "--seeds", "1"]
+    command = [sys.executable, "-m", "speed_engine", "compare", "digits", *options, "--out", out]
+
+    def meanwhile(*ignored):
+        again.append(subprocess.run(list(map(str, command)), capture_output=True, text=True))
+
+    monkeypatch.setattr("speed_engine.arena.compare.measure_references", lambda config: {})
+    monkeypatch.setattr("speed_engine.arena.compare.execute", meanwhile)
+    cli.main(["compare", "digits", *options, "--out", str(out)])
+    assert again[0].returncode == 2 and "is being filled by another command" in again[0].stderr
 
 
 def test_what_no_network_made_is_measured_once(tmp_path, monkeypatch):

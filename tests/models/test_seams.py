@@ -1,7 +1,6 @@
 """What a network may declare, used as a researcher would: routed tokens, a loss on features.
 
-``Routed`` is TREAD (Krause et al. 2025) and ``Dispersive`` the dispersive loss (Wang and He 2025)
-in small. They train with the engine as it is.
+TREAD and the dispersive loss train with the engine as it is.
 """
 
 from typing import Any
@@ -10,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from candidates import Dispersive, Routed, Watched
 from speed_engine.data.batch import Batch
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.objective import Objective, training_passes
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.terms import Pass
 from speed_engine.models.dit import DiT
-from speed_engine.models.layers.open_sum import opened
 from speed_engine.models.super_resolution import SuperResolution, conditioned_channels
 from speed_engine.ops import Stream, random_bits
 from speed_engine.training.ema import Ema, warming_up
@@ -28,63 +27,6 @@ SIZE: dict[str, Any] = {
     "input_size": (4, 6), "channels": 2, "patch_size": 1, "dim": 16, "depth": 4, "num_heads": 2,
     "num_classes": 5, "variant": "modern",
 }  # fmt: skip
-
-
-class Routed(DiT):
-    """In training, a random half of each image's tokens goes around all but the outer blocks."""
-
-    kept_share = 0.5
-
-    @property
-    def training_passes(self) -> tuple[dict[str, int], ...]:
-        return ({"route_words": self.pos_embed.shape[1]},)
-
-    def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, route_words: Tensor | None = None
-    ) -> Tensor:
-        if route_words is None:
-            return super().forward(x, t, labels)
-        condition, rotation = self.condition(t, labels), self.rotation()
-        kept = route_words.argsort(dim=1)[:, : int(self.kept_share * route_words.shape[1])]
-        first, middle, last = self.blocks[:1], self.blocks[1:-1], self.blocks[-1:]
-        tokens = self.through(first, self.embed(x), condition, *rotation).closed()
-        index = kept[:, :, None].expand(-1, -1, tokens.shape[2])
-        own = [table[kept] for table in rotation]
-        routed = self.through(middle, opened(tokens.gather(1, index)), condition, *own).closed()
-        tokens = tokens.scatter(1, index, routed)
-        return self.answer(self.through(last, opened(tokens), condition, *rotation), condition)
-
-
-class Watched(DiT):
-    """Returns the tokens after any of its blocks."""
-
-    @property
-    def features(self) -> tuple[str, ...]:
-        return tuple(f"blocks.{i}" for i in range(len(self.blocks)))
-
-    def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, features: tuple[str, ...] = ()
-    ) -> Any:
-        condition, stream, seen = self.condition(t, labels), self.embed(x), {}
-        for name, block in zip(self.features, self.blocks, strict=True):
-            stream = self.through([block], stream, condition, *self.rotation())
-            if name in features:
-                seen[name] = stream.closed()
-        answer = self.answer(stream, condition)
-        return (answer, seen) if features else answer
-
-
-class Dispersive(nn.Module):
-    """weight log mean over j of exp(-|z_i - z_j|^2 / D), which repels the features of images."""
-
-    def __init__(self, name: str, weight: float) -> None:
-        super().__init__()
-        self.features, self.weight = (name,), weight
-
-    def forward(self, seen: Pass) -> Tensor:
-        z = seen.features[self.features[0]].float().flatten(1)
-        distances = (z[:, None] - z).square().mean(2)
-        return self.weight * (-distances).exp().mean(1).log()
 
 
 class Alignment(nn.Module):

@@ -1,6 +1,7 @@
 """The planner's figures follow from counted ones, and real processes send what it says."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -65,6 +66,8 @@ def test_every_preset_can_be_planned(capsys, name):
     cli.main(["plan", name, "--gpus", "8", "--gpu", "a100", "--batch-size", "256"])
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["layout", "memory", "sent", "compute", "step", "scaling", "run"]
+    assert not re.search(r"\b0\.0+ (GB|ms|hours)", " ".join(lines.values()))
+    assert ("launches, not counted" in lines["compute"]) == (name == "digits")
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,8 @@ def test_the_comparison_on_a_gpu_is_one_that_the_command_accepts(monkeypatch, tm
         (found, gpu_arena.METHODS),
         (paced, (*gpu_arena.METHODS, *gpu_arena.FILLERS)),
     ):
-        assert expand(of.methods.split(","), within_budget(of)) == names
-    assert len(paced.methods.split(",")) == found.slots  # as busy as the comparison will be
+        assert expand(of.contestants, within_budget(of)) == names
+    assert len(paced.contestants) == found.slots  # as busy as the comparison will be
 
 
 def test_a_comparison_on_a_gpu_has_the_steps_that_its_time_holds():

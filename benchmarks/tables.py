@@ -459,11 +459,12 @@ def candidates() -> str:
     if found is None:
         return missing("candidates.py")
     names = {"digits": "digits", "cifar16": "CIFAR-10"}
+    cases = [case for case in CASES if case in found["runs"]]
     head = ["in place of the recipe"]
-    for case in CASES:
+    for case in cases:
         head += [f"{names[case]}: FID", "validation loss", "a step"]
     body = [
-        [candidate.what, *(cell for case in CASES for cell in _candidate(found, case, name))]
+        [candidate.what, *(cell for case in cases for cell in _candidate(found, case, name))]
         for name, candidate in CANDIDATES.items()
     ]
     return rows(head, [line for line in body if any(cell != "–" for cell in line[1:])])
@@ -487,7 +488,7 @@ def _against(own: list[float], recipe: list[float]) -> str:
     if not own:
         return "–"
     above = 100 * (fmean(own) / fmean(recipe) - 1)
-    return f"{fmean(own):.3g}" if own == recipe else f"{fmean(own):.3g} ({above:+.1f} %)"
+    return f"{fmean(own):.4g}" if own == recipe else f"{fmean(own):.4g} ({above:+.1f} %)"
 
 
 # What is changed: the method, the process and the optimizer of the contestant.

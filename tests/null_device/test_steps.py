@@ -23,7 +23,7 @@ LAUNCHES = {
         "cifar10-dit": (855, 910),
         "metfaces-dit-xl2": (245, 268),
         "ffhq-dit-xl2": (245, 268),
-        "ffhq-unet": (2068, 2376),
+        "ffhq-unet": (2095, 2376),
         "imagenet256-dit-xl2": (257, 520),
         "imagenet256-unet": (2080, 4911),
         "imagenet256-mdt-s2": (2165, 3015),

@@ -32,7 +32,7 @@ from speed_engine.runtime.world import World
 
 # Assumed, as nothing of it has been measured: seconds of a collective per doubling of its devices.
 NODE_LATENCY, NETWORK_LATENCY = 5e-6, 10e-6
-LAUNCHES = 7e-3  # seconds of the digits' step on an H200, as one CUDA graph: hardly any arithmetic
+LAUNCHES = 7e-3  # seconds: the digits take an H200 as long as one CUDA graph, nearly all launches
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def describe(
     alone = planned.compute_seconds
     rates = [config.batch_size / seconds for seconds in (longest, shortest)]
     whole = [config.steps * seconds for seconds in (shortest, longest)]
-    launches = "; launches, not counted, take longer" if alone < LAUNCHES else ""
+    launches = "; launches, which are not counted, may take longer" if alone < LAUNCHES else ""
     bound = "communication" if planned.communication_seconds > alone else "arithmetic"
     return {
         "layout": f"{planned.layout} on {gpus} {gpu}, {planned.images:g} images each per step",

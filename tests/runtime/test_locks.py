@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import signal
 import subprocess
 import sys
 
@@ -32,16 +34,17 @@ def test_a_folder_is_refused_while_a_process_holds_it_and_free_when_it_was_kille
     ) as holder:
         assert holder.stdout is not None
         child = int(holder.stdout.readline())
-        with pytest.raises(UserError, match="is being trained by another command"):
-            with held(tmp_path, "trained"):
-                pass
-        holder.kill()
-        holder.wait()
         try:
+            with pytest.raises(UserError, match="is being trained by another command"):
+                with held(tmp_path, "trained"):
+                    pass
+            holder.kill()
+            holder.wait()
             with held(tmp_path, "trained"):
                 pass
         finally:
-            subprocess.run(["kill", str(child)])
+            holder.kill()
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_is_free_when_the_block_has_ended(tmp_path):

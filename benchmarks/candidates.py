@@ -136,6 +136,29 @@ class Repeated(Objective):
         return super().forward(model, images, conditions, ids, step, targets)
 
 
+class Normed(muon.Muon):
+    """Rows of an update are divided by the root of what their mean square was so far, and the whole
+    keeps its norm (NorMuon, Li et al. 2025).
+    """
+
+    kept = 0.95  # of the mean squares before
+
+    def __init__(self, weights: Any, **options: Any) -> None:
+        super().__init__(weights, **options)
+        for weight in self._parts:
+            self.state[weight]["square"] = torch.zeros_like(weight.flatten(1)[:, :1])
+
+    def _orthogonal(self, weights: list[Tensor], ahead: Any) -> list[Tensor]:
+        found = []
+        for weight, update in zip(weights, super()._orthogonal(weights, ahead), strict=True):
+            square, rows = self.state[weight]["square"], update.flatten(1)
+            square.lerp_(rows.square().mean(1, keepdim=True), 1 - self.kept)
+            even = rows / (square.sqrt() + muon.TINY)
+            even *= rows.norm() / (even.norm() + muon.TINY)
+            found.append(even.view_as(update))
+        return found
+
+
 class Candidate(NamedTuple):
     what: str
     changes: dict[str, Any] = {}  # of the configuration
@@ -170,18 +193,38 @@ def _steps(count: int) -> None:
     muon.orthogonal = partial(muon.orthogonal, steps=count)
 
 
+def _optimizer_class(kind: type[muon.Muon]) -> None:
+    optimizers.Muon = kind
+
+
 def _optimizer(**changes: Any) -> dict[str, Any]:
     return {"optimizer": changes}
+
+
+def _lean() -> None:
+    _without_modulation()
+    _steps(3)
 
 
 CANDIDATES = {
     "recipe": Candidate("the recipe itself"),
     "no_modulation": Candidate("Muon without adaLN's matrices", put=_without_modulation),
     "three_steps": Candidate("three Newton-Schulz steps", put=partial(_steps, 3)),
-    "both": Candidate("both of these", put=lambda: (_without_modulation(), _steps(3)) and None),
+    "both": Candidate("both of these", put=_lean),
     "momentum_90": Candidate("Muon's momentum 0.9", _optimizer(muon_momentum=0.9)),
     "beta2_99": Candidate("AdamW's beta2 0.99", _optimizer(beta2=0.99)),
     "decay": Candidate("weight decay 0.1", _optimizer(weight_decay=0.1)),
+    "decay_30": Candidate("weight decay 0.3", _optimizer(weight_decay=0.3)),
+    "rate_32": Candidate("Muon's rate 0.032, AdamW's 0.016",
+                         _optimizer(learning_rate=0.032, adamw_learning_rate=0.016)),
+    "normed": Candidate("updates of even rows (NorMuon)", put=partial(_optimizer_class, Normed)),
+    "adamw": Candidate("AdamW instead of Muon", _optimizer(name="adamw")),
+    "adamw_decay": Candidate("AdamW with weight decay 0.1",
+                             _optimizer(name="adamw", weight_decay=0.1)),
+    "lean_decay": Candidate("both, weight decay 0.1", _optimizer(weight_decay=0.1), _lean),
+    "lean_modern": Candidate("both, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
+                             _optimizer(weight_decay=0.1) | {"model": {"variant": "modern"}},
+                             _lean),
     "cosine": Candidate("a cosine to zero", _optimizer(schedule="cosine")),
     "wsd": Candidate("a constant rate, to zero over the last 40 %",
                      _optimizer(schedule="wsd", decay_share=0.4)),

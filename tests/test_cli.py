@@ -330,7 +330,7 @@ def test_the_groups_of_the_help_hold_every_plain_field_of_the_configuration_once
 
 def test_options_reach_their_fields_and_leave_the_others_at_the_presets_values(monkeypatch):
     started = []
-    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[:2]))
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[:2]))
     preset = PRESETS["imagenet256-unet"][1]
     cli.main(
         ["train", "imagenet256-unet", "--run", "somewhere", "--data.members", "npy", "--steps=7"]
@@ -438,7 +438,9 @@ def test_the_methods_are_listed_as_they_are_spelled(capsys):
 
 def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monkeypatch):
     started = []
-    monkeypatch.setattr("speed_engine.run.start", lambda config, folder, _: started.append(folder))
+    monkeypatch.setattr(
+        "speed_engine.run.starting.start", lambda config, folder, _: started.append(folder)
+    )
     cli.main(["train", "digits", "--method", "speed_paper+lam=0.70+k=3.0", "--seed", "4"])
     assert started == [Path("runs/digits-speed_paper-k=3-lam=0.7-4")]
 

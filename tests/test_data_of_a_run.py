@@ -21,7 +21,7 @@ from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import build_trainer, resume, start
+from speed_engine.run.starting import build_trainer, resume, start
 from speed_engine.runtime import machine
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ LAYERS = [  # lowest first; names on one line may not import each other
     {"evaluation"},
     {"training"},
     {"config"},
-    {"build", "changes", "presets"},
+    {"build", "presets"},
     {"planning"},
     {"run"},
     {"arena"},

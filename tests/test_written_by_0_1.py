@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from speed_engine.run import resume
+from speed_engine.run.starting import resume
 
 WRITTEN = Path(__file__).with_name("written_by_0_1")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from speed_engine.commands.sample import generate_files
 from speed_engine.config import from_json
-from speed_engine.run import start
+from speed_engine.run.starting import start
 from speed_engine.runtime import sharding
 
 as_on_gpus = "--as-on-gpus" in sys.argv

@@ -13,7 +13,7 @@ from speed_engine.data.facts import classes_with_samples
 from speed_engine.data.opening import condition_names, null_conditions
 from speed_engine.evaluation.conditions import known_dataset
 from speed_engine.evaluation.metrics import is_figure
-from speed_engine.run import (
+from speed_engine.run.starting import (
     CONFIG_FILE,
     load_average,
     load_network,

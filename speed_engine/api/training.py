@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.console import Console
 
-from speed_engine import run as runs
 from speed_engine.api.loading import Device, of_run
 from speed_engine.api.model import Model
 from speed_engine.arena.recipes import RecipeName
@@ -14,6 +13,7 @@ from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
 from speed_engine.config import TrainConfig, with_values
+from speed_engine.run import starting as runs
 from speed_engine.runtime.progress import announcing
 from speed_engine.runtime.records import read_records
 from speed_engine.training.ema import EMA

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from speed_engine.arena.planned import Run, is_complete, log_file
-from speed_engine.run import resume, start
+from speed_engine.run.starting import resume, start
 from speed_engine.runtime.workers import end_with_parent
 from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE
 

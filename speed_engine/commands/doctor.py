@@ -8,7 +8,7 @@ from rich.text import Text
 
 from speed_engine.commands.options import read_options
 from speed_engine.presets import PRESETS
-from speed_engine.run import machine_choices
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime import kernels, machine
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import cache_folder

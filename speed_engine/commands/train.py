@@ -75,7 +75,7 @@ def run(arguments: list[str], console: Console) -> None:
         for name, text in cost.describe(config, command.gpu).items():
             console.print(f"{name:12}{text}", highlight=False, markup=False, soft_wrap=True)
         return
-    from speed_engine import run as runs
+    from speed_engine.run import starting as runs
 
     if command.recipe is not None:
         line = f"recipe    {command.recipe}: {RECIPES[command.recipe][1]}"
@@ -93,7 +93,7 @@ def _resume(arguments: Sequence[str], console: Console) -> None:
     if folder is None and not {"-h", "--help"} & {*arguments}:
         raise UserError("a folder is missing: speed-engine train --resume RUN [options].")
     # Not at the top: it needs torch, which the other helps do without.
-    from speed_engine import run as runs
+    from speed_engine.run import starting as runs
 
     command = ResumeCommand()
     if folder is not None:

@@ -229,7 +229,7 @@ def test_the_card_has_the_figures_of_its_own_average(tmp_path, run):
 
 def test_numbers_of_numpy_are_numbers(run, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[0]))
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[0]))
     rate = np.logspace(-3, -2, 2, dtype=np.float32)[0]
     se.train("digits", tmp_path, steps=np.int64(7), optimizer={"learning_rate": rate})
     assert started[0].steps == 7 and started[0].optimizer.learning_rate == float(rate)
@@ -250,7 +250,7 @@ def test_metrics_are_a_table(run):
 
 def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[:2]))
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[:2]))
     monkeypatch.chdir(tmp_path)
     Path("mine.toml").write_text('preset = "digits"\nsteps = 7\nseed = 3\n')
     digits = PRESETS["digits"][1]

@@ -38,7 +38,7 @@ def file(tmp_path, text: str, name: str = "mine.toml") -> str:
 def trained(monkeypatch, *arguments: str) -> tuple[TrainConfig, Path]:
     """What a run would be started with."""
     started = []
-    monkeypatch.setattr("speed_engine.run.start", lambda *run: started.append(run[:2]))
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[:2]))
     cli.main(["train", *arguments])
     return started[0]
 
@@ -98,7 +98,7 @@ def test_the_record_of_the_data_holds_before_the_preset_and_the_file_before_the_
 @pytest.mark.parametrize("name", ["saved.toml", "saved.json"])
 def test_save_config_writes_every_field_and_trains_nothing(tmp_path, monkeypatch, capsys, name):
     path = tmp_path / name
-    monkeypatch.setattr("speed_engine.run.start", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *_: pytest.fail("it trained"))
     cli.main(["train", "emoji32", "--steps", "9", "--save-config", str(path)])
     assert "written" in capsys.readouterr().out
     expected = dataclasses.replace(PRESETS["emoji32"][1], steps=9)

@@ -19,7 +19,7 @@ from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import set_frequency_shift
-from speed_engine.run import load_average, read_config
+from speed_engine.run.starting import load_average, read_config
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
 

@@ -21,7 +21,7 @@ from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.conditions import generation_conditions
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.presets import PRESETS
-from speed_engine.run import build_trainer
+from speed_engine.run.starting import build_trainer
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import ALONE
 

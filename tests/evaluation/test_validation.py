@@ -104,7 +104,7 @@ def test_processes_share_the_images_out_and_agree(monkeypatch):
 def test_a_run_without_features_records_it(tmp_path: Path):
     from rich.console import Console
 
-    from speed_engine import run
+    from speed_engine.run import starting as run
 
     config = TrainConfig(
         steps=2, batch_size=4, model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu",

@@ -26,7 +26,7 @@ from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network
 from speed_engine.models.layers.open_sum import opened
-from speed_engine.run import read_config, resume, start
+from speed_engine.run.starting import read_config, resume, start
 from speed_engine.runtime.sharding import blocks
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.trainer import EMA_FILE

@@ -28,7 +28,7 @@ from speed_engine.data.batch import Batch
 from speed_engine.data.opening import condition_shapes, null_conditions
 from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.presets import PRESETS
-from speed_engine.run import machine_choices
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime import kernels
 from speed_engine.runtime.world import ALONE
 from speed_engine.training.ema import EMA

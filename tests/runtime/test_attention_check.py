@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.backends import cuda
 
-from speed_engine import run
 from speed_engine.build import attention_shapes
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig
 from speed_engine.ops import ALL_KERNELS, use_kernels
 from speed_engine.presets import PRESETS
+from speed_engine.run import starting as run
 from speed_engine.runtime.attention_check import BACKENDS, AttentionShape, settle_attention
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import World

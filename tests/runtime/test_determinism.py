@@ -19,7 +19,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from speed_engine import run
+from speed_engine.run import starting as run
 from speed_engine.config import TrainConfig
 
 def flags():

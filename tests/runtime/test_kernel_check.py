@@ -9,7 +9,7 @@ import torch
 from speed_engine import ops
 from speed_engine.config import TrainConfig
 from speed_engine.ops import ALL_KERNELS, FAMILIES, NO_KERNELS, kernels_on, use_kernels
-from speed_engine.run import machine_choices
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime import kernel_check, kernels
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.kernel_check import CASES, Finding, check_kernels, relative_error

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import speed_engine as se
 from speed_engine.config import TrainConfig, flat
-from speed_engine.run import resume
+from speed_engine.run.starting import resume
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.loggers import LOGGERS, open_loggers
 from speed_engine.runtime.records import CONSTANTS, RunLog, read_records

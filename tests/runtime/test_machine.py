@@ -9,7 +9,7 @@ import torch
 
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
-from speed_engine.run import machine_choices
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import (
     Launching,

@@ -7,10 +7,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine import run
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
+from speed_engine.run import starting as run
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power

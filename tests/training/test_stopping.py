@@ -22,7 +22,7 @@ from speed_engine.evaluation import evaluator as evaluator_module
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import resume, start
+from speed_engine.run.starting import resume, start
 from speed_engine.runtime.records import read_records
 from speed_engine.training.engine import Engine
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import fault_harness
 from speed_engine import cli
-from speed_engine import run as runs
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.writer import index_folder
@@ -27,7 +26,8 @@ from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.metrics import curve
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import (
+from speed_engine.run import starting as runs
+from speed_engine.run.starting import (
     build_trainer,
     load_average,
     newest_checkpoint,

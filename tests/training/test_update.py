@@ -13,10 +13,10 @@ from other_optimizers import OTHERS, sgd
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine import run
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
+from speed_engine.run import starting as run
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig

@@ -19,7 +19,7 @@ from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, UNetConfig
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.blocks import compile_each, compiled, compiled_blocks, set_recompute
-from speed_engine.run import machine_choices
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.config import OptimizerConfig

@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from speed_engine import changes
 from speed_engine.build import (
     attention_shapes,
     build_engine,
@@ -43,6 +42,7 @@ from speed_engine.models.layouts.files import load_pretrained
 from speed_engine.planning.gpus import gpu_called
 from speed_engine.planning.launching import launching
 from speed_engine.planning.memory import STATE_BYTES, fitting_images, kept_on_gpu
+from speed_engine.run import changes
 from speed_engine.runtime import machine
 from speed_engine.runtime.attention_check import settle_attention
 from speed_engine.runtime.checks import UserError, check, require_shapes, shortened

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine import run as runs
 from speed_engine.config import TrainConfig
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
@@ -23,7 +22,8 @@ from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.memory import USED_SHARE, fitting_images
 from speed_engine.presets import PRESETS
-from speed_engine.run import (
+from speed_engine.run import starting as runs
+from speed_engine.run.starting import (
     build_trainer,
     images_that_fit,
     load_average,

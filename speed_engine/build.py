@@ -37,10 +37,12 @@ from speed_engine.evaluation.references import real_images, validation_of
 from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each, compiled
-from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes
+from speed_engine.runtime.attention_check import AttentionShape, AttentionShapes, settle_attention
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.kernels import settle_kernels
 from speed_engine.runtime.machine import Choices, torch_device
 from speed_engine.runtime.memory import check_memory
+from speed_engine.runtime.precision import COMPUTE_DTYPES
 from speed_engine.runtime.sharding import blocks, distribute
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.configured import build_averages, build_update
@@ -147,6 +149,26 @@ def attention_shapes(config: TrainConfig) -> set[AttentionShape]:
         for inputs in training_inputs(model, config, 1):
             model(**inputs)
     return shapes.found
+
+
+def settle_operators(
+    config: TrainConfig, kernels: str, device: torch.device, world: World = ALONE
+) -> None:
+    """Choose what computes a model's operators and its attention, by trying them on a GPU.
+
+    Args:
+        config: of the model.
+        kernels: ``auto``, ``on`` or ``off``.
+        device: of this process.
+        world: the processes of the run.
+
+    Raises:
+        UserError: kernels are demanded and fail, or attention does not run.
+    """
+    settle_kernels(kernels, device.type, world)
+    if device.type == "cuda":
+        dtype = COMPUTE_DTYPES[device.type]
+        settle_attention(attention_shapes(config), device, dtype, quiet=not world.is_first)
 
 
 def build_engine(

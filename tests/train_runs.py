@@ -13,11 +13,11 @@ from rich.console import Console
 from speed_engine.commands.sample import generate_files
 from speed_engine.config import from_json
 from speed_engine.run.starting import start
-from speed_engine.runtime import sharding
+from speed_engine.runtime import precision
 
 as_on_gpus = "--as-on-gpus" in sys.argv
 if as_on_gpus:
-    sharding.COMPUTE_DTYPES["cpu"] = sharding.COMPUTE_DTYPES["cuda"]
+    precision.COMPUTE_DTYPES["cpu"] = precision.COMPUTE_DTYPES["cuda"]
 for path in sorted(Path(sys.argv[1]).glob("*.json")):
     config, run, quiet = from_json(path.read_text()), path.with_suffix(""), Console(quiet=True)
     start(config, run, quiet)

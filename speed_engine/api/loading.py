@@ -13,13 +13,8 @@ from speed_engine.data.facts import classes_with_samples
 from speed_engine.data.opening import condition_names, null_conditions
 from speed_engine.evaluation.conditions import known_dataset
 from speed_engine.evaluation.metrics import is_figure
-from speed_engine.run.starting import (
-    CONFIG_FILE,
-    load_average,
-    load_network,
-    newest_checkpoint,
-    read_config,
-)
+from speed_engine.run.averages import load_average, load_network
+from speed_engine.run.folder import CONFIG_FILE, newest_checkpoint, read_config
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError, check_installed, check_path
 from speed_engine.runtime.machine import torch_device

@@ -36,7 +36,7 @@ from speed_engine.evaluation.conditions import (
     prompted,
 )
 from speed_engine.evaluation.generate import generate
-from speed_engine.run.starting import CONFIG_FILE
+from speed_engine.run.folder import CONFIG_FILE
 from speed_engine.runtime.checks import (
     MOST,
     UserError,

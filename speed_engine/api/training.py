@@ -13,7 +13,8 @@ from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
 from speed_engine.config import TrainConfig, with_values
-from speed_engine.run import starting as runs
+from speed_engine.run import starting
+from speed_engine.run.folder import read_config
 from speed_engine.runtime.progress import announcing
 from speed_engine.runtime.records import read_records
 from speed_engine.training.ema import EMA
@@ -36,7 +37,7 @@ class Run:
         Raises:
             UserError: the folder is not a run.
         """
-        return runs.read_config(Path(self.folder))
+        return read_config(Path(self.folder))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -54,7 +55,7 @@ class Run:
         Raises:
             UserError: the folder is not a run.
         """
-        runs.read_config(Path(self.folder))  # refuses what is no run
+        read_config(Path(self.folder))  # refuses what is no run
         return read_records(Path(self.folder))
 
     def model(self, average: str = EMA, *, device: Device = "auto") -> Model:
@@ -103,7 +104,7 @@ class Run:
         """
         changed, console = with_values(self.config, changes), console or Console()
         with announcing(console):
-            runs.resume(Path(self.folder), console, changed=changed)
+            starting.resume(Path(self.folder), console, changed=changed)
         return self
 
     def evaluate(
@@ -175,5 +176,5 @@ def train(
     place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
     console = console or Console()
     with announcing(console):
-        runs.start(whole, place, console)
+        starting.start(whole, place, console)
     return Run(place)

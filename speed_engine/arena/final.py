@@ -17,7 +17,8 @@ from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.config import TrainConfig
 from speed_engine.diffusion.fitted import Method
 from speed_engine.models.layers.blocks import compiled
-from speed_engine.run.starting import load_average, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
 from speed_engine.runtime.files import write_durably
 from speed_engine.runtime.machine import choose_generation, torch_device
 

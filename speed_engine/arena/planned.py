@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speed_engine.config import TrainConfig
-from speed_engine.training.trainer import EMA_FILE
+from speed_engine.training.checkpoint import EMA_FILE
 
 FINAL_FILE = "final.json"  # what is measured of a trained run, see final.py
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from speed_engine.arena.planned import Run, is_complete, log_file
 from speed_engine.run.starting import resume, start
 from speed_engine.runtime.workers import end_with_parent
-from speed_engine.training.trainer import CHECKPOINTS, EMA_FILE
+from speed_engine.training.checkpoint import CHECKPOINTS, EMA_FILE
 
 # Imported once, by the process that all others are forked from, instead of once per run.
 PRELOADED = ["speed_engine.arena.runs", "torch_fidelity", "torch.utils.tensorboard.writer"]

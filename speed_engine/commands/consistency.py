@@ -29,11 +29,12 @@ from speed_engine.evaluation.generate import GenerationSettings, generate, save_
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.references import real_images
 from speed_engine.models.layers.blocks import compiled
-from speed_engine.run.starting import load_average_of, read_config
+from speed_engine.run.averages import load_average_of
+from speed_engine.run.folder import read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
-from speed_engine.training.trainer import CHECKPOINTS
+from speed_engine.training.checkpoint import CHECKPOINTS
 
 _log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, 
 from speed_engine.evaluation.metrics import HELP as METRICS_HELP
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts
 from speed_engine.models.layers.blocks import compiled
-from speed_engine.run.starting import load_average, newest_checkpoint, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.progress import SampleProgress, announced

@@ -19,7 +19,8 @@ from speed_engine.evaluation.conditions import class_names
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import DIFFUSERS_SHIFT
 from speed_engine.models.layouts.files import save_pretrained
-from speed_engine.run.starting import load_average, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import new_folder
 from speed_engine.training.ema import EMA

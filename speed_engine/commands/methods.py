@@ -16,7 +16,8 @@ from speed_engine.diffusion.method import SHARED, options_of
 from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report, timestep_losses
-from speed_engine.run.starting import kept_steps, load_average, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import kept_steps, read_config
 from speed_engine.runtime.checks import check_between
 from speed_engine.runtime.machine import torch_device
 from speed_engine.runtime.progress import announced

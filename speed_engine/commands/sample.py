@@ -39,7 +39,8 @@ from speed_engine.evaluation.generate import (
 from speed_engine.evaluation.image_files import write_archive, write_pictures
 from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
-from speed_engine.run.starting import load_average, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError, check_between
 from speed_engine.runtime.progress import SampleProgress

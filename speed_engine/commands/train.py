@@ -75,12 +75,12 @@ def run(arguments: list[str], console: Console) -> None:
         for name, text in cost.describe(config, command.gpu).items():
             console.print(f"{name:12}{text}", highlight=False, markup=False, soft_wrap=True)
         return
-    from speed_engine.run import starting as runs
+    from speed_engine.run import starting
 
     if command.recipe is not None:
         line = f"recipe    {command.recipe}: {RECIPES[command.recipe][1]}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    runs.start(config, command.run or run_folder(command.preset, config), console)
+    starting.start(config, command.run or run_folder(command.preset, config), console)
 
 
 def run_folder(name: str, config: TrainConfig) -> Path:
@@ -93,11 +93,12 @@ def _resume(arguments: Sequence[str], console: Console) -> None:
     if folder is None and not {"-h", "--help"} & {*arguments}:
         raise UserError("a folder is missing: speed-engine train --resume RUN [options].")
     # Not at the top: it needs torch, which the other helps do without.
-    from speed_engine.run import starting as runs
+    from speed_engine.run import starting
+    from speed_engine.run.folder import read_config
 
     command = ResumeCommand()
     if folder is not None:
-        command = ResumeCommand(resume=folder, config=runs.read_config(folder))
+        command = ResumeCommand(resume=folder, config=read_config(folder))
     command = read_options(
         command,
         arguments if folder else ["--help"],
@@ -105,7 +106,7 @@ def _resume(arguments: Sequence[str], console: Console) -> None:
         first=("resume", "steps"),
         groups=GROUPS,
     )
-    runs.resume(command.resume, console, changed=command.config)
+    starting.resume(command.resume, console, changed=command.config)
 
 
 def _resumed(arguments: Sequence[str]) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from speed_engine.encoders.hub import load_model, load_pretrained, weights_hash
 from speed_engine.runtime.checks import UserError
-from speed_engine.runtime.sharding import exact_float32
+from speed_engine.runtime.precision import exact_float32
 
 BATCH_SIZE = 64  # pictures at a time
 

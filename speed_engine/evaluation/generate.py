@@ -24,7 +24,7 @@ from speed_engine.diffusion.table import TimestepTable
 from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import MOST, UserError, check_seed, check_whole
 from speed_engine.runtime.files import replacing
-from speed_engine.runtime.sharding import autocast
+from speed_engine.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 

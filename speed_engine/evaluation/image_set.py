@@ -24,7 +24,7 @@ from speed_engine.evaluation.copies import Nearest, nearest
 from speed_engine.evaluation.features import Extractor, import_torch_fidelity
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
-from speed_engine.runtime.sharding import exact_float32
+from speed_engine.runtime.precision import exact_float32
 
 BATCH_SIZE = 256  # images through the extractor at once
 Statistics = dict[str, np.ndarray]  # mu (D,), sigma (D, D), as torch-fidelity has them

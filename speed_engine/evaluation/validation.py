@@ -18,7 +18,7 @@ from speed_engine.data.batch import Batch
 from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.prediction import linear_form, weight_conversion
 from speed_engine.ops import Stream, normal
-from speed_engine.runtime.sharding import autocast
+from speed_engine.runtime.precision import autocast
 from speed_engine.runtime.world import ALONE, World
 
 IMAGES = 512  # at most

@@ -45,12 +45,12 @@ log = logging.getLogger(__name__)
 # That there is one process is no news, in a notebook as little as on the command line.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
+CHECKPOINTS = "checkpoints"  # of a run: the folder
+EMA_FILE = "ema.safetensors"  # of a run that is complete: the EMA of its parameters
 SCHEMA = 2
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _DESCRIPTION = ".description"  # beside a file that a process wrote, until the manifest holds it
-
-
 _REMEDY = "Delete this checkpoint, and the one before it is used; or put its files back."
 
 

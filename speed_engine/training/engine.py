@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from speed_engine.data.batch import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.ops import Stream, random_bits
-from speed_engine.runtime.sharding import autocast
+from speed_engine.runtime.precision import autocast
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.update import Update
 

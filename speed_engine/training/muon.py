@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from speed_engine.runtime.sharding import COMPUTE_DTYPES, blocks, local
+from speed_engine.runtime.precision import COMPUTE_DTYPES
+from speed_engine.runtime.sharding import blocks, local
 
 STEPS = 5  # of Newton and Schulz
 QUINTIC = 3.4445, -4.7750, 2.0315  # steepest at 0, at the cost of values between 0.7 and 1.2

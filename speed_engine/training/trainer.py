@@ -33,15 +33,13 @@ from speed_engine.runtime.stopping import Stopped, StopRequest
 from speed_engine.runtime.watchdog import Watchdog
 from speed_engine.runtime.world import World
 from speed_engine.training import checkpoint
-from speed_engine.training.checkpoint import Checkpoints
+from speed_engine.training.checkpoint import CHECKPOINTS, EMA_FILE, Checkpoints
 from speed_engine.training.ema import EMA
 from speed_engine.training.engine import Engine, StepReport
 
 log = logging.getLogger(__name__)
 
 FIGURES = ("loss", "squared_error", "grad_norm")
-CHECKPOINTS = "checkpoints"
-EMA_FILE = "ema.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,9 @@ from speed_engine.data.config import DataConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
-from speed_engine.run.starting import load_average, read_config, resume, start
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import resume, start
 from speed_engine.runtime import machine
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.records import append_record, read_records

@@ -19,7 +19,8 @@ from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
 from speed_engine.models.layouts.dit import set_frequency_shift
-from speed_engine.run.starting import load_average, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints
 

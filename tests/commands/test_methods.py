@@ -12,7 +12,8 @@ from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run.starting import kept_steps, start
+from speed_engine.run.folder import kept_steps
+from speed_engine.run.starting import start
 
 
 def test_the_losses_of_every_kept_checkpoint_are_shown_by_area_and_drawn(tmp_path, capsys):

@@ -20,7 +20,8 @@ from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run.starting import read_config, start
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import start
 from speed_engine.training.config import OptimizerConfig
 
 TINY = TrainConfig(

@@ -12,7 +12,8 @@ from test_latent_figures import without_figures
 from tiny_latents import config_of
 
 from speed_engine.commands.evaluate import evaluate
-from speed_engine.run.starting import read_config, start
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import start
 from speed_engine.runtime.world import join
 
 folder = Path(sys.argv[1])

@@ -20,7 +20,7 @@ from speed_engine.evaluation.generate import GenerationSettings, generate
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each
-from speed_engine.runtime import sharding
+from speed_engine.runtime import precision, sharding
 from speed_engine.runtime.world import World
 
 COMPILED = ("dit", "ddpm++")
@@ -83,7 +83,7 @@ def main() -> None:
         for parameter in (*shards, *alone.parameters()):
             parameter.mul_(1.1)
         sharded = images(model)
-        sharding.COMPUTE_DTYPES.pop("cpu")
+        precision.COMPUTE_DTYPES.pop("cpu")
         whole = images(alone)
         assert sharded.dtype == torch.float32
         distance = (sharded - whole).square().mean().sqrt() / whole.std()
@@ -95,7 +95,7 @@ def main() -> None:
 
 def with_cuda_policy(model: nn.Module, world: World) -> None:
     """Lay a model out on CPUs that compute in bfloat16, as GPUs do."""
-    sharding.COMPUTE_DTYPES["cpu"] = sharding.COMPUTE_DTYPES["cuda"]
+    precision.COMPUTE_DTYPES["cpu"] = precision.COMPUTE_DTYPES["cuda"]
     sharding.distribute(model, world, "fsdp", "cpu")
     assert isinstance(model, FSDPModule)
 

@@ -21,7 +21,8 @@ from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.evaluation import references
 from speed_engine.evaluation.fidelity import frechet_distance
 from speed_engine.evaluation.image_set import statistics_of
-from speed_engine.run.starting import read_config, start
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import start
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.records import RECORDS, read_records
 

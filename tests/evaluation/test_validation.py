@@ -104,18 +104,19 @@ def test_processes_share_the_images_out_and_agree(monkeypatch):
 def test_a_run_without_features_records_it(tmp_path: Path):
     from rich.console import Console
 
-    from speed_engine.run import starting as run
+    from speed_engine.run import starting
+    from speed_engine.run.averages import load_average
 
     config = TrainConfig(
         steps=2, batch_size=4, model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu",
         evaluation=EvaluationConfig(every=1, num_images=4, solver_steps=2, features="none"),
     )  # fmt: skip
-    run.start(config, tmp_path / "run", Console(quiet=True))
+    starting.start(config, tmp_path / "run", Console(quiet=True))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     found = [r["validation_loss"] for r in map(json.loads, lines) if "validation_loss" in r]
     assert len(found) == 2 and found[0] != found[1]
     evaluator = build_evaluator(config, build_process(config))
-    model, _ = run.load_average(tmp_path / "run", config, torch.device("cpu"))
+    model, _ = load_average(tmp_path / "run", config, torch.device("cpu"))
     assert evaluator.validate(model) == pytest.approx(found[1], rel=1e-5)
 
 

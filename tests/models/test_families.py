@@ -26,10 +26,11 @@ from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig, EdmUNetConfig, MDTConfig, ModelConfig, UNetConfig
 from speed_engine.models.families import FAMILIES, Shape, build_network
 from speed_engine.models.layers.open_sum import opened
-from speed_engine.run.starting import read_config, resume, start
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import resume, start
 from speed_engine.runtime.sharding import blocks
+from speed_engine.training.checkpoint import EMA_FILE
 from speed_engine.training.config import OptimizerConfig
-from speed_engine.training.trainer import EMA_FILE
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(

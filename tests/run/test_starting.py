@@ -22,16 +22,10 @@ from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.memory import USED_SHARE, fitting_images
 from speed_engine.presets import PRESETS
-from speed_engine.run import starting as runs
-from speed_engine.run.starting import (
-    build_trainer,
-    images_that_fit,
-    load_average,
-    machine_choices,
-    read_config,
-    resume,
-    start,
-)
+from speed_engine.run import starting
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import build_trainer, images_that_fit, machine_choices, resume, start
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.choice import Choice
@@ -267,10 +261,10 @@ def test_how_a_model_is_compiled_is_chosen_when_its_microbatches_are_known(
     seen: list[int | None] = []
     monkeypatch.setattr(machine, "torch_device", lambda *_: torch.device("cuda"))
     for name in ("TrainingData", "settle_operators", "build_evaluator"):
-        monkeypatch.setattr(runs, name, lambda *_: SimpleNamespace(num_bytes=1))
-    monkeypatch.setattr(runs, "images_that_fit", lambda *_: 16)
-    monkeypatch.setattr(runs, "machine_choices", choices)
-    monkeypatch.setattr(runs, "build_model", stop)
+        monkeypatch.setattr(starting, name, lambda *_: SimpleNamespace(num_bytes=1))
+    monkeypatch.setattr(starting, "images_that_fit", lambda *_: 16)
+    monkeypatch.setattr(starting, "machine_choices", choices)
+    monkeypatch.setattr(starting, "build_model", stop)
     with pytest.raises(Chosen):
         build_trainer(PRESETS["digits"][1], tmp_path / "run", quiet())
     assert seen == [None, 16]

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.backends import cuda
 
+from speed_engine import build
 from speed_engine.build import attention_shapes
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig
 from speed_engine.ops import ALL_KERNELS, use_kernels
 from speed_engine.presets import PRESETS
-from speed_engine.run import starting as run
 from speed_engine.runtime.attention_check import BACKENDS, AttentionShape, settle_attention
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.world import World
@@ -126,11 +126,11 @@ def test_attention_that_runs_by_no_backend_stops_the_run(attention):
 def test_on_a_gpu_a_model_s_attention_is_tried_in_the_dtype_of_its_training(monkeypatch):
     tried: list[tuple] = []
     monkeypatch.setattr(
-        run, "settle_attention", lambda *given, quiet: tried.append((*given, quiet))
+        build, "settle_attention", lambda *given, quiet: tried.append((*given, quiet))
     )
     config = TrainConfig(kernels="off")
     for device, world in (("cpu", World()), ("cuda", World()), ("cuda", World(rank=1, size=2))):
-        run.settle_operators(config, "off", torch.device(device), world)
+        build.settle_operators(config, "off", torch.device(device), world)
     shapes, cuda_device = attention_shapes(config), torch.device("cuda")
     assert tried == [(shapes, cuda_device, torch.bfloat16, quiet) for quiet in (False, True)]
     use_kernels(ALL_KERNELS)

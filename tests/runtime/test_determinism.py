@@ -19,8 +19,9 @@ import json, os, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from speed_engine.run import starting as run
 from speed_engine.config import TrainConfig
+from speed_engine.run import starting
+from speed_engine.run.folder import read_config
 
 def flags():
     cudnn, cuda = torch.backends.cudnn, torch.backends.cuda
@@ -46,14 +47,14 @@ def seen(wanted):
     raise Seen
 
 torch.backends.cudnn.benchmark = True
-run.machine.torch_device = seen
+starting.machine.torch_device = seen
 for folder in map(Path, sys.argv[1:]):
     for resumed in (False, True):
         try:
             if resumed:
-                run.resume(folder, Console())
+                starting.resume(folder, Console())
             else:
-                run.start(run.read_config(folder), folder, Console())
+                starting.start(read_config(folder), folder, Console())
         except Seen:
             print(json.dumps(flags()))
 """

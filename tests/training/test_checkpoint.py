@@ -18,7 +18,8 @@ import torch
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run.starting import _load_weights, load_average
+from speed_engine.run.averages import load_average
+from speed_engine.run.starting import _load_weights
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import Checkpoints

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hostile
-from speed_engine.run.starting import load_average, newest_checkpoint, read_config
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import newest_checkpoint, read_config
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.records import RunLog, read_records
 from speed_engine.training import checkpoint

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import starting as run
+from speed_engine.run import starting
+from speed_engine.run.averages import load_average
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import Ema, power
@@ -83,12 +84,12 @@ def test_a_run_s_average_of_another_length_is_made_of_those_it_kept(tmp_path):
         evaluation=EvaluationConfig(every=60, num_images=4, solver_steps=2, features="none"),
     )  # fmt: skip
     folder = tmp_path / "run"
-    run.start(config, folder, Console(quiet=True))
-    tracked, _ = run.load_average(folder, config, torch.device("cpu"), "power=10")
+    starting.start(config, folder, Console(quiet=True))
+    tracked, _ = load_average(folder, config, torch.device("cpu"), "power=10")
     without = replace(config, optimizer=replace(config.optimizer, averages=averages))
     (folder / "checkpoints" / "step-00000005").mkdir()  # left by a run that was killed
     found, kept = (
-        run.load_average(folder, without, torch.device("cpu"), name)[0].state_dict()
+        load_average(folder, without, torch.device("cpu"), name)[0].state_dict()
         for name in ("power=9.5", "power=6.94")
     )
     for name, value in tracked.state_dict().items():
@@ -100,7 +101,7 @@ def test_a_run_s_average_of_another_length_is_made_of_those_it_kept(tmp_path):
     for path in sorted((folder / "checkpoints").glob("step-*"))[:-1]:
         path.rename(folder / "checkpoints" / "others" / path.name)
     with pytest.raises(UserError, match=r"power=50 cannot be made of .* \(power=6.94 of step 60\)"):
-        run.load_average(folder, one, torch.device("cpu"), "power=50")
+        load_average(folder, one, torch.device("cpu"), "power=50")
     plain = replace(config, optimizer=OptimizerConfig())
     with pytest.raises(UserError, match=r"no EMA 'power=9.5'; this run keeps ema"):
-        run.load_average(folder, plain, torch.device("cpu"), "power=9.5")
+        load_average(folder, plain, torch.device("cpu"), "power=9.5")

@@ -26,15 +26,10 @@ from speed_engine.diffusion.processes import SCHEDULES
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.metrics import curve
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import starting as runs
-from speed_engine.run.starting import (
-    build_trainer,
-    load_average,
-    newest_checkpoint,
-    read_config,
-    resume,
-    start,
-)
+from speed_engine.run import starting
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import newest_checkpoint, read_config
+from speed_engine.run.starting import build_trainer, resume, start
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig
@@ -228,7 +223,9 @@ def test_kernels_are_demanded_where_a_run_trains_and_not_where_it_is_used(tmp_pa
         start(demanding, tmp_path / "refused", quiet())
     assert not (tmp_path / "refused").exists()
     settled: list[str] = []
-    monkeypatch.setattr(runs, "settle_operators", lambda _, kernels, *__: settled.append(kernels))
+    monkeypatch.setattr(
+        starting, "settle_operators", lambda _, kernels, *__: settled.append(kernels)
+    )
     start(dataclasses.replace(demanding, kernels="auto"), tmp_path / "run", quiet())
     assert settled == ["auto"]
     monkeypatch.undo()

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.run import starting as run
+from speed_engine.run import starting
+from speed_engine.run.averages import load_average
+from speed_engine.run.folder import read_config
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.config import OptimizerConfig
@@ -221,10 +223,10 @@ def resumed_and_straight(config: TrainConfig, folder: Path) -> list[dict[str, Te
     """The last checkpoints of a run that was resumed from the middle, and of one that was not."""
     resumed, straight = folder / "resumed", folder / "straight"
     console = Console(file=io.StringIO())
-    run.start(config, straight, console)
+    starting.start(config, straight, console)
     shutil.copytree(straight, resumed)
     shutil.rmtree(resumed / "checkpoints" / f"step-{config.steps:08d}")
-    run.resume(resumed, console)
+    starting.resume(resumed, console)
     found = []
     for each in (resumed, straight):
         path = checkpoint.newest(each / "checkpoints")
@@ -255,18 +257,18 @@ def test_a_run_with_further_averages_keeps_each_by_name(tmp_path, monkeypatch):
     ours, theirs = resumed_and_straight(config, tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     folder = tmp_path / "straight"
-    config = run.read_config(folder)
+    config = read_config(folder)
     assert config.optimizer.averages == averages
     name = "blocks.0.attention.qkv.weight"
     name = name if f"model/{name}" in theirs else next(k[6:] for k in theirs if k[:6] == "model/")
     found = {theirs[f"{group}/{name}"] for group in ("ema", *(f"ema:{a}" for a in averages))}
     assert len(found) == 4
     for average in ("ema", *averages):
-        model, step = run.load_average(folder, config, torch.device("cpu"), average)
+        model, step = load_average(folder, config, torch.device("cpu"), average)
         group = average if average == "ema" else f"ema:{average}"
         assert step == 8 and torch.equal(model.state_dict()[name], theirs[f"{group}/{name}"])
     with pytest.raises(UserError, match=r"no EMA 'swa'; this run keeps ema, power=6\.94, con"):
-        run.load_average(folder, config, torch.device("cpu"), "swa")
+        load_average(folder, config, torch.device("cpu"), "swa")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ def test_a_run_with_further_averages_keeps_each_by_name(tmp_path, monkeypatch):
 def test_what_no_run_can_be_made_of_is_refused_first(settings, message, tmp_path):
     config = TrainConfig(**{**vars(TINY), "optimizer": OptimizerConfig(**settings)})
     with pytest.raises(UserError, match=message):
-        run.start(config, tmp_path / "run", Console(file=io.StringIO()))
+        starting.start(config, tmp_path / "run", Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
 
 

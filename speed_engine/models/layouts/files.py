@@ -53,8 +53,22 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
         ours = _as_ours(model, _unwrapped(tensors), metadata)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    require_shapes(shapes(model.state_dict()), shapes(ours), path)
-    model.load_state_dict(ours)
+    load_parameters(model, ours, path)
+
+
+def load_parameters(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy tensors into a model, which must have the same names and shapes.
+
+    Args:
+        model: that they are for.
+        tensors: by name.
+        source: what they were read from, for messages.
+
+    Raises:
+        UserError: names or shapes differ; lists them.
+    """
+    require_shapes(shapes(model.state_dict()), shapes(tensors), source)
+    model.load_state_dict(tensors)
 
 
 def save_pretrained(model: nn.Module, path: Path, layout: str) -> list[Path]:

@@ -189,8 +189,8 @@ def _without_modulation() -> None:
     optimizers.hidden_matrices = matrices
 
 
-def _steps(count: int) -> None:
-    muon.orthogonal = partial(muon.orthogonal, steps=count)
+def _quintics(*of: muon.Quintic) -> None:
+    muon.quintics = lambda _: of
 
 
 def _optimizer_class(kind: type[muon.Muon]) -> None:
@@ -203,13 +203,20 @@ def _optimizer(**changes: Any) -> dict[str, Any]:
 
 def _lean() -> None:
     _without_modulation()
-    _steps(3)
+    _quintics(*muon.STEEP[:3])
 
 
 CANDIDATES = {
     "recipe": Candidate("the recipe itself"),
+    "nearest": Candidate("two Newton-Schulz steps of least error",
+                         put=partial(_quintics, *muon.NEAREST)),
+    "nearest_decay": Candidate("these, weight decay 0.1", _optimizer(weight_decay=0.1),
+                               partial(_quintics, *muon.NEAREST)),
+    "nearest_modern": Candidate("these, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
+                                _optimizer(weight_decay=0.1) | {"model": {"variant": "modern"}},
+                                partial(_quintics, *muon.NEAREST)),
     "no_modulation": Candidate("Muon without adaLN's matrices", put=_without_modulation),
-    "three_steps": Candidate("three Newton-Schulz steps", put=partial(_steps, 3)),
+    "three_steps": Candidate("three Newton-Schulz steps", put=partial(_quintics, *muon.STEEP[:3])),
     "both": Candidate("both of these", put=_lean),
     "momentum_90": Candidate("Muon's momentum 0.9", _optimizer(muon_momentum=0.9)),
     "beta2_99": Candidate("AdamW's beta2 0.99", _optimizer(beta2=0.99)),
@@ -266,6 +273,7 @@ def configuration(case: str, name: str, seed: int, shards: str | None, steps: in
 def train(case: str, name: str, seed: int, shards: str | None, steps: int) -> dict[str, float]:
     """The figures at the end of one run."""
     torch.set_num_threads(1)
+    _quintics(*muon.STEEP)
     CANDIDATES[name].put()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         from rich.console import Console
@@ -280,6 +288,7 @@ def train(case: str, name: str, seed: int, shards: str | None, steps: int) -> di
 
 def provider(case: str, name: str) -> Callable[[], object]:
     """One step, for a process of its own."""
+    _quintics(*muon.STEEP)
     CANDIDATES[name].put()
     torch.set_num_threads(1)
     config = configuration(case, name, 0, None, CASES[case]["steps"])

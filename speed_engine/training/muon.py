@@ -42,8 +42,8 @@ BATCH_ELEMENTS = 2**26  # of matrices that are orthogonalised at once: bounds th
 def quintics(rows: int) -> tuple[Quintic, ...]:
     """Those that matrices of so many rows, or columns if they are fewer, go through in turn.
 
-    The root mean square of the singular values is rows ** -0.5 of the matrix's norm: those of narrow
-    matrices are near 1 already.
+    The root mean square of the singular values is rows ** -0.5 of the matrix's norm, so that those
+    of narrow matrices have less far to go.
     """
     return NEAREST if rows <= NARROW_ROWS else STEEP
 

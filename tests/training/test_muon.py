@@ -1,5 +1,7 @@
 """Muon against its definition in float64, matrix by matrix."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,15 +17,19 @@ from speed_engine.training.muon import Muon, hidden_matrices, orthogonal
 
 
 def reference(update: Tensor) -> Tensor:
-    """One float64 matrix: five steps on its singular values alone, which is what they mean."""
+    """One float64 matrix: steps on its singular values alone, which is what they mean."""
     u, values, v = torch.linalg.svd(update, full_matrices=False)
-    values = values / values.norm()
-    for _ in range(5):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    values = values / (values.norm() + 1e-7)
+    narrow = [(6.7524, -18.3510, 13.2633), (2.5379, -1.8747, 0.4413)]
+    for a, b, c in narrow if len(values) <= 128 else [(3.4445, -4.7750, 2.0315)] * 5:
+        values = a * values + b * values**3 + c * values**5
     return u * values @ v
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 5), (12, 5), (5, 12)])
+SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (12, 5), (5, 12), (128, 200), (129, 130)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_products_change_singular_values_alone(shape):
     matrices = torch.randn(
         3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
@@ -34,10 +40,30 @@ def test_the_products_change_singular_values_alone(shape):
     assert (in_float32 - expected).norm() < 1e-4 * expected.norm()
 
 
-def test_singular_values_come_near_one_over_four_orders_of_magnitude():
-    u, _, v = torch.linalg.svd(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
-    values = torch.linalg.svdvals(orthogonal((u * torch.logspace(0, -2, 8) @ v)[None])[0])
-    assert 0.65 < values.min() and values.max() < 1.25
+def values_after(quintics: tuple[muon.Quintic, ...], values: Tensor) -> Tensor:
+    for a, b, c in quintics:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def test_singular_values_come_near_one():
+    wide = values_after(muon.STEEP, torch.logspace(-2.7, 0, 1000, dtype=torch.float64))
+    assert 0.65 < wide.min() and wide.max() < 1.25
+    narrow = values_after(muon.NEAREST, torch.logspace(math.log10(0.05), 0, 1000).double())
+    assert (narrow - 1).abs().max() < 0.22
+
+
+def test_the_quintics_of_narrow_matrices_are_those_of_least_error():
+    """As Chebyshev has it: the largest distance from 1 is reached, with signs in turn, at one place
+    more than there are coefficients.
+    """
+    of = torch.linspace(0.05, 1, 20_001, dtype=torch.float64)
+    for quintic in muon.NEAREST:
+        distances = values_after((quintic,), of) - 1
+        largest = float(distances.abs().max())
+        peaks = distances[(distances.abs() - largest).abs() < 2e-3 * largest].sign()
+        assert peaks.unique_consecutive().tolist() == [-1, 1, -1, 1]
+        of = torch.linspace(1 - largest, 1 + largest, 20_001, dtype=torch.float64)
 
 
 def test_zeros_stay_zeros():

@@ -208,7 +208,7 @@ def _lean() -> None:
 
 CANDIDATES = {
     "recipe": Candidate("the recipe itself"),
-    "nearest": Candidate("two Newton-Schulz steps of least error",
+    "nearest": Candidate("three Newton-Schulz steps of least error",
                          put=partial(_quintics, *muon.NEAREST)),
     "nearest_decay": Candidate("these, weight decay 0.1", _optimizer(weight_decay=0.1),
                                partial(_quintics, *muon.NEAREST)),

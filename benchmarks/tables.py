@@ -392,29 +392,22 @@ def ladder(name: str) -> str:
     return rows(head, body)
 
 
-# Data of the headline: the comparison, and the data in words.
-PROOFS = {"cifar16": "CIFAR-10 at 16 px", "recipe-digits": "digits at 8 px"}
+# Data of the headline: in words, and comparisons, of which the first that has a rung shows it.
+PROOFS = {
+    "CIFAR-10 at 16 px": ("cifar16", "cifar16-decay"),
+    "digits at 8 px": ("recipe-digits", "digits-decay"),
+}
 FLOW = "logit-normal times"  # the rung that the headline's ratios are given against
 
 
 def proofs() -> str:
     """Recipes on all data: quality, and how many times fewer images than a flow with AdamW."""
-    columns: list[dict[str, list[str]]] = []
+    columns = [
+        _proof([path for name in names if (path := COMPARISONS / name / "results.json").exists()])
+        for names in PROOFS.values()
+    ]
     head = [""]
-    for name, data in PROOFS.items():
-        path = COMPARISONS / name / "results.json"
-        if not path.exists():
-            continue
-        results, cells = read_results(path), {}
-        rungs = _rungs(results)
-        for rung, contestant in rungs.items():
-            runs = complete_runs(results, contestant).values()
-            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
-            cells[rung] = [
-                spread([run.points[-1].values[results.metric] for run in runs]),
-                times(results, contestant, flow, "median") if flow else "1",
-            ]
-        columns.append(cells)
+    for data in PROOFS:
         head += [f"{data}: FID", "times as fast as the flow"]
     body = [
         [rung, *(cell for of in columns for cell in of.get(rung, ["", ""]))]
@@ -422,6 +415,22 @@ def proofs() -> str:
         if any(rung in of for of in columns)
     ]
     return rows(head, body)
+
+
+def _proof(paths: list[Path]) -> dict[str, list[str]]:
+    """Cells of each rung."""
+    cells: dict[str, list[str]] = {}
+    for results in map(read_results, paths):
+        rungs = _rungs(results)
+        for rung, contestant in rungs.items():
+            runs = complete_runs(results, contestant).values()
+            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
+            shown = [
+                spread([run.points[-1].values[results.metric] for run in runs]),
+                times(results, contestant, flow, "median") if flow else "1",
+            ]
+            cells.setdefault(rung, shown)
+    return cells
 
 
 def cifar_tuning() -> str:
@@ -491,13 +500,14 @@ def _against(own: list[float], recipe: list[float]) -> str:
     return f"{fmean(own):.4g}" if own == recipe else f"{fmean(own):.4g} ({above:+.1f} %)"
 
 
-# What is changed: the method, the process and the optimizer of the contestant.
+# What is changed: the method, the process, the optimizer and its weight decay of the contestant.
 RUNGS = {
-    "DDPM, uniform timesteps": ("uniform", "linear", "adamw"),
-    "DDPM, SpeeD": ("speed_paper", "linear", "adamw"),
-    "a rectified flow": ("uniform", "flow", "adamw"),
-    "logit-normal times": ("logit_normal", "flow", "adamw"),
-    "Muon": ("logit_normal", "flow", "muon"),
+    "DDPM, uniform timesteps": ("uniform", "linear", "adamw", 0),
+    "DDPM, SpeeD": ("speed_paper", "linear", "adamw", 0),
+    "a rectified flow": ("uniform", "flow", "adamw", 0),
+    "logit-normal times": ("logit_normal", "flow", "adamw", 0),
+    "Muon": ("logit_normal", "flow", "muon", 0),
+    "Muon, weight decay 0.1": ("logit_normal", "flow", "muon", 0.1),
 }
 
 
@@ -507,14 +517,14 @@ def _rungs(results: Results) -> dict[str, str]:
     return {rung: name for rung, name in found.items() if name is not None}
 
 
-def _on_rung(results: Results, method: str, schedule: str, optimizer: str) -> str | None:
+def _on_rung(results: Results, *rung: str | float) -> str | None:
     """The contestant, with the whole budget and the seeds of all."""
     for contestant in results.contestants:
         options = contestant.options
-        of = options.get("optimizer.name", "adamw")
         if options.keys() & {BUDGET, SEED_OFFSET}:
             continue
-        if (contestant.method, contestant.schedule, of) == (method, schedule, optimizer):
+        by = options.get("optimizer.name", "adamw"), options.get("optimizer.weight_decay", 0)
+        if (contestant.method, contestant.schedule, *by) == rung:
             return contestant.name
     return None
 

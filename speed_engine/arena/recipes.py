@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from speed_engine.diffusion.grammar import Spelling, read_spelling
 
-RecipeName = Literal["ddpm", "speed", "flow", "flow_muon"]
+RecipeName = Literal["ddpm", "speed", "flow", "flow_muon", "flow_muon_decay"]
 
 # name: (what it is, its spelling)
 RECIPES: dict[RecipeName, tuple[str, str]] = {
@@ -27,6 +27,11 @@ RECIPES: dict[RecipeName, tuple[str, str]] = {
     "flow_muon": (
         "the same flow, with Muon for the matrices in the blocks",
         "logit_normal@flow:velocity+optimizer.name=muon+optimizer.schedule=linear",
+    ),
+    "flow_muon_decay": (
+        "the same with weight decay",
+        "logit_normal@flow:velocity+optimizer.name=muon+optimizer.schedule=linear"
+        "+optimizer.weight_decay=0.1",
     ),
 }
 

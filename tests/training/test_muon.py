@@ -59,7 +59,7 @@ def test_the_quintics_of_narrow_matrices_are_those_of_least_error():
     for quintic in muon.NEAREST:
         distances = values_after((quintic,), of) - 1
         largest = float(distances.abs().max())
-        peaks = distances[(distances.abs() - largest).abs() < 2e-3 * largest].sign()
+        peaks = distances[(distances.abs() - largest).abs() < 5e-3 * largest].sign()
         assert peaks.unique_consecutive().tolist() == [-1, 1, -1, 1]
         of = torch.linspace(1 - largest, 1 + largest, 20_001, dtype=torch.float64)
 

@@ -1,4 +1,5 @@
-"""Ideas beside the recipe ``flow_muon``: each trains instead of it, on the digits or on CIFAR-10.
+"""Ideas beside the recipe ``flow_muon`` with Muon's usual five Newton-Schulz steps: each trains
+instead of it, on the digits or on CIFAR-10.
 
 Run: ``python benchmarks/candidates.py digits|cifar16 [--shards FOLDER] [--names NAME ...] [--seeds
 SEED ...] [--dry-run]``. CIFAR-10 is read from FOLDER and FOLDER-test, as ``speed-engine shards make
@@ -206,38 +207,39 @@ def _lean() -> None:
     _quintics(*muon.STEEP[:3])
 
 
+MODERN = {"model": {"variant": "modern"}}
+TWO = (6.7524, -18.3510, 13.2633), (2.5379, -1.8747, 0.4413)  # of least error from 0.05 on
+
 CANDIDATES = {
     "recipe": Candidate("the recipe itself"),
-    "nearest": Candidate("three Newton-Schulz steps of least error",
-                         put=partial(_quintics, *muon.NEAREST)),
-    "nearest_decay": Candidate("these, weight decay 0.1", _optimizer(weight_decay=0.1),
-                               partial(_quintics, *muon.NEAREST)),
-    "nearest_modern": Candidate("these, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
-                                _optimizer(weight_decay=0.1) | {"model": {"variant": "modern"}},
-                                partial(_quintics, *muon.NEAREST)),
+    "adamw": Candidate("AdamW", _optimizer(name="adamw")),
+    "adamw_decay": Candidate("AdamW, weight decay 0.1",
+                             _optimizer(name="adamw", weight_decay=0.1)),
+    "decay": Candidate("weight decay 0.1", _optimizer(weight_decay=0.1)),
+    "decay_30": Candidate("weight decay 0.3", _optimizer(weight_decay=0.3)),
+    "nearest_decay": Candidate("weight decay 0.1, three Newton-Schulz steps of least error",
+                               _optimizer(weight_decay=0.1), partial(_quintics, *muon.NEAREST)),
+    "two_nearest_decay": Candidate("weight decay 0.1, two of least error",
+                                   _optimizer(weight_decay=0.1), partial(_quintics, *TWO)),
+    "two_nearest_modern": Candidate("that, QK-norm, rotary positions, SwiGLU",
+                                    _optimizer(weight_decay=0.1) | MODERN,
+                                    partial(_quintics, *TWO)),
     "no_modulation": Candidate("Muon without adaLN's matrices", put=_without_modulation),
     "three_steps": Candidate("three Newton-Schulz steps", put=partial(_quintics, *muon.STEEP[:3])),
     "both": Candidate("both of these", put=_lean),
+    "lean_modern": Candidate("both, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
+                             _optimizer(weight_decay=0.1) | MODERN, _lean),
     "momentum_90": Candidate("Muon's momentum 0.9", _optimizer(muon_momentum=0.9)),
     "beta2_99": Candidate("AdamW's beta2 0.99", _optimizer(beta2=0.99)),
-    "decay": Candidate("weight decay 0.1", _optimizer(weight_decay=0.1)),
-    "decay_30": Candidate("weight decay 0.3", _optimizer(weight_decay=0.3)),
     "rate_32": Candidate("Muon's rate 0.032, AdamW's 0.016",
                          _optimizer(learning_rate=0.032, adamw_learning_rate=0.016)),
     "normed": Candidate("updates of even rows (NorMuon)", put=partial(_optimizer_class, Normed)),
-    "adamw": Candidate("AdamW instead of Muon", _optimizer(name="adamw")),
-    "adamw_decay": Candidate("AdamW with weight decay 0.1",
-                             _optimizer(name="adamw", weight_decay=0.1)),
-    "lean_decay": Candidate("both, weight decay 0.1", _optimizer(weight_decay=0.1), _lean),
-    "lean_modern": Candidate("both, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
-                             _optimizer(weight_decay=0.1) | {"model": {"variant": "modern"}},
-                             _lean),
     "cosine": Candidate("a cosine to zero", _optimizer(schedule="cosine")),
     "wsd": Candidate("a constant rate, to zero over the last 40 %",
                      _optimizer(schedule="wsd", decay_share=0.4)),
     "speed_plus": Candidate("logit-normal around -0.5, stratified", {"method": "speed_plus"}),
     "mode": Candidate("SD3's mode distribution", {"method": "mode"}),
-    "modern": Candidate("QK-norm, rotary positions, SwiGLU", {"model": {"variant": "modern"}}),
+    "modern": Candidate("QK-norm, rotary positions, SwiGLU", MODERN),
     "routed": Candidate("half of the tokens skip the inner blocks (TREAD)",
                         put=partial(_network, Routed)),
     "dispersive": Candidate("dispersive loss, weight 0.5, on the second block",
@@ -247,7 +249,9 @@ CANDIDATES = {
     "repeated": Candidate("two noises per image, half of the images",
                           put=partial(_objective, Repeated)),
 }  # fmt: skip
-STEPS_DIFFER = ("recipe", "no_modulation", "three_steps", "both", "modern", "routed")
+STEPS_DIFFER = (
+    "recipe", "adamw", "nearest_decay", "no_modulation", "three_steps", "both", "modern", "routed",
+)  # fmt: skip
 
 # Steps of 128 images, the rate of Muon, and how images are generated, as in the reports.
 CASES: dict[str, dict[str, Any]] = {

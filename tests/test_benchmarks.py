@@ -14,7 +14,9 @@ import torch
 
 import gpu_arena
 import regression
+import table_rows
 import tables
+import tables_of_recipes
 from gpu_rows import Rows
 from speed_engine import cli, ops
 from speed_engine.arena.contestants import expand
@@ -46,8 +48,8 @@ def test_tables_of_the_documentation_are_those_of_the_results(document):
 
 
 def test_a_figure_without_a_result_cannot_appear(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "COMPARISONS", tmp_path)
+    monkeypatch.setattr(table_rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables_of_recipes, "COMPARISONS", tmp_path)
     for name in tables.TABLES:
         block = f"<!-- table: {name} -->\n1,628 images/s\n<!-- end -->"
         assert not re.search(r"\d", tables.filled(block))

@@ -1,0 +1,209 @@
+"""Tables of comparisons, of tuning runs and of what was tried beside the recipe."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from candidates import CANDIDATES, CASES
+from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
+from speed_engine.arena.speedup import LOSS, complete_runs
+from speed_engine.arena.summary import against, written, written_interval
+from table_rows import missing, result, rows
+
+COMPARISONS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def ladder(name: str) -> str:
+    """The recipes of a comparison, one change a rung."""
+    path = COMPARISONS / name / "results.json"
+    if not path.exists():
+        return "Not measured yet."
+    results = read_results(path)
+    rungs = _rungs(results)
+    lowest = next(iter(rungs.values()))
+    body, below = [], None
+    for rung, contestant in rungs.items():
+        ends = [run.points[-1].values for run in complete_runs(results, contestant).values()]
+        schedule = {c.name: c.schedule for c in results.contestants}
+        same = below is not None and schedule[below] == schedule[contestant]
+        body.append([
+            rung,
+            f"`{contestant}`",
+            spread([end[results.metric] for end in ends]),
+            spread([end[LOSS] for end in ends]) if schedule[contestant] == "flow" else "–",
+            times(results, contestant, lowest, "final"),
+            times(results, contestant, below, "median"),
+            times(replace(results, metric=LOSS), contestant, below if same else None, "median"),
+        ])  # fmt: skip
+        below = contestant
+    head = ["", "written", results.title, "validation loss", "against the first row"]
+    head += ["against the row above", "the same by validation loss"]
+    return rows(head, body)
+
+
+# Data of the headline: in words, and comparisons, of which the first that has a rung shows it.
+PROOFS = {
+    "CIFAR-10 at 16 px": ("cifar16", "cifar16-decay"),
+    "digits at 8 px": ("recipe-digits", "digits-decay"),
+}
+FLOW = "logit-normal times"  # the rung that the headline's ratios are given against
+
+
+def proofs() -> str:
+    """Recipes on all data: quality, and how many times fewer images than a flow with AdamW."""
+    columns = [
+        _proof([path for name in names if (path := COMPARISONS / name / "results.json").exists()])
+        for names in PROOFS.values()
+    ]
+    head = [""]
+    for data in PROOFS:
+        head += [f"{data}: FID", "times as fast as the flow"]
+    body = [
+        [rung, *(cell for of in columns for cell in of.get(rung, ["", ""]))]
+        for rung in RUNGS
+        if any(rung in of for of in columns)
+    ]
+    return rows(head, body)
+
+
+def _proof(paths: list[Path]) -> dict[str, list[str]]:
+    """Cells of each rung."""
+    cells: dict[str, list[str]] = {}
+    for results in map(read_results, paths):
+        rungs = _rungs(results)
+        for rung, contestant in rungs.items():
+            runs = complete_runs(results, contestant).values()
+            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
+            shown = [
+                spread([run.points[-1].values[results.metric] for run in runs]),
+                times(results, contestant, flow, "median") if flow else "1",
+            ]
+            cells.setdefault(rung, shown)
+    return cells
+
+
+def cifar_tuning() -> str:
+    """Single runs by which learning rates and a target were chosen."""
+    found = result("cifar16_tuning")
+    if found is None:
+        return "Not measured yet."
+    body = [
+        [name]
+        + [f"{of['held_out_fid']:.3g}" for of in run["evaluations"]]
+        + [f"{run['evaluations'][-1]['validation_loss']:.3f}"]
+        for name, run in found["runs"].items()
+    ]
+    gaussian = found["gaussian_per_class"]["held_out_fid"]
+    body.append(["a Gaussian per class, no training", "", f"{gaussian:.3g}", ""])
+    halves = [f"FID at {of['images']:,} images" for of in found["runs"][body[0][0]]["evaluations"]]
+    return rows(["optimizer, learning rate", *halves, "validation loss at the end"], body)
+
+
+def cifar_ddpm_tuning() -> str:
+    """Single runs on DDPM by which its learning rate was chosen."""
+    found = result("cifar16_tuning")
+    if found is None:
+        return "Not measured yet."
+    body = [
+        [name, f"{run['evaluations'][-1]['held_out_fid']:.3g}"]
+        for name, run in found["ddpm"]["runs"].items()
+    ]
+    return rows(["method, target, learning rate of AdamW", "FID at 102,400 images"], body)
+
+
+def candidates() -> str:
+    """What was tried in place of the recipe: figures, and how far off the recipe's own they are."""
+    found = result("candidates")
+    if found is None:
+        return missing("candidates.py")
+    names = {"digits": "digits", "cifar16": "CIFAR-10"}
+    cases = [case for case in CASES if case in found["runs"]]
+    head = ["in place of the recipe"]
+    for case in cases:
+        head += [f"{names[case]}: FID", "validation loss", "a step"]
+    body = [
+        [candidate.what, *(cell for case in cases for cell in _candidate(found, case, name))]
+        for name, candidate in CANDIDATES.items()
+    ]
+    return rows(head, [line for line in body if any(cell != "–" for cell in line[1:])])
+
+
+def _candidate(found: dict[str, Any], case: str, name: str) -> list[str]:
+    """FID, validation loss and time of a step, against the recipe with the same seeds."""
+    runs = found["runs"].get(case, {})
+    cells = []
+    for key in ("held_out_fid", "validation_loss"):
+        own = {seed: of[key] for seed, of in runs.get(name, {}).items()}
+        recipe = [runs["recipe"][seed][key] for seed in own]
+        cells.append(_against(list(own.values()), recipe))
+    times = {of: timing["median"] for of, timing in found["step_ms"].get(case, {}).items()}
+    cells.append(f"{times[name] / times['recipe']:.2f}×" if name in times else "–")
+    return cells
+
+
+def _against(own: list[float], recipe: list[float]) -> str:
+    """The mean, and by how many per cent it is above that of the recipe."""
+    if not own:
+        return "–"
+    above = 100 * (fmean(own) / fmean(recipe) - 1)
+    return f"{fmean(own):.4g}" if own == recipe else f"{fmean(own):.4g} ({above:+.1f} %)"
+
+
+# What is changed: the method, the process, the optimizer and its weight decay of the contestant.
+RUNGS = {
+    "DDPM, uniform timesteps": ("uniform", "linear", "adamw", 0),
+    "DDPM, SpeeD": ("speed_paper", "linear", "adamw", 0),
+    "a rectified flow": ("uniform", "flow", "adamw", 0),
+    "logit-normal times": ("logit_normal", "flow", "adamw", 0),
+    "the same, weight decay 0.1": ("logit_normal", "flow", "adamw", 0.1),
+    "Muon": ("logit_normal", "flow", "muon", 0),
+    "Muon, weight decay 0.1": ("logit_normal", "flow", "muon", 0.1),
+}
+
+
+def _rungs(results: Results) -> dict[str, str]:
+    """Rung -> contestant, of those that a comparison has."""
+    found = {rung: _on_rung(results, *of) for rung, of in RUNGS.items()}
+    return {rung: name for rung, name in found.items() if name is not None}
+
+
+def _on_rung(results: Results, *rung: str | float) -> str | None:
+    """The contestant, with the whole budget and the seeds of all."""
+    for contestant in results.contestants:
+        options = contestant.options
+        if options.keys() & {BUDGET, SEED_OFFSET}:
+            continue
+        by = options.get("optimizer.name", "adamw"), options.get("optimizer.weight_decay", 0)
+        if (contestant.method, contestant.schedule, *by) == rung:
+            return contestant.name
+    return None
+
+
+def spread(values: list[float]) -> str:
+    return f"{fmean(values):.3g} ± {stdev(values):.2g}"
+
+
+def times(results: Results, contestant: str, baseline: str | None, where: str) -> str:
+    """The speed-up in images to the other's final quality, or its median, with its interval."""
+    if baseline is None or baseline == contestant:
+        return "–"
+    found = against(results, baseline)
+    if contestant in found.missing:
+        return "undecided"
+    ratio = getattr(found.by_images[contestant], where)
+    said = f"{written(ratio)} ({written_interval(ratio)})"
+    return f"undecided: {said}" if contestant in found.undecided else said
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cifar_tuning": cifar_tuning,
+    "cifar_ddpm_tuning": cifar_ddpm_tuning,
+    "candidates": candidates,
+    "ladder_cifar": partial(ladder, "cifar16"),
+    "ladder_cifar_decay": partial(ladder, "cifar16-decay"),
+    "ladder_digits": partial(ladder, "recipe-digits"),
+    "proofs": proofs,
+}

@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,9 +31,11 @@ from speed_engine.arena.request import FAIR_PRESETS
 from speed_engine.config import TrainConfig, with_values
 from speed_engine.diffusion.objective import Objective, ObjectiveOutput
 from speed_engine.diffusion.terms import Pass
-from speed_engine.models import families
+from speed_engine.models import dit, families
 from speed_engine.models.dit import DiT
-from speed_engine.models.layers.open_sum import opened
+from speed_engine.models.layers.attention import SelfAttention
+from speed_engine.models.layers.feed_forward import FeedForward
+from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.ops import normal
 from speed_engine.training import muon, optimizers
 from train_providers import cpu_provider
@@ -84,6 +86,32 @@ class Watched(DiT):
                 seen[name] = stream.closed()
         answer = self.answer(stream, condition)
         return (answer, seen) if features else answer
+
+
+class SharedValues(SelfAttention):
+    """Mixes its values with those of the first block, in a share that it learns."""
+
+    values: Tensor  # of the pass before
+
+    def __init__(self, dim: int, num_heads: int, backend: str = "sdpa") -> None:
+        super().__init__(dim, num_heads, backend)
+        self.share = nn.Parameter(torch.tensor(0.5))
+
+    def _mix(self, x: Tensor, *first: Tensor) -> Tensor:
+        q, k, self.values = self._heads(x)
+        values = self.values.lerp(*first, self.share) if first else self.values
+        return self.attend(q, k, values).transpose(1, 2).flatten(2)
+
+
+class ValueResidual(DiT):
+    """The values of the first block reach the attention of all others (Zhou et al. 2024)."""
+
+    def through(
+        self, blocks: Iterable[nn.Module], stream: OpenSum, condition: Tensor, *context: Tensor
+    ) -> OpenSum:
+        first, *others = blocks
+        stream = super().through([first], stream, condition)
+        return super().through(others, stream, condition, first.attn.values)  # pyright: ignore
 
 
 class Dispersive(nn.Module):
@@ -170,6 +198,11 @@ def _network(family: type[DiT]) -> None:
     families.DiT = family
 
 
+def _value_residual() -> None:
+    dit.VARIANTS["original"] = (SharedValues, FeedForward)
+    _network(ValueResidual)
+
+
 def _loss(weight: float, term: Callable[[float], Any]) -> None:
     families.DiT = Watched
     build.Objective = partial(Objective, terms=[term(weight)])
@@ -240,6 +273,8 @@ CANDIDATES = {
     "speed_plus": Candidate("logit-normal around -0.5, stratified", {"method": "speed_plus"}),
     "mode": Candidate("SD3's mode distribution", {"method": "mode"}),
     "modern": Candidate("QK-norm, rotary positions, SwiGLU", MODERN),
+    "value_residual": Candidate("values of the first block in all (value residual)",
+                                put=_value_residual),
     "routed": Candidate("half of the tokens skip the inner blocks (TREAD)",
                         put=partial(_network, Routed)),
     "dispersive": Candidate("dispersive loss, weight 0.5, on the second block",

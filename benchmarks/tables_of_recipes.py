@@ -44,9 +44,31 @@ def ladder(name: str) -> str:
     return rows(head, body)
 
 
+def gains(name: str) -> str:
+    """How many times fewer images, and seconds, than a flow with AdamW, by both measures."""
+    path = COMPARISONS / name / "results.json"
+    if not path.exists():
+        return "Not measured yet."
+    results = read_results(path)
+    rungs, schedule = _rungs(results), {c.name: c.schedule for c in results.contestants}
+    body = []
+    for rung, contestant in rungs.items():
+        ends = [run.points[-1].values for run in complete_runs(results, contestant).values()]
+        cells = [spread([end[metric] for end in ends]) for metric in (results.metric, LOSS)]
+        for axis in ("images", "seconds"):
+            for metric in (results.metric, LOSS):
+                seen = replace(results, metric=metric)
+                cells.append(times(seen, contestant, rungs[FLOW], "median", axis))
+        if schedule[contestant] != "flow":
+            cells[1::2] = ["–"] * 3  # the loss of another target
+        body.append([rung, *cells])
+    head = ["", results.title, "validation loss", "images, by FID", "images, by loss"]
+    return rows([*head, "seconds, by FID", "seconds, by loss"], body)
+
+
 # Data of the headline: in words, and comparisons, of which the first that has a rung shows it.
 PROOFS = {
-    "CIFAR-10 at 16 px": ("cifar16", "cifar16-decay"),
+    "CIFAR-10 at 16 px": ("cifar16",),
     "digits at 8 px": ("recipe-digits", "digits-decay"),
 }
 FLOW = "logit-normal times"  # the rung that the headline's ratios are given against
@@ -186,14 +208,16 @@ def spread(values: list[float]) -> str:
     return f"{fmean(values):.3g} ± {stdev(values):.2g}"
 
 
-def times(results: Results, contestant: str, baseline: str | None, where: str) -> str:
-    """The speed-up in images to the other's final quality, or its median, with its interval."""
+def times(
+    results: Results, contestant: str, baseline: str | None, where: str, axis: str = "images"
+) -> str:
+    """The speed-up to the other's final quality, or its median, with its interval."""
     if baseline is None or baseline == contestant:
         return "–"
     found = against(results, baseline)
     if contestant in found.missing:
         return "undecided"
-    ratio = getattr(found.by_images[contestant], where)
+    ratio = getattr(getattr(found, f"by_{axis}")[contestant], where)
     said = f"{written(ratio)} ({written_interval(ratio)})"
     return f"undecided: {said}" if contestant in found.undecided else said
 
@@ -203,7 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cifar_ddpm_tuning": cifar_ddpm_tuning,
     "candidates": candidates,
     "ladder_cifar": partial(ladder, "cifar16"),
-    "ladder_cifar_decay": partial(ladder, "cifar16-decay"),
+    "gains_digits": partial(gains, "digits-decay"),
     "ladder_digits": partial(ladder, "recipe-digits"),
     "proofs": proofs,
 }

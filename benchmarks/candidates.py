@@ -111,7 +111,9 @@ class ValueResidual(DiT):
     ) -> OpenSum:
         first, *others = blocks
         stream = super().through([first], stream, condition)
-        return super().through(others, stream, condition, first.attn.values)  # pyright: ignore
+        attention = first.attn
+        assert isinstance(attention, SharedValues)
+        return super().through(others, stream, condition, attention.values)
 
 
 class Dispersive(nn.Module):

@@ -66,22 +66,29 @@ def gains(name: str) -> str:
     return rows([*head, "seconds, by FID", "seconds, by loss"], body)
 
 
-# Data of the headline: in words, and comparisons, of which the first that has a rung shows it.
-PROOFS = {
-    "CIFAR-10 at 16 px": ("cifar16",),
-    "digits at 8 px": ("recipe-digits", "digits-decay"),
-}
-FLOW = "logit-normal times"  # the rung that the headline's ratios are given against
+# Data of the headline: the comparison, and the data in words.
+PROOFS = {"cifar16": "CIFAR-10 at 16 px", "recipe-digits": "digits at 8 px"}
+FLOW = "logit-normal times"  # the rung that ratios are given against
 
 
 def proofs() -> str:
     """Recipes on all data: quality, and how many times fewer images than a flow with AdamW."""
-    columns = [
-        _proof([path for name in names if (path := COMPARISONS / name / "results.json").exists()])
-        for names in PROOFS.values()
-    ]
+    columns: list[dict[str, list[str]]] = []
     head = [""]
-    for data in PROOFS:
+    for name, data in PROOFS.items():
+        path = COMPARISONS / name / "results.json"
+        if not path.exists():
+            continue
+        results, cells = read_results(path), {}
+        rungs = _rungs(results)
+        for rung, contestant in rungs.items():
+            runs = complete_runs(results, contestant).values()
+            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
+            cells[rung] = [
+                spread([run.points[-1].values[results.metric] for run in runs]),
+                times(results, contestant, flow, "median") if flow else "1",
+            ]
+        columns.append(cells)
         head += [f"{data}: FID", "times as fast as the flow"]
     body = [
         [rung, *(cell for of in columns for cell in of.get(rung, ["", ""]))]
@@ -89,22 +96,6 @@ def proofs() -> str:
         if any(rung in of for of in columns)
     ]
     return rows(head, body)
-
-
-def _proof(paths: list[Path]) -> dict[str, list[str]]:
-    """Cells of each rung."""
-    cells: dict[str, list[str]] = {}
-    for results in map(read_results, paths):
-        rungs = _rungs(results)
-        for rung, contestant in rungs.items():
-            runs = complete_runs(results, contestant).values()
-            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
-            shown = [
-                spread([run.points[-1].values[results.metric] for run in runs]),
-                times(results, contestant, flow, "median") if flow else "1",
-            ]
-            cells.setdefault(rung, shown)
-    return cells
 
 
 def cifar_tuning() -> str:

@@ -99,7 +99,7 @@ class SharedValues(SelfAttention):
 
     def _mix(self, x: Tensor, *first: Tensor) -> Tensor:
         q, k, self.values = self._heads(x)
-        values = self.values.lerp(*first, self.share) if first else self.values
+        values = self.values.lerp(first[0], self.share) if first else self.values
         return self.attend(q, k, values).transpose(1, 2).flatten(2)
 
 

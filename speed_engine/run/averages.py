@@ -91,6 +91,7 @@ def _reconstructed(path: Path, config: TrainConfig, name: str) -> dict[str, Tens
         except Exception:
             if not path.exists() or all(of.exists() for of in kept):
                 raise
+            # One of the older ones was deleted while it was read, by a run that is training.
 
 
 def load_network(

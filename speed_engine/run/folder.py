@@ -59,3 +59,4 @@ def of_newest(run: Path, read: Callable[[Path], _Read]) -> _Read:
         except Exception:
             if path.exists():
                 raise
+            # Deleted while it was read, by a run that is training: it has newer ones.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_rows import Rows
-from speed_engine.arena.paces import seconds_per_step
+from speed_engine.arena.rehearsal import seconds_per_step
 
 OUT = Path("comparisons/cifar16-gpu")
 METHODS = (

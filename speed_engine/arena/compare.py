@@ -31,7 +31,7 @@ from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import measure_final
 from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
-from speed_engine.arena.paces import in_time
+from speed_engine.arena.rehearsal import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
 from speed_engine.arena.recipes import read_contestant
 from speed_engine.arena.report import PAGE, check_libraries, write_report

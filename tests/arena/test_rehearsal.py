@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from speed_engine.arena.paces import in_time, seconds_per_step
+from speed_engine.arena.rehearsal import in_time, seconds_per_step
 from speed_engine.arena.planned import Run
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig

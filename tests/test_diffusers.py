@@ -1,68 +1,19 @@
-"""Hugging Face diffusers: its schedulers are processes here, its training loop takes a method."""
+"""Schedulers of Hugging Face diffusers are noise processes here."""
 
 # pyright: reportPrivateImportUsage=false
 
 import copy
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.prediction import linear_form
 from speed_engine.diffusion.processes import build_schedule
-
-ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "train_with_diffusers.py"
-
-
-FLOW = ["--scheduler", "flow", "--method", "logit_normal"]
-LEARNED = ["--scheduler", "flow", "--method", "ant_uw"]
-
-
-@pytest.mark.parametrize(
-    "options", [[], *(pytest.param(of, marks=pytest.mark.long) for of in (FLOW, LEARNED))]
-)
-def test_a_diffusers_loop_trains_with_a_method_s_three_lines(options, tmp_path):
-    run = tmp_path / "run"
-    small = ["--steps", "40", "--sampling-steps", "5", "--out", str(run)]
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *small, *options],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "learns from the losses" not in done.stderr
-    losses = re.search(r"loss +([\d.]+) -> (-?[\d.]+)", done.stdout)
-    assert losses is not None, done.stdout
-    first, last = map(float, losses.groups())
-    assert last < 0.7 * first
-
-    trained = diffusers.DDPMPipeline.from_pretrained(run).unet
-    torch.manual_seed(0)  # the script's default
-    for start, end in zip(script().unet().parameters(), trained.parameters(), strict=True):
-        assert bool(torch.isfinite(end).all()) and not torch.equal(start, end)
-    picture = np.asarray(Image.open(run / "samples.png"))
-    assert picture.shape[:2] == (4 * 48, 8 * 48) and picture.std() > 10
-
-
-def script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def images_and_noise(count: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 OUT/compare.json                   the conditions
 OUT/references.json                what the metrics say of images that no network made
-OUT/paces/CONTESTANT               short runs, where the budget is a time
+OUT/rehearsals/CONTESTANT          short runs, see rehearsal.py
 OUT/tuning/CONTESTANT/lr-X/seed-S  a run per learning rate, with a seed that does not count
 OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``speed-engine train``
 OUT/results.json                   see results.py
@@ -17,7 +17,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,14 @@ from speed_engine.arena.contestants import BASELINES, expand, options, resolve
 from speed_engine.arena.final import measure_final
 from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
-from speed_engine.arena.rehearsal import in_time
 from speed_engine.arena.planned import FINAL_FILE, Run, failure, is_complete
 from speed_engine.arena.recipes import read_contestant
+from speed_engine.arena.rehearsal import (
+    compiled_as_chosen,
+    in_time,
+    rehearsal,
+    seconds_per_step,
+)
 from speed_engine.arena.report import PAGE, check_libraries, write_report
 from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
@@ -150,14 +155,11 @@ class Comparison:
     def run(self) -> Results:
         """Run what is missing, and record what came of all, even if it is interrupted."""
         references = self._references()
-        if self.plan.budget_seconds is not None:
-            folders = {name: self._folder("paces", name) for name in self.configs}
-            execute = partial(self._execute, "short runs to measure paces")
-            self.configs = in_time(self.configs, self.plan.budget_seconds, folders, execute)
+        self._rehearse()
         screened = self._screened()
         runs = self._counting_runs({name: contenders(of) for name, of in screened.items()})
         try:
-            self._execute("runs", list(runs.values()))
+            self._execute("runs", list(runs.values()), self._metric)
         finally:
             contestants = [self._contestant(name, screened[name], runs) for name in self.configs]
             results = self._results(contestants, runs, references)
@@ -172,6 +174,21 @@ class Comparison:
             write_durably(path, (json.dumps(measured, indent=1) + "\n").encode())
         remedy = "Delete it and run the same comparison again, which measures them anew."
         return strict.read_file(dict[str, dict[str, float]], path, remedy)
+
+    def _rehearse(self) -> None:
+        """Where runs compile, or where they are to last as long as each other."""
+        chosen = {name: compiled_as_chosen(config) for name, config in self.configs.items()}
+        seconds = self.plan.budget_seconds
+        if seconds is None and all(config.compile == "off" for config in chosen.values()):
+            return
+        rehearsals = {
+            name: rehearsal(config, self._folder("rehearsals", name))
+            for name, config in chosen.items()
+        }
+        what = "short runs, which compile what the others use"
+        self._execute(what, list(rehearsals.values()), _pace)
+        if seconds is not None:
+            self.configs = in_time(chosen, rehearsals, seconds)
 
     def _screened(self) -> dict[str, dict[float, float]]:
         """By contestant, what one run with each of its learning rates reaches; where there is only
@@ -188,7 +205,7 @@ class Comparison:
             if len(self._rates(name)) > 1
         }
         if runs:
-            self._execute("runs to rule learning rates out", list(runs.values()))
+            self._execute("runs to rule learning rates out", list(runs.values()), self._metric)
         return {
             name: {
                 rate: self._reached(runs[name, rate]) if (name, rate) in runs else math.inf
@@ -271,7 +288,7 @@ class Comparison:
             references=references,
         )
 
-    def _execute(self, what: str, runs: Sequence[Run]) -> None:
+    def _execute(self, what: str, runs: Sequence[Run], said: Callable[[Run], str]) -> None:
         self._say(f"{len(runs)} {what}")
         ended = 0
 
@@ -279,11 +296,13 @@ class Comparison:
             nonlocal ended
             ended += 1
             of = run.folder.relative_to(self.out)
-            reached = f"{self.plan.metric} {self._reached(run):.3f}"
-            outcome = reached if complete else f"FAILED: {failure(run)}"
+            outcome = said(run) if complete else f"FAILED: {failure(run)}"
             self._say(f"{ended}/{len(runs)}  {of}  {outcome}")
 
         execute(runs, self.slots, self.threads, tell)
+
+    def _metric(self, run: Run) -> str:
+        return f"{self.plan.metric} {self._reached(run):.3f}"
 
     def _reached(self, run: Run) -> float:
         """The metric at the end of a run; infinite if it failed."""
@@ -333,6 +352,10 @@ class Comparison:
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _pace(rehearsed: Run) -> str:
+    return f"{1e3 * seconds_per_step(rehearsed.folder):.3g} ms a step"
 
 
 def _with_rate(config: TrainConfig, rate: float, later: int) -> TrainConfig:

@@ -1,47 +1,56 @@
-"""How many steps each contestant makes in a given time, measured beforehand.
+"""Short runs of the contestants, before those that count.
 
-The length of a run must be known when it begins: curricula and decays follow it.
+They leave compiled code in the caches: else whoever trains first would pay for what all others find
+there, in seconds of training. And they show how many steps each makes in a given time, which must
+be known when a run begins, as curricula and decays follow its length.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from speed_engine.arena.planned import Run, failure, is_complete
 from speed_engine.config import TrainConfig
+from speed_engine.run.starting import machine_choices
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.records import read_records
 
 STEPS, INTERVAL = 60, 20  # the first interval warms up and is left out
 
 
+def compiled_as_chosen(config: TrainConfig) -> TrainConfig:
+    """With what the machine makes of ``compile=auto``, which a run of fewer steps may not get."""
+    return replace(config, compile=machine_choices(config).compile.value)
+
+
+def rehearsal(config: TrainConfig, folder: Path) -> Run:
+    """The same steps, fewer, with hardly an evaluation."""
+    evaluation = replace(config.evaluation, every=STEPS, num_images=1, features="none")
+    short = replace(
+        config, steps=STEPS, log_every=INTERVAL, checkpoint_every=STEPS, evaluation=evaluation
+    )
+    return Run(config=short, folder=folder)
+
+
 def in_time(
-    configs: Mapping[str, TrainConfig],
-    seconds: float,
-    folders: Mapping[str, Path],
-    run_all: Callable[[Sequence[Run]], None],
+    configs: Mapping[str, TrainConfig], rehearsals: Mapping[str, Run], seconds: float
 ) -> dict[str, TrainConfig]:
     """The configurations with as many steps as they make in the time, whole evaluations.
 
     Args:
         configs: of the contestants.
+        rehearsals: of the same, which have ended.
         seconds: of training, per run.
-        folders: of the short runs that are timed.
-        run_all: completes runs, as many at a time as will be in the comparison.
 
     Raises:
-        UserError: a run failed, or the time is too short for one evaluation.
+        UserError: a rehearsal failed, or the time is too short for one evaluation.
     """
-    runs = {
-        name: Run(config=_short(config), folder=folders[name]) for name, config in configs.items()
-    }
-    run_all(list(runs.values()))
-    for name, run in runs.items():
+    for name, run in rehearsals.items():
         if not is_complete(run):
             raise UserError(f"the pace of {name} could not be measured: {failure(run)}.")
     return {
-        name: _lasting(name, config, seconds, seconds_per_step(runs[name].folder))
+        name: _lasting(name, config, seconds, seconds_per_step(rehearsals[name].folder))
         for name, config in configs.items()
     }
 
@@ -54,14 +63,6 @@ def seconds_per_step(run: Path) -> float:
         for before, after in zip(records, records[1:], strict=False)
     ]
     return sorted(paces)[len(paces) // 2]
-
-
-def _short(config: TrainConfig) -> TrainConfig:
-    """The same steps, fewer, with hardly an evaluation."""
-    evaluation = replace(config.evaluation, every=STEPS, num_images=1, features="none")
-    return replace(
-        config, steps=STEPS, log_every=INTERVAL, checkpoint_every=STEPS, evaluation=evaluation
-    )
 
 
 def _lasting(name: str, config: TrainConfig, seconds: float, pace: float) -> TrainConfig:

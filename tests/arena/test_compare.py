@@ -246,3 +246,23 @@ def test_what_has_no_effect_in_a_file_named_like_a_preset_is_refused_with_the_fi
         cli.main(["compare", str(tmp_path / "digits.toml"), "--out", str(tmp_path / "out")])
     said = " ".join(capsys.readouterr().err.split())
     assert f"{tmp_path / 'digits.toml'}: method=p2: has no effect in a comparison" in said
+
+
+@pytest.mark.long
+def test_runs_are_rehearsed_as_they_will_compile(tmp_path):
+    out = tmp_path / "out"
+    model = "--model.dim 16 --model.depth 1 --model.num-heads 2 --batch-size 16 --steps 200"
+    cheap = "--evaluation.num-images 100 --evaluation.solver-steps 2 --final-solver-steps 3"
+    options = "--methods uniform --seeds 1 --compile blocks --budget-seconds 2 --evaluations 10"
+    command = f"compare digits {options} {model} {cheap} --evaluation.guidance 1".split()
+    said = subprocess.check_output(
+        [sys.executable, "-m", "speed_engine", *command, "--out", str(out)], text=True
+    )
+    assert said.count("ms a step") == 3  # of uniform and the two other baselines
+    assert not [curve for curve in read_results(out / "results.json").curves if curve.failure]
+    for config in sorted(out.glob("r*/**/config.json")):
+        written = json.loads(config.read_text())
+        assert written["compile"] == "blocks"
+        assert (
+            written["steps"] == 60 if "rehearsals" in config.parts else written["steps"] % 20 == 0
+        )

@@ -3,8 +3,8 @@
     METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...]        speed_paper@linear:v+k=3
 
 What is left out is the comparison's own, the target that of the process. A recipe (recipes.py) may
-stand in place of the method. An option is one of the method, one of the optimizer
-(``optimizer.ema_decay``), or one of these:
+stand in place of the method. An option is one of the method, one of the optimizer or the network
+(``optimizer.ema_decay``, ``model.variant``), or one of these:
 
     seed_offset   the contestant's runs have other seeds. The same method twice, once with other
                   seeds, is the false-alarm test of a comparison: neither may come out faster.
@@ -20,14 +20,13 @@ from typing import Any
 from speed_engine.arena.recipes import read_contestant
 from speed_engine.arena.results import BUDGET, SEED_OFFSET
 from speed_engine.build import build_process
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, with_values
 from speed_engine.diffusion.grammar import Spelling, Value
 from speed_engine.diffusion.method import options_of
 from speed_engine.diffusion.methods import METHODS
-from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
-from speed_engine.training.config import OptimizerConfig
 
+SECTIONS = ("optimizer", "model")
 BASELINES = ("uniform@linear:epsilon", "logit_normal@flow:velocity")
 
 # Table 6 of SpeeD's paper: its two parts, k and lambda; then what the paper leaves open.
@@ -54,7 +53,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
     """
     try:
         spelling = read_contestant(name)
-        method, optimizer, seed_offset, budget = _parts(spelling)
+        method, sections, seed_offset, budget = _parts(spelling)
         schedule = spelling.schedule or base.schedule
         own_target = base.prediction if schedule == base.schedule else None
         config = replace(
@@ -62,9 +61,9 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
             method=str(Spelling(spelling.method, method)),
             schedule=schedule,
             prediction=spelling.prediction or own_target,
-            optimizer=strict.read(OptimizerConfig, vars(base.optimizer) | optimizer, "optimizer"),
             seed=base.seed + seed_offset,
         )
+        config = with_values(config, sections)
         if budget != 1:
             config = _shortened(config, budget)
         return replace(config, prediction=build_process(config).prediction)
@@ -124,11 +123,13 @@ def _shortened(config: TrainConfig, share: float) -> TrainConfig:
     return replace(config, steps=steps, checkpoint_every=min(config.checkpoint_every, steps))
 
 
-def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int, float]:
-    """Options of the method, those of the optimizer by their field, the offset of the seed, and the
-    share of the budget.
+def _parts(
+    spelling: Spelling,
+) -> tuple[dict[str, Value], dict[str, dict[str, Value]], int, float]:
+    """Options of the method, those of a section of the configuration by their field, the offset of
+    the seed, and the share of the budget.
     """
-    method, optimizer = dict(spelling.options), dict[str, Value]()
+    method, sections = dict(spelling.options), dict[str, dict[str, Value]]()
     offset = method.pop(SEED_OFFSET, 0)
     if type(offset) is not int or offset < 0:
         raise UserError(f"{SEED_OFFSET}={offset} must be a whole number, 0 or more.")
@@ -137,14 +138,14 @@ def _parts(spelling: Spelling) -> tuple[dict[str, Value], dict[str, Value], int,
         raise UserError(f"{BUDGET}={share} must be a share of the images, in (0, 1].")
     for option in spelling.options:
         section, _, field = option.rpartition(".")
-        if section == "optimizer":
-            optimizer[field] = method.pop(option)
+        if section in SECTIONS:
+            sections.setdefault(section, {})[field] = method.pop(option)
     for option in method:
         if option not in options_of(spelling.method):
             raise UserError(
                 f"there is no option {option}; there are those of {spelling.method} "
-                f"({', '.join(options_of(spelling.method))}), optimizer.NAME, {SEED_OFFSET} and "
-                f"{BUDGET}. "
+                f"({', '.join(options_of(spelling.method))}), optimizer.NAME, model.NAME, "
+                f"{SEED_OFFSET} and {BUDGET}. "
                 "What else differs would not be the same comparison."
             )
-    return method, optimizer, offset, share
+    return method, sections, offset, share

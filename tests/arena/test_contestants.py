@@ -28,6 +28,12 @@ def test_a_name_sets_method_process_target_and_options():
     ) == BASE  # fmt: skip
 
 
+def test_a_name_sets_options_of_the_network():
+    config = resolve("uniform+model.variant=modern+model.depth=2", BASE)
+    assert config.model == dataclasses.replace(BASE.model, variant="modern", depth=2)
+    assert dataclasses.replace(config, model=BASE.model) == resolve("uniform", BASE)
+
+
 def test_what_is_left_out_is_the_comparisons_own():
     base = dataclasses.replace(BASE, schedule="cosine", prediction="v")
     assert resolve("p2", base).schedule == "cosine"
@@ -49,6 +55,9 @@ def test_what_is_left_out_is_the_comparisons_own():
         ("speed_paper+k=3+k=4", "sets k twice"),
         ("uniform+optimizer.ema_deca=0.9", "the nearest is optimizer.ema_decay"),
         ("uniform+optimizer.ema_decay=much", 'optimizer.ema_decay="much": should be a valid'),
+        ("uniform+model.variant=modem", 'model.variant="modem"'),
+        ("uniform+model.dim=-64", "model.dim=-64"),
+        ("uniform+data.source=elsewhere", "would not be the same comparison"),
         ("speed_paper+k=0", "k"),
         ("speed_paper+seed=3", "there is no option seed"),
         ("speed_paper+steps=9", "would not be the same comparison"),

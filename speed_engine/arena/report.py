@@ -92,6 +92,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
             *(summary.headline(results, one) for one in found),
             *false_alarm_tests(results),
         ],
+        "conditions": summary.conditions_in_words(results),
         "contestants": summary.contestants_table(results),
         "edge": any(summary.at_grid_edge(contestant) for contestant in results.contestants),
         "others": summary.other_metrics_table(results),

@@ -111,6 +111,13 @@ class Results:
         return any(BUDGET in contestant.options for contestant in self.contestants)
 
     @property
+    def budget(self) -> str:
+        """Of every run, in words."""
+        if self.budget_seconds is not None:
+            return f"{self.budget_seconds:,g} seconds each"
+        return f"{'up to ' * self.shortened}{self.budget_images:,} images each"
+
+    @property
     def tuned(self) -> bool:
         """Whether contestants chose their learning rates from a grid."""
         return any(len(contestant.tuning) > 1 for contestant in self.contestants)

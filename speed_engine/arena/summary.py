@@ -190,6 +190,24 @@ def floor_in_words(results: Results) -> list[str]:
     return sentences
 
 
+def conditions_in_words(results: Results) -> str:
+    """What runs have in common, and what they don't."""
+    named = {option for contestant in results.contestants for option in contestant.options}
+    if results.budget_seconds is not None:
+        trained = "Every method trains on as many images as it was expected to in the same time."
+    elif results.shortened:
+        trained = "Every method trains on the same number of images, or the share that it names."
+    else:
+        trained = "Every method trains on the same number of images."
+    if any(option.startswith("model.") for option in named):
+        paired = "order of data and noise, and initial weights where their networks are the same."
+    else:
+        paired = "initial weights, order of data and noise."
+    rates = "the best of a grid" if results.tuned else "that of the configuration"
+    own = ", unless its name sets one" * ("optimizer.learning_rate" in named)
+    return f"{trained} Runs of one seed share {paired} The learning rate of each is {rates}{own}."
+
+
 def written(ratio: Ratio) -> str:
     """Such as ``1.52×``, ``≥ 4×`` where it was there when first seen, ``< 0.9×`` if never."""
     low, high = _times(ratio.low), _times(ratio.high)

@@ -425,3 +425,25 @@ def test_a_report_that_cannot_be_drawn_leaves_the_one_before(tmp_path, monkeypat
     with pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'figures'}'"):
         write_report(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "options, changed, budget, said",
+    [
+        ({}, {}, "20,000 images", "same number of images. Runs of one seed share initial weights"),
+        ({"budget": 0.5}, {}, "up to 20,000 images", "or the share that it names"),
+        ({}, {"budget_seconds": 90.0}, "90 seconds", "expected to in the same time"),
+        ({"model.depth": 2}, {}, "20,000 images", "where their networks are the same"),
+        (
+            {"optimizer.learning_rate": 0.1}, {}, "20,000 images",
+            "The learning rate of each is the best of a grid, unless its name sets one.",
+        ),
+    ],
+)  # fmt: skip
+def test_the_page_says_what_the_runs_had_in_common(tmp_path, options, changed, budget, said):
+    results = comparison({"uniform": 1.0, "other": 2.0}, 3, 0.03)
+    plain, other = results.contestants
+    contestants = plain, dataclasses.replace(other, options=options)
+    results = dataclasses.replace(results, contestants=contestants, **changed)
+    for page in report(results, tmp_path):
+        assert f"2 methods at {budget} each" in page and said in page

@@ -225,6 +225,23 @@ def _without_modulation() -> None:
     optimizers.hidden_matrices = matrices
 
 
+def _by_head() -> None:
+    """Queries, keys and values are as many maps as there are heads."""
+
+    def matrices(model: nn.Module) -> list[tuple[Tensor, int]]:
+        attention = [of for of in model.modules() if isinstance(of, SelfAttention)]
+        heads = {id(of.qkv.weight): of.num_heads for of in attention}
+        found = muon.hidden_matrices(model)
+        return [(weight, parts * heads.get(id(weight), 1)) for weight, parts in found]
+
+    optimizers.hidden_matrices = matrices
+
+
+def _heads_of_least_error() -> None:
+    _by_head()
+    _quintics(*muon.NEAREST)
+
+
 def _quintics(*of: muon.Quintic) -> None:
     muon.quintics = lambda _: of
 
@@ -259,6 +276,8 @@ CANDIDATES = {
     "two_nearest_modern": Candidate("that, QK-norm, rotary positions, SwiGLU",
                                     _optimizer(weight_decay=0.1) | MODERN,
                                     partial(_quintics, *TWO)),
+    "heads_decay": Candidate("weight decay 0.1, three of least error, q, k and v by head",
+                             _optimizer(weight_decay=0.1), _heads_of_least_error),
     "no_modulation": Candidate("Muon without adaLN's matrices", put=_without_modulation),
     "three_steps": Candidate("three Newton-Schulz steps", put=partial(_quintics, *muon.STEEP[:3])),
     "both": Candidate("both of these", put=_lean),
@@ -287,7 +306,8 @@ CANDIDATES = {
                           put=partial(_objective, Repeated)),
 }  # fmt: skip
 STEPS_DIFFER = (
-    "recipe", "adamw", "nearest_decay", "no_modulation", "three_steps", "both", "modern", "routed",
+    "recipe", "adamw", "nearest_decay", "heads_decay", "no_modulation", "three_steps", "both",
+    "modern", "routed",
 )  # fmt: skip
 
 # Steps of 128 images, the rate of Muon, and how images are generated, as in the reports.

@@ -207,7 +207,7 @@ def gpu_headline() -> str:
         f"On one H200, DiT-XL/2 trains at {default['images_per_second']:.0f} images/s with the "
         f"defaults (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of the peak rate) "
         f"and at {best['images_per_second']:.0f} with a bfloat16 residual stream;\n"
-        f"the original loop, rewritten, with its 64 images a step, at "
+        f"DiT's original loop, rewritten, with its 64 images a step, at "
         f"{original['images_per_second']:.0f}."
     )
 

@@ -273,7 +273,7 @@ def clts(
 def clts_mdlrc(
     schedule: NoiseSchedule, ramp_steps: int = 50_000, mean: float = 0.3, std: float = 0.2
 ) -> Definition:
-    """CLTS with momentum decay and learning rate compensation, see ``optim.demon``."""
+    """CLTS with momentum decay and learning rate compensation."""
     definition = clts(schedule, ramp_steps, mean, std)
     return Definition(
         timesteps=definition.timesteps, weighting=definition.weighting, momentum_decay="demon"

@@ -1,7 +1,7 @@
 """From per-image losses to the loss of a batch: their mean, or weights learned with the model.
 
 A learned weight exp(-u(t)) is balanced by the penalty u(t), as in a Gaussian's likelihood. Its
-parameters are trained by the model's optimizer, without weight decay, see ``optim.adamw``.
+parameters are trained by the model's optimizer, without weight decay.
 
 Letters: B images, T cells, K clusters.
 """

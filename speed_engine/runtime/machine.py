@@ -226,7 +226,7 @@ def choose_host_memory() -> Choice:
 
 
 def choose_parallel(wanted: str, world: World, device: str) -> Choice:
-    """A key of ``distributed.LAYOUTS``.
+    """A key of ``sharding.LAYOUTS``.
 
     Raises:
         UserError: hsdp on one node.

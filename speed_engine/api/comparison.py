@@ -9,7 +9,7 @@ from rich.console import Console
 
 from speed_engine.arena import summary
 from speed_engine.arena.compare import compare as run_comparison
-from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
+from speed_engine.arena.request import FAIR_PRESETS, CompareCommand, refuse_what_has_no_effect
 from speed_engine.arena.results import Results, read_results
 from speed_engine.commands.config_file import origin
 from speed_engine.config import TrainConfig
@@ -110,9 +110,11 @@ def compare(
     names = strict.read(tuple[str, ...], [*lists["methods"]], "methods")
     rates = [float(rate) for rate in learning_rates]
     start = origin(config, FAIR_PRESETS)
+    changed = start.config(changes)
+    refuse_what_has_no_effect(changed, start.config())
     command = CompareCommand(
         preset=start.name,
-        config=start.config(changes),
+        config=changed,
         methods=None if methods is None else ",".join(names),
         seeds=seeds,
         evaluations=evaluations,
@@ -121,4 +123,14 @@ def compare(
         slots=slots,
         out=None if folder is None else Path(folder).expanduser(),
     )
-    return Compared(run_comparison(command, console or Console()))
+    settings = {
+        "seeds": seeds,
+        "evaluations": evaluations,
+        "learning_rates": rates,
+        "final_solver_steps": [*final_solver_steps],
+        **changes,
+    }
+    of = "config" if isinstance(config, TrainConfig) else repr(str(config))
+    values = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    called = f"speed_engine.compare({of}, {None if methods is None else list(names)}, {values})"
+    return Compared(run_comparison(command, console or Console(), called))

@@ -62,7 +62,14 @@ def load(
                 "of a model on the Hugging Face hub, OWNER/NAME."
             )
         folder = _fetch(str(source), revision, token)
-    return _saved(folder, device) if (folder / FACTS).is_file() else of_run(folder, average, device)
+    if not (folder / FACTS).is_file():
+        return of_run(folder, average, device)
+    if average != EMA:
+        raise UserError(
+            f"average={average!r}: {source} is a saved model, which has one set of parameters; "
+            "load the run, or save the model of that average."
+        )
+    return _saved(folder, device)
 
 
 def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:

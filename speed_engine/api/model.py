@@ -133,6 +133,8 @@ class Model:
         n = int(n)
         prompts = (prompts,) if isinstance(prompts, str) else prompts
         null = self.null
+        if prompts and labels is not None:
+            raise UserError("labels and prompts: a model is conditioned on one of them; leave one.")
         if prompts:
             conditions, null = prompted(config.data, n, prompts, text_encoder)
         else:

@@ -2,7 +2,7 @@
 
 OUT/compare.json                   the conditions
 OUT/references.json                what the metrics say of images that no network made
-OUT/rehearsals/CONTESTANT          short runs, see rehearsal.py
+OUT/paces/CONTESTANT               short runs, see rehearsal.py
 OUT/tuning/CONTESTANT/lr-X/seed-S  a run per learning rate, with a seed that does not count
 OUT/runs/CONTESTANT/lr-X/seed-S    the runs that count; each folder is one of ``speed-engine train``
 OUT/results.json                   see results.py
@@ -15,8 +15,8 @@ be added to it. One that is interrupted reports what is complete.
 import json
 import math
 import os
-import shlex
-import sys
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from speed_engine.arena.contestants import BASELINES, expand, options, resolve
+from speed_engine.arena.contestants import BASELINES, expand, identity, options, resolve
 from speed_engine.arena.final import measure_final
 from speed_engine.arena.floor import measure_references
 from speed_engine.arena.gather import curve_of, extractor_of, final_value
@@ -39,7 +39,7 @@ from speed_engine.arena.rehearsal import (
     rehearsal,
     seconds_per_step,
 )
-from speed_engine.arena.report import PAGE, check_libraries, write_report
+from speed_engine.arena.report import PAGE, REPORT, check_libraries, write_report
 from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import BUDGET, Contestant, Results, write_results
 from speed_engine.arena.runs import execute
@@ -49,16 +49,23 @@ from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.environment import describe
 from speed_engine.runtime.files import write_durably
-from speed_engine.runtime.locks import LOCK_FILE, held
+from speed_engine.runtime.locks import held
 
 TUNING_SEED = 1000  # added to the first seed: far from those that are reported
 PLAN_FILE = "compare.json"
 REFERENCES_FILE = "references.json"
 RESULTS_FILE = "results.json"
+PACES, TUNING, RUNS = "paces", "tuning", "runs"
+WRITTEN = (PACES, TUNING, RUNS, REFERENCES_FILE, RESULTS_FILE, *REPORT)
 
 
-def compare(command: CompareCommand, console: Console) -> Path:
+def compare(command: CompareCommand, console: Console, called: str) -> Path:
     """Run what is missing of a comparison, write its report, and return its folder.
+
+    Args:
+        command: what is compared.
+        console: for one line per run.
+        called: the command or call that does this again, for the report.
 
     Raises:
         UserError: what does not fit, or a library of the extra ``plots`` is missing.
@@ -73,6 +80,7 @@ def compare(command: CompareCommand, console: Console) -> Path:
         learning_rates=command.learning_rates,
         solver_steps=command.final_solver_steps,
         budget_seconds=command.budget_seconds,
+        called=called,
     )
     out = command.out or Path("comparisons") / command.preset
     slots, threads = _slots(command)
@@ -105,6 +113,7 @@ class Plan:
         solver_steps: the final models are also measured with so many.
         budget_seconds: of training, in place of the configured steps; these then say only how far
             evaluations are apart.
+        called: the command that compares.
     """
 
     config: TrainConfig
@@ -113,11 +122,13 @@ class Plan:
     learning_rates: tuple[float, ...] = ()
     solver_steps: tuple[int, ...] = ()
     budget_seconds: float | None = None
+    called: str = ""
 
     @property
     def metric(self) -> str:
         """The one that decides; lower is better."""
-        return "held_out_fid" if self.config.data.holds_out else "fid"
+        parts = self.config.data.holds_out and self.config.evaluation.reference is None
+        return "held_out_fid" if parts else "fid"
 
     @property
     def reported_seeds(self) -> tuple[int, ...]:
@@ -142,8 +153,9 @@ class Comparison:
     def __init__(self, plan: Plan, out: Path, slots: int, threads: int, console: Console) -> None:
         self.plan, self.out = plan, out
         self.slots, self.threads, self.console = slots, threads, console
-        names = expand(plan.contestants, plan.config)
+        names = expand(plan.contestants, plan.config, bool(plan.learning_rates))
         self.configs = {name: resolve(name, plan.config) for name in names}
+        self.spellings = {name: self._spellings(name) for name in names}
         shares = [name for name in names if BUDGET in options(name)]
         if shares and plan.budget_seconds is not None:
             raise UserError(
@@ -182,8 +194,7 @@ class Comparison:
         if seconds is None and all(config.compile == "off" for config in chosen.values()):
             return
         rehearsals = {
-            name: rehearsal(config, self._folder("rehearsals", name))
-            for name, config in chosen.items()
+            name: rehearsal(config, self._folder(PACES, name)) for name, config in chosen.items()
         }
         what = "short runs, which compile what the others use"
         self._execute(what, list(rehearsals.values()), _pace)
@@ -198,7 +209,7 @@ class Comparison:
         runs = {
             (name, rate): Run(
                 config=self._tuning_config(name, rate),
-                folder=self._run_folder("tuning", name, rate, seed),
+                folder=self._run_folder(TUNING, name, rate, seed),
             )
             for name in self.configs
             for rate in self._rates(name)
@@ -227,7 +238,7 @@ class Comparison:
         return {
             (name, rate, seed): Run(
                 config=_with_rate(self.configs[name], rate, seed - plan.config.seed),
-                folder=self._run_folder("runs", name, rate, seed),
+                folder=self._run_folder(RUNS, name, rate, seed),
                 finish=finish,
                 outcome=FINAL_FILE,
             )
@@ -267,8 +278,9 @@ class Comparison:
         plan = self.plan
         chosen = {contestant.name: contestant.learning_rate for contestant in contestants}
         where = {"slots": self.slots, "threads": self.threads}
-        wanted = [resolve(name, plan.config) for name in BASELINES]
-        known = {resolve(c.name, plan.config): c.name for c in contestants}
+        tuned = bool(plan.learning_rates)
+        wanted = [identity(name, plan.config, tuned) for name in BASELINES]
+        known = {identity(c.name, plan.config, tuned): c.name for c in contestants}
         return Results(
             metric=plan.metric,
             extractor=extractor_of([run.folder for run in runs.values()]),
@@ -284,7 +296,8 @@ class Comparison:
             baselines=tuple(dict.fromkeys(known[config] for config in wanted)),
             config=json.loads(to_json(plan.config)),
             environment=describe([]) | where,
-            command=shlex.join(["speed-engine", *sys.argv[1:]]),
+            command=plan.called,
+            learning_rates=plan.learning_rates,
             references=references,
         )
 
@@ -321,8 +334,22 @@ class Comparison:
         return self._folder(kind, name) / f"lr-{rate:g}" / f"seed-{seed}"
 
     def _folder(self, kind: str, name: str) -> Path:
-        """Of a contestant, without characters that shells and URLs give a meaning."""
-        return self.out / kind / name.replace("@", "-on-").replace(":", "-").replace("+", "-")
+        """Of a contestant, without characters that shells and URLs give a meaning; of one that was
+        a baseline by another name before it was asked for, what is there.
+        """
+        folders = [
+            self.out / kind / re.sub("[:+/]", "-", spelling.replace("@", "-on-"))
+            for spelling in self.spellings[name]
+        ]
+        return next((folder for folder in folders if folder.exists()), folders[0])
+
+    def _spellings(self, name: str) -> list[str]:
+        """The name, and those that it has as a baseline."""
+        base, tuned = self.plan.config, bool(self.plan.learning_rates)
+        config = self.configs[name]
+        others = [*BASELINES, f"uniform@{config.schedule}:{config.prediction}"]
+        same = identity(name, base, tuned)
+        return [name, *(of for of in others if identity(of, base, tuned) == same)]
 
     def _keep_plan(self) -> None:
         """Record the conditions; those of a comparison that is continued must be the same."""
@@ -333,10 +360,19 @@ class Comparison:
             "solver_steps": list(plan.solver_steps),
             "budget_seconds": plan.budget_seconds,
         }
-        begun = path.exists() and {of.name for of in self.out.iterdir()} - {PLAN_FILE, LOCK_FILE}
-        if not begun:
+        there = [name for name in WRITTEN if (self.out / name).exists()]
+        if there and not path.exists():
+            raise UserError(
+                f"{self.out} holds {', '.join(there)} of something else than a comparison, which "
+                "would be replaced; name another folder with --out."
+            )
+        if not any((self.out / kind).exists() for kind in (TUNING, RUNS)):
             self.out.mkdir(parents=True, exist_ok=True)
-            write_durably(path, (json.dumps(now, indent=2) + "\n").encode())
+            text = (json.dumps(now, indent=2) + "\n").encode()
+            if not path.exists() or path.read_bytes() != text:
+                (self.out / REFERENCES_FILE).unlink(missing_ok=True)
+                shutil.rmtree(self.out / PACES, ignore_errors=True)
+                write_durably(path, text)
             return
         before = strict.read_file(dict[str, Any], path, "Name another folder with --out.")
         try:  # read and written again it is as this version writes it

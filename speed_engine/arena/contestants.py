@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from speed_engine.arena.recipes import read_contestant
 from speed_engine.arena.results import BUDGET, SEED_OFFSET
-from speed_engine.build import build_process
+from speed_engine.build import build_model, build_process
 from speed_engine.config import TrainConfig, with_values
 from speed_engine.diffusion.grammar import Spelling, Value
 from speed_engine.diffusion.method import options_of
@@ -66,6 +68,9 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
         config = with_values(config, sections)
         if budget != 1:
             config = _shortened(config, budget)
+        if "model" in sections:
+            with torch.device("meta"):
+                build_model(config)
         return replace(config, prediction=build_process(config).prediction)
     except UserError as error:
         raise UserError(f"methods={name!r}: {error}") from error
@@ -87,9 +92,21 @@ def every_method(base: TrainConfig) -> tuple[str, ...]:
     return tuple(own.get(method, method) for method in METHODS)
 
 
-def expand(names: Sequence[str], base: TrainConfig) -> tuple[str, ...]:
+def identity(name: str, base: TrainConfig, tuned: bool) -> tuple[TrainConfig, bool]:
+    """Equal for names of the same contestant; where rates are chosen from a grid, one that names
+    its own is another contestant, even if that is the configured one.
+    """
+    return resolve(name, base), tuned and "optimizer.learning_rate" in options(name)
+
+
+def expand(names: Sequence[str], base: TrainConfig, tuned: bool = False) -> tuple[str, ...]:
     """Names with the sets ``all`` and ``ablation`` in place of their names, then the baselines that
     speed-ups are given against, uniform on each process and target among them; each once.
+
+    Args:
+        names: of contestants and sets.
+        base: the configuration of the comparison.
+        tuned: whether learning rates are chosen from a grid.
     """
     listed: list[str] = []
     for name in names:
@@ -98,9 +115,9 @@ def expand(names: Sequence[str], base: TrainConfig) -> tuple[str, ...]:
     listed += BASELINES
     processes = {(c.schedule, c.prediction) for c in (resolve(name, base) for name in listed)}
     own = [f"uniform@{schedule}:{prediction}" for schedule, prediction in sorted(processes)]
-    chosen: dict[TrainConfig, str] = {}
+    chosen: dict[tuple[TrainConfig, bool], str] = {}
     for name in (*listed, *own):
-        chosen.setdefault(resolve(name, base), name)
+        chosen.setdefault(identity(name, base, tuned), name)
     return tuple(chosen.values())
 
 

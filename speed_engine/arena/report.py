@@ -18,7 +18,7 @@ from speed_engine.arena.results import Results, read_results
 from speed_engine.runtime.checks import UserError, check_installed
 from speed_engine.runtime.files import naming, write_durably
 
-PAGE, FIGURES = "report.html", "figures"
+PAGE, MARKDOWN, FIGURES = REPORT = "report.html", "report.md", "figures"
 
 
 def check_libraries() -> None:
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> list[str]:
         with naming(pictures):
             (partial / FIGURES).mkdir(parents=True)
             content = _content(results, folder, partial / FIGURES)
-            pages = {name: _render(name, partial, content) for name in ("report.md", PAGE)}
+            pages = {name: _render(name, partial, content) for name in (MARKDOWN, PAGE)}
             shutil.rmtree(pictures, ignore_errors=True)  # of contestants that are gone, too
             (partial / FIGURES).rename(pictures)
         for name, page in pages.items():
@@ -94,7 +94,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
         ],
         "conditions": summary.conditions_in_words(results),
         "contestants": summary.contestants_table(results),
-        "edge": any(summary.at_grid_edge(contestant) for contestant in results.contestants),
+        "edge": any(results.at_grid_edge(contestant) for contestant in results.contestants),
         "others": summary.other_metrics_table(results),
         "failed": summary.failed_runs_table(results),
         "against": sections,

@@ -95,14 +95,6 @@ class CompareCommand:
             check_whole("final_solver_steps", steps, 1, MOST_TIMESTEPS)
         if self.slots is not None:
             check_whole("slots", self.slots, 1, MOST_SEEDS)
-        evaluation = self.config.evaluation
-        check(
-            "evaluation.metrics",
-            " ".join(evaluation.metrics),
-            "fid" in evaluation.metrics and evaluation.features != "none",
-            "a comparison decides by fid, which needs evaluation.features",
-        )
-        self._refuse_what_has_no_effect()
 
     @property
     def contestants(self) -> tuple[str, ...]:
@@ -111,18 +103,38 @@ class CompareCommand:
             return tuple(dict.fromkeys(("uniform", self.config.method)))
         return tuple(name.strip() for name in self.methods.split(",") if name.strip())
 
-    def _refuse_what_has_no_effect(self) -> None:
-        """Options of a run in whose place a comparison has its own."""
-        _, base = FAIR_PRESETS.get(self.preset, ("", self.config))
-        given, preset = flat(self.config), flat(base)
-        for name, instead in REPLACED.items():
-            same = given[name] == preset[name]
-            check(name, given[name], same, f"has no effect in a comparison; {instead}")
+
+def refuse_what_has_no_effect(config: TrainConfig, base: TrainConfig) -> None:
+    """Options of a run in whose place a comparison has its own.
+
+    Args:
+        config: with the options.
+        base: without: of the preset or the file.
+    """
+    given, before = flat(config), flat(base)
+    for name, instead in REPLACED.items():
+        same = given[name] == before[name]
+        check(name, given[name], same, f"has no effect in a comparison; {instead}")
 
 
 def within_budget(command: CompareCommand) -> TrainConfig:
-    """The configuration of every run: its length, and where it is measured."""
+    """The configuration of every run: its length, and where it is measured.
+
+    Raises:
+        UserError: nothing that decides is measured, or the budget is too small.
+    """
     config, wanted = command.config, command.budget_images
+    evaluation = config.evaluation
+    check(
+        "evaluation.metrics",
+        " ".join(evaluation.metrics),
+        "fid" in evaluation.metrics and evaluation.features != "none",
+        "a comparison decides by fid, which needs evaluation.features",
+    )
+    most = config.num_timesteps
+    for number in command.final_solver_steps:
+        few = number <= most
+        check("final_solver_steps", number, few, f"must be at most num_timesteps={most}")
     steps = config.steps if wanted is None else wanted // config.batch_size
     if steps < command.evaluations:
         raise UserError(

@@ -79,6 +79,7 @@ class Results:
     config: dict[str, Any]  # what all runs share
     environment: dict[str, Any]  # versions, hardware
     command: str
+    learning_rates: tuple[float, ...] = field(default=(), kw_only=True)  # the grid; empty: none
     # What needs no training -> metric: value; see floor.py.
     references: dict[str, dict[str, float]] = field(default_factory=dict, kw_only=True)
 
@@ -120,7 +121,15 @@ class Results:
     @property
     def tuned(self) -> bool:
         """Whether contestants chose their learning rates from a grid."""
-        return any(len(contestant.tuning) > 1 for contestant in self.contestants)
+        return bool(self.learning_rates) or any(
+            len(contestant.tuning) > 1 for contestant in self.contestants
+        )
+
+    def at_grid_edge(self, contestant: Contestant) -> bool:
+        """The best learning rate was the smallest or largest tried: a better one may lie beyond."""
+        tried = self.learning_rates or [float(rate) for rate in contestant.tuning]
+        ends = (min(tried), max(tried)) if len(tried) > 1 else ()
+        return bool(contestant.tuning) and contestant.learning_rate in ends
 
 
 def write_results(results: Results, path: Path) -> None:

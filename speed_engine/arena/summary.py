@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from speed_engine.arena.bootstrap import LEAST_SEEDS
-from speed_engine.arena.results import REAL, Contestant, Curve, Results
+from speed_engine.arena.results import REAL, SEED_OFFSET, Contestant, Curve, Results
 from speed_engine.arena.speedup import LOSS, Ratio, SpeedUp, complete_runs, speed_up, why_unusable
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
@@ -203,6 +203,8 @@ def conditions_in_words(results: Results) -> str:
         paired = "order of data and noise, and initial weights where their networks are the same."
     else:
         paired = "initial weights, order of data and noise."
+    if SEED_OFFSET in named:
+        paired = f"{paired[:-1]}, unless a name sets other seeds."
     rates = "the best of a grid" if results.tuned else "that of the configuration"
     own = ", unless its name sets one" * ("optimizer.learning_rate" in named)
     return f"{trained} Runs of one seed share {paired} The learning rate of each is {rates}{own}."
@@ -249,7 +251,7 @@ def contestants_table(results: Results) -> Table:
         share = f"{statistics.fmean(copied):.1%}" if copied else "–"
         rows.append(
             [contestant.name, contestant.schedule, contestant.prediction]
-            + [_learning_rate(contestant), f"{len(runs)} of {len(results.seeds)}", final]
+            + [_learning_rate(results, contestant), f"{len(runs)} of {len(results.seeds)}", final]
             + [*of_steps, share]
         )
     for name, values in results.references.items():
@@ -332,12 +334,6 @@ def failed_runs_table(results: Results) -> Table | None:
     return Table(["method", "seed", "why"], rows) if rows else None
 
 
-def at_grid_edge(contestant: Contestant) -> bool:
-    """The best learning rate was the smallest or largest tried: a better one may lie beyond."""
-    tried = [float(rate) for rate in contestant.tuning]
-    return len(tried) > 1 and contestant.learning_rate in (min(tried), max(tried))
-
-
 def _is_plain(contestant: Contestant) -> bool:
     return contestant.method == "uniform" and not contestant.options
 
@@ -376,8 +372,8 @@ def _caution(number: int, ratio: Ratio) -> str:
     )
 
 
-def _learning_rate(contestant: Contestant) -> str:
-    mark = " ⚠" if at_grid_edge(contestant) else ""
+def _learning_rate(results: Results, contestant: Contestant) -> str:
+    mark = " ⚠" if results.at_grid_edge(contestant) else ""
     tried = ", ".join(contestant.tuning)
     return f"{contestant.learning_rate:g}{mark}" + (f" of {tried}" if tried else "")
 

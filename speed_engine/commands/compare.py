@@ -1,8 +1,15 @@
 """The command line of comparisons."""
 
+import shlex
+import sys
+
 from rich.console import Console
 
-from speed_engine.arena.request import FAIR_PRESETS, CompareCommand
+from speed_engine.arena.request import (
+    FAIR_PRESETS,
+    CompareCommand,
+    refuse_what_has_no_effect,
+)
 from speed_engine.commands.configured import configured
 
 
@@ -14,7 +21,8 @@ def run(arguments: list[str], console: Console) -> None:
         "speed-engine compare",
         first=("data.source",),
         presets=FAIR_PRESETS,
+        check=refuse_what_has_no_effect,
     )
     from speed_engine.arena.compare import compare
 
-    compare(command, console)
+    compare(command, console, shlex.join(["speed-engine", *sys.argv[1:]]))

@@ -51,10 +51,19 @@ class Origin(NamedTuple):
         Raises:
             UserError: a name that does not exist, or a value that the configuration refuses.
         """
-        config = self._layered(self.preset, later)
-        if config.data.source == self.preset.data.source and not self.own_images:
-            return config
-        return self._layered(_of_data_set(self.preset, config.data.source), later)
+        source = self._named_source(later)
+        if source == self.preset.data.source and not self.own_images:
+            return self._layered(self.preset, later)
+        return self._layered(_of_data_set(self.preset, source), later)
+
+    def _named_source(self, later: Sequence[Mapping[str, Any]]) -> str:
+        """Of the data, before other values are read, which may fit what its record knows only."""
+        source: Any = self.preset.data.source
+        for values in (self.values, *later):
+            data = values.get("data", {})
+            named = data.get("source") if isinstance(data, Mapping) else getattr(data, "source", "")
+            source = named or source
+        return str(source)
 
     def _layered(self, config: TrainConfig, later: Sequence[Mapping[str, Any]]) -> TrainConfig:
         config = with_values(config, self.recipe) if self.recipe else config

@@ -47,6 +47,7 @@ def configured(
     *,
     first: Sequence[str] = (),
     presets: Mapping[str, tuple[str, TrainConfig]] = PRESETS,
+    check: Callable[[TrainConfig, TrainConfig], None] = lambda config, base: None,
 ) -> Command:
     """The command of the preset or file that is named first, with the options that follow.
 
@@ -61,6 +62,7 @@ def configured(
         program: the name of the command in its help.
         first: names of the options that the help shows before all others.
         presets: name -> (what it trains, its configuration).
+        check: is called with the configuration and with that of the preset or file alone.
 
     Raises:
         SystemExit: the help was printed (status 0), or an option is unknown or unreadable (2).
@@ -90,12 +92,11 @@ def configured(
         )
         return dataclasses.replace(cast(Any, filled), preset=start.name)
 
-    config = start.config()
+    source = _following("--data.source", options)
+    config = start.config({"data": {"source": source}} if source else {})
     filled = with_options(config)
-    source = _config(filled).data.source
-    if source == config.data.source:
-        return filled
-    return with_options(start.config({"data": {"source": source}}))
+    check(_config(filled), config)
+    return filled
 
 
 def _made(
@@ -129,12 +130,13 @@ def _print_help(
 
 
 def _following(wanted: str, options: Sequence[str]) -> str | None:
-    """The value of an option; ``--recipe`` sets the defaults of the other options."""
+    """The last value of an option that sets the defaults of others."""
+    found = None
     for option, following in zip(options, [*options, None][1:], strict=True):
         name, _, value = option.partition("=")
         if name == wanted:
-            return value or following
-    return None
+            found = value or following
+    return found
 
 
 def _refuse_recipe_as_method(options: Sequence[str]) -> None:

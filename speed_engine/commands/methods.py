@@ -17,7 +17,7 @@ from speed_engine.diffusion.methods import METHODS
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report, timestep_losses
 from speed_engine.run.averages import load_average
-from speed_engine.run.folder import kept_steps, read_config
+from speed_engine.run.folder import kept_steps, newest_checkpoint, read_config
 from speed_engine.runtime.checks import check_between
 from speed_engine.runtime.machine import torch_device
 from speed_engine.runtime.progress import announced
@@ -69,6 +69,7 @@ def run(arguments: list[str], console: Console) -> None:
 def _of_run(run: Path, figures: Path | None, console: Console) -> None:
     """The losses of its checkpoints, by area as a table and by timestep as a picture."""
     config = read_config(run)
+    newest_checkpoint(run)  # there is one
     process, device = build_process(config), torch_device(config.device)
     validation = build_validation(config, process)
     curves: dict[str, Tensor] = {}

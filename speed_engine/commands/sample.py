@@ -173,6 +173,8 @@ def generate_files(
     check_between("batch_size", batch_size, 1, 10**9)
     world = join(machine.torch_device(config.device).type)
     console = console if world.is_first else Console(quiet=True)
+    if not out.name:
+        raise UserError(f"--out {out}: name FILE.png, FILE.npz, or a folder that is not there yet.")
     folder = out.with_name(f"{out.name}.parts")
     _check_out(config, out, folder)
     total, settings = config.evaluation.num_images, generation_settings(config.evaluation)

@@ -16,7 +16,7 @@ Value = bool | int | float | str | None
 
 _SPELLING = re.compile(
     r"(?P<method>\w+)(@(?P<schedule>\w+))?(:(?P<prediction>\w+))?"
-    r"(?P<options>(\+[\w.]+=[\w.\-]+)*)",
+    r"(?P<options>(\+[\w.]+=[\w.\-/]+)*)",
     re.ASCII,
 )
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?|-?inf", re.ASCII | re.IGNORECASE)
@@ -51,11 +51,7 @@ def read_spelling(text: str) -> Spelling:
     """
     match = _SPELLING.fullmatch(text)
     if match is None:
-        raise UserError(
-            f"method {shortened(text)!r}: write METHOD[+OPTION=VALUE ...], such as "
-            "speed_paper+k=3; in comparisons METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...], "
-            "such as speed_paper@linear:v+k=3."
-        )
+        raise _refusal(text)
     options: dict[str, Value] = {}
     for name, value in (part.split("=") for part in match["options"].split("+")[1:]):
         if name in options:
@@ -94,12 +90,22 @@ def canonical(method: str) -> str:
         UserError: it does not follow the grammar, or names a process or a prediction.
     """
     spelling = read_spelling(method)
+    if "/" in method:  # of networks' sizes, in comparisons; run folders are called as the method
+        raise _refusal(method)
     if spelling.schedule is not None or spelling.prediction is not None:
         raise UserError(
             f"method {shortened(method)!r} names a process or a prediction, which have options "
             "of their own here: schedule and prediction."
         )
     return str(spelling)
+
+
+def _refusal(text: str) -> UserError:
+    return UserError(
+        f"method {shortened(text)!r}: write METHOD[+OPTION=VALUE ...], such as "
+        "speed_paper+k=3; in comparisons METHOD[@PROCESS][:PREDICTION][+OPTION=VALUE ...], "
+        "such as speed_paper@linear:v+k=3."
+    )
 
 
 def _value(text: str) -> Value:

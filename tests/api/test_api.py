@@ -290,6 +290,15 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.load(run.folder, average=wrong(3)), "average=3: must be the name of"),
         (lambda run: run.model(average=wrong(None)), "average=None: must be the name of"),
         (lambda run: run.model().generate(wrong(None)), "n=None: must be a whole number"),
+        (
+            lambda run: run.model().generate(1, prompts="a", labels=1),
+            "labels and prompts: a model is conditioned on one of them",
+        ),
+        (
+            lambda run: se.load(run.model().save_pretrained("saved"), average="power=7"),
+            "average='power=7': saved is a saved model, which has one set of parameters",
+        ),
+        (lambda run: se.compare("digits", method="p2"), "method=p2: has no effect in a comparison"),
         (lambda run: run.model().generate(1, seed=True), "seed=True: must be a whole number"),
         (lambda run: run.model().save_pretrained(wrong(3)), "folder=3: must be a path"),
     ],

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from speed_engine import cli
-from speed_engine.arena.request import CompareCommand
+from speed_engine.arena.rehearsal import seconds_per_step
+from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import read_results
 from speed_engine.arena.runs import execute
 
@@ -138,17 +139,21 @@ def test_an_interruption_reports_the_runs_that_are_complete(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "named, compared",
-    [([], ("uniform", "min_snr+gamma=3")), (["--methods", "clts"], ("clts",))],
+    "name, named, compared",
+    [
+        ("mine.toml", [], ("uniform", "min_snr+gamma=3")),
+        ("digits.toml", [], ("uniform", "min_snr+gamma=3")),
+        ("mine.toml", ["--methods", "clts"], ("clts",)),
+    ],
 )
 def test_the_method_of_a_file_is_compared_unless_others_are_named(
-    tmp_path, monkeypatch, named, compared
+    tmp_path, monkeypatch, name, named, compared
 ):
     """Nothing that a file says is left out silently."""
-    (tmp_path / "mine.toml").write_text('method = "min_snr+gamma=3"\nsteps = 100\n')
+    (tmp_path / name).write_text('method = "min_snr+gamma=3"\nsteps = 100\n')
     asked: list[CompareCommand] = []
-    monkeypatch.setattr("speed_engine.arena.compare.compare", lambda of, console: asked.append(of))
-    cli.main(["compare", str(tmp_path / "mine.toml"), *named])
+    monkeypatch.setattr("speed_engine.arena.compare.compare", lambda of, *others: asked.append(of))
+    cli.main(["compare", str(tmp_path / name), *named])
     assert asked[0].contestants == compared
 
 
@@ -221,6 +226,7 @@ def test_another_plan_or_an_impossible_one_is_refused(finished, options, complai
         ("--learning-rates", "inf", "learning_rates=inf: must be positive and finite"),
         ("--final-solver-steps", "0", "final_solver_steps=0: must be at least 1"),
         ("--slots", "0", "slots=0: must be at least 1"),
+        ("--num-timesteps", "40", "final_solver_steps=50: must be at most num_timesteps=40"),
         ("--evaluation.metrics", "loss", "a comparison decides by fid"),
         ("--evaluation.features", "none", "a comparison decides by fid"),
         ("--method", "p2", "method=p2: has no effect in a comparison; --methods names"),
@@ -238,31 +244,40 @@ def test_what_a_comparison_cannot_do_is_refused_before_any_work(
     assert complaint in " ".join(capsys.readouterr().err.split())
 
 
-def test_what_has_no_effect_in_a_file_named_like_a_preset_is_refused_with_the_file(
-    tmp_path, capsys
-):
-    (tmp_path / "digits.toml").write_text('preset = "digits"\nmethod = "p2"\n')
+@pytest.mark.parametrize("name", ["digits.toml", "mine.toml"])
+def test_what_has_no_effect_beside_a_file_is_refused(tmp_path, capsys, name):
+    (tmp_path / name).write_text('preset = "digits"\nmethod = "p2"\n')
+    command = ["compare", str(tmp_path / name), "--method", "clts"]
     with pytest.raises(SystemExit):
-        cli.main(["compare", str(tmp_path / "digits.toml"), "--out", str(tmp_path / "out")])
+        cli.main([*command, "--out", str(tmp_path / "out")])
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{tmp_path / 'digits.toml'}: method=p2: has no effect in a comparison" in said
+    assert "method=clts: has no effect in a comparison" in said and not (tmp_path / "out").exists()
+
+
+def test_an_option_may_correct_what_a_file_does_not_measure(tmp_path, monkeypatch):
+    """As for data without classes, of which there is no classifier."""
+    (tmp_path / "mine.toml").write_text('preset = "digits"\n[evaluation]\nfeatures = "none"\n')
+    asked: list[CompareCommand] = []
+    monkeypatch.setattr("speed_engine.arena.compare.compare", lambda of, *others: asked.append(of))
+    cli.main(["compare", str(tmp_path / "mine.toml"), "--evaluation.features", "inception"])
+    assert within_budget(asked[0]).evaluation.features == "inception"
 
 
 @pytest.mark.long
 def test_runs_are_rehearsed_as_they_will_compile(tmp_path):
     out = tmp_path / "out"
-    model = "--model.dim 16 --model.depth 1 --model.num-heads 2 --batch-size 16 --steps 200"
+    model = "--model.dim 16 --model.depth 1 --model.num-heads 2 --batch-size 16"
     cheap = "--evaluation.num-images 100 --evaluation.solver-steps 2 --final-solver-steps 3"
-    options = "--methods uniform --seeds 1 --compile blocks --budget-seconds 2 --evaluations 10"
+    options = "--methods uniform --seeds 1 --compile blocks --budget-seconds 20 --evaluations 10"
     command = f"compare digits {options} {model} {cheap} --evaluation.guidance 1".split()
     said = subprocess.check_output(
         [sys.executable, "-m", "speed_engine", *command, "--out", str(out)], text=True
     )
     assert said.count("ms a step") == 3  # of uniform and the two other baselines
     assert not [curve for curve in read_results(out / "results.json").curves if curve.failure]
-    for config in sorted(out.glob("r*/**/config.json")):
+    for config in sorted(out.glob("*/**/config.json")):
         written = json.loads(config.read_text())
         assert written["compile"] == "blocks"
-        assert (
-            written["steps"] == 60 if "rehearsals" in config.parts else written["steps"] % 20 == 0
-        )
+        if "runs" in config.parts:
+            pace = seconds_per_step(out / "paces" / config.parts[-4])
+            assert 20 - 10 * pace <= written["steps"] * pace <= 20

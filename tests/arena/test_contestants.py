@@ -15,6 +15,7 @@ from speed_engine.diffusion.methods import METHODS
 from speed_engine.runtime.checks import UserError
 
 BASE = TrainConfig(steps=400)
+RATE = BASE.optimizer.learning_rate
 
 
 def test_a_name_sets_method_process_target_and_options():
@@ -32,6 +33,7 @@ def test_a_name_sets_options_of_the_network():
     config = resolve("uniform+model.variant=modern+model.depth=2", BASE)
     assert config.model == dataclasses.replace(BASE.model, variant="modern", depth=2)
     assert dataclasses.replace(config, model=BASE.model) == resolve("uniform", BASE)
+    assert resolve("uniform+model.size=DiT-S/2", BASE).model.size == "DiT-S/2"
 
 
 def test_what_is_left_out_is_the_comparisons_own():
@@ -56,6 +58,8 @@ def test_what_is_left_out_is_the_comparisons_own():
         ("uniform+optimizer.ema_deca=0.9", "the nearest is optimizer.ema_decay"),
         ("uniform+optimizer.ema_decay=much", 'optimizer.ema_decay="much": should be a valid'),
         ("uniform+model.variant=modem", 'model.variant="modem"'),
+        ("uniform+model.num_heads=3", "num_heads=3 does not divide the width"),
+        ("p2+gamma=a/b", "write METHOD"),
         ("uniform+model.dim=-64", "model.dim=-64"),
         ("uniform+data.source=elsewhere", "would not be the same comparison"),
         ("speed_paper+k=0", "k"),
@@ -99,6 +103,12 @@ def test_uniform_on_the_process_and_target_of_each_contestant_joins():
     )
 
 
+def test_a_name_with_its_own_rate_is_a_contestant_beside_one_of_the_grid():
+    names = ["uniform@linear:epsilon", f"uniform+optimizer.learning_rate={RATE:g}"]
+    assert expand(names, BASE)[:2] == (names[0], "logit_normal@flow:velocity")
+    assert expand(names, BASE, tuned=True)[:2] == tuple(names)
+
+
 def test_the_shortest_task_curriculum_takes_half_of_the_run():
     (name,) = [name for name in expand(["all"], BASE) if name.startswith("task_curriculum")]
     patience = read_spelling(resolve(name, BASE).method).options["patience"]
@@ -127,6 +137,50 @@ def test_a_comparison_of_version_0_1_goes_on_under_its_conditions(tmp_path):
     shorter = dataclasses.replace(plan, config=dataclasses.replace(plan.config, steps=7))
     with pytest.raises(UserError, match="config.steps was .*, is 7"):
         Comparison(shorter, tmp_path, 1, 1, Console(quiet=True))
+
+
+def test_a_baseline_that_is_named_later_keeps_its_runs(tmp_path):
+    def folder(contestants: tuple[str, ...]) -> Path:
+        plan = Plan(config=BASE, contestants=contestants, seeds=1)
+        comparison = Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+        (name, *_) = [of for of in comparison.configs if of.startswith("uniform")]
+        return comparison._folder("runs", name)
+
+    first = folder(("min_snr",))
+    assert first.name == "uniform-on-linear-epsilon"
+    first.mkdir(parents=True)
+    assert folder(("uniform", "min_snr")) == first
+    assert folder(("uniform+model.depth=2",)).name == "uniform-model.depth=2"
+
+
+@pytest.mark.parametrize("name", ["figures", "runs", "results.json"])
+def test_a_folder_of_something_else_is_not_filled(tmp_path, name):
+    (tmp_path / name).mkdir()
+    plan = Plan(config=BASE, contestants=("uniform",), seeds=1)
+    with pytest.raises(UserError, match=f"holds {name} of something else than a comparison"):
+        Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+
+
+def test_what_was_measured_under_a_plan_that_was_given_up_is_measured_anew(tmp_path):
+    plan = Plan(config=BASE, contestants=("uniform",), seeds=1, budget_seconds=1.0)
+    Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+    left = [tmp_path / "paces" / "uniform", tmp_path / "references.json"]
+    left[0].mkdir(parents=True)
+    left[1].touch()
+    Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
+    assert all(path.exists() for path in left)
+    longer = dataclasses.replace(plan, budget_seconds=2.0)
+    Comparison(longer, tmp_path, 1, 1, Console(quiet=True))
+    assert not any(path.exists() for path in left)
+
+
+def test_a_reference_decides_in_place_of_the_parts_of_the_data():
+    data = dataclasses.replace(BASE.data, held_out=0.3)
+    held_out = dataclasses.replace(BASE, data=data)
+    compared = dataclasses.replace(BASE.evaluation, reference="pictures.npz", metrics=("fid",))
+    referred = dataclasses.replace(held_out, evaluation=compared)
+    for config, metric in ((BASE, "fid"), (held_out, "held_out_fid"), (referred, "fid")):
+        assert Plan(config=config, contestants=("uniform",), seeds=1).metric == metric
 
 
 def test_a_comparison_that_was_refused_before_its_first_run_begins_again_as_corrected(tmp_path):

@@ -171,8 +171,8 @@ def test_the_report_names_its_data_and_how_learning_rates_were_chosen(tmp_path, 
     )
     for text in report(results, tmp_path):
         assert "birds: 2 methods at" in text
-        assert ("Each method has its own learning rate" in text) == tuned
-        assert ("All methods have the learning rate" in text) == (not tuned)
+        assert ("learning rate of each is the best of a grid." in text) == tuned
+        assert ("learning rate of each is that of the configuration." in text) == (not tuned)
 
 
 def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
@@ -184,8 +184,14 @@ def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
 
 def test_a_learning_rate_at_the_edge_of_its_grid_is_marked(written):
     assert "0.001 ⚠ of 0.0005, 0.001" in written[1]
-    lone = dataclasses.replace(comparison({"a": 1.0}).contestants[0], tuning={"0.001": 2.0})
-    assert not summary.at_grid_edge(lone)
+    results = comparison({"a": 1.0})
+    lone = dataclasses.replace(results.contestants[0], tuning={"0.001": 2.0})
+    assert not results.at_grid_edge(lone)
+    # Rates whose runs failed were tried, too.
+    results = dataclasses.replace(results, learning_rates=(0.0005, 0.001, 1e30))
+    assert results.tuned and not results.at_grid_edge(lone)
+    assert not results.at_grid_edge(dataclasses.replace(lone, learning_rate=0.0005, tuning={}))
+    assert results.at_grid_edge(dataclasses.replace(lone, learning_rate=0.0005))
 
 
 @pytest.mark.parametrize(
@@ -434,6 +440,7 @@ def test_a_report_that_cannot_be_drawn_leaves_the_one_before(tmp_path, monkeypat
         ({"budget": 0.5}, {}, "up to 20,000 images", "or the share that it names"),
         ({}, {"budget_seconds": 90.0}, "90 seconds", "expected to in the same time"),
         ({"model.depth": 2}, {}, "20,000 images", "where their networks are the same"),
+        ({"seed_offset": 9}, {}, "20,000 images", "and noise, unless a name sets other seeds."),
         (
             {"optimizer.learning_rate": 0.1}, {}, "20,000 images",
             "The learning rate of each is the best of a grid, unless its name sets one.",

@@ -8,7 +8,7 @@ from PIL import Image
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.config import DataConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
@@ -41,6 +41,13 @@ def test_the_losses_of_every_kept_checkpoint_are_shown_by_area_and_drawn(tmp_pat
     assert len(early) == len(late) == 3 and all(b < a for a, b in zip(early, late, strict=True))
     with Image.open(tmp_path / "figures" / "losses-linear.png") as picture:
         assert picture.width > 1000
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(to_json(TrainConfig()))
+    with pytest.raises(SystemExit):
+        cli.main(["methods", "--run", str(tmp_path)])
+    assert "checkpoint" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):

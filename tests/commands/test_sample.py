@@ -204,6 +204,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_records(run):
         (["--solver", "plms"], "ddpm_large"),
         (["--batch-size", "0"], "batch_size=0"),
         (["--batch-size", "-3"], "batch_size=-3"),
+        (["--out", "."], "--out .: name FILE.png, FILE.npz, or a folder"),
         (["--out", "x.jpg"], "x.jpg: images are written as FILE.png, FILE.npz, or a folder"),
         (["--solver-steps", "1001"], "must be at most num_timesteps=1000"),
         (["--guidance-interval", "3", "1"], "guidance_interval=(3.0, 1.0): needs two noise levels"),

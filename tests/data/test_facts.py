@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from speed_engine.commands.config_file import origin
 from speed_engine.commands.configured import configured
 from speed_engine.commands.train import TrainCommand
 from speed_engine.config import TrainConfig
@@ -183,6 +184,15 @@ def test_latents_are_recognised_by_their_recorded_scale(tmp_path):
     config = command("--data.source", folder).config
     assert config.data.latents and config.data.image_shape == (4, 4, 6)
     assert config.evaluation.features == "none"
+
+
+def test_options_may_need_what_the_record_knows(tmp_path):
+    latents = [np.zeros((8, 4, 6), np.float16)] * 8
+    folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2})
+    config = command("dit-s", "--data.vae", "some/vae", "--data.source", folder).config
+    assert config.data.latents and config.data.vae == "some/vae"
+    values = {"data": {"source": str(folder), "vae": "some/vae"}}
+    assert origin("dit-s").config(values).data == config.data
 
 
 @pytest.mark.parametrize(

@@ -88,5 +88,12 @@ def test_process_and_prediction_are_no_part_of_a_method(text):
         canonical(text)
 
 
+def test_a_path_is_no_value_of_a_method():
+    """Run folders are called as their method."""
+    assert read_spelling("a+model.size=DiT-S/2").options == {"model.size": "DiT-S/2"}
+    with pytest.raises(UserError, match="write METHOD"):
+        canonical("a+b=../../c")
+
+
 def test_numbers_that_are_too_long_for_an_integer_are_read():
     assert read_spelling(f"uniform+k={'9' * 5000}").options == {"k": math.inf}

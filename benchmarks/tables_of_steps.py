@@ -79,8 +79,6 @@ def startup() -> str:
     return rows([found["case"], *(f"{part}, s" for part in parts)], body)
 
 
-
-
 def compile_pays() -> str:
     """The sentence on ``torch.compile`` on a CPU."""
     found = result("compile")

@@ -15,6 +15,7 @@ import numpy as np
 from speed_engine.arena.bootstrap import Array
 from speed_engine.arena.results import Contestant, Results
 from speed_engine.arena.speedup import SpeedUp, Unit, complete_runs, stacked
+from speed_engine.runtime.checks import UserError
 
 PER_PANEL = 4  # contestants beside the baselines; more lines cannot be told apart
 LEGEND_COLUMN = 34  # characters of a name that fit half of a panel's width
@@ -44,7 +45,10 @@ def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
         runs = complete_runs(results, name)
         if not runs:
             return
-        images, seconds, quality = stacked(runs, tuple(sorted(runs)), results.metric)
+        try:
+            images, seconds, quality = stacked(runs, tuple(sorted(runs)), results.metric)
+        except UserError:  # the tables say that its seeds cannot be compared
+            return
         x = images if unit == "images" else np.exp(seconds.mean(0))
         _line_with_band(axes, x, quality, name, colour, style)
 

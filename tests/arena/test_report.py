@@ -433,6 +433,14 @@ def test_a_report_that_cannot_be_drawn_leaves_the_one_before(tmp_path, monkeypat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_seeds_that_were_evaluated_at_other_images_are_a_line_of_the_report(tmp_path):
+    results = comparison({"uniform": 1.0, "other": 2.0}, 3, 0.03)
+    *others, last = results.curves
+    shorter = dataclasses.replace(last, points=last.points[:-1])
+    for page in report(dataclasses.replace(results, curves=(*others, shorter)), tmp_path):
+        assert "The seeds of other were evaluated at different numbers of images" in page
+
+
 @pytest.mark.parametrize(
     "options, changed, budget, said",
     [

@@ -129,7 +129,7 @@ rows.row("two", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 def test_the_comparison_on_a_gpu_is_one_that_the_command_accepts(monkeypatch, tmp_path):
     asked: list[CompareCommand] = []
-    run = lambda command, console: asked.append(command)
+    run = lambda command, *others: asked.append(command)
     monkeypatch.setattr("speed_engine.arena.compare.compare", run)
     options = ("--device", "cpu", "--compile", "off")
     for_methods = partial(gpu_arena.command, tmp_path, options=options)

@@ -373,12 +373,14 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(config: TrainConfig) -> None:
-    """Of the method with its options, the process and the prediction."""
+    """Of the method with its options, the process, the prediction, optimizer and averages."""
     # Not at the top: they need torch, which the command line starts without.
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS
     from speed_engine.diffusion.processes import SCHEDULES
     from speed_engine.diffusion.solvers import check_solver
+    from speed_engine.training.ema import decay_of
+    from speed_engine.training.optimizers import OPTIMIZERS
 
     check_options(read_spelling(config.method))
     check_solver(config.evaluation.solver)
@@ -386,3 +388,7 @@ def _check_names(config: TrainConfig) -> None:
         raise unknown("schedule", config.schedule, SCHEDULES)
     if config.prediction is not None and config.prediction not in PREDICTIONS:
         raise unknown("prediction", config.prediction, PREDICTIONS)
+    if config.optimizer.name not in OPTIMIZERS:
+        raise unknown("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    for average in config.optimizer.averages:
+        decay_of(average)

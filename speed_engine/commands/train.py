@@ -1,5 +1,6 @@
 """``speed-engine train``: train a model, or continue a run."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,10 +78,11 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine.run import starting
 
-    if command.recipe is not None:
+    if command.recipe is not None and os.environ.get("RANK", "0") == "0":
         line = f"recipe    {command.recipe}: {RECIPES[command.recipe][1]}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    starting.start(config, command.run or run_folder(command.preset, config), console)
+    run = command.run.expanduser() if command.run else run_folder(command.preset, config)
+    starting.start(config, run, console)
 
 
 def run_folder(name: str, config: TrainConfig) -> Path:
@@ -106,7 +108,7 @@ def _resume(arguments: Sequence[str], console: Console) -> None:
         first=("resume", "steps"),
         groups=GROUPS,
     )
-    starting.resume(command.resume, console, changed=command.config)
+    starting.resume(command.resume.expanduser(), console, changed=command.config)
 
 
 def _resumed(arguments: Sequence[str]) -> Path | None:
@@ -115,5 +117,5 @@ def _resumed(arguments: Sequence[str]) -> Path | None:
         name, _, value = argument.partition("=")
         if name == "--resume":
             value = value or following
-            return Path(value) if value and not value.startswith("-") else None
+            return Path(value).expanduser() if value and not value.startswith("-") else None
     return None

@@ -4,6 +4,7 @@ RUN/changes.jsonl   one line per resumption with changes: {"step": N, "changes":
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ MAY_CHANGE = frozenset(
     """
     steps log_every logger checkpoint_every keep_checkpoints keep_every on_nonfinite hang_timeout
     device compile attention kernels deterministic microbatch_size parallel reshard offload
-    data.source data.test_source data.vae data.workers data.resident data.on_bad_sample
-    data.cache_gb
-    optimizer.learning_rate optimizer.schedule optimizer.decay_share optimizer.reference_steps
-    optimizer.grad_clip
+    data.source data.test_source data.exclude data.vae data.workers data.resident
+    data.on_bad_sample data.cache_gb
+    optimizer.learning_rate optimizer.adamw_learning_rate optimizer.schedule
+    optimizer.decay_share optimizer.reference_steps optimizer.grad_clip
     """.split()
 )
 _SECTION_MAY_CHANGE = "evaluation."
@@ -61,6 +62,14 @@ def record(changes: dict[str, list[Any]], folder: Path, step: int) -> None:
         folder: of the run.
         step: that the run goes on from with them.
     """
-    line = json.dumps({"step": step, "changes": changes}) + "\n"
+    line = json.dumps({"step": step, "changes": _finite(changes)}, allow_nan=False) + "\n"
     with (folder / FILE).open("a") as file:
         file.write(line)
+
+
+def _finite(changes: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """As JSON can hold them: infinity, which no clipping is, as its text."""
+    return {
+        name: [str(value) if value in (math.inf, -math.inf) else value for value in values]
+        for name, values in changes.items()
+    }

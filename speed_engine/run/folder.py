@@ -31,7 +31,7 @@ def read_config(run: Path) -> TrainConfig:
 
 def kept_steps(run: Path) -> list[int]:
     """The steps whose checkpoints a run keeps, in ascending order."""
-    return [int(p.name.removeprefix("step-")) for p in sorted((run / CHECKPOINTS).glob("step-*"))]
+    return list(checkpoint.by_step(run / CHECKPOINTS))
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -106,7 +106,11 @@ def _begun(config: TrainConfig, folder: Path, console: Console) -> Trainer | Non
     if world.is_first:
         text = to_json(config)
         folder.mkdir(parents=True)
-        write_durably(folder / CONFIG_FILE, text.encode())
+        try:
+            write_durably(folder / CONFIG_FILE, text.encode())
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     return trainer
 
 
@@ -186,7 +190,13 @@ def _continued(config: TrainConfig, folder: Path, console: Console, world: World
     if not saved and world.from_first((folder / EMA_FILE).exists):
         raise UserError(f"{folder} is complete, and its checkpoints are gone; start a new run.")
     init_from = None if saved else config.init_from
-    trainer, _ = build_trainer(config, folder, console, world, init_from)
+    if config.compile == "graphs" and (
+        world.size > 1 or machine.choose_device(config.device).value != "cuda"
+    ):
+        config = replace(config, compile="auto")
+        if world.is_first:
+            console.print("CUDA graphs are of one process on a GPU; the step is compiled as usual.")
+    trainer, config = build_trainer(config, folder, console, world, init_from)
     if not saved and world.is_first:
         console.print(
             f"{folder} has no checkpoint yet; training from its start.", markup=False, emoji=False
@@ -273,7 +283,7 @@ def build_trainer(
     with announced("making the model"):
         model = build_model(config, choices.attention.value).to(device)
     if init_from is not None:
-        _load_weights(model, init_from)
+        _load_weights(model, init_from, world)
     engine = build_engine(config, process, model, choices, world, device)
     where = choices.device.value
     if world.size > 1:
@@ -339,7 +349,7 @@ def images_that_fit(
         parameters = sum(p.numel() for p in model.parameters())
         kept = kept_on_gpu(model, lambda images: training_inputs(model, config, images))
         state = (STATE_BYTES + 4 * len(config.optimizer.averages)) * parameters / shards
-        state *= not config.offload  # then it is in the host's memory
+        state *= not (config.offload and world.size > 1)  # then it is in the host's memory
         free, _ = torch.cuda.mem_get_info()
         return fitting_images(kept, state, images, free - resident)
 
@@ -357,16 +367,20 @@ def images_that_fit(
     return fits
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, path: Path, world: World = ALONE) -> None:
     """Of a file, or of a run: the EMA of one that is not complete is in its newest checkpoint."""
-    if not (path / CHECKPOINTS).is_dir() or (path / EMA_FILE).is_file():
+    is_whole = not (path / CHECKPOINTS).is_dir() or (path / EMA_FILE).is_file()
+    if world.from_first(lambda: is_whole):
         load_pretrained(model, path)
         return
 
     def read(newest: Path) -> None:
         load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)
 
-    of_newest(path, read)
+    if world.size == 1:
+        of_newest(path, read)
+    else:  # the run may save meanwhile, and all processes need the same
+        read(Path(world.from_first(lambda: str(newest_checkpoint(path)))))
 
 
 def _check_name(folder: Path) -> None:

@@ -45,6 +45,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         )
     os.environ[WORKSPACE] = given or WORKSPACES[0]
     algorithms = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
@@ -58,7 +59,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(False)  # leaves flash, memory-efficient, then math
         yield
     finally:
-        torch.use_deterministic_algorithms(algorithms)
+        torch.use_deterministic_algorithms(algorithms, warn_only=only_warns)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore
         cudnn.benchmark, cudnn.deterministic = before
         torch.backends.cuda.enable_cudnn_sdp(by_cudnn)

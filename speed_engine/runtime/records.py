@@ -181,8 +181,9 @@ class SkippedSteps:
         return total, row, most
 
     def load_state(self, state: tuple[float, float, float]) -> None:
-        """Inverse of ``state``."""
-        self._counts.copy_(torch.tensor(state))
+        """Inverse of ``state``, but for the most in a row, which a resumed run may limit anew."""
+        total, row, _ = state
+        self._counts.copy_(torch.tensor((total, row, row)))
 
 
 class RunLog:

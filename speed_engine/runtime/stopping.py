@@ -7,9 +7,10 @@ long and can be done again, such as an evaluation, is given up at once.
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -99,15 +100,20 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is None and self._world.is_first:
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
-            name = signal.Signals(number).name
-            os.write(sys.stderr.fileno(), f"\n{name}: saving a checkpoint{again}\n".encode())
+        says = self.signal is None and self._world.is_first
         self.signal = signal.Signals(number)
+        if says:
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            text = f"\n{self.signal.name}: saving a checkpoint{again}\n"
+            with suppress(Exception):  # whoever read it may be gone, and the checkpoint must be
+                os.write(sys.stderr.fileno(), text.encode())
         if self._interrupts:
             raise Stopped
 
     def __enter__(self) -> Self:
+        self._handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread only
         # A shell starts what it runs in the background with SIGINT ignored; so it stays.
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         self._handlers = {number: signal.signal(number, self._remember) for number in heard}

@@ -23,7 +23,7 @@ from speed_engine.runtime.world import World, rendezvous_store
 
 EXIT_HUNG = 75  # EX_TEMPFAIL: trying again may help
 # What may take long without anything being wrong, as long as the process is heard of.
-PATIENT = ("evaluating", "saving")
+PATIENT = ("evaluating", "saving", "reading the data set")
 
 
 class Watchdog:

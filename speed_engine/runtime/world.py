@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Generous: nodes start minutes apart, and a restart meets slow ones again. A rank that hangs later
 # is found by watchdog.py, which knows what it was doing.
 CONNECT_TIMEOUT = timedelta(minutes=30)
+WAIT_TIMEOUT = timedelta(days=1)  # for the first process, which alone compares images
 _TORCHRUN = "Start several processes by torchrun; for one, unset WORLD_SIZE."
 
 
@@ -137,12 +138,12 @@ def join(device_type: str) -> World:
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         store = rendezvous_store(keeper=rank == 0, timeout=CONNECT_TIMEOUT)
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=CONNECT_TIMEOUT
+            backend, store=store, rank=rank, world_size=size, timeout=WAIT_TIMEOUT
         )
     # Its own group: on the default one, a save beside training would meet training's collectives.
     background: Any = None
     if size > 1:
-        background = dist.new_group(backend="gloo", timeout=CONNECT_TIMEOUT)
+        background = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
     return dataclasses.replace(here, background=background)
 
 

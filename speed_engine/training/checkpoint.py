@@ -48,6 +48,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 CHECKPOINTS = "checkpoints"  # of a run: the folder
 EMA_FILE = "ema.safetensors"  # of a run that is complete: the EMA of its parameters
 SCHEMA = 2
+_NAME = re.compile(r"step-\d{8,}")
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _DESCRIPTION = ".description"  # beside a file that a process wrote, until the manifest holds it
@@ -178,8 +179,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        for checkpoint in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            step = int(checkpoint.name.removeprefix("step-"))
+        for step, checkpoint in list(by_step(self.folder).items())[: -self.keep]:
             if self.keep_every is None or step % self.keep_every:
                 _delete(checkpoint)
 
@@ -351,17 +351,23 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def by_step(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a run's folder of them, complete or not, the oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in found))
+
+
 def newest(folder: Path) -> Path:
     """The newest checkpoint that is complete; damaged ones are reported and passed over.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    damages: list[InvalidCheckpoint] = []
-    for checkpoint in sorted(folder.glob("step-*"), reverse=True):
+    damages: list[Exception] = []
+    for checkpoint in reversed(by_step(folder).values()):
         try:
             verify(checkpoint)
-        except InvalidCheckpoint as damage:
+        except (InvalidCheckpoint, FileNotFoundError) as damage:
             if not checkpoint.exists():  # deleted by the run meanwhile, which has newer ones
                 return newest(folder)
             damages.append(damage)
@@ -376,7 +382,7 @@ def newest(folder: Path) -> Path:
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints, oldest first; damaged ones are reported and passed over."""
     found = []
-    for checkpoint in sorted(folder.glob("step-*")):
+    for checkpoint in by_step(folder).values():
         try:
             verify(checkpoint)
         except (InvalidCheckpoint, FileNotFoundError) as damage:

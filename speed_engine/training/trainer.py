@@ -155,6 +155,8 @@ class Trainer:
             command = describe(sys.argv)
             text = json.dumps(command, indent=2) + "\n"
             write_durably(self.folder / "environment.json", text.encode())
+            if engine.steps_done < loop.steps:  # of a run that is made longer: no longer its end
+                (self.folder / EMA_FILE).unlink(missing_ok=True)
             loggers = self.open_loggers(engine.steps_done)
             self.records = RunLog(self.folder, engine.steps_done, loggers)
         self.checkpoints = Checkpoints(
@@ -163,6 +165,7 @@ class Trainer:
         self.clock.start()
         self._interval = self.clock.seconds, engine.steps_done
         self._data_seconds = 0.0
+        self._unread = loop.resident  # all of the data before the first batch
         self.lost: list[str] = []
         self._introduce()
         first, last = engine.steps_done, loop.steps
@@ -194,6 +197,7 @@ class Trainer:
                     break
                 self._count(batch, report)
                 stopping = self._fire(self.stop.agreed())
+            self.watchdog.doing(engine.steps_done, "saving")
             self.checkpoints.wait()
         if stopping:
             stop = self.stop
@@ -210,10 +214,11 @@ class Trainer:
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         step = self.engine.steps_done
-        self.watchdog.doing(step, "waiting for data")
+        self.watchdog.doing(step, "reading the data set" if self._unread else "waiting for data")
         waited = time.perf_counter()
         with self.stop.interrupting(self.world.size == 1):
             batch = next(batches)
+        self._unread = False
         self._data_seconds += time.perf_counter() - waited
         self.watchdog.doing(step, "training")
         return batch
@@ -244,11 +249,13 @@ class Trainer:
     def _fire(self, stopping: bool) -> bool:
         """What is due after a step; whether to stop, which may be asked for meanwhile."""
         loop = self.loop
-        if self._is_due(loop.log_every):
-            self._log()
         saves = self._is_due(loop.checkpoint_every)
-        if saves or stopping:
-            self._checkpoint()
+        try:
+            if self._is_due(loop.log_every):
+                self._log()
+        finally:  # where nobody reads what is printed, printing ends the process
+            if saves or stopping:
+                self._checkpoint()
         if stopping or not self._is_due(loop.evaluate_every):
             return stopping
         finished = self._evaluate()
@@ -326,8 +333,8 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Whether it came to its end, and no process is asked to stop."""
         step, alone = self.engine.steps_done, self.world.size == 1
-        self.checkpoints.wait()  # an evaluation may fail, and take a save under way with it
         self.watchdog.doing(step, "evaluating")
+        self.checkpoints.wait()  # an evaluation may fail, and take a save under way with it
         model = self.engine.update.averages[EMA].model
         with self.clock.paused():
             try:

@@ -107,7 +107,7 @@ def test_a_signal_to_one_process_checkpoints_and_ends_all(train, resume, straigh
 SAVE = "speed_engine.training.checkpoint:"
 ELSEWHERE_IN_A_SAVE = [
     ("_Writer.write_data", 4),  # before the data of the fourth checkpoint
-    ("_describe", 7),  # its data written, not described
+    ("describe", 7),  # its data written, not described
     ("sync", 14),  # the manifest written, not flushed
     ("sync", 15),  # before the folder is renamed
     ("sync", 16),  # renamed

@@ -1,11 +1,13 @@
 """A run and its folder: what a failed start leaves, and what a resumption may change."""
 
 import dataclasses
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 from rich.console import Console
 
 from speed_engine import cli
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.preparing.sources.digits import write_digits
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
@@ -31,8 +33,9 @@ from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.world import World
 from speed_engine.training.engine import Engine
+from speed_engine.training.trainer import Trainer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = TrainConfig(
     steps=4,
     batch_size=8,
@@ -79,6 +82,42 @@ def test_a_run_that_fails_later_keeps_its_folder(tmp_path, monkeypatch):
         start(TINY, tmp_path / "run", quiet())
     monkeypatch.undo()
     resume(tmp_path / "run", quiet())
+    assert (tmp_path / "run/ema.safetensors").exists()
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("speed_engine.run.starting.write_durably", full)
+    with pytest.raises(OSError, match="No space"):
+        start(TINY, tmp_path / "run", quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_is_made_longer_is_complete_at_its_new_end_only(run, monkeypatch):
+    monkeypatch.setattr(Trainer, "_finish", lambda trainer: None)  # as if it was killed before
+    resume(run, quiet(), steps=6)
+    assert not (run / "ema.safetensors").exists()
+    monkeypatch.undo()
+    resume(run, quiet())
+    assert (run / "ema.safetensors").exists()
+
+
+def test_a_run_by_cuda_graphs_goes_on_where_there_are_none(run):
+    config = dataclasses.replace(read_config(run), compile="graphs")
+    (run / "config.json").write_text(to_json(config))
+    console = quiet()
+    resume(run, console, steps=6)
+    assert "CUDA graphs are of one process on a GPU" in console.file.getvalue()
+    assert read_config(run).compile == "off"
+
+
+def test_a_run_trains_in_a_thread(tmp_path):
+    """Which gets no signals."""
+    thread = threading.Thread(target=start, args=(TINY, tmp_path / "run", quiet()))
+    thread.start()
+    thread.join()
     assert (tmp_path / "run/ema.safetensors").exists()
 
 

@@ -73,6 +73,15 @@ def test_the_newest_wins_and_old_ones_are_pruned(tmp_path):
     assert kept == ["step-00000010", "step-00000015", "step-00000100"]
 
 
+def test_steps_are_ordered_by_number_and_other_folders_left_alone(tmp_path):
+    for step in (99_999_999, 100_000_000, 100_000_001):
+        write(tmp_path, step, keep=2)
+        (tmp_path / f"step-{step:08d}.kept").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-100000001"
+    assert list(checkpoint.by_step(tmp_path)) == [100_000_000, 100_000_001]
+    assert [path.name for path in checkpoint.complete(tmp_path)][-1] == "step-100000001"
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = write(tmp_path, 1)
     rng = random.Random(0)

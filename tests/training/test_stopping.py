@@ -24,6 +24,8 @@ from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
 from speed_engine.run.starting import resume, start
 from speed_engine.runtime.records import read_records
+from speed_engine.runtime.stopping import StopRequest
+from speed_engine.runtime.world import ALONE
 from speed_engine.training.engine import Engine
 
 CONFIG = TrainConfig(
@@ -50,6 +52,16 @@ def hears_ctrl_c():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_is_remembered_where_nobody_reads_what_is_said(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", gone)
+    with StopRequest(ALONE, torch.device("cpu")) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal is signal.SIGTERM
 
 
 def asked_to_stop(number: signal.Signals) -> None:
@@ -244,5 +256,6 @@ def test_an_evaluation_of_images_that_are_not_finite_has_no_figures_and_ends_no_
     records = [r for r in read_records(tmp_path / "run") if "extractor" in r]
     assert [record["step"] for record in records] == [4, 8, 12]
     assert all(record["fid"] is None for record in records)
-    assert caplog.messages[0].startswith("step 4: 2 of 4 generated images are not finite.")
+    warned = [of.getMessage() for of in caplog.records if of.levelname == "WARNING"]
+    assert warned[0].startswith("step 4: 2 of 4 generated images are not finite.")
     assert not (tmp_path / "run" / "samples").exists()

@@ -295,7 +295,7 @@ def _checked(values: dict[str, Any]) -> TrainConfig:
         config = strict.read(TrainConfig, _of_this_version(values))
     except RecursionError:
         raise _too_deep() from None
-    _check_names(config)
+    check_names(config)
     return config
 
 
@@ -372,8 +372,13 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _check_names(config: TrainConfig) -> None:
-    """Of the method with its options, the process, the prediction, optimizer and averages."""
+def check_names(config: TrainConfig) -> None:
+    """Refuse names that there are not.
+
+    Raises:
+        UserError: of the method or its options, the solver, the process, the prediction, the
+            optimizer or an average.
+    """
     # Not at the top: they need torch, which the command line starts without.
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS

@@ -14,6 +14,7 @@ from speed_engine.runtime.checks import UserError
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, in malloc.h
 # Bytes, less than an int holds: of the largest tensor that is kept, and of what stays free at most.
 KEPT = 2**30
+KEPT_BY_OLD = 2**25
 
 
 def check_memory(what: str, num_bytes: int, remedy: str) -> None:
@@ -38,9 +39,11 @@ def check_memory(what: str, num_bytes: int, remedy: str) -> None:
 def keep_freed_memory() -> bool:
     """From now on, where the C library can (glibc's); says whether it can."""
     mallopt = _mallopt()
-    return mallopt is not None and all(
-        mallopt(threshold, KEPT) for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD)
-    )
+    if mallopt is None:
+        return False
+    # Either switch ends glibc's own adjusting of the other. An older glibc takes smaller ones only.
+    mapped = any(mallopt(_MMAP_THRESHOLD, size) for size in (KEPT, KEPT_BY_OLD))
+    return mapped and bool(mallopt(_TRIM_THRESHOLD, KEPT))
 
 
 def can_keep_freed_memory() -> bool:

@@ -32,6 +32,15 @@ LAYOUTS: dict[str, Callable[[World], tuple[int, int]]] = {
 }
 
 
+def computing_device(model: nn.Module) -> torch.device:
+    """Where a model computes: offloaded parameters lie elsewhere."""
+    parameter = next(model.parameters())
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or mesh.device_type == parameter.device.type:
+        return parameter.device
+    return torch.device(mesh.device_type, torch.cuda.current_device())
+
+
 def distribute(
     model: nn.Module,
     world: World,

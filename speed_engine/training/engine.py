@@ -15,6 +15,7 @@ from speed_engine.data.batch import Batch
 from speed_engine.diffusion.objective import Denoiser, Objective, ObjectiveOutput
 from speed_engine.ops import Stream, random_bits
 from speed_engine.runtime.precision import autocast
+from speed_engine.runtime.sharding import computing_device
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.update import Update
 
@@ -61,7 +62,7 @@ class Engine:
         self.steps_done = 0
         self._seed = seed
         self._has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-        self._device_type = next(model.parameters()).device.type
+        self._device = computing_device(model)
 
     def step(self, batch: Batch) -> StepReport:
         """One update from this process's part of a batch, on the model's device."""
@@ -72,7 +73,7 @@ class Engine:
         for parameter in self.objective.parameters():  # not sharded: nobody has summed these yet
             if parameter.grad is not None:
                 self.world.mean_(parameter.grad)
-        norm, finite = self.update.step(step)
+        norm, finite = (of.to(self._device) for of in self.update.step(step))
         self._observe(before, output, finite)
         self.steps_done = step
         skipped = (~finite).float()
@@ -86,7 +87,7 @@ class Engine:
         for i, part in enumerate(parts):
             if self.world.size > 1:
                 self.model.set_requires_gradient_sync(i == len(parts) - 1)  # pyright: ignore[reportCallIssue]
-            with autocast(self._device_type):
+            with autocast(self._device.type):
                 output = self.objective(
                     self.forward,
                     part.images,

@@ -183,3 +183,25 @@ def test_a_recipe_that_does_not_exist_is_refused_with_those_that_do(tmp_path, ca
     with pytest.raises(UserError, match="unknown recipe .*hoose from ddpm, speed, flow"):
         origin(path)
     assert origin(path, recipe="flow").config().schedule == "flow"
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("--method", "unifrom", "unknown method 'unifrom'"),
+        ("--optimizer.name", "moun", "unknown optimizer.name 'moun'; did you mean 'muon'?"),
+        ("--optimizer.averages", "swa=1", "optimizer.averages='swa=1' is unknown"),
+    ],
+)
+@pytest.mark.parametrize("what", ["--dry-run", "--save-config"])
+def test_what_trains_nothing_knows_names_as_well(tmp_path, capsys, what, option, value, message):
+    out = [str(tmp_path / "mine.toml")] * (what == "--save-config")
+    with pytest.raises(SystemExit):
+        cli.main(["train", "digits", option, value, what, *out])
+    assert message in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
+
+
+def test_one_of_several_processes_prints_the_recipe(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    trained(monkeypatch, "digits", "--recipe=flow_muon")
+    assert not capsys.readouterr().out

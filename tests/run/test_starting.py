@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from speed_engine.models.config import DiTConfig
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.memory import USED_SHARE, fitting_images
 from speed_engine.presets import PRESETS
-from speed_engine.run import starting
+from speed_engine.run import changes, starting
 from speed_engine.run.averages import load_average
 from speed_engine.run.folder import read_config
 from speed_engine.run.starting import build_trainer, images_that_fit, machine_choices, resume, start
@@ -329,3 +330,12 @@ def test_images_that_do_not_fit_a_gpu_go_through_in_parts_and_that_is_said(
     without_state = fitting_images(cost.kept, 0, 64, free - resident)
     found = images_that_fit(offloaded, machine_choices(config, both), resident, both)
     assert (found or 64) == without_state
+
+
+def test_what_may_change_is_recorded_as_json(tmp_path):
+    given = {"data.exclude": ["a", "b"], "optimizer.adamw_learning_rate": [None, 1e-3]}
+    given |= {"optimizer.grad_clip": [math.inf, 0.5]}
+    changes.refuse_another_run(given, tmp_path)
+    changes.record(given, tmp_path, 7)
+    line = json.loads((tmp_path / "changes.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line == {"step": 7, "changes": given | {"optimizer.grad_clip": ["inf", 0.5]}}

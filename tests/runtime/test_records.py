@@ -5,11 +5,18 @@ import threading
 import time
 
 import pytest
+import torch
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from speed_engine.runtime.loggers import open_loggers
-from speed_engine.runtime.records import RunLog, TrainingClock, append_record, read_records
+from speed_engine.runtime.records import (
+    RunLog,
+    SkippedSteps,
+    TrainingClock,
+    append_record,
+    read_records,
+)
 
 
 def test_the_clock_counts_training_only_and_goes_on_from_where_it_was(monkeypatch):
@@ -98,3 +105,12 @@ def test_records_with_nan_of_older_versions_are_read_and_kept(tmp_path):
     assert len(read_records(tmp_path)) == 1
     RunLog(tmp_path, resume_step=0).close()
     assert not read_records(tmp_path)
+
+
+def test_a_resumed_run_may_limit_the_skipped_steps_in_a_row_anew():
+    skipped, resumed = (SkippedSteps(torch.device("cpu")) for _ in range(2))
+    for bad in (1.0, 1.0, 1.0, 0.0, 1.0):
+        skipped.add(torch.tensor(bad))
+    assert skipped.may_have(3, wait=False)
+    resumed.load_state(skipped.state())
+    assert not resumed.may_have(3, wait=False) and resumed.read() == (4, 1)

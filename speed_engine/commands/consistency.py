@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def run(arguments: list[str], console: Console) -> None:
     """
     command = read_options(ConsistencyCommand, arguments, "speed-engine consistency")
     runs = command.run_a, command.run_b
-    configs = [_configured(read_config(run), command) for run in runs]
+    configs = _configured(runs, command)
     checkpoints = [complete_checkpoints(run) for run in runs]
     _check_same_task(runs, configs, checkpoints)
     data, evaluation = configs[0].data, configs[0].evaluation
@@ -145,10 +145,12 @@ def steps_compared(a: Collection[int], b: Collection[int]) -> list[tuple[int, in
     return both if last in both else [*both, last]
 
 
-def _configured(config: TrainConfig, command: ConsistencyCommand) -> TrainConfig:
-    steps = command.solver_steps or config.evaluation.solver_steps
-    evaluation = replace(config.evaluation, num_images=command.count, solver_steps=steps)
-    return replace(config, evaluation=evaluation)
+def _configured(runs: Sequence[Path], command: ConsistencyCommand) -> list[TrainConfig]:
+    """Of each run, with the same number of images and of steps."""
+    configs = [read_config(run) for run in runs]
+    steps = command.solver_steps
+    steps = configs[0].evaluation.solver_steps if steps is None else steps
+    return [of.with_evaluation(num_images=command.count, solver_steps=steps) for of in configs]
 
 
 def _check_same_task(

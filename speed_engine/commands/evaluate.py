@@ -7,6 +7,7 @@ again.
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from speed_engine.evaluation.generate import GRID_COLUMNS, GRID_ROWS, save_grid
 from speed_engine.evaluation.image_set import ImageSet
 from speed_engine.evaluation.metrics import ENOUGH, FIGURES, HELD_OUT, METRICS, title, written
 from speed_engine.evaluation.metrics import HELP as METRICS_HELP
-from speed_engine.evaluation.parts import ImageParts, generate_in_parts
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts, held_parts
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.run.averages import load_average
 from speed_engine.run.folder import newest_checkpoint, read_config
@@ -150,33 +151,36 @@ def evaluate(
             _note(f"{text}: {run / RECORDS}")
         return known if world.is_first else None
     placed = machine.torch_device(config.device, world)
-    model, step = load_average(run, config, placed, average, asked_step)
+    # One process takes a newer one where a run deletes this one meanwhile; several need the same.
+    model, step = load_average(run, config, placed, average, step if world.size > 1 else asked_step)
     device = machine.choose_device(config.device).value
     how = machine.choose_generation(config.compile, device).value
     folder = run / "samples" / f"step-{step:08d}.parts"
     weights = sha256_of(model.state_dict())
     forward: Any = compiled(model, how)
-    parts = None
-    if evaluator.needs_images:
-        parts = _generated(evaluator, forward, weights, how, folder, world)
-    with announced("computing the validation loss"):
-        validation = evaluator.validate(forward)
-    if not world.is_first:
-        return None
-    images = parts and parts.images()
-    with announced("comparing generated images with real ones"):
-        found = evaluator.measure(images, validation)
-    assert found is not None  # some field is measured
-    record = {"step": step, "images": step * config.batch_size, **found.record()}
-    record |= {} if average == EMA else {"average": average}
-    if "copied_share" in found.figures:
-        assert found.generated is not None and evaluator.training is not None  # it compares them
-        path = run / "samples" / f"step-{step:08d}-copies.png"
-        _save_copies(found.generated, evaluator.training, path)
-        _note(f"the most copied images, above their nearest training images: {path}")
-    append_record(run, record | {"evaluated": True})
-    if parts is not None:  # only now: a disk may be full
-        parts.remove()
+    with held_parts(folder, world) if evaluator.needs_images else nullcontext():
+        parts = None
+        if evaluator.needs_images:
+            parts = _generated(evaluator, forward, weights, how, folder, world)
+        with announced("computing the validation loss"):
+            validation = evaluator.validate(forward)
+        if not world.is_first:
+            return None
+        images = parts and parts.images()
+        with announced("comparing generated images with real ones"):
+            found = evaluator.measure(images, validation)
+        assert found is not None  # some field is measured
+        record = {"step": step, "images": step * config.batch_size, **found.record()}
+        record |= {} if average == EMA else {"average": average}
+        if "copied_share" in found.figures:
+            # It compares them.
+            assert found.generated is not None and evaluator.training is not None
+            path = run / "samples" / f"step-{step:08d}-copies.png"
+            _save_copies(found.generated, evaluator.training, path)
+            _note(f"the most copied images, above their nearest training images: {path}")
+        append_record(run, record | {"evaluated": True})
+        if parts is not None:  # only now: a disk may be full
+            parts.remove()
     return record
 
 

@@ -18,7 +18,7 @@ from speed_engine.diffusion.processes import build_schedule
 from speed_engine.evaluation import method_report, timestep_losses
 from speed_engine.run.averages import load_average
 from speed_engine.run.folder import kept_steps, newest_checkpoint, read_config
-from speed_engine.runtime.checks import check_between
+from speed_engine.runtime.checks import UserError, check_between
 from speed_engine.runtime.machine import torch_device
 from speed_engine.runtime.progress import announced
 
@@ -29,11 +29,12 @@ MOST_SHOWN = 20_000  # timesteps: each of some hundred pairs has a table of them
 class MethodsCommand:
     """List the methods and the processes that each works on; print or plot what they do."""
 
-    process: str = "linear"
+    process: str | None = None
     """Noise process that --json and --figures are about; `speed-engine train --help` lists them at
-    --schedule."""
-    num_timesteps: int = 1000
-    """Number of timesteps of that process; in continuous time, the resolution of the output."""
+    --schedule. By default linear."""
+    num_timesteps: int | None = None
+    """Number of timesteps of that process; in continuous time, the resolution of the output. By
+    default 1000."""
     json: bool = False
     """Print the timestep distribution P(t) and the loss weights w(t) of every method on the process
     as JSON, instead of the table."""
@@ -42,28 +43,43 @@ class MethodsCommand:
     increments."""
     run: Path | None = None
     """Folder of a run: print, instead of the table, the loss of its checkpoints in each of SpeeD's
-    three areas of its process; with --figures, draw it by timestep."""
+    three areas of its process; with --figures, draw it by timestep. It goes with none of the other
+    options."""
 
 
 def run(arguments: list[str], console: Console) -> None:
     """Print the table or the arrays, and write the figures."""
     command = read_options(MethodsCommand, arguments, "speed-engine methods")
-    check_between("num_timesteps", command.num_timesteps, 2, MOST_SHOWN)
-    build_schedule(command.process, command.num_timesteps)  # names a bad one before any output
     if command.figures is not None:
         method_report.check_libraries()
     if command.run is not None:
+        _check_alone(command)
         _of_run(command.run, command.figures, console)
         return
+    process = "linear" if command.process is None else command.process
+    num_timesteps = 1000 if command.num_timesteps is None else command.num_timesteps
+    check_between("num_timesteps", num_timesteps, 2, MOST_SHOWN)
+    build_schedule(process, num_timesteps)  # names a bad one before any output
     if command.json:
-        print(json.dumps(method_report.arrays(command.process, command.num_timesteps)))
+        print(json.dumps(method_report.arrays(process, num_timesteps)))
     else:
-        _print_methods(method_report.compatibility(command.num_timesteps), console)
+        _print_methods(method_report.compatibility(num_timesteps), console)
     if command.figures is not None:
-        for path in method_report.draw_figures(
-            command.process, command.num_timesteps, command.figures
-        ):
+        for path in method_report.draw_figures(process, num_timesteps, command.figures):
             print(path, file=sys.stderr)
+
+
+def _check_alone(command: MethodsCommand) -> None:
+    given = {
+        "--process": command.process is not None,
+        "--num-timesteps": command.num_timesteps is not None,
+        "--json": command.json,
+    }
+    if unused := " and ".join(option for option, is_given in given.items() if is_given):
+        raise UserError(
+            f"--run {command.run} with {unused}: the losses of a run are of its own process, and "
+            "printed as a table; leave one out."
+        )
 
 
 def _of_run(run: Path, figures: Path | None, console: Console) -> None:

@@ -37,14 +37,15 @@ from speed_engine.evaluation.generate import (
     save_images,
 )
 from speed_engine.evaluation.image_files import write_archive, write_pictures
-from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts, held_parts, is_begun
 from speed_engine.models.layers.blocks import compiled
 from speed_engine.run.averages import load_average
-from speed_engine.run.folder import read_config
+from speed_engine.run.folder import newest_checkpoint, read_config
 from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError, check_between
 from speed_engine.runtime.progress import SampleProgress
 from speed_engine.runtime.world import join
+from speed_engine.training.checkpoint import read_state
 from speed_engine.training.ema import EMA
 
 OTHER_FILES = (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip", ".tar", ".pt", ".safetensors")
@@ -182,6 +183,7 @@ def generate_files(
         raise UserError("--class and --prompt: a model is conditioned on one of them; leave one.")
     if classes:
         conditions = of_classes(config.data, total, classes)
+        _check_known(config, conditions["labels"])
         null = null_conditions(config.data)
     elif prompts:
         conditions, null = prompted(config.data, total, prompts, text_encoder)
@@ -190,9 +192,12 @@ def generate_files(
         null = null_conditions(config.data)
     check_guidance(settings.guidance, conditions, null)
     device = machine.choose_device(config.device).value
-    batches = -(-total // (batch_size * world.size))
+    # Of all processes together: any number of them goes on with the parts of another number.
+    batches = -(-total // batch_size)
     how = machine.choose_compile(compile, device, batches * settings.steps).value
     on = machine.torch_device(config.device, world)
+    if step is None and world.size > 1:  # the run may save meanwhile, and all need the same
+        step = world.from_first(lambda: read_state(newest_checkpoint(run)).step)
     model, step = load_average(run, config, on, average, step)
     process, decode = build_process(config), build_decoder(config, world)
     forward: Any = compiled(model, how)
@@ -221,24 +226,26 @@ def generate_files(
         "device": device,
         "compile": how,
     }
-    with SampleProgress(console, -(-total // world.size)) as progress:
-        advance = progress.advance
-        images = generate_in_parts(part, total, batch_size, folder, decides, world, advance)
-    if world.is_first:
+    with held_parts(folder, world):
+        with SampleProgress(console, -(-total // world.size)) as progress:
+            advance = progress.advance
+            images = generate_in_parts(part, total, batch_size, folder, decides, world, advance)
+        if not world.is_first:
+            return
         rows = torch.arange(total) % len(prompts) if prompts else grid_rows(total, conditions)
         where = _write(images, rows, conditions.get("labels"), out)
         images.remove()
-        console.print(
-            f"{total} images of step {step}: {where}", highlight=False, markup=False, soft_wrap=True
-        )
-        if rows_are := _rows_named(config, conditions, where):
-            console.print(rows_are, highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"{total} images of step {step}: {where}", highlight=False, markup=False, soft_wrap=True
+    )
+    if rows_are := _rows_named(config, conditions, where):
+        console.print(rows_are, highlight=False, markup=False, soft_wrap=True)
 
 
 def _rows_named(config: TrainConfig, conditions: Conditions, where: Path) -> str:
     """Which class each row of the picture is of, where classes have names and rows."""
     names, labels = class_names(config.data), conditions.get("labels")
-    if where.suffix != ".png" or labels is None or not names:
+    if _kind(where) != ".png" or labels is None or not names:
         return ""
     shown = labels.unique().tolist()
     if len(shown) > GRID_ROWS or max(shown) >= len(names):
@@ -255,16 +262,30 @@ def _free(path: Path) -> Path:
     raise AssertionError("numbers do not end")
 
 
+def _kind(out: Path) -> str:
+    return out.suffix.lower()
+
+
 def _is_there(out: Path) -> bool:
-    return out.exists() or (out.suffix == ".png" and out.with_suffix(".npy").exists())
+    return out.exists() or (_kind(out) == ".png" and out.with_suffix(".npy").exists())
+
+
+def _check_known(config: TrainConfig, labels: Tensor) -> None:
+    """Whether the model knows these classes: the data set may name more than it is trained on."""
+    highest, count = int(labels.max()), config.data.num_classes
+    if highest >= count:
+        raise UserError(
+            f"--class {class_names(config.data)[highest]} is class {highest} of the data set, and "
+            f"this model knows the first {count} (data.num_classes); choose from these."
+        )
 
 
 def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
     if _is_there(out) and not is_begun(folder):
         raise UserError(f"{out} exists already; delete it or choose another --out.")
-    if out.suffix == ".png":
+    if _kind(out) == ".png":
         return
-    if out.suffix in OTHER_FILES:
+    if _kind(out) in OTHER_FILES:
         raise UserError(
             f"{out}: images are written as FILE.png, FILE.npz, or a folder of PNGs, which does not "
             f"end in {out.suffix}."
@@ -277,10 +298,10 @@ def _check_out(config: TrainConfig, out: Path, folder: Path) -> None:
 
 
 def _write(images: ImageParts, rows: Tensor, labels: Tensor | None, out: Path) -> Path:
-    if out.suffix == ".png":
+    if _kind(out) == ".png":
         return save_images(images.images(), rows, out)
     classes = None if labels is None else labels.numpy()
-    if out.suffix == ".npz":
+    if _kind(out) == ".npz":
         write_archive(images, classes, out)
     else:
         write_pictures(images, classes, out)

@@ -74,6 +74,8 @@ class Increments:
         if line is None:
             return float(self.rate.argmax()) + 1
         beta_0, delta = line
+        if delta <= 0:
+            return 1.0  # the rate falls from the start
         num_timesteps = self.schedule.num_timesteps
         return math.sqrt(num_timesteps / delta) - num_timesteps * beta_0 / delta
 
@@ -88,16 +90,16 @@ class Increments:
         """
         if not (r > 1 and math.isfinite(r)):
             raise UserError(f"r={r}: the suppression factor must be above 1, such as 138.6.")
-        reached = self.suppression >= math.log(r)
+        level = math.log(r)
+        reached = self.suppression >= level
         if not bool(reached.any()):
             return math.inf
         line = _line(self.schedule)
         if line is None:
             return float(reached.int().argmax()) + 1
         beta_0, delta = line
-        num_timesteps = self.schedule.num_timesteps
-        offset = num_timesteps * beta_0 / delta
-        return math.sqrt(2 * num_timesteps * math.log(r) / delta + offset**2) - offset
+        square = beta_0**2 + 2 * delta * level / self.schedule.num_timesteps
+        return 2 * level / (beta_0 + math.sqrt(max(0.0, square)))  # the first root, for any delta
 
 
 def increments(schedule: NoiseSchedule) -> Increments:

@@ -18,7 +18,7 @@ import torch
 from speed_engine.diffusion import weighting
 from speed_engine.diffusion.discrete import from_diffusers
 from speed_engine.diffusion.fitted import Method
-from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
+from speed_engine.diffusion.grammar import Spelling, Value, canonical, read_spelling
 from speed_engine.diffusion.methods import METHODS, Definition
 from speed_engine.diffusion.schedule import NoiseSchedule
 from speed_engine.diffusion.table import TimestepTable
@@ -57,8 +57,8 @@ def build_method(
             - weigh_bound: with a learned variance, multiply its bound by the weight, too.
 
     Raises:
-        UserError: an unknown name, an option that the method does not have, one of another type or
-            out of range, or something that is no process.
+        UserError: an unknown name, a process or a target in its spelling, an option that the method
+            does not have, one of another type or out of range, or something that is no process.
 
     Examples:
         >>> method = se.build_method("speed_paper+k=3", scheduler)
@@ -70,7 +70,7 @@ def build_method(
         schedule = from_diffusers(schedule)
     check("method", method, isinstance(method, str), "must be a text, such as speed_paper+k=3")
     check_seed(seed)
-    spelling = read_spelling(method)
+    spelling = read_spelling(canonical(method))
     name = spelling.method
     given = check_options(Spelling(name, {**spelling.options, **options}))
     shared = {option: given.pop(option) for option in list(given) if option in SHARED}

@@ -7,6 +7,7 @@ Letters: N images, C channels, H height, W width, K classes.
 """
 
 import copy
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ LEARNING_RATE = 5e-3  # at its peak; it falls to zero along a cosine
 WEIGHT_DECAY = 1e-2
 TRUSTED_ACCURACY = 0.8  # below, its features hardly tell classes apart
 HOLD_OUT_EVERY = 5  # one image in five, in the order of a seeded permutation
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +152,8 @@ def classifier_for(
         images: (N, C, H, W) uint8, the real images.
         labels: (N,) integer classes, 0 and up.
         folder: made if it does not exist.
-        fingerprint: names the data set; letters, digits, ``.``, ``_`` and ``-``.
+        fingerprint: names the data set and what is read of it; letters, digits, ``.``, ``_`` and
+            ``-``.
 
     Raises:
         UserError: for bad inputs (see ``train_classifier``) or a damaged or foreign cache file.
@@ -282,14 +285,18 @@ def _as_features(network: Classifier, accuracy: float) -> ClassifierFeatures:
 
 
 def _save(path: Path, network: Classifier, accuracy: float, seed: int) -> None:
+    """What cannot be kept is trained again."""
     facts = {
         "accuracy": repr(accuracy),
         "seed": str(seed),
         "torch": torch.__version__,
         "weights_sha256": sha256_of(network.state_dict()),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, save(network.state_dict(), metadata=facts), shared=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, save(network.state_dict(), metadata=facts), shared=True)
+    except OSError as error:
+        log.warning("%s could not be kept: %s", path, error)
 
 
 def _load(path: Path, channels: int, num_classes: int | None = None) -> ClassifierFeatures:

@@ -110,8 +110,10 @@ class Evaluator:
         _check_channels(channels, self.extractor)
         for metric in self._measured():
             for real in self._real().values():
-                # Of statistics alone there are no images to count.
-                count = len(real) or _check_statistics(metric, self.num_images)
+                count = len(real)
+                # Images are not counted where their statistics suffice, or are all there is.
+                if real.came_with_statistics and (METRICS[metric].by_statistics or not count):
+                    count = _check_statistics(metric, self.num_images)
                 _check_counts(metric, self.num_images, count, self.extractor)
 
     def __call__(self, model: nn.Module) -> tuple[Tensor, Evaluation | None]:

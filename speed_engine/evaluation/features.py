@@ -83,17 +83,17 @@ def inception_features(weights_path: Path | str | None = None) -> Extractor:
 
 
 def import_torch_fidelity() -> ModuleType:
-    """Import torch-fidelity, and with it torchvision, only when a metric is asked for.
+    """Import torch-fidelity, and with it torchvision, only where images are to be compared.
 
     Raises:
-        ImportError: naming the versions, if either cannot be imported.
+        UserError: naming the versions, if either cannot be imported.
     """
     try:
         import torch_fidelity
     except (ImportError, RuntimeError, AttributeError) as error:
         cuda = torch.version.cuda
         build = "cpu" if cuda is None else "cu" + cuda.replace(".", "")
-        raise ImportError(
+        raise UserError(
             f"torch-fidelity cannot be imported: {error}. Installed: torch {torch.__version__}, "
             f"torchvision {_version('torchvision')}, torch-fidelity {_version('torch-fidelity')}; "
             "torchvision must be the build for this torch: pip install --force-reinstall --no-deps "

@@ -9,11 +9,12 @@
 
 All compare the features of one extractor; precision and recall, too, which torch-fidelity would by
 itself compute from another network's. They are deterministic, leave the global random state as it
-was, and raise ``ImportError`` where torch-fidelity or torchvision cannot be imported.
+was, and raise ``UserError`` where torch-fidelity or torchvision cannot be imported.
 
 Letters: N generated images, K classes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,11 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
     import_torch_fidelity()
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-    answer = fid_statistics_to_metric(generated, real, False)
+    # It refuses two dtypes: statistics of an archive may have another than the features.
+    ours, theirs = (
+        {name: of[name].astype(np.float64) for name in ("mu", "sigma")} for of in (generated, real)
+    )
+    answer = fid_statistics_to_metric(ours, theirs, False)
     return float(answer["frechet_inception_distance"])
 
 

@@ -25,6 +25,7 @@ from speed_engine.ops import Stream, normal
 from speed_engine.runtime.checks import MOST, UserError, check_seed, check_whole
 from speed_engine.runtime.files import replacing
 from speed_engine.runtime.precision import autocast
+from speed_engine.runtime.sharding import computing_device
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +62,13 @@ class GenerationSettings:
         check_solver(self.solver)
 
     def record(self) -> dict[str, Any]:
-        """As records and unfinished images hold them, JSON-like."""
+        """As records and unfinished images hold them; None is an end at infinity, not in JSON."""
+        ends = [end if math.isfinite(end) else None for end in self.interval or ()]
         return {
             "solver": self.solver,
             "solver_steps": self.steps,
             "guidance": self.guidance,
-            "guidance_interval": None if self.interval is None else list(self.interval),
+            "guidance_interval": ends or None,
             "guidance_channels": self.channels,
         }
 
@@ -113,7 +115,7 @@ def generate(
     """
     check_seed(seed)
     check_whole("batch_size", batch_size, 1, MOST)
-    device, schedule = next(model.parameters()).device, table.schedule
+    device, schedule = computing_device(model), table.schedule
     root, ids = torch.full((), seed, device=device), ids.to(device)
     null = {name: value.to(device) for name, value in null.items()}
     solve = solver_named(settings.solver)

@@ -67,6 +67,11 @@ class ImageSet:
         return self._read if isinstance(self._read, Tensor) else self._read()
 
     @property
+    def came_with_statistics(self) -> bool:
+        """Whether mean and covariance are known from elsewhere, whatever the number of images."""
+        return self._known is not None
+
+    @property
     def has_features(self) -> bool:
         """Whether the features are known, so that they cost nothing."""
         return "_layers" in vars(self)

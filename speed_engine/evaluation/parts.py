@@ -12,6 +12,7 @@ Letters: N images, B images of a batch, C channels, H x W pixels.
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.files import write_durably
+from speed_engine.runtime.locks import LOCK_FILE, held
 from speed_engine.runtime.world import ALONE, World
 
 SETTINGS = "settings.json"
@@ -84,7 +86,25 @@ class ImageParts:
         """The parts, once their images are elsewhere."""
         (self.folder / SETTINGS).unlink()  # first: parts without it are never taken up
         _empty(self.folder)
-        self.folder.rmdir()
+        (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        with suppress(OSError):  # NFS keeps a file in it until the lock is given back
+            self.folder.rmdir()
+
+
+@contextmanager
+def held_parts(folder: Path, world: World = ALONE) -> Iterator[None]:
+    """No other command generates in a folder of parts, which is made, nor removes it meanwhile.
+
+    Args:
+        folder: of the parts.
+        world: the processes; each calls this.
+
+    Raises:
+        UserError: another command is at it.
+    """
+    world.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    with held(folder, "filled", world):
+        yield
 
 
 def generate_in_parts(

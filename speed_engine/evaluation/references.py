@@ -22,7 +22,7 @@ from speed_engine.evaluation.archive import PICTURES, open_archive
 from speed_engine.evaluation.classifier import classifier_for, kept_classifier
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.dinov2 import dinov2_features
-from speed_engine.evaluation.features import Extractor, inception_features
+from speed_engine.evaluation.features import Extractor, import_torch_fidelity, inception_features
 from speed_engine.evaluation.image_set import ImageSet, statistics_path
 from speed_engine.evaluation.picture_folder import PictureFolder, open_pictures, picture_names
 from speed_engine.evaluation.validation import IMAGES, Validation
@@ -84,7 +84,7 @@ def _of_data_set(data: DataConfig, evaluation: EvaluationConfig) -> RealImages:
     shape, policy = data.image_shape, data.on_bad_sample
     read = cache(lambda: read_all(reader, shape, policy, is_held_out))
     labelled = partial(_labelled, read) if "cls" in reader.keys else None
-    extractor = _extractor(evaluation, reader.fingerprint, len(reader), shape[0], labelled)
+    extractor = _extractor(evaluation, reader.fingerprint, image, len(reader), shape[0], labelled)
 
     def part(name: Part, rows: np.ndarray) -> ImageSet:
         whole = reader.fingerprint
@@ -126,7 +126,7 @@ def _of_shards(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) -> 
     reader = open_data(like, [image, "cls"] if "cls" in contents else [image])
     read = cache(lambda: read_all(reader, shape, data.on_bad_sample))
     labelled = partial(_labelled, read) if "cls" in contents else None
-    extractor = _extractor(evaluation, reader.fingerprint, len(reader), shape[0], labelled)
+    extractor = _extractor(evaluation, reader.fingerprint, image, len(reader), shape[0], labelled)
     file = _statistics_file(reader.fingerprint, image, shape, extractor)
     images = ImageSet(lambda: torch.from_numpy(read()[0]), len(reader), extractor, file)
     return RealImages(extractor=extractor, reference=images, reference_sha256=reader.fingerprint)
@@ -137,7 +137,7 @@ def _of_pictures(evaluation: EvaluationConfig, pictures: PictureFolder) -> RealI
     read, labels = cache(pictures.images), pictures.labels
     labelled = None if labels is None else lambda: (read(), labels)
     count, channels = len(pictures.names), pictures.shape[0]
-    extractor = _extractor(evaluation, pictures.sha256, count, channels, labelled)
+    extractor = _extractor(evaluation, pictures.sha256, PICTURES, count, channels, labelled)
     file = _statistics_file(pictures.sha256, PICTURES, pictures.shape, extractor)
     images = ImageSet(read, count, extractor, file)
     return RealImages(extractor=extractor, reference=images, reference_sha256=pictures.sha256)
@@ -160,7 +160,7 @@ def _of_archive(evaluation: EvaluationConfig, shape: Shape) -> RealImages:
         count, (channels, height, width) = 0, shape
     labels = archive.labels
     labelled = None if labels is None else lambda: (archive.images(), labels)
-    extractor = _extractor(evaluation, archive.sha256, count, channels, labelled)
+    extractor = _extractor(evaluation, archive.sha256, PICTURES, count, channels, labelled)
     known = archive.statistics if evaluation.features == "inception" else None
     if known is not None and len(known["mu"]) != extractor.feature_dim:
         raise UserError(
@@ -245,6 +245,7 @@ def _labelled(read: Callable[[], Any]) -> tuple[torch.Tensor, torch.Tensor]:
 def _extractor(
     evaluation: EvaluationConfig,
     content: str,
+    member: str,
     count: int,
     channels: int,
     labelled: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
@@ -254,10 +255,16 @@ def _extractor(
     Args:
         evaluation: which features.
         content: fingerprint of the real images.
+        member: which member of a sample is the image.
         count: how many there are.
         channels: of an image.
         labelled: reads them and their classes; None where they have none.
+
+    Raises:
+        UserError: the features need what is not there; torch-fidelity, which compares them, cannot
+            be imported.
     """
+    import_torch_fidelity()  # here, since what is wrong with it must not end a run that trains
     if evaluation.features == "inception":
         return inception_features(evaluation.inception_weights)
     if evaluation.features == "dinov2":
@@ -268,6 +275,6 @@ def _extractor(
             "an .npz, or a sub-folder per class); use inception or dinov2, or none to generate "
             "images only."
         )
-    folder = cache_folder() / "features"
-    kept = kept_classifier(count, channels, folder, content)
-    return kept or classifier_for(*labelled(), folder, content)
+    folder, name = cache_folder() / "features", f"{content}-{member}-{channels}"
+    kept = kept_classifier(count, channels, folder, name)
+    return kept or classifier_for(*labelled(), folder, name)

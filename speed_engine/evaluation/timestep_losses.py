@@ -42,7 +42,8 @@ def by_area(process: Method, errors: Tensor) -> dict[str, float]:
     schedule = process.schedule
     areas = increments(schedule)
     t = cells(schedule.num_timesteps) + 1  # as the paper counts
-    place = (t > areas.t_ad).long() + (t > areas.tau(SUPPRESSION)).long()
+    tau = areas.tau(SUPPRESSION)
+    place = (t > min(areas.t_ad, tau)).long() + (t > tau).long()
     return {
         name: float(errors[place == number].mean())
         for number, name in enumerate(AREAS)

@@ -187,7 +187,8 @@ class EdmUNetConfig:
     network: Literal["ddpm++", "adm"] = "ddpm++"
     """Which of EDM's two networks it is, DDPM++ or ADM."""
     model_channels: int = 32
-    """Number of channels at multiplier 1; it is a multiple of 4."""
+    """Number of channels at multiplier 1; a multiple of 32, or of 4 where groups of channels
+    divide all levels."""
     channel_mult: tuple[int, ...] = (1, 2)
     """Multiplier of the channels at every level, the finest first; each level halves height and
     width."""

@@ -28,7 +28,7 @@ from speed_engine.config import TrainConfig, flat, to_json
 from speed_engine.data.format.remote import is_url
 from speed_engine.data.training_data import TrainingData
 from speed_engine.evaluation.conditions import class_names
-from speed_engine.models.layouts.files import load_parameters, load_pretrained
+from speed_engine.models.layouts.files import load_parameters, load_pretrained, require_shift
 from speed_engine.planning.gpus import gpu_called
 from speed_engine.planning.launching import launching
 from speed_engine.planning.memory import STATE_BYTES, fitting_images, kept_on_gpu
@@ -373,6 +373,8 @@ def _load_weights(model: nn.Module, path: Path, world: World = ALONE) -> None:
     if world.from_first(lambda: is_whole):
         load_pretrained(model, path)
         return
+
+    require_shift(model, read_config(path).model)
 
     def read(newest: Path) -> None:
         load_parameters(model, checkpoint.load_group(newest, average_group(EMA)), newest)

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 from speed_engine import cli
+from speed_engine.commands import consistency
 from speed_engine.commands.consistency import steps_compared
+from speed_engine.run.folder import read_config
 
 SHORT = [
     "train", "digits", "--steps", "160", "--checkpoint-every", "80", "--keep-every", "80",
@@ -73,3 +75,25 @@ def test_runs_that_cannot_be_compared_are_named(runs, capsys, tmp_path):
 def test_steps_of_both_and_the_last_of_each_are_compared():
     assert steps_compared([100, 200, 300], [200, 300, 400]) == [(200, 200), (300, 300), (300, 400)]
     assert steps_compared([5], [5]) == [(5, 5)]
+
+
+def test_both_runs_generate_with_the_steps_of_the_first_or_those_asked_for(
+    runs, capsys, monkeypatch
+):
+    a, b, _ = runs
+    config = read_config(b).with_evaluation(solver_steps=3)
+    others = {b: config}
+    monkeypatch.setattr(consistency, "read_config", lambda run: others.get(run) or read_config(run))
+    steps = []
+    generate = consistency.generate
+
+    def generated(*given, **options):
+        steps.append(given[4].steps)
+        return generate(*given, **options)
+
+    monkeypatch.setattr(consistency, "generate", generated)
+    compare(capsys, b, a, "--count", "20")
+    assert set(steps) == {3}
+    with pytest.raises(SystemExit):
+        cli.main(["consistency", str(a), str(b), "--count", "20", "--solver-steps", "0"])
+    assert "evaluation.solver_steps=0" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from speed_engine.models.config import DiTConfig
 from speed_engine.run.averages import load_average
 from speed_engine.run.folder import read_config
 from speed_engine.run.starting import resume, start
-from speed_engine.runtime import machine
+from speed_engine.runtime import locks, machine
 from speed_engine.runtime.choice import Choice
 from speed_engine.runtime.records import append_record, read_records
 from speed_engine.training.config import OptimizerConfig
@@ -182,6 +182,23 @@ def test_images_are_generated_as_the_run_and_the_device_choose_to_compile(run, c
     monkeypatch.setattr(machine, "choose_generation", lambda *_: Choice("off", ""))
     evaluate(run, capsys, "--solver-steps", 4, "--metrics", "fid")
     assert "compile" not in parts[1]  # parts that an earlier release left are gone on with
+
+
+def test_a_folder_of_parts_that_another_command_fills_is_left_alone(run, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "_locked", lambda file: False)
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid")
+    assert "step-00000004.parts is being filled by another command" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_interval_without_an_upper_end_is_recorded_and_found_again(run, capsys):
+    options = "--guidance-interval", 0.5, "inf", "--metrics", "fid", "--json"
+    record = json.loads(evaluate(run, capsys, *options).out)
+    assert record["guidance_interval"] == [0.5, None]
+    assert read_records(run)[-1] == {**record, "evaluated": True}
+    assert "measured before, at step 4" in evaluate(run, capsys, *options).err
 
 
 def test_a_killed_evaluation_goes_on_where_it_stopped(run, capsys, monkeypatch):

@@ -54,3 +54,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["methods", "--run", str(tmp_path)])
     assert "no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--json"], "--json"),
+        (["--process", "linear"], "--process"),
+        (["--num-timesteps", "10", "--json"], "--num-timesteps and --json"),
+    ],
+)
+def test_a_run_goes_with_no_option_that_it_has_no_use_for(tmp_path, capsys, options, named):
+    with pytest.raises(SystemExit):
+        cli.main(["methods", "--run", str(tmp_path), *options])
+    assert f"--run {tmp_path} with {named}:" in " ".join(capsys.readouterr().err.split())

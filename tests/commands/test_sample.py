@@ -12,16 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from speed_engine import cli
+from speed_engine.commands import sample
 from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.preparing.sources.digits import write_digits
+from speed_engine.evaluation import conditions
 from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.parts import ImageParts
 from speed_engine.models.config import DiTConfig
 from speed_engine.run.folder import read_config
 from speed_engine.run.starting import start
+from speed_engine.runtime import locks, machine
+from speed_engine.runtime.world import World
 from speed_engine.training.config import OptimizerConfig
 
 TINY = TrainConfig(
@@ -80,6 +86,47 @@ def test_generation_killed_by_sigkill_continues_where_it_stopped(run, straight, 
     assert out.read_bytes() == straight and not parts.exists()
 
 
+def test_a_folder_of_parts_that_another_command_fills_is_left_alone(
+    run, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(locks, "_locked", lambda file: False)
+    message = fails(capsys, "sample", run, "--out", tmp_path / "x.npz", *HOW)
+    assert "x.npz.parts is being filled by another command" in message
+    assert not (tmp_path / "x.npz").exists() and not list(tmp_path.rglob("*.npy"))
+
+
+class Two(World):
+    """The first of two processes, which exchange nothing."""
+
+    def from_first(self, compute):
+        return compute()
+
+    def barrier(self):
+        pass
+
+
+def test_processes_agree_on_the_checkpoint_and_on_whether_to_compile(run, tmp_path, monkeypatch):
+    asked, steps = [], []
+    load_average, choose = sample.load_average, machine.choose_compile
+
+    def loaded(*given):
+        steps.append(given[-1])
+        return load_average(*given)
+
+    def chosen(compile, device, evaluations):
+        asked.append(evaluations)
+        return choose("off", device, evaluations)
+
+    monkeypatch.setattr(sample, "load_average", loaded)
+    monkeypatch.setattr(machine, "choose_compile", chosen)
+    monkeypatch.setattr(ImageParts, "images", lambda images: torch.zeros(30, 1, 8, 8).byte())
+    for world in (World(), Two(size=2)):
+        monkeypatch.setattr(sample, "join", lambda device, world=world: world)
+        cli.main(["sample", str(run), "--out", str(tmp_path / f"{world.size}.png"), *HOW])
+    assert asked == [8 * 9] * 2
+    assert steps == [None, 20]
+
+
 @pytest.mark.long
 def test_two_processes_generate_the_images_of_one(run, straight, tmp_path):
     launcher = "torch.distributed.run --standalone --nproc-per-node 2 -m --".split()
@@ -131,6 +178,16 @@ def test_finished_images_are_not_overwritten(run, tmp_path, capsys):
         assert "exists already" in fails(capsys, *two, out)
 
 
+def test_the_ending_may_be_in_capitals(run, tmp_path, capsys):
+    two = ["sample", str(run), "--count", "2", "--out"]
+    cli.main([*two, str(tmp_path / "x.PNG")])
+    assert Image.open(tmp_path / "x.PNG").format == "PNG"
+    cli.main([*two, str(tmp_path / "x.NPZ")])
+    with np.load(tmp_path / "x.NPZ") as archive:
+        assert len(archive["arr_0"]) == 2
+    assert "x.JPG: images are written as FILE.png" in fails(capsys, *two, tmp_path / "x.JPG")
+
+
 def test_pictures_without_a_name_are_numbered(run):
     for _ in range(3):
         cli.main(["sample", str(run), "--count", "2", "--seed", "5"])
@@ -160,7 +217,9 @@ def named(source: Path) -> Path:
     return source
 
 
-def test_classes_are_named_and_their_images_are_those_of_their_numbers(run, tmp_path, capsys):
+def test_classes_are_named_and_their_images_are_those_of_their_numbers(
+    run, tmp_path, capsys, monkeypatch
+):
     config = read_config(run)
     data = dataclasses.replace(config.data, source=str(named(tmp_path / "named")))
     copy = Path(shutil.copytree(run, tmp_path / "run"))
@@ -175,6 +234,11 @@ def test_classes_are_named_and_their_images_are_those_of_their_numbers(run, tmp_
     message = fails(capsys, "sample", copy, "--class", "sevn")
     assert "unknown class 'sevn'; did you mean 'seven'?" in message
     assert "unknown class '10'" in fails(capsys, "sample", copy, "--class", "10")
+    with monkeypatch.context() as patch:
+        patch.setattr(conditions, "class_names", lambda data: [*"0123456789", "ten"])
+        patch.setattr(sample, "class_names", conditions.class_names)
+        message = fails(capsys, "sample", copy, "--class", "1", "ten")
+    assert "--class ten is class 10 of the data set, and this model knows the first 10" in message
     cli.main(["sample", str(copy), "--count", "4", "--class", "seven", "2"])
     assert "rows: two, seven" in capsys.readouterr().out
 

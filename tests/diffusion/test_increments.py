@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from speed_engine.diffusion.continuous import RectifiedFlow
@@ -87,11 +87,16 @@ def test_the_bounds_hold_for_every_process(name):
     assert bool((areas.suppression.diff() > 0).all() & (areas.mean < 0).all())
 
 
-@given(r=st.floats(1.01, 1e4), factor=st.floats(1.001, 10), beta_max=st.floats(0.02, 0.2))
-def test_tau_is_monotone_and_inverts_suppression(r, factor, beta_max):
+BETAS = st.floats(1e-4, 0.2)
+
+
+@given(r=st.floats(1.01, 1e4), factor=st.floats(1.001, 10), first=BETAS, last=BETAS)
+@example(r=2.0, factor=2.0, first=0.01, last=0.01)
+def test_tau_is_monotone_and_inverts_suppression(r, factor, first, last):
+    """Whether betas rise, fall or stay."""
     for areas in (
-        increments(linear(1000, 1e-4, beta_max)),
-        increments(from_betas(torch.linspace(1e-4, beta_max, 1000))),
+        increments(linear(1000, first, last)),
+        increments(from_betas(torch.linspace(first, last, 1000))),
     ):
         tau = areas.tau(r)
         assert areas.tau(r * factor) >= tau
@@ -104,6 +109,13 @@ def test_tau_is_monotone_and_inverts_suppression(r, factor, beta_max):
 def test_tau_is_monotone_in_every_process(name, r, factor):
     areas = increments(build_schedule(name, 300))
     assert areas.tau(r * factor) >= areas.tau(r) >= 1
+
+
+@pytest.mark.parametrize("first, last", [(0.01, 0.01), (0.02, 1e-4), (0.02, 0.019)])
+def test_where_betas_do_not_rise_the_rate_falls_from_the_start(first, last):
+    areas = increments(linear(1000, first, last))
+    assert areas.t_ad == 1 == float(areas.rate.argmax()) + 1
+    assert increments(linear(1000, 0.01, 0.01)).tau(math.e) == pytest.approx(100)
 
 
 TABLE_1 = {  # s, sigma^2 and the limit of dSigma/dt

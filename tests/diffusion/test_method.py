@@ -232,6 +232,8 @@ def test_a_process_without_convergence_area_says_so_and_is_sampled_uniformly(cap
         ("speed_paper", {"k": True}, "k=true: should be a valid number"),
         ("uniform", {"weight_on": "x0"}, "should be 'definition' or 'prediction'"),
         ("p2", {"gamma": math.inf}, "P2 needs both to be at least 0, and finite"),
+        ("speed_paper:v", {}, "names a process or a prediction.* schedule and prediction"),
+        ("speed_paper@cosine+k=3", {}, "names a process or a prediction"),
         ("speed_papr", {}, r"did you mean 'speed_paper'\? Choose from uniform, speed_paper"),
     ],
 )

@@ -220,3 +220,9 @@ def test_a_classifier_that_is_often_wrong_is_doubted(accuracy, warned):
     doubt = features.doubt()
     assert (doubt is not None) == warned
     assert doubt is None or f"right on {accuracy:.1%} of held-out images only" in doubt
+
+
+def test_a_classifier_that_cannot_be_kept_is_used_and_said(short_training, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder")
+    trained = classifier_for(*blobs(), tmp_path / "file", "blobs")
+    assert trained.accuracy > 0 and "could not be kept" in caplog.text

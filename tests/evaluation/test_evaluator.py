@@ -151,6 +151,16 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_generated(changes
         evaluator_of("fid", **changes)
 
 
+def test_few_pictures_suffice_where_their_statistics_came_with_them():
+    known = ImageSet(TRAINING, len(TRAINING), EXTRACTOR).statistics
+    few = ImageSet(TRAINING[:3], 3, EXTRACTOR, known=known)
+    assert measured("fid", "kid", reference=few)["fid"] == measured("fid")["fid"]
+    with pytest.raises(ValueError, match="prc in .* needs 4 images.* 3 real"):
+        evaluator_of("fid", "prc", reference=few)
+    with pytest.raises(ValueError, match="8 features.* got 8 generated"):
+        evaluator_of("fid", reference=few, num_images=8)
+
+
 def test_few_images_come_with_the_distance_of_as_few_real_ones():
     record = measured("fid", "kid")
     for prefix, real, count in (("", TRAINING, 250), ("held_out_", HELD_OUT, 100)):

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from speed_engine.data.config import DataConfig
 from speed_engine.evaluation import features
-from speed_engine.evaluation.features import (
-    INCEPTION_URL,
-    import_torch_fidelity,
-    inception_features,
-)
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.evaluation.features import INCEPTION_URL, inception_features
+from speed_engine.evaluation.references import real_images
+from speed_engine.runtime.checks import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,8 @@ def test_a_torchvision_of_another_build_is_named_with_the_remedy(tmp_path, monke
     (tmp_path / "torch_fidelity.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_fidelity", raising=False)
-    with pytest.raises(ImportError, match="nms does not exist") as error:
-        import_torch_fidelity()
+    data = DataConfig()
+    with pytest.raises(UserError, match="nms does not exist") as error:  # before a run trains
+        real_images(data, EvaluationConfig(), data.image_shape)
     for part in (f"torch {torch.__version__}", "torchvision ", "--index-url"):
         assert part in str(error.value)

@@ -17,10 +17,10 @@ from pixels import Pixels, extractor_of
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from speed_engine.evaluation import classifier, features
+from speed_engine.evaluation import classifier, features, fidelity
 from speed_engine.evaluation.classifier import train_classifier
 from speed_engine.evaluation.features import Extractor
-from speed_engine.evaluation.image_set import ImageSet
+from speed_engine.evaluation.image_set import ImageSet, statistics_of
 from speed_engine.evaluation.metrics import METRICS
 
 COMPARING = ("fid", "kid", "isc", "prc")
@@ -298,3 +298,14 @@ def test_inception_gets_its_verified_weights_and_grey_images_as_rgb(blobs, tmp_p
 
     grey, rgb = blobs[0][:4], blobs[0][:4].expand(-1, 3, -1, -1)
     assert measure(grey, grey, inception, ["kid"]) == measure(rgb, rgb, inception, ["kid"])
+
+
+def test_statistics_of_another_precision_than_the_features_are_compared():
+    rng = np.random.default_rng(4)
+    features = torch.from_numpy(rng.standard_normal((30, 5)).astype(np.float32))
+    ours = statistics_of(features)
+    theirs = {"mu": np.zeros(5), "sigma": np.eye(5, dtype=np.float32)}
+    expected = statistics_of(features.double())
+    truth = (expected["mu"] ** 2).sum() + np.trace(expected["sigma"]) + 5
+    truth -= 2 * np.sqrt(np.linalg.eigvalsh(expected["sigma"])).sum()
+    assert fidelity.frechet_distance(ours, theirs) == pytest.approx(truth, rel=1e-5)

@@ -1,6 +1,7 @@
 """Image i is a function of the seed, i and its conditions; guidance acts where asked."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,10 @@ def test_models_sharded_as_on_gpus_generate_the_images_of_float32(two_processes)
     assert len(distances) == 7
     # bfloat16 holds 8 bits: 0.4 % of each of some sums. Zero would mean that nothing was cast.
     assert all(0 < distance < 0.02 for distance in distances.values()), distances
+
+
+def test_an_interval_without_an_upper_end_is_recorded_as_json():
+    endless = GenerationSettings(interval=(0.5, math.inf)).record()
+    assert json.loads(json.dumps(endless, allow_nan=False))["guidance_interval"] == [0.5, None]
+    assert GenerationSettings(interval=(0.0, 2.0)).record()["guidance_interval"] == [0.0, 2.0]
+    assert GenerationSettings().record()["guidance_interval"] is None

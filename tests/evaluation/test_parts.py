@@ -1,5 +1,7 @@
 """Generation continues where it stopped, with the same settings or not at all."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,14 @@ import torch
 from PIL import Image
 
 from speed_engine.evaluation.image_files import write_archive, write_pictures
-from speed_engine.evaluation.parts import ImageParts, generate_in_parts, is_begun
+from speed_engine.evaluation.parts import ImageParts, generate_in_parts, held_parts, is_begun
 from speed_engine.runtime.checks import UserError
+
+HOLD = (
+    "import fcntl, sys\n"
+    "file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+    "print('held', flush=True); sys.stdin.read()"
+)
 
 
 class Model:
@@ -115,3 +123,22 @@ def test_pictures_that_are_there_are_whole_and_stay(tmp_path):
     write_pictures(images, None, folder)  # the process was ended before the parts were removed
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == written
     assert len(written) == 10 and not (tmp_path / "pictures.partial").exists()
+
+
+def test_a_folder_in_which_another_command_generates_is_refused(tmp_path):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder / "lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(UserError, match="parts is being filled by another command"),
+        held_parts(folder),
+    ):
+        pass
+    other.communicate()
+    with held_parts(folder):
+        generate(folder, Model()).remove()
+    assert not folder.exists()

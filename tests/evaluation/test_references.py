@@ -1,5 +1,6 @@
 """Real images come from the data set that is trained on, and from one that never is."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.opening import open_data
 from speed_engine.data.preparing.sources.digits import digits_folder
-from speed_engine.evaluation import references
+from speed_engine.evaluation import classifier, references
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.references import real_images
 from speed_engine.runtime.checks import UserError
@@ -56,6 +57,21 @@ def test_no_image_is_read_for_a_classifier_that_is_kept(monkeypatch):
     monkeypatch.setattr(references, "read_all", None)
     again = real_images(data, evaluation, data.image_shape)
     assert again.extractor == first.extractor and again.extractor is not first.extractor
+
+
+def test_another_number_of_channels_is_another_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 2)
+    noise, source = np.random.default_rng(0), str(tmp_path)
+    with ShardWriter(source, "x", 100) as writer:
+        for i in range(12):
+            picture = io.BytesIO()
+            Image.fromarray(noise.integers(0, 255, (16, 16), np.uint8)).save(picture, "PNG")
+            writer.write(f"{i:02d}", {"png": picture.getvalue(), "cls": b"01"[i % 2 : i % 2 + 1]})
+    channels = []
+    for shape in ((1, 16, 16), (3, 16, 16)):
+        data = DataConfig(source=source, image_shape=shape, members=("png", "cls"), num_classes=2)
+        channels.append(real_images(data, EvaluationConfig(), shape).extractor.channels)
+    assert channels == [1, 3]
 
 
 def test_two_ways_of_holding_out_are_one_too_many():

@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from speed_engine.data.batch import Batch
+from speed_engine.diffusion.discrete import from_betas
 from speed_engine.diffusion.increments import increments
 from speed_engine.diffusion.method import build_method
 from speed_engine.diffusion.processes import build_schedule
@@ -49,3 +50,12 @@ def test_measured_increments_are_those_of_the_process_and_within_the_papers_boun
     if name == "linear":  # what the theorem is about
         assert bool((squares <= areas.mean_bound[at]).all())
         assert bool((variances >= 0.97 * areas.variance_bound[at]).all())
+
+
+def test_past_tau_is_convergence_even_where_acceleration_has_not_ended():
+    """As the picture shades it; small betas suppress the signal, and a large one follows."""
+    process = build_method("uniform", from_betas(torch.tensor([0.001] * 5000 + [0.9] * 3)))
+    areas, t = increments(process.schedule), timestep_losses.cells(5003) + 1
+    assert areas.tau(138.6) < t[-1] < areas.t_ad
+    found = timestep_losses.by_area(process, t.double())
+    assert list(found) == ["acceleration", "convergence"] and found["convergence"] == t[-1]

@@ -107,6 +107,9 @@ def test_channels_last_equals_contiguous(network):
     "network, changes, message",
     [
         (SongUNet, {"input_size": (8, 13)}, "its size 8 x 13 must be a multiple of 2 both ways"),
+        (SongUNet, {"model_channels": 132}, "a group norm has 132 .* 32. Change model_channels or"),
+        (SongUNet, {"model_channels": 9, "channel_mult": (1,)}, "has 9 channels.* multiple of 2"),
+        (SongUNet, {"model_channels": 3}, "a group norm has 3 channels.* a multiple of 4"),
         (DhariwalUNet, {"model_channels": 48}, "an attention has 96 channels; needed: a multiple"),
     ],
 )

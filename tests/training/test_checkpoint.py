@@ -16,7 +16,7 @@ import states
 import torch
 
 from speed_engine.build import build_model
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, to_json
 from speed_engine.models.config import DiTConfig
 from speed_engine.run.averages import load_average
 from speed_engine.run.starting import _load_weights
@@ -317,6 +317,7 @@ def test_a_checkpoint_that_was_asked_for_and_is_pruned_meanwhile_is_named(monkey
 def test_weights_to_start_from_hold_while_their_run_prunes(monkeypatch, tmp_path):
     config = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu")
     model, trained = build_model(config), build_model(config)
+    (tmp_path / "config.json").write_text(to_json(config))
     for step in (1, 2):
         average = {f"ema/{k}": v + step for k, v in trained.state_dict().items()}
         write(tmp_path / "checkpoints", step, average, keep=2)

@@ -90,7 +90,7 @@ class EdmBlock(nn.Module):
 
 
 def norm_groups(channels: int) -> int:
-    """32, or fewer where a group would have less than 4 channels."""
+    """32, or fewer where a group would have less than 4 channels; 0 where there are less than 4."""
     return min(32, channels // 4)
 
 

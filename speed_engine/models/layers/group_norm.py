@@ -8,12 +8,26 @@ Letters: B images, C channels, H x W pixels, G groups.
 from torch import Tensor, nn
 
 from speed_engine.ops import group_norm_silu
+from speed_engine.runtime.checks import UserError
 
 NORM_GROUPS = 32  # of ADM and latent diffusion
 
 
 class GroupNormSiLU(nn.GroupNorm):
-    """``ops.group_norm_silu`` with parameters; those of ``nn.GroupNorm``."""
+    """``ops.group_norm_silu`` with parameters; those of ``nn.GroupNorm``.
+
+    Raises:
+        UserError: the groups do not divide the channels.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5) -> None:
+        if not num_groups or num_channels % num_groups:
+            raise UserError(
+                f"a group norm has {num_channels} channels, of a level or of a level and a skip; "
+                f"needed: a multiple of {num_groups or 4}. Change model_channels or channel_mult; "
+                f"a model_channels that is a multiple of {NORM_GROUPS} fits."
+            )
+        super().__init__(num_groups, num_channels, eps)
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None

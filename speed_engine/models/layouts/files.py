@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from speed_engine.models.dit import DiT
 from speed_engine.models.edm_unet import DhariwalUNet, SongUNet
 from speed_engine.models.layouts import dit, unet
+from speed_engine.models.super_resolution import SuperResolution
 from speed_engine.models.unet import UNet
 from speed_engine.runtime.checks import UserError, require_shapes, shortened
 from speed_engine.runtime.files import new_folder, save_tensors
@@ -28,6 +29,8 @@ LAYOUTS = ("original", "diffusers")
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 RUN_FILE = "ema.safetensors"  # in the folder of a run
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+SAVED_FILE = "model.safetensors"  # in the folder of a model that the API saved, beside
+SAVED_FACTS = "speed_engine.json"
 SHIFT = "frequency_shift"  # in the metadata of files written here
 
 
@@ -44,11 +47,13 @@ def load_pretrained(model: nn.Module, path: Path) -> None:
 
     Raises:
         UserError: no such file, not such a file, or tensors that are missing, left over or of
-            other shapes (lists them); time features of another frequency shift; diffusers' layout
+            other shapes (lists them); time features of another frequency shift, or a config.json
+            beside a run's or a saved model's weights that does not say which; diffusers' layout
             for a model that it cannot hold, or with embeddings that differ between blocks.
     """
     path = _weights_in(path) if path.is_dir() else path
     tensors, metadata = _read(path)
+    metadata = metadata if SHIFT in metadata else _configured(path)
     try:
         ours = _as_ours(model, _unwrapped(tensors), metadata)
     except ValueError as error:
@@ -159,13 +164,30 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return stored, {}
 
 
+def _configured(path: Path) -> dict[str, str]:
+    """What files without metadata leave to the configuration beside them, of a run or a model."""
+    config = path.with_name("config.json")
+    is_saved = path.name == SAVED_FILE and path.with_name(SAVED_FACTS).is_file()
+    if not (path.name == RUN_FILE or is_saved) or not config.is_file():
+        return {}
+    try:
+        return {SHIFT: str(float(json.loads(config.read_bytes())["model"].get(SHIFT, 0)))}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{config} is not the configuration of a run or of a saved model, so that it does not "
+            f"say which time features {path.name} was trained with; put back the one that was "
+            "written with it, or move it elsewhere if it is not of this file."
+        ) from error
+
+
 def _as_ours(
     model: nn.Module, tensors: dict[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """The tensors by the model's names, whatever the layout."""
+    of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
+    if (network := _dit_in(model)) is not None:
+        _require_shift(network, of_diffusers, metadata)
     if isinstance(model, DiT):
-        of_diffusers = any(name.startswith("transformer_blocks.") for name in tensors)
-        _require_shift(model, of_diffusers, metadata)
         if not of_diffusers:
             return tensors
         require_shapes(shapes(dit.to_diffusers(model)), shapes(tensors), "it")
@@ -182,8 +204,24 @@ def _as_ours(
     return tensors
 
 
+def _dit_in(model: nn.Module) -> DiT | None:
+    network = model.model if isinstance(model, SuperResolution) else model
+    return network if isinstance(network, DiT) else None
+
+
 def _shift_of(model: nn.Module) -> float:
-    return float(model.t_embedder.frequency_shift) if isinstance(model, DiT) else 0.0
+    network = _dit_in(model)
+    return 0.0 if network is None else float(network.t_embedder.frequency_shift)
+
+
+def require_shift(model: nn.Module, config: object) -> None:
+    """Of the parameters of a run, the configuration of its model.
+
+    Raises:
+        UserError: its time features have another frequency shift.
+    """
+    if (network := _dit_in(model)) is not None:
+        _require_shift(network, False, {SHIFT: str(getattr(config, SHIFT, 0))})
 
 
 def _require_shift(model: DiT, of_diffusers: bool, metadata: Mapping[str, str]) -> None:
@@ -193,7 +231,7 @@ def _require_shift(model: DiT, of_diffusers: bool, metadata: Mapping[str, str]) 
     theirs = float(stated) if stated is not None else assumed
     if theirs != ours:
         layout = LAYOUTS[of_diffusers]
-        reason = "is recorded in it" if stated is not None else f"is that of layout {layout}"
+        reason = "is recorded for it" if stated is not None else f"is that of layout {layout}"
         raise UserError(
             f"a frequency shift of {theirs:g} {reason}, and the model has {ours:g}; set "
             f"model.frequency_shift={theirs:g}."

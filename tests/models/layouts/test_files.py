@@ -1,16 +1,24 @@
 """Weights from and for other code: facebookresearch/DiT's files and diffusers' own class."""
 
 import argparse
+import io
 import json
 import pickle
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.unets.unet_2d import UNet2DModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from speed_engine.api.loading import load
+from speed_engine.build import build_model
+from speed_engine.config import TrainConfig
+from speed_engine.evaluation.config import EvaluationConfig
+from speed_engine.models.config import DiTConfig
 from speed_engine.models.dit import DiT
 from speed_engine.models.edm_unet import SongUNet
 from speed_engine.models.layouts.dit import set_frequency_shift
@@ -20,7 +28,11 @@ from speed_engine.models.layouts.files import (
     save_pretrained,
 )
 from speed_engine.models.layouts.unet import from_diffusers
+from speed_engine.models.super_resolution import SuperResolution
 from speed_engine.models.unet import UNet
+from speed_engine.run.folder import read_config
+from speed_engine.run.starting import start
+from speed_engine.runtime.checks import UserError
 
 SMALL = {
     "input_size": (8, 8), "channels": 4, "patch_size": 2, "dim": 32, "depth": 3, "num_heads": 4,
@@ -204,8 +216,53 @@ def test_a_frequency_shift_that_is_not_the_models_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"shift of 1 is that of layout diffusers.*has 0; set"):
         load_pretrained(model(), tmp_path / "theirs")
     save_pretrained(model(), tmp_path / "ours.safetensors", "original")
-    with pytest.raises(ValueError, match=r"shift of 0 is recorded in it, and the model has 1"):
+    with pytest.raises(ValueError, match=r"shift of 0 is recorded for it, and the model has 1"):
         load_pretrained(model(frequency_shift=1), tmp_path / "ours.safetensors")
+
+
+@pytest.fixture(scope="module")
+def shifted_run(tmp_path_factory):
+    """A complete run of a DiT with a frequency shift of 1, as the preset dit-s has."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    config = TrainConfig(
+        steps=1,
+        batch_size=4,
+        device="cpu",
+        model=DiTConfig(dim=16, depth=1, num_heads=2, frequency_shift=1),
+        evaluation=EvaluationConfig(num_images=10, solver_steps=1, features="none"),
+    )
+    start(config, run, Console(file=io.StringIO()))
+    return run
+
+
+def test_the_frequency_shift_of_a_run_and_of_a_saved_model_is_their_configurations(
+    shifted_run, tmp_path
+):
+    saved = load(shifted_run).save_pretrained(tmp_path / "saved")
+    config = read_config(shifted_run)
+    plain = replace(config, model=replace(cast(DiTConfig, config.model), frequency_shift=0))
+    for path in (shifted_run, shifted_run / "ema.safetensors", saved / "model.safetensors"):
+        net = build_model(config)
+        load_pretrained(net, path)
+        assert same_state(net, load(shifted_run).network)
+        with pytest.raises(ValueError, match=r"shift of 1 is recorded for it, and the model has 0"):
+            load_pretrained(build_model(plain), path)
+    for text in ("{", "[]", "{}", '{"model": {"frequency_shift": "x"}}'):
+        (saved / "config.json").write_text(text)
+        with pytest.raises(UserError, match="config.json is not the configuration of a run"):
+            load_pretrained(build_model(config), saved / "model.safetensors")
+    (saved / "speed_engine.json").unlink()  # of some other library, for all that is known
+    load_pretrained(build_model(plain), saved / "model.safetensors")
+
+
+def test_a_model_for_super_resolution_has_the_frequency_shift_of_its_dit(tmp_path):
+    def enlarging(shift):
+        return SuperResolution(model(channels=3, in_channels=7, frequency_shift=shift))
+
+    save_pretrained(enlarging(1), tmp_path / "x.safetensors", "original")
+    load_pretrained(enlarging(1), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"shift of 1 is recorded for it, and the model has 0"):
+        load_pretrained(enlarging(0), tmp_path / "x.safetensors")
 
 
 def test_embeddings_that_blocks_do_not_share_are_refused(tmp_path):

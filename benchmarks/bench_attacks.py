@@ -127,12 +127,23 @@ class Place:
         return code, said
 
     def listed(self) -> set[str]:
-        """All files but those of the command's own folder and of caches."""
+        """All files but those of the command's own folder and of caches; planted ones anywhere."""
         tops = [self.folder / name for name in ("run", "pictures", "shards")]
         paths = [path for top in tops for path in top.rglob("*")]
         # By default what is made is named after the preset, in the folder of work.
         paths += [p for p in self.folder.iterdir() if p.name not in ("call.out", "own", "cache")]
-        return {str(path.relative_to(self.folder)) for path in paths}
+        paths += [*self.folder.rglob(self.planted), *self.folder.parent.glob(self.planted)]
+        return {os.path.relpath(path, self.folder) for path in paths}
+
+    @property
+    def planted(self) -> str:
+        """What a file that escapes is called: as no other is, also beside the folder."""
+        return f"{self.folder.name}-evil.png"
+
+    def escapes(self) -> list[str]:
+        """Names by which an archive would plant that file outside."""
+        up = [f"{'../' * depth}{self.planted}" for depth in (1, 2, 4)]
+        return [*up, f"{self.folder.parent}/{self.planted}", f"..\\{self.planted}"]
 
 
 def kills(place: Place, count: int, findings: Findings) -> None:
@@ -296,7 +307,7 @@ def _pictures(place: Place, folder: Path, rng: random.Random) -> Iterator[Attack
 
 def _archive(place: Place, folder: Path, rng: random.Random) -> Iterator[Attack]:
     file, path = io.BytesIO(), folder / "a.zip"
-    names = ["1.png", "a/2.png", "../evil.png", "/tmp/evil.png", "..\\evil.png", "x" * 300 + ".png"]
+    names = ["1.png", "a/2.png", "x" * 300 + ".png", *rng.sample(place.escapes(), 3)]
     with zipfile.ZipFile(file, "w") as archive:
         for name in rng.sample(names, 3):
             archive.writestr(name, picture("png", 1))

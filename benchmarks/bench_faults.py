@@ -130,16 +130,22 @@ def restart(folder: Path, count: int) -> dict[str, Any]:
                 [sys.executable, "-m", *launcher.split(), "speed_engine", "train", *options],
                 stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
-        while faults.steps(run) < 35:
-            time.sleep(0.01)
+        _wait_for_step(run, 35, torchrun)
         asked = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True)
         reached, begun = faults.steps(run), time.monotonic()
         os.kill(int(asked.stdout.split()[-1]), signal.SIGKILL)
-        while faults.steps(run) <= reached + 1:
-            time.sleep(0.01)
+        _wait_for_step(run, reached + 2, torchrun)
         seconds.append(time.monotonic() - begun)
         assert torchrun.wait(600) == 0
     return {"restarts": count, "seconds": seconds, "median": statistics.median(seconds)}
+
+
+def _wait_for_step(run: Path, step: int, torchrun: subprocess.Popen[bytes]) -> None:
+    while faults.steps(run) < step:
+        if torchrun.poll() is not None:
+            log = (run.parent / "log").read_text()
+            raise RuntimeError(f"torchrun ended before step {step} of {run.name}:\n{log[-3000:]}")
+        time.sleep(0.01)
 
 
 def saving(folder: Path, count: int) -> dict[str, Any]:

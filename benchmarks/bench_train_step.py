@@ -64,7 +64,7 @@ def steps(device: torch.device, options: argparse.Namespace) -> dict[str, Callab
         print("section step is of a CPU; python benchmarks/gpu.py xl measures steps on a GPU")
         return {}
     cases = cpu_cases()
-    chosen = {name: cases[name] for name in options.cases or cases if name in cases}
+    chosen = {name: cases[name] for name in options.cases or cases}
     if options.dry_run:
         chosen = {name: tiny(config) for name, config in chosen.items() if name != "digits"}
     return {name: partial(compare, name, config, options) for name, config in chosen.items()}
@@ -141,7 +141,9 @@ def _slug(name: str) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The whole training step against its limits.")
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--cases", nargs="+", help="models of section step; default all")
+    parser.add_argument(
+        "--cases", nargs="+", choices=list(cpu_cases()), help="models of section step; default all"
+    )
     parser.add_argument("--repeats", type=int, help="turns of every provider")
     parser.add_argument("--again", action="store_true", help="measure what is measured already")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")

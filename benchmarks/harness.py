@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 import regression
-from speed_engine.runtime.environment import describe
+from speed_engine.runtime.environment import CHANGED, describe
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -91,12 +91,13 @@ def result_path(benchmark: str) -> Path:
 
 
 def measured(benchmark: str) -> bool:
-    """Whether this commit was measured on this kind of machine already."""
+    """Whether this commit, without changes, was measured on this kind of machine already."""
     path = result_path(benchmark)
     if not path.exists():
         return False
     commit = json.loads(path.read_text())["environment"]["git_commit"]
-    return commit is not None and commit == describe([])["git_commit"]
+    changed = commit is None or commit.endswith(CHANGED)
+    return not changed and commit == describe([])["git_commit"]
 
 
 def matrix_product(device: torch.device, size: int) -> tuple[Callable[[], object], float]:
@@ -127,8 +128,8 @@ def _time_cpu(call: Callable[[], object]) -> float:
 
 def summary(values: list[float]) -> Timing:
     """Of measurements of any unit."""
-    ordered = sorted(values)
-    p20, p80 = ordered[len(ordered) // 5], ordered[4 * len(ordered) // 5]
+    ordered, fifth = sorted(values), len(values) // 5
+    p20, p80 = ordered[fifth], ordered[-1 - fifth]
     return Timing(statistics.median(ordered), p20, p80)
 
 

@@ -10,9 +10,9 @@ GPU_MACHINE = "nvidia-h200"
 
 
 def gpu(section: str) -> dict[str, Any]:
-    """Rows of a section of ``gpu.py``; none where it has no result."""
-    found = result(f"gpu_{section}", GPU_MACHINE) or {}
-    return found.get("rows", {})
+    """Rows of a section of ``gpu.py`` that were measured; none where it has no result."""
+    found = (result(f"gpu_{section}", GPU_MACHINE) or {}).get("rows", {})
+    return {name: of for name, of in found.items() if not of.keys() & {"failed", "left_out"}}
 
 
 def steps_on_a_gpu(model: str) -> str:
@@ -44,9 +44,12 @@ def gpu_rates() -> str:
     found = gpu("first")
     if not found:
         return missing("gpu.py first")
-    body = [["copy", f"{found['copy']['gigabytes_per_second']:,.0f} GB/s"]]
-    body += [["product of 8192, bfloat16", f"{found['product 8192']['tflops']:.0f} TFLOP/s"]]
-    for name, ways in found["products"].items():
+    body = []
+    if copy := found.get("copy"):
+        body.append(["copy", f"{copy['gigabytes_per_second']:,.0f} GB/s"])
+    if product := found.get("product 8192"):
+        body.append(["product of 8192, bfloat16", f"{product['tflops']:.0f} TFLOP/s"])
+    for name, ways in found.get("products", {}).items():
         if name != "seconds":
             rates = [way["tflops"] for way in ways.values()]
             body.append([
@@ -87,6 +90,8 @@ def gpu_tuning() -> str:
         return missing("gpu.py tune")
     body = []
     for name, (kernel, before, after) in TUNED.items():
+        if kernel not in tried:
+            continue
         values = tried[kernel]
         tried_of = [value for value in values.values() if isinstance(value, list)]
         milliseconds = [f"{values[key][0]:.3f}" for key in (before, after)]
@@ -198,11 +203,11 @@ def gpu_kernels() -> str:
 
 def gpu_headline() -> str:
     """The sentence of the main README."""
+    names = ("XL/2: bf16 stream", "XL/2: default", "XL/2: original loop, SDPA, batch 64")
     found = gpu("third")
-    if not found:
+    if not found.keys() >= set(names):
         return missing("gpu.py xl")
-    best, default = found["XL/2: bf16 stream"], found["XL/2: default"]
-    original = found["XL/2: original loop, SDPA, batch 64"]
+    best, default, original = (found[name] for name in names)
     return (
         f"On one H200, DiT-XL/2 trains at {default['images_per_second']:.0f} images/s with the "
         f"defaults (256 images a step,\nbfloat16 autocast, {default['mfu']:.0%} of the peak rate) "

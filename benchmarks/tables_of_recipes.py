@@ -147,13 +147,16 @@ def candidates() -> str:
 def _candidate(found: dict[str, Any], case: str, name: str) -> list[str]:
     """FID, validation loss and time of a step, against the recipe with the same seeds."""
     runs = found["runs"].get(case, {})
-    cells = []
-    for key in ("held_out_fid", "validation_loss"):
-        own = {seed: of[key] for seed, of in runs.get(name, {}).items()}
-        recipe = [runs["recipe"][seed][key] for seed in own]
-        cells.append(_against(list(own.values()), recipe))
+    own, recipe = (runs.get(of, {}) for of in (name, "recipe"))
+    seeds = [seed for seed in own if seed in recipe]
+    cells = [
+        _against([own[seed][key] for seed in seeds], [recipe[seed][key] for seed in seeds])
+        for key in ("held_out_fid", "validation_loss")
+    ]
     times = {of: timing["median"] for of, timing in found["step_ms"].get(case, {}).items()}
-    cells.append(f"{times[name] / times['recipe']:.2f}×" if name in times else "–")
+    cells.append(
+        f"{times[name] / times['recipe']:.2f}×" if {name, "recipe"} <= times.keys() else "–"
+    )
     return cells
 
 

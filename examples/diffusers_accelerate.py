@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
@@ -29,7 +30,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="from the checkpoint in --out")
     options = parser.parse_args()
 
-    accelerator = Accelerator(gradient_accumulation_steps=options.accumulate)
+    # Without sync_with_dataloader=False, the end of an epoch is the end of a step, too.
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=options.accumulate, sync_with_dataloader=False
+        )
+    )
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=8,

@@ -36,6 +36,13 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_serve(server: Any, **_: Any) -> Any:
+    """Build again when one of those changes, too."""
+    for source in OUTSIDE:
+        server.watch(str(ROOT / source))
+    return server
+
+
 def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
     """Point the links to where the files are on the site."""
     here = page.file.src_uri

@@ -8,7 +8,7 @@ extras=$1
 venv=$project/.venv${2:+-$2}
 PYTHON=$venv/bin/python
 
-if [ ! -x "$PYTHON" ]; then
+if ! "$PYTHON" -m pip --version >/dev/null 2>&1; then # also where making it failed half-way
     for candidate in python3.13 python3.12 python3.11 python3 python; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             found=$candidate
@@ -20,7 +20,12 @@ if [ ! -x "$PYTHON" ]; then
         exit 1
     fi
     echo "making $venv with $("$found" --version)"
-    "$found" -m venv "$venv"
+    made=$([ -e "$venv" ] || echo "$venv")
+    if ! "$found" -m venv "$venv"; then
+        rm -rf ${made:+"$made"}
+        echo "error: $found makes no environment; on Debian and Ubuntu, install python3-venv." >&2
+        exit 1
+    fi
 fi
 
 install() {

@@ -218,7 +218,7 @@ BLOCK_FUSED = BlockOperators(
 
 
 def block_operators_for(device: torch.device) -> BlockOperators:
-    """Kernels on CUDA: a DiT block then moves a quarter less memory than under ``torch.compile``.
+    """Kernels on CUDA: a DiT block then moves a third less memory than under ``torch.compile``.
 
     So it is counted (``benchmarks/traffic.py``); ``bench_kernels.py`` times it on a GPU. Elsewhere
     the definitions, as ``torch.compile`` makes the fastest code of them where it traces.

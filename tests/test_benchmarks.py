@@ -6,16 +6,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench_attacks
+import bench_faults
+import bench_train_step
 import gpu_arena
+import harness
 import regression
 import table_rows
 import tables
+import tables_of_a_gpu
 import tables_of_recipes
 from gpu_rows import Rows
 from speed_engine import cli, ops
@@ -74,6 +80,76 @@ def test_a_result_is_compared_with_the_committed_one(tmp_path):
         "goals / a / b / ratio: 2 -> 2, ratio 1.000",
         "goals / a / c / ratio: 2 -> 2, ratio 1.000",
     ]
+
+
+@pytest.mark.parametrize("section", ["first", "tune", "attention", "defaults", "xl", "third"])
+def test_rows_that_failed_or_were_left_out_are_left_out_of_tables(section, tmp_path, monkeypatch):
+    machine, name = tmp_path / tables_of_a_gpu.GPU_MACHINE, f"gpu_{section}.json"
+    machine.mkdir()
+    found = json.loads((table_rows.RESULTS / machine.name / name).read_text())
+    monkeypatch.setattr(table_rows, "RESULTS", tmp_path)
+    for row in found["rows"]:
+        for lost in ({"failed": "RuntimeError: x"}, {"left_out": "needs 9 s, 2 s left"}):
+            rows = found["rows"] | {row: lost | {"seconds": 0.1}}
+            (machine / name).write_text(json.dumps({"rows": rows}))
+            for table in tables_of_a_gpu.TABLES.values():
+                assert table()
+
+
+def test_a_candidate_is_compared_by_the_seeds_that_the_recipe_has(monkeypatch):
+    of = lambda fid: {"held_out_fid": fid, "validation_loss": 1.0}
+    found = {
+        "runs": {"digits": {"recipe": {"0": of(10.0)}, "x": {"0": of(11.0), "1": of(99.0)}}},
+        "step_ms": {"digits": {"x": {"median": 2.0}}},
+    }
+    candidate = partial(tables_of_recipes._candidate, found, "digits")
+    assert candidate("x") == ["11 (+10.0 %)", "1", "–"]
+    del found["runs"]["digits"]["recipe"]
+    assert candidate("x") == ["–", "–", "–"]
+
+
+def test_a_file_that_escapes_is_listed(tmp_path):
+    place = object.__new__(bench_attacks.Place)
+    place.folder = tmp_path / "here" / "place"
+    own = place.folder / "own" / "1" / "out"
+    own.mkdir(parents=True)
+    (own / "kept.tar").touch()
+    assert place.listed() == set()
+    for name in place.escapes():
+        planted = Path(os.path.normpath(own / name.replace("\\", "/")))
+        planted.touch()
+        assert len(place.listed()) == 1, name
+        planted.unlink()
+
+
+def test_a_restart_of_which_torchrun_has_ended_is_not_waited_for(tmp_path):
+    (tmp_path / "log").write_text("no such option")
+    ended = subprocess.Popen(["false"])
+    ended.wait()
+    with pytest.raises(RuntimeError, match="torchrun ended before step 35 of run:\nno such option"):
+        bench_faults._wait_for_step(tmp_path / "run", 35, ended)
+
+
+def test_a_case_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", "--cases", "DiT-S2"])
+    with pytest.raises(SystemExit):
+        bench_train_step._options()
+    assert "invalid choice: 'DiT-S2'" in capsys.readouterr().err
+
+
+def test_a_result_of_changed_code_does_not_count_as_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "result_path", lambda name: tmp_path / name)
+    for recorded, counts in (("abc", True), ("other", False), ("abc-dirty", False), (None, False)):
+        (tmp_path / "x").write_text(json.dumps({"environment": {"git_commit": recorded}}))
+        for now in {"abc", recorded}:
+            monkeypatch.setattr(harness, "describe", lambda _, now=now: {"git_commit": now})
+            assert harness.measured("x") == (counts or now == recorded == "other")
+
+
+def test_a_fifth_of_the_values_lies_beyond_either_end():
+    assert harness.summary([5, 4, 3, 2, 1]) == (3, 2, 4)
+    assert harness.summary([*range(10)]) == (4.5, 2, 7)
+    assert harness.summary([7]) == (7, 7, 7)
 
 
 @pytest.fixture
@@ -156,19 +232,31 @@ def test_a_comparison_on_a_gpu_has_the_steps_that_its_time_holds():
         gpu_arena.steps_that_fit(100, seconds_per_step=0.01, beside=60)
 
 
-def test_a_comparison_on_a_gpu_that_takes_too_long_is_interrupted_and_says_what_it_found(rows):
-    slow = [sys.executable, "-c", """
+def test_a_comparison_on_a_gpu_that_takes_too_long_is_interrupted_and_says_what_it_found(
+    rows, tmp_path, monkeypatch
+):
+    begun = tmp_path / "begun"
+    slow = [sys.executable, "-c", f"""
 import time
 try:
     print("running", flush=True)
+    open({str(begun)!r}, "w").close()
     time.sleep(60)
 except KeyboardInterrupt:
     print("the report is written")
     raise SystemExit(2)
 """]  # fmt: skip
-    rows.seconds = gpu_arena.STOPPING + 1
+
+    def left() -> float:
+        """None, once the child is at it."""
+        while not begun.exists():
+            time.sleep(0.01)
+        return 0.0
+
+    monkeypatch.setattr(rows, "left", left)
     found = gpu_arena.compared(slow, rows)
     assert found["interrupted"] and found["printed"] == "running\nthe report is written\n"
+    monkeypatch.setattr(rows, "left", lambda: gpu_arena.STOPPING + 600)
     broken = [sys.executable, "-c", "raise SystemExit('no such data')"]
     with pytest.raises(RuntimeError, match="no such data"):
         gpu_arena.compared(broken, rows)

@@ -314,7 +314,8 @@ def test_every_option_that_a_page_names_exists(read, capsys):
         "--" + name.replace("_", "-")
         for name in re.findall(r"add_argument\(\"--([\w-]+)", of_tools)
     }
-    foreign = {"--shm-size": "docker", "--ntasks-per-node": "SLURM"}
+    slurm = dict.fromkeys(("--ntasks-per-node", "--cpus-per-task", "--requeue"), "SLURM")
+    foreign = {"--shm-size": "docker", **slurm}
     gone = {"--k", "--gamma", "--lr"}  # the changelog names what was, and what people type
     for page in PAGES:
         for code in in_code(page):
@@ -470,7 +471,7 @@ def launch(tmp_path, monkeypatch, read) -> Callable[[str], subprocess.Popen[byte
     tools.mkdir()
     said = tmp_path / "said"
     programs = {
-        "srun": 'exec "$@"',
+        "srun": '[ "$1" = --cpus-per-task=64 ] && shift && exec "$@"',
         "scontrol": f'[ "$1" = show ] && echo node-1 || echo "scontrol $*" >> {said}',
         "torchrun": f'printf "%s\\n" "$*" >> {said}\n'
         'trap "echo saved >> ' + str(said) + '; exit 1" USR1\n'
@@ -480,7 +481,8 @@ def launch(tmp_path, monkeypatch, read) -> Callable[[str], subprocess.Popen[byte
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
-    for name, value in {"NNODES": "2", "JOB_ID": "7", "JOB_NODELIST": "node-[1-2]"}.items():
+    of_slurm = {"NNODES": "2", "JOB_ID": "7", "JOB_NODELIST": "node-[1-2]", "CPUS_PER_TASK": "64"}
+    for name, value in of_slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
 
     def start(name: str) -> subprocess.Popen[bytes]:

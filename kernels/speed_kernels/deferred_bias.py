@@ -25,4 +25,4 @@ class _WithBiasGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return dy, dy.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
+        return dy, dy.reshape(-1, dy.shape[-1]).sum(dim=0).to(ctx.bias_dtype)

@@ -27,7 +27,8 @@ from torch.library import custom_op
 
 from speed_kernels.language import runs_kernels, store, tl, triton
 
-MAX_DIM = 512  # a program holds whole rows in registers, which spill beyond
+# A program holds whole rows in registers, which spill beyond: wider ones go through the reference.
+MAX_DIM = 512
 TILE = 1024  # elements of either half of the heads of one token that a program holds
 # Tokens that a program walks through, so that it loads the weight once and writes one partial sum.
 # Not tuned on a GPU.
@@ -81,7 +82,7 @@ def qk_norm_rope(
         Two (B, H, N, D) in the dtype of ``q``; computed in float32 whatever the dtype.
     """
     _check(q, k, q_weight, k_weight, cos, sin)
-    if q.dtype not in DTYPES or not runs_kernels(q):
+    if q.dtype not in DTYPES or q.shape[-1] > MAX_DIM or not runs_kernels(q):
         return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, eps)
     return _qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps)
 
@@ -98,10 +99,6 @@ def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
             f"{k.dtype} {tuple(k.shape)} on {k.device}."
         )
     batch, _, num_tokens, dim = q.shape
-    if dim > MAX_DIM:
-        raise ValueError(
-            f"qk_norm_rope: D={dim} exceeds {MAX_DIM}; use more heads or qk_norm_rope_reference."
-        )
     for name, weight in {"q_weight": q_weight, "k_weight": k_weight}.items():
         if weight.shape != (dim,) or weight.device != q.device or not weight.is_floating_point():
             raise ValueError(

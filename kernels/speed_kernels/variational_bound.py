@@ -91,6 +91,7 @@ def _log_likelihood(x0: Tensor, offset: Tensor, log_variance: Tensor) -> Tensor:
     below = _normal_cdf(precision * (offset - 1 / 255))
     inside = _safe_log(above - below)
     darkest, brightest = _safe_log(above), _safe_log(1 - below)
+    x0 = x0.to(offset.dtype)  # bfloat16 would round the thresholds to -1 and 1
     return torch.where(x0 < -0.999, darkest, torch.where(x0 > 0.999, brightest, inside))
 
 

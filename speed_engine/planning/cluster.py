@@ -16,15 +16,16 @@ repeating happen once per block of the model.
 """
 
 from dataclasses import dataclass
-from math import log2
+from math import ceil, log2
 from typing import NamedTuple
 
 import torch
 
 from speed_engine.build import build_model
 from speed_engine.config import TrainConfig
-from speed_engine.planning.cost import UPDATE_BYTES, Estimate, duration, estimate, short
+from speed_engine.planning.cost import Estimate, duration, estimate, short
 from speed_engine.planning.gpus import GPUS, Gpu, GpuName
+from speed_engine.planning.memory import USED_SHARE, fitting_images
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_parallel
 from speed_engine.runtime.sharding import LAYOUTS, blocks
@@ -42,27 +43,33 @@ class Plan:
     Attributes:
         layout: a key of ``LAYOUTS``, or none.
         images: per device and step.
-        state_bytes: parameters, gradients, optimizer and average on one device.
+        state_bytes: parameters, gradients, optimizer and averages of one device, on it or in the
+            host's memory.
         gathered_bytes: parameters and gradients of the blocks in use, on one device.
         activation_bytes: kept for the backward pass, on one device.
         sent_bytes: by one device in a step.
         compute_seconds: of a step, arithmetic and the update of parameters.
         communication_seconds: of a step.
+        microbatch: images that go through the model at a time, on one device.
+        offloaded: the state is in the host's memory.
     """
 
     layout: str
-    images: float
+    images: int
     state_bytes: float
     gathered_bytes: float
     activation_bytes: float
     sent_bytes: float
     compute_seconds: float
     communication_seconds: float
+    microbatch: int
+    offloaded: bool
 
     @property
     def memory_bytes(self) -> float:
         """On one device."""
-        return self.state_bytes + self.gathered_bytes + self.activation_bytes
+        state = 0 if self.offloaded else self.state_bytes
+        return state + self.gathered_bytes + self.activation_bytes
 
     @property
     def step_seconds(self) -> tuple[float, float]:
@@ -91,10 +98,13 @@ def plan(config: TrainConfig, gpus: int, gpu: GpuName, per_node: int, efficiency
     layout = choose_parallel(config.parallel, world, "cuda").value
     replicas, shards = LAYOUTS[layout](world) if gpus > 1 else (1, 1)
     units = _unit_parameters(config)
-    images = config.batch_size / gpus
-    microbatches = images / min(config.microbatch_size or images, images)
+    images = config.batch_size // gpus
+    state, offloaded = cost.state_bytes / shards, config.offload and gpus > 1
+    on_gpu = 0 if offloaded else state
+    fitting = fitting_images(cost.kept, on_gpu, images, GPUS[gpu].memory)
+    microbatch = min(config.microbatch_size or fitting, images)
     reshard = config.reshard and shards > 1
-    gathers = microbatches * (2 if reshard else 1)
+    gathers = ceil(images / microbatch) * (2 if reshard else 1)
     sent, seconds = 0.0, 0.0
     across = _Span(gpu, shards, per_node)
     for parameters in units:
@@ -108,12 +118,14 @@ def plan(config: TrainConfig, gpus: int, gpu: GpuName, per_node: int, efficiency
     return Plan(
         layout,
         images,
-        state_bytes=cost.state_bytes / shards,
+        state_bytes=state,
         gathered_bytes=_gathered(units, gpus, reshard),
-        activation_bytes=_activations(cost, images / microbatches, gpus),
+        activation_bytes=_activations(cost, microbatch, gpus),
         sent_bytes=sent,
         compute_seconds=_compute(cost, images, shards, GPUS[gpu], efficiency),
         communication_seconds=seconds,
+        microbatch=microbatch,
+        offloaded=offloaded,
     )
 
 
@@ -124,16 +136,19 @@ def describe(
     planned = plan(config, gpus, gpu, per_node, efficiency)
     shortest, longest = planned.step_seconds
     memory, need = GPUS[gpu].memory, planned.memory_bytes
-    verdict = "fits" if need < 0.9 * memory else "does not fit: lower microbatch_size or add GPUs"
+    less = "lower microbatch_size" if planned.microbatch > 1 else "--model.checkpointing 1"
+    verdict = "fits" if need <= USED_SHARE * memory else f"does not fit: {less}, or add GPUs"
+    parts = f", {planned.microbatch} at a time" if planned.microbatch < planned.images else ""
+    where = " in the host's memory" if planned.offloaded else ""
     alone = planned.compute_seconds
     rates = [config.batch_size / seconds for seconds in (longest, shortest)]
     whole = [config.steps * seconds for seconds in (shortest, longest)]
     launches = "; launches, which are not counted, may take longer" if alone < LAUNCHES else ""
     bound = "communication" if planned.communication_seconds > alone else "arithmetic"
     return {
-        "layout": f"{planned.layout} on {gpus} {gpu}, {planned.images:g} images each per step",
+        "layout": f"{planned.layout} on {gpus} {gpu}, {planned.images} images each per step{parts}",
         "memory": f"{short(need)}B of {short(memory)}B per GPU, {verdict}: state "
-        f"{short(planned.state_bytes)}B, blocks in use {short(planned.gathered_bytes)}B, "
+        f"{short(planned.state_bytes)}B{where}, blocks in use {short(planned.gathered_bytes)}B, "
         f"activations {short(planned.activation_bytes)}B",
         "sent": f"{short(planned.sent_bytes)}B per GPU and step, "
         f"{1e3 * planned.communication_seconds:.3g} ms",
@@ -206,13 +221,13 @@ def _gathered(units: list[int], gpus: int, reshard: bool) -> float:
     return 2 * ((largest if reshard else sum(blocks)) + rest) + 4 * (largest + rest)
 
 
-def _activations(cost: Estimate, images: float, gpus: int) -> float:
+def _activations(cost: Estimate, images: int, gpus: int) -> float:
     """Autocast's copies of the weights are the gathered blocks themselves where those exist."""
     copies = cost.kept.weights if gpus == 1 else 0
     return cost.kept.per_image * images + copies
 
 
-def _compute(cost: Estimate, images: float, shards: int, gpu: Gpu, efficiency: float) -> float:
+def _compute(cost: Estimate, images: int, shards: int, gpu: Gpu, efficiency: float) -> float:
     flops = cost.training_flops * images + cost.muon_flops  # every process orthogonalises all
     products = flops / (efficiency * gpu.bf16_flops)
-    return products + UPDATE_BYTES * cost.parameters / shards / gpu.bandwidth
+    return products + cost.update_bytes * cost.parameters / shards / gpu.bandwidth

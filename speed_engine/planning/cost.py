@@ -1,12 +1,14 @@
 """What a run will cost, from its configuration alone: nothing is allocated, no data are read.
 
-    memory     parameters, gradients, AdamW's two moments and the average: float32, 20 bytes each
+    memory     parameters, gradients, AdamW's two moments and the average: float32, 20 bytes each,
+               and 4 for every further average
     activation bytes that are kept for the backward pass, counted storage by storage
     step       at least  3 forward FLOPs / peak rate + 36 bytes per parameter / bandwidth;
                MDT goes forward twice, once under its mask
 
 The backward pass takes twice the forward's FLOPs (gradients of inputs and of parameters); the
-optimizer and the average read five and write four float32 per parameter in one sweep.
+optimizer and the average read five and write four float32 per parameter in one sweep, and one each
+for every further average.
 """
 
 from dataclasses import dataclass, replace
@@ -32,6 +34,7 @@ from speed_engine.training import muon
 
 UPDATE_BYTES = 36  # per parameter: five values read, four written
 MOMENT_BYTES = 4  # per parameter: what Muon does without
+AVERAGE_BYTES = 4  # per parameter, of an average beside the first
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Estimate:
         batch_size: images per step on the device.
         muon_parameters: that Muon trains, with one moment instead of two.
         muon_flops: of its products, per step, on every device.
+        averages: beside the first.
     """
 
     parameters: int
@@ -55,6 +59,7 @@ class Estimate:
     batch_size: int
     muon_parameters: int = 0
     muon_flops: int = 0
+    averages: int = 0
 
     @property
     def optimizer_bytes(self) -> int:
@@ -63,18 +68,23 @@ class Estimate:
 
     @property
     def state_bytes(self) -> int:
-        """Parameters, gradients, optimizer and average."""
-        return STATE_BYTES * self.parameters - MOMENT_BYTES * self.muon_parameters
+        """Parameters, gradients, optimizer and averages."""
+        each = STATE_BYTES + AVERAGE_BYTES * self.averages
+        return each * self.parameters - MOMENT_BYTES * self.muon_parameters
 
     @property
-    def gpu_bytes(self) -> int:
-        """Everything, on a GPU, with all images of a step at once."""
-        return self.state_bytes + self.kept.weights + self.kept.per_image * self.batch_size
+    def update_bytes(self) -> int:
+        """Per parameter, read and written by the optimizer and the averages."""
+        return UPDATE_BYTES + 2 * AVERAGE_BYTES * self.averages
+
+    def gpu_bytes(self, images: int) -> int:
+        """Everything, on a GPU, with so many images at a time."""
+        return self.state_bytes + self.kept.weights + self.kept.per_image * images
 
     def step_seconds(self, gpu: Gpu) -> float:
         """The floor: no step can be faster, real ones move activations through memory as well."""
         products = (self.training_flops * self.batch_size + self.muon_flops) / gpu.bf16_flops
-        return products + UPDATE_BYTES * self.parameters / gpu.bandwidth
+        return products + self.update_bytes * self.parameters / gpu.bandwidth
 
 
 def estimate(config: TrainConfig) -> Estimate:
@@ -96,6 +106,7 @@ def estimate(config: TrainConfig) -> Estimate:
         batch_size=config.batch_size,
         muon_parameters=sum(weight.numel() for weight, _ in matrices),
         muon_flops=sum(muon.step_flops(weight, parts) for weight, parts in matrices),
+        averages=len(config.optimizer.averages),
     )
 
 
@@ -112,15 +123,14 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
         "FLOPs": f"{short(cost.forward_flops)}FLOP per image forward "
         f"({short(cost.forward_flops / 2)}MAC), {short(cost.training_flops)}FLOP trained",
         "state": f"{short(cost.state_bytes)}B: parameters and gradients "
-        f"{short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA "
-        f"{short(4 * cost.parameters)}B; float32",
+        f"{short(8 * cost.parameters)}B, {_optimizer(cost)}, EMA{'s' * (cost.averages > 0)} "
+        f"{short(AVERAGE_BYTES * (1 + cost.averages) * cost.parameters)}B; float32",
         "activations": f"{short(cost.kept.per_image)}B per image on a GPU, under bfloat16 "
         f"autocast, and {short(cost.kept.weights)}B of weights once more",
-        "memory": f"{short(cost.gpu_bytes)}B of one {gpu}'s {short(device.memory)}B, with "
-        f"all {cost.batch_size} images of a step at once{_in_parts(cost, device)}",
+        "memory": _memory(config.microbatch_size, cost, gpu),
         "step": f"at least {1e3 * floor:.3g} ms on one {gpu}, {cost.batch_size / floor:,.0f} "
         f"images/s: products at {short(device.bf16_flops)}FLOP/s, and the update of "
-        f"{UPDATE_BYTES} bytes per parameter at {short(device.bandwidth)}B/s",
+        f"{cost.update_bytes} bytes per parameter at {short(device.bandwidth)}B/s",
         "compile": "{}: {}".format(*_compiled(config, cost, device)),
         "run": f"{config.steps:,} steps of {config.batch_size} images: at least "
         f"{duration(config.steps * floor)}",
@@ -141,15 +151,25 @@ def _fitting(cost: Estimate, device: Gpu) -> int:
     return fitting_images(cost.kept, cost.state_bytes, cost.batch_size, device.memory)
 
 
-def _in_parts(cost: Estimate, device: Gpu) -> str:
-    """What a run on the device does where that is too much."""
-    images = _fitting(cost, device)
-    if images == cost.batch_size:
-        return ""
-    need = cost.state_bytes + cost.kept.weights + images * cost.kept.per_image
-    if need > USED_SHARE * device.memory:
-        return "; it does not fit, even one by one: take more GPUs, or --model.checkpointing 1"
-    return f"; it takes {images} at a time, and {short(need)}B"
+def _memory(microbatch_size: int | None, cost: Estimate, gpu: GpuName) -> str:
+    """What a step takes, and what a run does where that is too much: nothing, if it was told."""
+    device = GPUS[gpu]
+    images = min(microbatch_size or cost.batch_size, cost.batch_size)
+    at_once = f"all {images}" if images == cost.batch_size else f"{images} of {cost.batch_size}"
+    text = (
+        f"{short(cost.gpu_bytes(images))}B of one {gpu}'s {short(device.memory)}B, with {at_once} "
+        "images of a step at once"
+    )
+    room, fits = USED_SHARE * device.memory, _fitting(cost, device)
+    if cost.gpu_bytes(images) <= room:
+        return text
+    if cost.gpu_bytes(fits) > room:
+        return (
+            f"{text}; it does not fit, even one by one: take more GPUs, or --model.checkpointing 1"
+        )
+    if microbatch_size is not None:
+        return f"{text}; it does not fit: --microbatch-size {fits} does"
+    return f"{text}; it takes {fits} at a time, and {short(cost.gpu_bytes(fits))}B"
 
 
 def _optimizer(cost: Estimate) -> str:

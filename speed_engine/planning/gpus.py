@@ -1,5 +1,6 @@
 """The GPUs that runs are planned for, as NVIDIA states them."""
 
+import re
 from typing import Literal, NamedTuple
 
 GpuName = Literal["a100", "h100", "h200", "b200", "l40s", "a6000", "rtx4090"]
@@ -32,4 +33,5 @@ GPUS: dict[GpuName, Gpu] = {
 def gpu_called(name: str) -> Gpu | None:
     """The GPU that PyTorch calls so, such as ``NVIDIA GeForce RTX 4090``; None if it is another."""
     words = name.lower().replace(" ", "")
-    return next((gpu for known, gpu in GPUS.items() if known in words), None)
+    # An RTX A1000 is no A100.
+    return next((gpu for known, gpu in GPUS.items() if re.search(rf"{known}(?!\d)", words)), None)

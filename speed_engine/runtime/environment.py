@@ -16,6 +16,8 @@ PACKAGES = (
     "torchvision", "xformers", "simplejpeg", "zlib-ng",
 )  # fmt: skip
 
+CHANGED = "-dirty"  # after a commit that the code is no longer as it was in
+
 
 def describe(command: list[str]) -> dict[str, Any]:
     """Versions, hardware and source of a run, for ``environment.json``."""
@@ -50,14 +52,19 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """Of the checkout this package runs from; None if it was installed without one."""
-    folder = Path(__file__).parent
+    """Of the checkout this package runs from; None if it was installed without one.
+
+    ``-dirty`` follows where tracked Python files differ from it; results do, once one is written.
+    """
     if shutil.which("git") is None:
         return None
-    asked = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True
-    )
-    tracked = subprocess.run(
-        ["git", "-C", str(folder), "ls-files", "--error-unmatch", __file__], capture_output=True
-    )
-    return asked.stdout.strip() if asked.returncode == tracked.returncode == 0 else None
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    asked, tracked = git("rev-parse", "HEAD"), git("ls-files", "--error-unmatch", __file__)
+    if asked.returncode or tracked.returncode:
+        return None
+    same = git("diff", "--quiet", "HEAD", "--", ":(top)*.py").returncode == 0
+    return asked.stdout.strip() + ("" if same else CHANGED)

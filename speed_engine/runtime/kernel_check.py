@@ -183,7 +183,9 @@ def _qk_norm_rope(
 def _group_norm_silu(group_norm_silu: Callable[..., Tensor], given: Given) -> Sequence[Tensor]:
     x, modulation = given.values(B, C, S, S), [given.values(B, C), given.values(B, C)]
     weights = [given.parameters(C), given.parameters(C)]
-    results = group_norm_silu(x, 2, *weights, *modulation, 1e-5)
+    # As on a CPU, and as U-Nets have it on a GPU: either has kernels of its own.
+    layouts = x, x.to(memory_format=torch.channels_last)
+    results = tuple(group_norm_silu(y, 2, *weights, *modulation, 1e-5) for y in layouts)
     return _with_gradients(results, [x, *weights, *modulation])
 
 

@@ -88,6 +88,14 @@ def test_two_processes_draw_other_timesteps_and_resume_as_if_there_was_no_break(
 
 
 @pytest.mark.long
+def test_the_end_of_an_epoch_is_not_the_end_of_a_step(tmp_path):
+    options = ["--batch-size", 600, "--accumulate", 3, "--out", tmp_path]  # an epoch is two draws
+    (draws,) = run("diffusers_accelerate.py", tmp_path / "draws", "--steps", 2, *options)
+    assert [step for step, _ in draws] == [0, 0, 0, 1, 1, 1]
+    assert (tmp_path / "checkpoint" / "step").read_text() == "2"
+
+
+@pytest.mark.long
 def test_a_plain_loop_on_timm_resumes_as_if_there_was_no_break(tmp_path):
     out = ["--out", tmp_path / "run", *FEW]
     (first,) = run("timm_vit.py", tmp_path / "first", "--steps", 2, *out)

@@ -9,9 +9,10 @@ from speed_engine import cli
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
-from speed_engine.planning.cluster import plan
+from speed_engine.planning.cluster import describe, plan
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.gpus import GPUS
+from speed_engine.planning.memory import USED_SHARE
 from speed_engine.presets import PRESETS
 
 SMALL = TrainConfig(
@@ -25,7 +26,7 @@ def test_one_gpu_sends_nothing_and_takes_what_the_estimate_says():
     one = plan(SMALL, 1, "h200", 8, 1.0)
     cost = estimate(SMALL)
     assert (one.layout, one.sent_bytes, one.communication_seconds) == ("none", 0, 0)
-    assert one.memory_bytes == cost.gpu_bytes
+    assert one.memory_bytes == cost.gpu_bytes(64)
     assert one.compute_seconds == pytest.approx(cost.step_seconds(GPUS["h200"]))
 
 
@@ -56,6 +57,33 @@ def test_microbatches_gather_again_and_keep_less():
     parts = plan(dataclasses.replace(SMALL, microbatch_size=4), 4, "h200", 8, 0.5)
     assert parts.activation_bytes == pytest.approx(whole.activation_bytes / 4)
     assert parts.sent_bytes > whole.sent_bytes
+    uneven = plan(dataclasses.replace(SMALL, microbatch_size=5), 4, "h200", 8, 0.5)
+    assert uneven.sent_bytes == parts.sent_bytes  # 16 images are three times 5, and one
+
+
+def test_a_gpu_that_takes_the_images_in_parts_is_planned_so(monkeypatch):
+    cost, whole = estimate(SMALL), plan(SMALL, 4, "h200", 8, 0.5)
+    need = cost.state_bytes / 4 + cost.kept.weights + 8 * cost.kept.per_image
+    monkeypatch.setitem(GPUS, "h200", GPUS["h200"]._replace(memory=need / USED_SHARE + 1))
+    halves = plan(SMALL, 4, "h200", 8, 0.5)
+    assert (halves.images, halves.microbatch) == (16, 8)
+    assert halves.activation_bytes == pytest.approx(whole.activation_bytes / 2)
+    lines = describe(SMALL, 4, "h200", 8, 0.5)
+    assert lines["layout"].endswith("16 images each per step, 8 at a time")
+    asked = describe(dataclasses.replace(SMALL, microbatch_size=16), 4, "h200", 8, 0.5)
+    assert "does not fit: lower microbatch_size, or add GPUs" in asked["memory"]
+
+
+def test_further_averages_and_offloading_are_counted_where_they_are():
+    averages = dataclasses.replace(SMALL.optimizer, averages=("power=6.94", "power=16.97"))
+    config = dataclasses.replace(SMALL, optimizer=averages)
+    parameters = estimate(SMALL).parameters
+    assert plan(config, 4, "h200", 8, 0.5).state_bytes == pytest.approx(28 * parameters / 4)
+    offloaded = dataclasses.replace(config, offload=True)
+    on_host = plan(offloaded, 4, "h200", 8, 0.5)
+    assert on_host.memory_bytes == on_host.gathered_bytes + on_host.activation_bytes
+    assert "in the host's memory" in describe(offloaded, 4, "h200", 8, 0.5)["memory"]
+    assert plan(offloaded, 1, "h200", 8, 0.5) == plan(config, 1, "h200", 8, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from speed_engine.commands.train import TrainCommand
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig, MDTConfig, UNetConfig
-from speed_engine.planning.cost import describe, estimate
+from speed_engine.planning.cost import describe, estimate, short
 from speed_engine.planning.gpus import GPUS, Gpu
 from speed_engine.planning.memory import USED_SHARE, Kept, fitting_images, kept_bytes
 from speed_engine.presets import PRESETS
@@ -89,7 +89,7 @@ def test_the_memory_of_dit_xl_2_is_within_a_tenth_of_what_an_h200_measured(model
     """The figures are the allocator's peaks in benchmarks/results/nvidia-h200/gpu_xl.json."""
     preset = PRESETS["imagenet256-dit-xl2"][1]
     config = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **model))
-    assert estimate(config).gpu_bytes / 1e9 == pytest.approx(measured, rel=0.04)
+    assert estimate(config).gpu_bytes(256) / 1e9 == pytest.approx(measured, rel=0.04)
 
 
 def test_what_does_not_fit_goes_through_in_halves():
@@ -106,6 +106,43 @@ def test_what_does_not_fit_goes_through_in_halves():
         config, data=dataclasses.replace(config.data, image_shape=(4, 512, 512))
     )
     assert "does not fit, even one by one" in describe(huge, "rtx4090")["memory"]
+
+
+def test_what_is_asked_to_go_through_at_a_time_is_what_is_counted(monkeypatch):
+    config, cost = dataclasses.replace(SMALL, batch_size=64), estimate(SMALL)
+    room = cost.gpu_bytes(40) / USED_SHARE
+    monkeypatch.setitem(GPUS, "h100", GPUS["h100"]._replace(memory=room))
+
+    def memory(size):
+        return describe(dataclasses.replace(config, microbatch_size=size), "h100")["memory"]
+
+    assert memory(None).startswith(f"{short(cost.gpu_bytes(64))}B of one h100's")
+    assert memory(None).endswith(f"; it takes 32 at a time, and {short(cost.gpu_bytes(32))}B")
+    assert memory(16).startswith(f"{short(cost.gpu_bytes(16))}B of one h100's")
+    assert memory(16).endswith("with 16 of 64 images of a step at once")
+    assert memory(48).endswith("; it does not fit: --microbatch-size 32 does")
+    assert "with all 64 images" in memory(300)
+
+
+def test_further_averages_are_held_and_updated():
+    averages = dataclasses.replace(SMALL.optimizer, averages=("power=6.94",))
+    config = dataclasses.replace(SMALL, optimizer=averages)
+    one, two = estimate(SMALL), estimate(config)
+    assert two.gpu_bytes(8) - one.gpu_bytes(8) == 4 * one.parameters
+    assert two.update_bytes == one.update_bytes + 8 == 44
+    assert f"EMAs {short(8 * one.parameters)}B" in describe(config, "h200")["state"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.dim", "4608", "--model.num-heads", "64"],
+        ["--model.variant", "modern", "--model.dim", "1024", "--model.num-heads", "1"],
+    ],
+)
+def test_what_no_kernel_takes_is_counted_as_the_reference_computes_it(capsys, options):
+    cli.main(["train", "digits", "--model.depth", "1", *options, "--dry-run"])
+    assert "B per image on a GPU" in capsys.readouterr().out
 
 
 def test_a_mask_costs_a_second_shorter_pass():

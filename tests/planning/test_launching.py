@@ -75,6 +75,7 @@ def test_an_option_decides_before_the_estimate():
 def test_a_gpu_is_known_by_the_name_that_pytorch_has_for_it(name, gpu):
     assert gpu_called(name) is GPUS[gpu]
     assert gpu_called("Tesla T4") is None
+    assert gpu_called("NVIDIA RTX A1000") is None
 
 
 def test_graphs_in_microbatches_are_refused_before_anything_is_read():

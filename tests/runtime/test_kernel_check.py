@@ -91,6 +91,15 @@ def test_a_result_that_is_not_a_number_is_found(device, broken):
     assert not finding.passed
 
 
+def test_a_kernel_that_is_wrong_for_channels_last_alone_is_found(device, broken):
+    def louder(group_norm_silu):
+        return lambda x, *rest: group_norm_silu(x, *rest) * (1 if x.is_contiguous() else 1.05)
+
+    broken("norms", "group_norm_silu", louder)
+    (finding,) = check_kernels(device)
+    assert not finding.passed and 0.04 < finding.error < 0.06
+
+
 def test_a_kernel_that_does_not_compile_is_named_with_the_first_line_of_why(device, broken):
     def failing(_):
         def run(*_):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from speed_kernels.adaln import (
+    MAX_DIM,
     TOKENS_BACKWARD,
     _adaln,
     _gated_residual_adaln,
@@ -232,8 +233,16 @@ def test_what_cannot_be_launched_is_named():
         adaln(x.bfloat16(), row, row.bfloat16())
     with pytest.raises(ValueError, match=r"bias must be \(16,\); got \(5,\)"):
         gated_residual_adaln(x, x, row, row, row, x[0, :, 0])
-    with pytest.raises(ValueError, match="D=20000 exceeds 4096; use adaln_reference"):
-        adaln(torch.zeros(1, 1, 20000), torch.zeros(1, 20000), torch.zeros(1, 20000))
+
+
+def test_tokens_wider_than_a_program_holds_go_through_the_reference(device):
+    tensors = draw((1, 3, MAX_DIM + 8), torch.float32, device)
+    for run, operator, reference in (
+        (run_adaln, adaln, adaln_reference),
+        (run_gated, gated_residual_adaln, gated_residual_adaln_reference),
+    ):
+        found, expected = (run(of, tensors, torch.float32) for of in (operator, reference))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -41,7 +41,7 @@ def run(operator, h, bias, dy, dtype=None):
 @settings(max_examples=12)
 @given(
     shape=st.sampled_from(
-        [(3, 8), (2, 5, 40), (1, ROWS, 24), (ROWS + 3, 16), (2, 3, TILE_COLUMNS + 8), (7, 33)]
+        [(3, 8), (2, 5, 40), (1, ROWS, 24), (ROWS + 3, 16), (2, 3, TILE_COLUMNS + 8), (7, 33), (9,)]
     ),
     dtype=st.sampled_from(DTYPES),
     dense=st.booleans(),

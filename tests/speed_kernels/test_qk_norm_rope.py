@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from speed_kernels.qk_norm_rope import (
+    MAX_DIM,
     _qk_norm_rope,
     _qk_norm_rope_backward,
     qk_norm_rope,
@@ -219,6 +220,9 @@ def test_what_cannot_be_launched_is_named():
         qk_norm_rope(q, k, q_weight, k_weight, of_each, sin)
     with pytest.raises(ValueError, match=r"cos must be float32 \(2, 5, 8\).*; got .*\(1, 5, 8\)"):
         qk_norm_rope(q, k, q_weight, k_weight, of_each[:1], of_each[:1])
-    wide = torch.zeros(1, 1, 5, 1024, device=DEVICE)
-    with pytest.raises(ValueError, match="D=1024 exceeds 512; use more heads"):
-        qk_norm_rope(wide, wide, q_weight, k_weight, cos, sin)
+
+
+def test_heads_wider_than_a_program_holds_go_through_the_reference():
+    inputs, upstream = draw((1, 2, 3, MAX_DIM + 8))
+    found, expected = (run(f, inputs, upstream) for f in (qk_norm_rope, qk_norm_rope_reference))
+    assert all(torch.equal(found[name], expected[name]) for name in NAMES)

@@ -76,6 +76,19 @@ def test_matches_float64_as_well_as_eager_does(timesteps, shape, dtype, assert_a
         assert_accurate(name, fused[name], eager[name], truth[name], factor)
 
 
+def test_the_darkest_and_brightest_pixels_are_known_in_bfloat16(assert_accurate):
+    answer, x0, *rest = draw([0], 3, 4, 4)
+    half, answer = x0.bfloat16(), answer.double()
+    assert (half.abs() == 1).any()
+    wide = run(hybrid_loss_reference, answer, half.float(), *rest)
+    for name, value in run(hybrid_loss_reference, answer, half, *rest).items():
+        assert torch.equal(value, wide[name])
+    answer = answer.float()
+    eager, fused = (run(f, answer, half, *rest) for f in (hybrid_loss_reference, hybrid_loss))
+    for name in wide:
+        assert_accurate(name, fused[name], eager[name], wide[name])
+
+
 @pytest.mark.parametrize("t", [0, 1, 999])
 def test_epsilon_is_trained_by_the_error_and_v_by_the_bound(t):
     answer, x0, coefficients, rows, seed, ids = draw([t], 3, 4, 4)

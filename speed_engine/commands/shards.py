@@ -27,9 +27,9 @@ class MakeCommand:
     out: tyro.conf.Positional[Path]
     """Folder to write; it must be new, empty, or left by the same command."""
     images: Path | None = None
-    """Folder of the pictures that a captions_*.json describes."""
+    """Folder of the pictures that a captions_*.json describes; of no other source."""
     split: str = "train"
-    """Part of CIFAR-10 (train or test) or of a Hugging Face data set."""
+    """Part of CIFAR-10 (train or test) or of a Hugging Face data set; of no other source."""
     size: int | None = None
     """Side in pixels to which the central square of each picture is cropped and resized, as ADM
     does. By default pictures stay as they are."""
@@ -79,7 +79,8 @@ class IndexCommand:
     workers: int = os.cpu_count() or 1
     """Number of processes that read."""
     metadata: Path | None = None
-    """JSON file of facts about the whole data set, such as {"latent_scale": 0.18215}."""
+    """JSON file of facts about the whole data set, such as {"latent_scale": 0.18215}. Facts of
+    the record that it does not name stay."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,8 @@ def _index(arguments: list[str], console: Console) -> None:
     if command.metadata is not None:
         name, remedy = str(command.metadata), 'needed: an object such as {"latent_scale": 0.18215}.'
         content = document.read_file(command.metadata)
-        metadata = checked_metadata(document.parse(content, name, remedy), name)
+        parsed = document.parse(content, name, remedy)
+        metadata = checked_metadata(parsed, name, "correct it there.")
     dataset = index_folder(command.folder, command.workers, metadata)
     samples = sum(shard.samples for shard in dataset.shards)
     console.print(

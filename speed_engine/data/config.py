@@ -59,8 +59,8 @@ class DataConfig:
     """Another data set of the same form that is never trained on, such as the test split of the
     first, as a path or URL; it takes the place of a held-out part."""
     exclude: Path | None = None
-    """A repair list that `speed-engine shards check` wrote; the samples and shards that it names
-    are left out."""
+    """A repair list that `speed-engine shards check` wrote; the samples and shards of data.source
+    that it names are left out."""
     cache_gb: float = 100.0
     """Disk space for shards that come from a URL, in 10^9 bytes."""
 

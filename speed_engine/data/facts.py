@@ -4,6 +4,7 @@ A run that does not fit its data is refused before its first step, and what a pe
 taken from the record.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,15 @@ def refuse_unlike(data: DataConfig, dataset: Dataset) -> None:
     fitting: list[tuple[int, ...]] = [(part * channels, height, width) for part in parts]
     if shape and (shape if is_array else (channels, *shape)) not in fitting:
         wanted = " or ".join(str(of if is_array else (height, width)) for of in fitting)
+        halves = ""
+        if data.latents and len(shape) == 3 and shape[0] % 2 == 0:
+            halves = (
+                f" --data.image-shape {' '.join(map(str, shape))} trains on latents as they are "
+                f"stored; with {shape[0] // 2} channels they are mean and standard deviation."
+            )
         raise UserError(
             f"{where}; data.image_shape={data.image_shape} needs {wanted}. Correct "
-            f"--data.image-shape or the data."
+            f"--data.image-shape or the data.{halves}"
         )
     classes = dataset.contents.get(_LABEL, {}).get("classes")
     if _LABEL in data.members and classes is not None and classes > data.num_classes:
@@ -91,15 +98,13 @@ def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
     """A configuration that fits a data set, as far as its record says what is there.
 
     Members, shape, number of classes, and whether the images are latents come from the record. It
-    does not say how many channels pictures have, so some of them are read.
+    does not say how many channels pictures have, so some of them are read. Nor does it say of
+    latents that ``encode`` did not write whether half of their channels are a standard deviation,
+    which the shape that is configured must tell.
 
     Args:
         data: its source is the data set; its members say what to prefer.
         dataset: the record.
-
-    Raises:
-        ShardError: a shard is damaged.
-        UserError: a picture is damaged.
     """
     contents = dataset.contents
     image = next((name for name in (data.members[0], *IMAGES) if name in contents), None)
@@ -109,12 +114,15 @@ def with_recorded_facts(data: DataConfig, dataset: Dataset) -> DataConfig:
     conditions = [name for name in data.members[1:] if name in contents] or others
     found: dict[str, Any] = {"members": (image, *conditions)}
     shape = contents[image].get("shape")
-    if shape and f".{image}".endswith(".npy"):
+    is_array = f".{image}".endswith(".npy")
+    if shape and is_array and len(shape) == 3:
         found["latents"] = "latent_scale" in dataset.metadata
-        parts = 2 if found["latents"] else 1  # mean and standard deviation
-        found["image_shape"] = (shape[0] // parts, *shape[1:])
-    elif shape:
-        found["image_shape"] = (_channels(data.source, image), *shape)
+        if not found["latents"] or shape[0] % 2:
+            found["image_shape"] = shape
+        elif "vae" in dataset.metadata:
+            found["image_shape"] = (shape[0] // 2, *shape[1:])
+    elif shape and not is_array:
+        found["image_shape"] = (_channels(data.source, dataset, image), *shape)
     if classes := contents.get(_LABEL, {}).get("classes"):
         found["num_classes"] = max(classes, len(dataset.metadata.get("classes", ())))
     if tokens := contents.get(_TOKENS, {}).get("shape"):
@@ -128,12 +136,28 @@ def has_several_classes(data: DataConfig, dataset: Dataset) -> bool:
     return labelled and len(classes_with_samples(data, dataset)) > 1
 
 
-def _channels(source: str, image: str) -> int:
-    """1 if the pictures looked at are grey, else 3."""
-    reader = ShardReader(Path(source).expanduser(), [image])
-    numbers = np.unique(np.linspace(0, len(reader) - 1, _LOOKED_AT).astype(int))
-    pictures = (decode_image(reader.read(int(n))[image], image, channels=1) for n in numbers)
-    return max(len(picture) for picture in pictures)
+def _channels(source: str, dataset: Dataset, image: str) -> int:
+    """1 if the pictures looked at are grey, else 3; also where none can be read."""
+    chosen = _spread(len(dataset.shards))
+    others = [n for n in range(len(dataset.shards)) if n not in chosen]
+    depths: list[int] = []
+    for shard in [*chosen, *others]:
+        # What is damaged is passed over: opening and training say it, by their policy.
+        with suppress(UserError, OSError):
+            path = Path(source).expanduser() / dataset.shards[shard].name
+            reader = ShardReader(path, [image])
+            for n in _spread(len(reader))[: -(-_LOOKED_AT // len(chosen))]:
+                with suppress(UserError):
+                    depths.append(len(decode_image(reader.read(n)[image], image, channels=1)))
+        if len(depths) >= _LOOKED_AT:
+            break
+    return max(depths, default=3)
+
+
+def _spread(count: int) -> list[int]:
+    """Some of so many numbers, evenly."""
+    numbers = np.linspace(0, count, _LOOKED_AT, endpoint=False).astype(int)
+    return np.unique(numbers)[:count].tolist()
 
 
 def _is_latent(dtype: str | None, shape: tuple[int, ...]) -> bool:

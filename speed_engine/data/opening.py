@@ -36,19 +36,20 @@ def open_data(
     Args:
         data: configuration.
         members: extensions to read; by default the configured ones.
-        part: of the samples, or None for both parts of ``data.source``.
+        part: of the samples, or None for both parts of ``data.source``, of which alone
+            ``data.exclude`` names shards.
 
     Raises:
         UserError: they are damaged, or lack a member that the model is to be conditioned on.
     """
-    source = data.source
+    source, exclude = data.source, data.exclude
     if part == "held_out" and data.test_source is not None:
-        source = data.test_source
+        source, exclude = data.test_source, None
     return ShardReader(
         _place(source),
         members or data.members,
         _cache(data),
-        data.exclude,
+        exclude,
         data.held_out,
         part,
     )

@@ -55,11 +55,11 @@ def _find(kind: str, name: str, subfolder: str) -> None:
     except ImportError:
         return  # the library that loads is missing, too, and is asked for by its name
     files = [f"{subfolder}/{file}".lstrip("/") for file in _CONFIGS]
-    if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files):
-        return
     try:
+        if any(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files):
+            return
         hub.HfApi().model_info(name, timeout=_PATIENCE)
-    except Exception as error:  # no such model, no access, no network
+    except Exception as error:  # no such model, no access, no network, no name of the hub
         raise UserError(
             f"{kind}: {name} is no folder here and not in the cache of the Hugging Face hub, and "
             f"the hub does not answer for it: {error}"

@@ -3,14 +3,17 @@
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from speed_engine.data.batch import StoredBatch
 from speed_engine.data.config import DataConfig
 from speed_engine.data.facts import classes_with_samples, recorded
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import BatchReader
+from speed_engine.data.loading.order import elsewhere
 from speed_engine.data.opening import condition_names, open_data, stored_shape
 from speed_engine.diffusion.conditions import Conditions
 from speed_engine.encoders.text import TextEncoder
@@ -38,10 +41,11 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
 
     Classes that have samples come in turn; texts and smaller images are those of the first samples,
     with their classes: of samples that are held out, where some are, since others could be known by
-    heart.
+    heart. Where one is damaged and ``data.on_bad_sample`` is skip, another takes its place.
 
     Raises:
-        UserError: their numbers alone are more than this machine's memory.
+        UserError: their numbers alone are more than this machine's memory, or a sample is damaged
+            and the policy is to stop.
     """
     check_memory(f"the numbers of {num_images:,} images", 8 * num_images, "ask for fewer")
     names = condition_names(data)
@@ -50,10 +54,24 @@ def generation_conditions(data: DataConfig, num_images: int, seed: int) -> Condi
             return {}
         classes = torch.tensor(classes_with_samples(data, known_dataset(data)))
         return {"labels": classes[torch.arange(num_images) % len(classes)]}
+    stored, _ = _first_samples(data, num_images)
+    conditions = Cleaning(torch.tensor(seed)).batch(stored).conditions
+    turns = torch.arange(num_images) % len(stored.ids)
+    return {name: rows[turns] for name, rows in conditions.items()}
+
+
+def _first_samples(data: DataConfig, num_images: int) -> tuple[StoredBatch, np.ndarray]:
+    """At most so many, and (B,) their numbers, or those of their substitutes."""
     reader = open_data(data, part="held_out")
-    indices = [i % len(reader) for i in range(num_images)]
-    stored = BatchReader(reader, stored_shape(data, reader)).read(indices)
-    return Cleaning(torch.tensor(seed)).batch(stored).conditions
+    count = min(num_images, len(reader))
+    numbers = np.arange(count)
+
+    def substitute(place: int, attempt: int) -> int:
+        numbers[place] = elsewhere(place, attempt, len(reader))
+        return int(numbers[place])
+
+    batches = BatchReader(reader, stored_shape(data, reader), on_bad_sample=data.on_bad_sample)
+    return batches.read(range(count), substitute), numbers
 
 
 def class_names(data: DataConfig) -> list[str]:
@@ -103,12 +121,12 @@ def generation_texts(data: DataConfig, num_images: int) -> tuple[str, ...]:
     """(num_images,) the texts whose tokens ``generation_conditions`` are.
 
     Raises:
-        UserError: the data have tokens only.
+        UserError: the data have tokens only, or a text is damaged.
     """
     reader = open_data(data, ["txt"], part="held_out")
-    numbers = [i % len(reader) for i in range(num_images)]
-    texts = {n: reader.read(n)["txt"].decode().partition("\n")[0] for n in set(numbers)}
-    return tuple(texts[n] for n in numbers)
+    _, numbers = _first_samples(data, num_images)
+    texts = [reader.read(n)["txt"].decode().partition("\n")[0] for n in numbers.tolist()]
+    return tuple(texts[i % len(texts)] for i in range(num_images))
 
 
 def prompted(

@@ -33,6 +33,7 @@ from speed_engine.data.format.record import dataset_from_json
 from speed_engine.data.format.repair import RepairList, load_repair_list
 from speed_engine.data.format.tar import BLOCK, scan_tar
 from speed_engine.data.format.writer import ShardWriter
+from speed_engine.runtime.checks import UserError
 
 PACKAGES = ("hypothesis", "numpy", "pillow", "safetensors", "simplejpeg", "torch", "zlib-ng")
 
@@ -93,7 +94,7 @@ def read_columns(noise: bytes) -> None:
     """The same with an index whose checksums are right and whose columns are not."""
     index, _ = load_index(index_path(shards() / "x-000000.tar"))
     columns = {}
-    for name in ("key_ends", "offset", "size", "crc32"):
+    for name in ("key_ends", "offset", "size", "crc32", "key_bytes"):
         column = getattr(index, name)
         mask = np.frombuffer((noise + bytes(column.nbytes))[: column.nbytes], dtype=np.uint8)
         flipped = column.view(np.uint8).reshape(-1) ^ mask
@@ -217,7 +218,7 @@ def _feed(
     try:
         target(data)
         count["accepted"] += 1
-    except ValueError:
+    except UserError:
         count["refused"] += 1
     except Exception:
         count["crashes"] += 1

@@ -14,8 +14,11 @@ from speed_engine.commands.configured import configured
 from speed_engine.commands.train import TrainCommand
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.index import load_index
 from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.repair import RepairList
 from speed_engine.data.format.writer import ShardWriter, index_folder
+from speed_engine.data.opening import open_data
 from speed_engine.data.preparing.check import check_folder
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.training_data import TrainingData
@@ -133,9 +136,9 @@ def test_what_the_record_knows_need_not_be_given(tmp_path):
     assert parsed("digits") == PRESETS["digits"][1].data
 
 
-def write_pictures(folder, mode, classes=("cat", "dog")):
+def write_pictures(folder, mode, classes=("cat", "dog"), per_shard=8):
     """One picture a sample, as ``shards make`` writes them."""
-    with ShardWriter(folder, "x", 8, {"classes": list(classes)}) as writer:
+    with ShardWriter(folder, "x", per_shard, {"classes": list(classes)}) as writer:
         for i in range(8):
             picture = io.BytesIO()
             Image.new(mode, (12, 16)).save(picture, "PNG")
@@ -180,10 +183,54 @@ def test_without_classes_there_are_no_features_of_a_classifier(tmp_path, classes
 
 def test_latents_are_recognised_by_their_recorded_scale(tmp_path):
     latents = [np.zeros((8, 4, 6), np.float16)] * 8
-    folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2})
+    folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2, "vae": "x"})
     config = command("--data.source", folder).config
     assert config.data.latents and config.data.image_shape == (4, 4, 6)
     assert config.evaluation.features == "none"
+
+
+def test_whether_latents_of_others_have_a_deviation_is_asked_for(tmp_path):
+    latents = [np.zeros((8, 4, 6), np.float16)] * 8
+    folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2})
+    open_it = lambda *shape: TrainingData(
+        parsed("dit-s", "--data.source", folder, *shape), 4, 0, ALONE, torch.device("cpu")
+    )
+    with pytest.raises(UserError, match=r"--data.image-shape 8 4 6 trains .* with 4 channels"):
+        open_it()
+    assert not open_it("--data.image-shape", 8, 4, 6).cleaning.posterior
+    assert open_it("--data.image-shape", 4, 4, 6).cleaning.posterior
+    latents = [np.zeros((5, 4, 6), np.float16)] * 8
+    odd = write(tmp_path / "odd", latents, [0, 1] * 4, {"latent_scale": 0.2})
+    assert parsed("dit-s", "--data.source", odd).image_shape == (5, 4, 6)
+
+
+@pytest.mark.parametrize("damaged", ["tar", "picture", "all"])
+def test_what_is_damaged_does_not_hinder_looking_at_pictures(tmp_path, damaged):
+    folder = write_pictures(tmp_path / "x", "L", per_shard=4)
+    index, _ = load_index(folder / "x-000000.index.safetensors")
+    place = int(index.offset[0, index.extensions.index("png")])
+    for path in sorted(folder.glob("*.tar"))[: 2 if damaged == "all" else 1]:
+        data = bytearray(path.read_bytes())
+        data[place] ^= 1
+        path.write_bytes(data if damaged == "picture" else data[:700])
+    shape = parsed("dit-s", "--data.source", folder).image_shape
+    assert shape == (3 if damaged == "all" else 1, 16, 12)
+
+
+def test_arrays_of_no_images_are_left_to_the_options(tmp_path):
+    folder = write(tmp_path / "x", [np.zeros(8, np.float32)] * 8, [0] * 8)
+    data = parsed("dit-s", "--data.source", folder)
+    assert data.image_shape == PRESETS["dit-s"][1].data.image_shape
+
+
+def test_a_repair_list_is_of_the_training_data_alone(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / name, [PIXELS] * 16, [0] * 16)
+    repair = RepairList({"x-000001.tar": "cut"}, {"x-000000.tar": {"0001": "CRC"}})
+    repair.save(tmp_path / "repair.json")
+    test_source = str(tmp_path / "test")
+    run = config(tmp_path / "train", exclude=tmp_path / "repair.json", test_source=test_source)
+    assert len(open_data(run.data)) == 7 and len(open_data(run.data, part="held_out")) == 16
 
 
 def test_options_may_need_what_the_record_knows(tmp_path):

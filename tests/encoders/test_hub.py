@@ -41,7 +41,7 @@ def test_every_part_of_a_tensor_counts_and_the_order_does_not():
     assert sha256_of({"a": transposed}) == sha256_of({"a": transposed.contiguous()})
 
 
-@pytest.mark.parametrize("name", ["./gone/x", "a/b/c", "/gone", "who/mistyped"])
+@pytest.mark.parametrize("name", ["./gone/x", "a/b/c", "/gone", "who/mistyped", "my--vae"])
 def test_a_model_that_is_nowhere_is_refused_before_its_library_is_imported(
     monkeypatch, tmp_path, name
 ):

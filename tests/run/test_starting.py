@@ -108,9 +108,9 @@ def test_a_run_that_is_made_longer_is_complete_at_its_new_end_only(run, monkeypa
 def test_a_run_by_cuda_graphs_goes_on_where_there_are_none(run):
     config = dataclasses.replace(read_config(run), compile="graphs")
     (run / "config.json").write_text(to_json(config))
-    console = quiet()
-    resume(run, console, steps=6)
-    assert "CUDA graphs are of one process on a GPU" in console.file.getvalue()
+    said = io.StringIO()
+    resume(run, Console(file=said), steps=6)
+    assert "CUDA graphs are of one process on a GPU" in said.getvalue()
     assert read_config(run).compile == "off"
 
 

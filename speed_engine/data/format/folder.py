@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.errors import ShardError
@@ -121,6 +122,9 @@ class LocalFolder:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
             os.close(file)
 
+    def close(self) -> None:
+        """Prefetch no more."""
+
     def refetch(self, shard: int) -> bool:
         """Drop a copy of a shard whose bytes are damaged; False where there is no other."""
         return False
@@ -192,7 +196,8 @@ class RemoteFolder:
 
     def describe(self, name: str) -> str:
         """URL of a file."""
-        return f"{self._url}/{name}"
+        is_http = self._url.partition(":")[0].lower() in ("http", "https")
+        return f"{self._url}/{quote(name) if is_http else name}"
 
     def open(self, shard: int) -> int:
         """As of a local folder; fetches the shard if need be."""
@@ -208,6 +213,12 @@ class RemoteFolder:
         first = process % max(len(shards), 1)
         for shard in [*shards[first:], *shards[:first]]:
             self._pool[1].submit(self._prefetch, shard)
+
+    def close(self) -> None:
+        """Prefetch no more; the end of the process would wait for all that is still to come."""
+        if self._pool is not None and self._pool[0] == os.getpid():
+            self._pool[1].shutdown(wait=False, cancel_futures=True)
+        self._pool = None
 
     def refetch(self, shard: int) -> bool:
         """Drop the copy of a shard."""

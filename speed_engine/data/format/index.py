@@ -52,6 +52,8 @@ class Content:
         numbers = [*(self.shape or ()), self.classes or 0, *(self.present or ())]
         if not all(0 <= number < 2**62 for number in numbers):
             raise UserError(f"{self}: sides and classes must lie in [0, 2^62).")
+        if self.present is not None and self.classes is None:
+            raise UserError(f"{self}: classes that are present need the number of classes.")
 
 
 Samples = dict[str, dict[str, Member]]  # sample key -> extension -> member, in the tar's order
@@ -171,8 +173,8 @@ def merge_description(contents: Contents, extension: str, description: dict[str,
         merged = dict.fromkeys(
             name for name in known | description if known.get(name) != description.get(name)
         )
-        classes = [entry["classes"] for entry in (known, description) if "classes" in entry]
-        if classes:
+        counts = [entry.get("classes") for entry in (known, description)]
+        if classes := [count for count in counts if count is not None]:
             merged["classes"] = max(classes)
             merged["present"] = _union(_present(known), _present(description))
         contents[extension] = known | merged
@@ -263,6 +265,10 @@ def _check_shapes(columns: Mapping[str, np.ndarray], num_extensions: int) -> Non
     ends, num_bytes = columns["key_ends"], len(columns["key_bytes"])
     if num_samples and not (ends[0] >= 0 and (np.diff(ends) >= 0).all() and ends[-1] == num_bytes):
         raise UserError(f"key_ends are not the ends of keys in {num_bytes} bytes")
+    columns["key_bytes"].tobytes().decode()
+    starts = ends[:-1]
+    if (columns["key_bytes"][starts[starts < num_bytes]] & 0xC0 == 0x80).any():
+        raise UserError("a key begins inside of a character")
 
 
 def _remedy(path: Path) -> str:

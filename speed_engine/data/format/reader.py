@@ -71,6 +71,9 @@ class ShardReader:
         self._part: Part | None = part if held_out else None
         excluded = load_repair_list(exclude) if exclude else RepairList()
         self._folder = open_folder(source, cache)
+        self._excluded = {
+            self._folder.describe(name): frozenset(keys) for name, keys in excluded.samples.items()
+        }
         self.dataset, self._indices = self._folder.load(excluded.shards)
         self.fingerprint = excluded.fingerprint(self.dataset)
         if self._part is not None:
@@ -86,11 +89,11 @@ class ShardReader:
             for name, index, rows in zip(self._names, self._indices, kept, strict=True)
         ]
         self.counts = tuple(map(len, kept))
+        if not sum(self.counts):
+            raise ShardError(self._nothing(source, exclude))
         self._ends = np.array(list(accumulate(self.counts)))
         # Arrays, not objects: a million objects would be copied page by page into every worker.
         self._row = np.concatenate(kept)  # (N,) number in the shard
-        if not len(self):
-            raise ShardError(self._nothing(source, exclude))
         self._offset, self._size, self._crc32 = map(np.concatenate, zip(*columns, strict=True))
         self._memory = bytearray()  # of one sample at a time
         self._open: dict[int, int] = {}  # shard -> file descriptor, the oldest first
@@ -241,19 +244,22 @@ class ShardReader:
         shard = int(np.searchsorted(self._ends, i, side="right"))
         return self._indices[shard].key(int(self._row[i]))
 
-    def takes(self, key: str) -> bool:
-        """Whether samples of this key belong to the part that is read."""
+    def takes(self, shard: str, key: str) -> bool:
+        """Whether a sample, by the name of its shard, is not excluded and of the part read."""
+        if key in self._excluded.get(shard, ()):
+            return False
         return self._part is None or bool(in_part([key], self._held_out, self._part)[0])
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
+        """Close the files, and fetch none ahead; a later read opens them again."""
+        self._folder.close()
         while self._open:
             os.close(self._open.popitem()[1])
 
     def _nothing(self, source: str | Path, exclude: Path | None) -> str:
-        if not any(map(len, self._indices)):
+        if not any(map(len, self._indices)) and (self._indices or exclude is None):
             return f"{source} holds no samples (members named <key>.<extension>)."
-        if self._part is None:
+        if self._part is None or not self._indices:
             return f"{exclude} leaves nothing of {source}."
         return (
             f"data.held_out={self._held_out} leaves no samples for the {self._part} part of "

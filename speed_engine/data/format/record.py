@@ -110,7 +110,7 @@ def dataset_from_json(data: bytes, source: str) -> Dataset:
     dataset = Dataset(
         shards=read(tuple[ShardRecord, ...], "shards"),
         contents=record["contents"],
-        metadata=checked_metadata(read(dict[str, Any], "metadata"), source),
+        metadata=checked_metadata(read(dict[str, Any], "metadata"), source, remedy),
         files=read(dict[str, FileRecord], "files"),
     )
     names = [shard.name for shard in dataset.shards] + list(dataset.files)
@@ -128,12 +128,13 @@ def read_record(path: Path) -> bytes:
     return document.read_file(path)
 
 
-def checked_metadata(metadata: dict[str, Any], source: str) -> dict[str, Any]:
+def checked_metadata(metadata: dict[str, Any], source: str, remedy: str) -> dict[str, Any]:
     """Facts about the whole, of which those that are used here are of the right kind.
 
     Args:
         metadata: an object of JSON.
         source: its name, for messages.
+        remedy: what to do about one that does not fit.
 
     Raises:
         ShardError: ``classes`` are no names, or the scale or shift of latents no numbers.
@@ -146,8 +147,7 @@ def checked_metadata(metadata: dict[str, Any], source: str) -> dict[str, Any]:
     for name, (need, fits) in needs.items():
         if name in metadata and not fits(metadata[name]):
             raise ShardError(
-                f"{source}: metadata.{name}={shortened(metadata[name])}: needed is {need}; correct "
-                f"it by `speed-engine shards index --metadata`."
+                f"{source}: metadata.{name}={shortened(metadata[name])}: needed is {need}; {remedy}"
             )
     return metadata
 

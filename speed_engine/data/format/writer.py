@@ -12,6 +12,9 @@ with an ``.incomplete`` marker, so a killed writer leaves nothing that could pas
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -183,16 +186,17 @@ def index_folder(
     Args:
         folder: shards that have an intact index already are not read again.
         workers: processes.
-        metadata: facts about the whole; by default those of the folder's record, if it has one.
+        metadata: facts about the whole, beside those that the folder's record has, if there is one.
 
     Raises:
         ShardError: a tar is damaged, or a writer did not finish; nothing is recorded then.
+        ChildProcessError: a worker was killed; likewise.
     """
     refuse_incomplete(folder)
     record, files = folder / RECORD, ()
     if record.exists():
         known = dataset_from_json(read_record(record), str(record))
-        metadata, files = metadata or known.metadata, known.files
+        metadata, files = {**known.metadata, **(metadata or {})}, known.files
     paths = [path for path in tars_of(folder) if not is_complete(path)]
     for _ in each_shard(index_shard, paths, workers):
         pass  # errors are raised here
@@ -204,8 +208,27 @@ def each_shard(function: Callable[[Path], T], paths: Sequence[Path], workers: in
     if workers <= 1 or len(paths) <= 1:
         yield from map(function, paths)
         return
-    with worker_processes(min(workers, len(paths))) as pool:
+    with shard_processes(min(workers, len(paths))) as pool:
         yield from pool.map(function, paths)
+
+
+@contextmanager
+def shard_processes(
+    count: int, start: Callable[..., object] | None = None, *given: Any
+) -> Iterator[ProcessPoolExecutor]:
+    """As ``worker_processes``, for commands that may be repeated.
+
+    Raises:
+        ChildProcessError: one of them was killed.
+    """
+    try:
+        with worker_processes(count, start, *given) as pool:
+            yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process was killed; if memory ran out, use fewer workers. Run the same "
+            "command again to continue."
+        ) from error
 
 
 def index_shard(path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from speed_engine.data.format.decode import Buffer, decode_image, decode_label, decode_npy
 from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.record import RECORD, dataset_from_json, read_record, verified
 from speed_engine.runtime.checks import UserError
 
 NAMES = {"cls": "labels", "tokens": "tokens", "low": "low_resolution"}
@@ -48,19 +49,33 @@ def decode_condition(data: Buffer, member: str, channels: int) -> np.ndarray:
     return decode_image(data, member, channels)
 
 
-def load_null_tokens(folder: Path) -> np.ndarray:
+def null_tokens_path(source: Path) -> Path:
+    """Of the file beside the shards; ``source`` is their folder, or one of them."""
+    source = source.expanduser()
+    return (source.parent if source.is_file() else source) / NULL_TOKENS
+
+
+def load_null_tokens(source: Path) -> np.ndarray:
     """(L, D) of the empty prompt.
 
+    Args:
+        source: the folder of the shards, or one of them.
+
     Raises:
-        UserError: the file is missing or holds something else.
+        UserError: the file is missing, holds something else, or is not the recorded one.
     """
-    path = folder / NULL_TOKENS
+    path = null_tokens_path(source)
     if not path.is_file():
         raise ShardError(
             f"{path} does not exist; it holds the text encoder's tokens of the empty prompt, which "
             "stand for no text. `speed-engine shards encode` writes it beside the tokens."
         )
-    return decode_null_tokens(path.read_bytes(), str(path))
+    content, record = path.read_bytes(), path.with_name(RECORD)
+    if record.is_file():
+        dataset = dataset_from_json(read_record(record), str(record))
+        if NULL_TOKENS in dataset.files:  # not where others wrote the shards
+            verified(dataset, NULL_TOKENS, str(path), lambda: content)
+    return decode_null_tokens(content, str(path))
 
 
 def decode_null_tokens(data: bytes, where: str) -> np.ndarray:

@@ -164,13 +164,16 @@ class _Exact(IterableDataset):
     def __iter__(self) -> Iterator[_Loaded]:
         k, stride = _worker()
         begin = end = self._feed.first(k)  # of the last window that was announced
-        while True:
-            first = self._feed.first(k)
-            while first >= begin:  # announce the next window when the one before it begins
-                begin, (end, shards) = end, self._order.window_at(end)
-                self._batches.reader.prefetch(shards)
-            yield self.load(first, self._feed.part_size)
-            k += stride
+        try:
+            while True:
+                first = self._feed.first(k)
+                while first >= begin:  # announce the next window when the one before it begins
+                    begin, (end, shards) = end, self._order.window_at(end)
+                    self._batches.reader.prefetch(shards)
+                yield self.load(first, self._feed.part_size)
+                k += stride
+        finally:
+            self._batches.reader.close()
 
     def load(self, first: int, count: int) -> _Loaded:
         """The images ``first``, ``first + 1``, ... of the stream."""

@@ -37,7 +37,7 @@ def stream_samples(
     rng = random.Random(f"{feed.seed} {feed.start} {feed.rank} {worker}")
     files = _files(reader, rng)
     for sample in _shuffled(group_by_keys(files), rng):
-        if not reader.takes(sample["__key__"]):
+        if not reader.takes(sample["__url__"], sample["__key__"]):
             continue
         where = f"{sample['__url__']}: sample {sample['__key__']!r}"
         found = {key: sample[key] for key in reader.keys if key in sample}

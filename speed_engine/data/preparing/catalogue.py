@@ -38,6 +38,7 @@ class Kind(NamedTuple):
 
     text: str  # what it is
     open: Callable[[Asked], Source]
+    options: tuple[str, ...] = ()  # of its own: split, images
 
 
 SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash at its end
@@ -46,6 +47,7 @@ SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash 
     "hf:*": Kind(
         "Hugging Face data set, on the hub or in a folder",
         lambda asked: _hugging_face(asked.name.removeprefix("hf:"), asked.split),
+        ("split",),
     ),
     "*/": Kind(
         "pictures, a sub-folder per class or listed in metadata.jsonl; or WebDataset's tars",
@@ -59,10 +61,12 @@ SOURCES: dict[str, Kind] = {  # pattern of a name; that of a folder has a slash 
     "*.json": Kind(
         "COCO's captions of the pictures in --images",
         lambda asked: CocoCaptions(asked.path, asked.images),
+        ("images",),
     ),
     "*.tar.gz": Kind(
         "cifar-10-binary.tar.gz as it is published",
         lambda asked: Cifar10(asked.path, asked.split),
+        ("split",),
     ),
 }
 SOURCES["*.tgz"] = SOURCES["*.tar.gz"]
@@ -82,7 +86,7 @@ def _folder(path: Path) -> Source:
 def _hugging_face(name: str, split: str) -> Source:
     """Image folders with a list are read here, as they are; others by the library."""
     folder = Path(name).expanduser()
-    for path in (folder / split, folder):
+    for path in (folder / split, folder) if split == "train" else (folder / split,):
         if path.is_dir() and (listed := list_of(path)) in LISTS:
             return ListedFolder(path, listed)
     return HuggingFace(name, split)
@@ -102,7 +106,8 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
         split: of CIFAR-10 and Hugging Face data sets.
 
     Raises:
-        UserError: unknown, unreadable or unusable; says why.
+        UserError: unknown, unreadable or unusable, or asked for with an option of other sources;
+            says why.
     """
     path = Path(name).expanduser()
     written = f"{name}/" if path.is_dir() and name not in SOURCES else name
@@ -112,4 +117,12 @@ def open_source(name: str, images: Path | None = None, split: str = "train") -> 
         raise UserError(f"source {name!r} does not exist; needed: {known}.")
     if pattern not in SOURCES:
         raise UserError(f"source {name!r}: files of kind {path.suffix!r} are not known.")
-    return SOURCES[pattern].open(Asked(name, path, split, images))
+    kind = SOURCES[pattern]
+    for option, given in (("images", images), ("split", split if split != "train" else None)):
+        if given is not None and option not in kind.options:
+            others = ", ".join(shown(p) for p, of in SOURCES.items() if option in of.options)
+            raise UserError(
+                f"--{option} {given}: sources of kind {others} have it, {name} has none; leave it "
+                "out."
+            )
+    return kind.open(Asked(name, path, split, images))

@@ -2,7 +2,8 @@
 
 Found are: tars that end early or have damaged headers; bytes that do not match the index; members
 that no decoder accepts; samples without a member, or with a shape or dtype, that most others have;
-and samples whose content is there already. What training can leave out goes into the repair list.
+samples whose content is there already; and a record that is damaged or of other files. What
+training can leave out goes into the repair list.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from typing import Any
 from speed_engine.data.format.checksums import crc32
 from speed_engine.data.format.decode import decode_image, decode_label
 from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.folder import LocalFolder
 from speed_engine.data.format.forms import tars_of
 from speed_engine.data.format.index import Samples, ShardIndex, index_path, load_index
-from speed_engine.data.format.record import refuse_incomplete
+from speed_engine.data.format.record import RECORD, refuse_incomplete
 from speed_engine.data.format.repair import RepairList
 from speed_engine.data.format.tar import scan_tar
 from speed_engine.data.format.writer import each_shard
@@ -52,7 +54,8 @@ class Findings:
     Attributes:
         num_samples: read, in all shards together.
         repair: shards and samples that training can leave out.
-        notes: by shard, what deserves a new tar although its samples can be read.
+        notes: by shard, what deserves a new tar although its samples can be read; by the name of
+            the record, how it differs from what is there.
     """
 
     num_samples: int
@@ -89,11 +92,28 @@ def check_folder(folder: Path, keys: Sequence[str] = (), workers: int = 1) -> Fi
                 reason = f"the content of {first} again"
             if reason:
                 repair.samples[shard.name][key] = reason
+    notes = {shard.name: shard.note for shard in shards if shard.note}
+    if unlike := _unlike_record(folder, repair):
+        notes[RECORD] = unlike
     return Findings(
         num_samples=sum(len(shard.samples) for shard in shards),
         repair=RepairList(repair.shards, {n: keys for n, keys in repair.samples.items() if keys}),
-        notes={shard.name: shard.note for shard in shards if shard.note},
+        notes=notes,
     )
+
+
+def _unlike_record(folder: Path, repair: RepairList) -> str | None:
+    """Why the record, if there is one, is not of the shards that can be opened and their files."""
+    if not (folder / RECORD).exists() or len(repair.shards) == len(tars_of(folder)):
+        return None
+    recorded = LocalFolder(folder)
+    try:
+        dataset, _ = recorded.load(repair.shards)
+        for name in dataset.files:
+            recorded.read_file(name)
+    except (ShardError, OSError) as error:
+        return str(error)
+    return None
 
 
 def check_shard(path: Path) -> ShardFacts:

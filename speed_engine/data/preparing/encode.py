@@ -3,7 +3,8 @@
     npy              (2 C, H, W) float16: mean, then standard deviation of the posterior, unscaled
                      as the VAE gives them; training draws from it and applies ``latent_scale``
     tokens.npy       (L, D) float16: last hidden state for the first line of the sample's txt
-    null_tokens.npy  a file beside the shards: the same for the empty caption
+    null_tokens.npy  a file beside the shards: the same for the empty caption; kept where it is
+                     there and no text is encoded
 
 Every shard is encoded on its own, so any number of processes, each with a device of its own, may
 share the work (``prepare.py``). Weights are read from safetensors only.
@@ -26,7 +27,11 @@ from speed_engine.data.format.index import ShardIndex
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import Dataset
 from speed_engine.data.format.writer import write_shard
-from speed_engine.data.loading.conditions import NULL_TOKENS
+from speed_engine.data.loading.conditions import (
+    NULL_TOKENS,
+    load_null_tokens,
+    null_tokens_path,
+)
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.preparing.prepare import Preparation
 from speed_engine.encoders.hub import weights_hash
@@ -109,8 +114,10 @@ def encode(
         "batch_size": batch_size,
     }
     preparation = Preparation(out, plan, [shard.name for shard in dataset.shards])
-    if text is not None and rank == 0:
-        write_durably(out / NULL_TOKENS, npy_bytes(text([""])[0]))
+    has_null = text is not None or null_tokens_path(shards).is_file()
+    if has_null and rank == 0:
+        null = load_null_tokens(shards) if text is None else text([""])[0]
+        write_durably(out / NULL_TOKENS, npy_bytes(null))
     pending, first = set(preparation.pending()), 0
     mine = range(rank, len(indices), world_size)
     advance(sum(len(indices[shard]) for shard in mine if shard not in pending))
@@ -128,7 +135,7 @@ def encode(
     metadata = dict(dataset.metadata)
     for encoder in encoders:
         metadata |= encoder.metadata
-    preparation.finish(metadata, [NULL_TOKENS] if text else [])
+    preparation.finish(metadata, [NULL_TOKENS] if has_null else [])
 
 
 def _picture_member(shards: Path, dataset: Dataset, need_picture: bool, need_text: bool) -> str:

@@ -2,7 +2,8 @@
 
     dataset.json     EDM's: {"labels": [["00000/img00000000.png", 6], ...]}, or null for labels
     metadata.jsonl   of Hugging Face's image folders: a line {"file_name": ..., "label": ...,
-                     "text": ...} per picture; metadata.csv has the same as columns
+                     "text": ...} per picture; metadata.csv has the same as columns, where
+                     labels that are all whole numbers are numbers of classes
 
 Names are relative to the folder of the list.
 """
@@ -10,6 +11,7 @@ Names are relative to the folder of the list.
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -66,11 +68,11 @@ def read_list(content: bytes, where: str) -> dict[str, Listed]:
         UserError: it is no such file; names the line.
     """
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         if where.endswith(".csv"):
             rows = list(enumerate(csv.DictReader(io.StringIO(text)), start=2))
         else:
-            lines = enumerate(text.splitlines(), start=1)
+            lines = enumerate(text.split("\n"), start=1)  # JSON may hold other line breaks
             rows = [(n, json.loads(line)) for n, line in lines if line.strip()]
     except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(
@@ -85,7 +87,14 @@ def read_list(content: bytes, where: str) -> dict[str, Listed]:
             raise UserError(f"{where}, line {n}: {name!r} is there twice.")
         line = f"{where}, line {n}"
         listed[normalised(name)] = Listed(_label(row, line), _captions(row, line))
+    if where.endswith(".csv") and all(_is_whole(entry.label) for entry in listed.values()):
+        return {name: of._replace(label=int(of.label or 0)) for name, of in listed.items()}
     return listed
+
+
+def _is_whole(label: int | str | None) -> bool:
+    """Whether a text is a number of a class as it is written; 007 is a name."""
+    return isinstance(label, str) and re.fullmatch("0|[1-9][0-9]{0,8}", label) is not None
 
 
 def normalised(name: str, listed: str = "") -> str:
@@ -121,4 +130,4 @@ def _captions(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     captions = (captions,) if isinstance(captions, str) else captions
     if not isinstance(captions, (list, tuple)) or not all(isinstance(c, str) for c in captions):
         raise UserError(f"{where}: captions {shortened(captions)}; needed: text.")
-    return tuple(" ".join(caption.split()) for caption in captions)
+    return tuple(line for caption in captions if (line := " ".join(caption.split())))

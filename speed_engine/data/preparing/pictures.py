@@ -68,7 +68,7 @@ def file_digest(path: Path) -> bytes:
 def open_picture(data: bytes, channels: int) -> Image.Image:
     """An 8-bit picture, grey for one channel, RGB for three, upright as its EXIF data say.
 
-    Transparency is dropped, as ADM does.
+    Transparency is dropped, as ADM does, and what else the file says beside its pixels.
 
     Raises:
         UserError: not a picture of a known kind, damaged, of more than 8 bits, or too large.
@@ -76,7 +76,9 @@ def open_picture(data: bytes, channels: int) -> Image.Image:
     image = decode.open_picture(data, _PILLOW_FORMATS, _check_size)
     with contextlib.suppress(Exception):  # malformed EXIF data: nothing is known
         ImageOps.exif_transpose(image, in_place=True)
-    return image.convert("L" if channels == 1 else "RGB")
+    picture = image.convert("L" if channels == 1 else "RGB")
+    picture.info.clear()  # Pillow would save profiles and comments again
+    return picture
 
 
 def _check_size(height: int, width: int) -> None:

@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,18 @@ from typing import Any
 import numpy as np
 
 from speed_engine.data.format.record import RECORD
-from speed_engine.data.format.writer import begin, commit, is_complete, shard_name, write_shard
+from speed_engine.data.format.writer import (
+    begin,
+    commit,
+    is_complete,
+    shard_name,
+    shard_processes,
+    write_shard,
+)
 from speed_engine.data.preparing.pictures import FORMATS, centre_crop, encode_picture, shrink
 from speed_engine.data.preparing.source import Source
 from speed_engine.runtime.checks import UserError, check
 from speed_engine.runtime.files import write_durably
-from speed_engine.runtime.workers import worker_processes
 
 PLAN = "preparation.json"
 _NAME = "preparation"
@@ -250,16 +255,10 @@ def _in_processes(
 ) -> Iterator[tuple[Path, list[str]]]:
     """Each shard's path and its bad samples, as it is completed."""
     count = min(workers, max(len(tasks), 1))
-    try:
-        with worker_processes(count, _start_worker, source, options, size, skip_bad) as pool:
-            futures = [pool.submit(_make_shard, path, numbers) for path, numbers in tasks]
-            for future in as_completed(futures):
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process was killed; if memory ran out, use fewer workers. Run the same "
-            "command again to continue."
-        ) from error
+    with shard_processes(count, _start_worker, source, options, size, skip_bad) as pool:
+        futures = [pool.submit(_make_shard, path, numbers) for path, numbers in tasks]
+        for future in as_completed(futures):
+            yield future.result()
 
 
 _worker: tuple[Source, PictureOptions, tuple[int, int], bool]  # of this process

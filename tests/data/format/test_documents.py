@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 from speed_engine import cli
 from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import index_path, load_index
+from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.record import _checksum, dataset_from_json
 from speed_engine.data.format.repair import load_repair_list
+from speed_engine.data.format.writer import index_folder
 from speed_engine.runtime import strict
 from speed_engine.runtime.checks import UserError
 
@@ -33,6 +36,7 @@ WRONG = [
     ("contents", {"npy": {"shape": ["a"]}}, "contents.npy.shape.0"),
     ("contents", {"cls": {"classes": "10"}}, "contents.cls.classes"),
     ("contents", {"cls": {"classes": -1}}, "classes"),
+    ("contents", {"cls": {"present": [1]}}, "classes"),
     ("metadata", None, "metadata"),
     ("metadata", {"classes": 3}, "metadata.classes"),
     ("metadata", {"classes": [3]}, "metadata.classes"),
@@ -125,6 +129,53 @@ def test_keys_that_end_outside_of_their_bytes_are_refused(make_shards):
     with pytest.raises(ShardError, match=r"x-000000\.index\.safetensors is not a shard index"):
         load_index(path)
     assert len(index) == 4
+
+
+@pytest.mark.parametrize("facts", [{"present": [0, 2]}, {"classes": None, "present": [0]}])
+def test_an_index_of_present_classes_needs_their_number(make_shards, facts):
+    path = index_path(make_shards(4, per_shard=4) / "x-000000.tar")
+    rewritten(path, {"contents": {"cls": facts}})
+    with pytest.raises(ShardError, match=r"x-000000\.index.*need the number of classes"):
+        load_index(path)
+
+
+def test_an_index_that_knows_no_number_of_classes_is_read(make_shards):
+    folder = make_shards(6, per_shard=3)
+    rewritten(index_path(folder / "x-000000.tar"), {"contents": {"cls": {"classes": None}}})
+    (folder / "dataset.json").unlink()
+    assert len(ShardReader(folder)) == 6
+
+
+@pytest.mark.parametrize("keys", [[b"\xff1", b"2"], [b"a\xc3", b"\xa9b"]])
+def test_keys_of_no_encoding_are_refused(make_shards, keys):
+    path = index_path(make_shards(2, per_shard=2) / "x-000000.tar")
+    index, _ = load_index(path)
+    noise = np.frombuffer(b"".join(keys), np.uint8)
+    ends = np.cumsum([len(key) for key in keys])
+    path.write_bytes(replace(index, key_bytes=noise, key_ends=ends).to_bytes())
+    with pytest.raises(ShardError, match="is not a shard index"):
+        load_index(path)
+
+
+def test_facts_of_a_record_that_do_not_fit_are_mended_as_is_said(make_shards):
+    folder = make_shards(4, per_shard=4)
+    record = json.loads((folder / "dataset.json").read_text())
+    del record["checksum"]
+    record["metadata"] = {"latent_scale": "x"}
+    text = json.dumps(record | {"checksum": _checksum(record)})
+    (folder / "dataset.json").write_text(text)
+    with pytest.raises(ShardError, match="delete it and run `speed-engine shards index`"):
+        ShardReader(folder)
+    (folder / "dataset.json").unlink()
+    index_folder(folder, metadata={"latent_scale": 0.5})
+    assert ShardReader(folder).dataset.metadata == {"latent_scale": 0.5}
+
+
+def test_facts_are_added_to_those_of_the_record(make_shards, tmp_path):
+    folder = make_shards(4, per_shard=4)
+    index_folder(folder, metadata={"vae": "x", "latent_scale": 1})
+    index_folder(folder, metadata={"latent_scale": 0.5})
+    assert ShardReader(folder).dataset.metadata == {"vae": "x", "latent_scale": 0.5}
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "{", '{"latent_scale": "x"}', '{"classes": 3}'])

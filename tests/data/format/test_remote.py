@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from typing import Any
 
 import fsspec
 import pytest
@@ -15,6 +16,7 @@ from speed_engine.data.format import remote
 from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.folder import RemoteFolder
 from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.record import Dataset
 from speed_engine.data.format.remote import Cache, is_url
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.loader import Loader
@@ -225,6 +227,61 @@ def test_the_next_window_is_fetched_ahead(server, cache, monkeypatch):
     assert handler.requests["x-000003.tar"] == 1
     reader.read(24)
     assert handler.requests["x-000003.tar"] == 1
+
+
+def test_a_closed_reader_fetches_nothing_more(server, cache, monkeypatch):
+    url, _, _ = server
+    begun, may_end, fetched = threading.Event(), threading.Event(), []
+
+    def fetch(self, shard):
+        fetched.append(shard)
+        begun.set()
+        may_end.wait(600)
+
+    monkeypatch.setattr(RemoteFolder, "_prefetch", fetch)
+    reader = ShardReader(url, cache=cache)
+    reader.prefetch(range(5))
+    folder: Any = reader._folder
+    threads = folder._pool[1]
+    assert begun.wait(600)
+    reader.close()
+    may_end.set()
+    threads.shutdown(wait=True)
+    assert len(fetched) == 1
+
+
+def test_a_loader_that_ends_fetches_nothing_more(server, cache, monkeypatch):
+    url, _, _ = server
+    closed = []
+    monkeypatch.setattr(RemoteFolder, "close", lambda self: closed.append(self))
+    reader = ShardReader(url, cache=cache)
+    with Loader(reader, SHAPE, Feed(8, 5, window=2)) as loader:
+        next(loader)
+        assert not closed
+    assert closed
+
+
+def test_names_are_quoted_where_urls_are(make_shards, tmp_path, cache):
+    folder = tmp_path / "set"
+    with ShardWriter(folder, "a b#1%20?x", 8) as writer:
+        writer.write("a", {"npy": b"1", "cls": b"2"})
+    handler = partial(Handler, directory=folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{running.server_port}"
+        try:
+            assert ShardReader(url, cache=cache).read(0) == {"npy": b"1", "cls": b"2"}
+        finally:
+            running.shutdown()
+            thread.join()
+
+
+def test_a_record_of_no_shards_is_said(cache, tmp_path):
+    files = fsspec.filesystem("memory")
+    files.pipe("/empty/dataset.json", Dataset(()).to_json().encode())
+    with pytest.raises(ShardError, match="memory://empty holds no samples"):
+        ShardReader("memory://empty", cache=cache)
 
 
 def test_files_of_the_record_are_verified(tmp_path, cache):

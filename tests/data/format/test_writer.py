@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +19,7 @@ from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.tar import scan_index, scan_tar
-from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.format.writer import ShardWriter, each_shard
 
 ROOT = Path(__file__).parents[3]
 
@@ -121,7 +122,7 @@ import os, signal, sys
 from pathlib import Path
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
-from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.format.writer import ShardWriter, each_shard
 
 def write_and_die(folder, calls_to_live):
     calls = 0
@@ -306,3 +307,13 @@ def test_a_pickled_reader_opens_its_own_files(make_shards):
     copy = pickle.loads(pickle.dumps(reader))
     reader.close()
     assert [copy.read(i) for i in range(3)] == before
+
+
+def die(path):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_said(make_shards):
+    paths = sorted(make_shards(4, per_shard=2).glob("*.tar"))
+    with pytest.raises(ChildProcessError, match="worker process was killed.*again"):
+        list(each_shard(die, paths, workers=2))

@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from speed_engine.data.format.errors import ShardError
+from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.conditions import condition_name, decode_condition, load_null_tokens
+from speed_engine.data.preparing.pictures import npy_bytes
 
 
 def test_members_are_the_models_arguments():
@@ -28,6 +31,18 @@ def test_the_empty_prompt_is_read_from_beside_the_shards(tmp_path):
     tokens = np.arange(12, dtype=np.float16).reshape(4, 3)
     np.save(tmp_path / "null_tokens.npy", tokens)
     assert np.array_equal(load_null_tokens(tmp_path), tokens)
+
+
+def test_the_empty_prompt_is_that_of_the_record_for_a_single_tar_too(tmp_path):
+    tokens = np.arange(12, dtype=np.float16).reshape(4, 3)
+    with ShardWriter(tmp_path, "x", 2, files=["null_tokens.npy"]) as writer:
+        writer.write("a", {"tokens.npy": npy_bytes(tokens)})
+        np.save(tmp_path / "null_tokens.npy", tokens)
+    assert np.array_equal(load_null_tokens(tmp_path / "x-000000.tar"), tokens)
+    np.save(tmp_path / "null_tokens.npy", tokens + 1)
+    for source in (tmp_path, tmp_path / "x-000000.tar"):
+        with pytest.raises(ShardError, match="null_tokens.npy is not the recorded file"):
+            load_null_tokens(source)
 
 
 def test_a_missing_empty_prompt_is_named_with_what_writes_it(tmp_path):

@@ -13,6 +13,7 @@ from speed_engine.data.format.decode import UnfitSample
 from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.repair import RepairList
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading import stream
 from speed_engine.data.loading.decoding import BatchReader
@@ -62,6 +63,17 @@ def test_a_damaged_sample_is_dropped_and_counted_or_stops_the_stream(make_shards
     assert all((batch.images[:, 0, 0, 0] != 3).all() for batch in batches)
     with pytest.raises(ShardError, match="sample '0003'"):
         take(folder, 40, on_bad_sample="stop")
+
+
+def test_what_is_excluded_is_not_streamed(make_shards, tmp_path):
+    folder = make_shards(N, per_shard=7)
+    RepairList({}, {"x-000000.tar": {"0003": "?"}, "x-000001.tar": {"0004": "?"}}).save(
+        tmp_path / "repair.json"
+    )
+    reader = ShardReader(folder, exclude=tmp_path / "repair.json")
+    with Loader(reader, SHAPE, FEED, mode="stream") as loader:
+        seen = {i for _ in range(60) for i in next(loader).images[:, 0, 0, 0].tolist()}
+    assert seen == set(range(N)) - {3}  # 4 is in another shard
 
 
 def test_a_stream_of_nothing_but_damage_ends(tmp_path):

@@ -47,6 +47,17 @@ def test_a_name_is_a_source_by_its_kind(tmp_path, monkeypatch):
     assert isinstance(open_source("digits"), Digits)
     monkeypatch.setattr(catalogue, "HuggingFace", lambda *asked: asked)
     assert open_source("hf:user/set", split="test") == ("user/set", "test")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "metadata.jsonl").touch()  # of no split but train
+    assert open_source("hf:set", split="test") == ("set", "test")
+    for name, options in (
+        ("digits", {"split": "test"}),
+        ("a.zip", {"split": "test"}),
+        ("digits", {"images": tmp_path}),
+        ("hf:user/set", {"images": tmp_path}),
+    ):
+        with pytest.raises(UserError, match=rf"--{min(options)} .* have it, {name} has none"):
+            open_source(name, **options)  # pyright: ignore[reportArgumentType]
     for missing in ("b.zip", "b.json", "b/", "b.tar.gz"):
         with pytest.raises(UserError, match="does not exist"):
             open_source(missing)

@@ -8,6 +8,7 @@ from speed_engine import cli
 from speed_engine.data.format.errors import ShardError
 from speed_engine.data.format.index import index_path, load_index
 from speed_engine.data.format.reader import ShardReader
+from speed_engine.data.format.record import RECORD
 from speed_engine.data.format.repair import load_repair_list
 from speed_engine.data.format.writer import ShardWriter, index_folder, write_shard
 from speed_engine.data.loading.loader import Loader
@@ -105,6 +106,32 @@ def test_shards_without_an_index_are_checked_too(make_shards):
     flip(folder / "x-000001.tar", 3)
     found = check_folder(folder)
     assert found.repair.shards.keys() == {"x-000001.tar"} and found.num_samples == 4
+
+
+def test_a_record_of_other_files_is_found(make_shards, capsys):
+    def found(folder):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["shards", "check", str(folder), "--workers", "1"])
+        assert stopped.value.code == 1 and not (folder / "repair.json").exists()
+        return capsys.readouterr().out
+
+    folder = make_shards(9, per_shard=3)
+    (folder / "x-000001.tar").unlink()
+    assert "dataset.json: " in found(folder) and "lacks ['x-000001.tar']" in found(folder)
+    folder = make_shards(9, per_shard=3, name="damaged")
+    flip(folder / "dataset.json", 40)
+    assert "dataset.json" in found(folder)
+    folder = make_shards(9, per_shard=3, name="other")
+    write_shard(folder / "x-000001.tar", [("z", {"npy": b"1", "cls": b"2"})])
+    assert "x-000001.tar is of another data set than dataset.json" in str(
+        check_folder(folder).notes
+    )
+    with ShardWriter(folder.parent / "files", "x", 4, files=["a"]) as writer:
+        writer.write("z", {"cls": b"2"})
+        (folder.parent / "files/a").write_bytes(b"1")
+    assert not check_folder(folder.parent / "files").notes
+    (folder.parent / "files/a").write_bytes(b"2")
+    assert "a is not the recorded file" in check_folder(folder.parent / "files").notes[RECORD]
 
 
 def test_the_command_lists_findings_and_fails(make_shards, capsys):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +145,16 @@ def test_tokens_are_those_of_the_first_caption(text_encoder, shards, tmp_path, c
     assert "cut" not in caplog.text
 
 
+def test_tokens_that_are_there_stay_with_those_of_no_text(vae, tmp_path):
+    with ShardWriter(tmp_path / "told", "x", 4, files=["null_tokens.npy"]) as writer:
+        tokens, picture = np.zeros((3, 2), np.float16), np.zeros((3, 16, 16), np.uint8)
+        writer.write("1", {"npy": npy(picture), "tokens.npy": npy(tokens)})
+        (tmp_path / "told/null_tokens.npy").write_bytes(npy(tokens + 1))
+    encode(tmp_path / "told", tmp_path / "out", LatentEncoder(str(vae), CPU), None, batch_size=1)
+    reader = ShardReader(tmp_path / "out", ["tokens.npy"])
+    assert (array(reader.read_file("null_tokens.npy")) == 1).all()
+
+
 def test_captions_that_are_cut_are_counted(text_encoder, tmp_path, caplog):
     with ShardWriter(tmp_path / "shards", "x", 4) as writer:
         writer.write("1", {"txt": b"short"})
@@ -160,16 +169,28 @@ def test_captions_that_are_cut_are_counted(text_encoder, tmp_path, caplog):
     assert "1 captions were longer" in caplog.text
 
 
-def launch(arguments: list[str], ranks: int, **options) -> subprocess.Popen:
+KILLED = """
+import os, signal, sys
+from speed_engine import cli
+from speed_engine.runtime.progress import SampleProgress
+
+goal, done = int(sys.argv[1]), 0
+
+def advance(self, samples):
+    global done
+    done += samples
+    if done >= goal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SampleProgress.advance = advance
+cli.main(["shards", *sys.argv[2:]])
+"""
+
+
+def run(*command: str) -> int:
     paths = f"{ROOT}:{ROOT / 'kernels'}"
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    return subprocess.Popen(
-        [sys.executable, "-m", *(launcher if ranks > 1 else []), "speed_engine", "shards", "encode"]
-        + arguments,
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        **options,
-    )
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *command], env=environment).returncode
 
 
 @pytest.mark.long
@@ -177,13 +198,10 @@ def test_killed_and_continued_by_two_ranks_the_result_is_that_of_one(
     vae, text_encoder, shards, tmp_path
 ):
     options = [f"--vae={vae}", f"--text-encoder={text_encoder}", "--batch-size=3"]
-    first = launch([str(shards), str(tmp_path / "killed"), *options], ranks=1)
-    while first.poll() is None and not list((tmp_path / "killed").glob("*.index.*")):
-        time.sleep(0.002)
-    os.killpg(first.pid, signal.SIGKILL)
-    assert first.wait() == -signal.SIGKILL
-    second = launch([str(shards), str(tmp_path / "killed"), *options], ranks=2)
-    assert second.wait() == 0
+    encoding = ["encode", str(shards), str(tmp_path / "killed"), *options]
+    assert run("-c", KILLED, "4", *encoding) == -signal.SIGKILL
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert run("-m", *launcher, "-m", "speed_engine", "shards", *encoding) == 0
     models = LatentEncoder(str(vae), CPU), TextEncoder(str(text_encoder), CPU)
     torch.set_num_threads(1)
     encode(shards, tmp_path / "whole", *models, batch_size=3)

@@ -82,6 +82,18 @@ def test_a_picture_is_known_by_its_content_and_damage_is_an_error():
             open_picture(data, 3)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_nothing_but_pixels_is_stored(kind):
+    file = io.BytesIO()
+    transparency = {"transparency": (0, 0, 0)} if kind == "PNG" else {}
+    pattern(4, 4).save(file, kind, icc_profile=b"profile", comment=b"secret", **transparency)
+    picture = open_picture(file.getvalue(), 3)
+    for kind in ("png", "jpg", "webp"):
+        stored = encode_picture(centre_crop(picture, 4), kind, 95)
+        assert b"profile" not in stored and b"secret" not in stored and b"tRNS" not in stored
+        assert Image.open(io.BytesIO(stored)).mode == "RGB"
+
+
 def turned(orientation: int, exif: bytes | None = None) -> bytes:
     """A JPEG of 8 x 4 pixels, left half black, with an orientation in its EXIF data."""
     picture = Image.new("RGB", (8, 4), "white")

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,37 +76,49 @@ def test_the_number_of_workers_changes_nothing(pictures, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
+KILLED = """
+import os, signal, sys
+from speed_engine import cli
+from speed_engine.runtime.progress import SampleProgress
+
+goal, done = int(sys.argv[1]), 0
+
+def advance(self, samples):
+    global done
+    done += samples
+    if done >= goal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+SampleProgress.advance = advance
+cli.main(["shards", *sys.argv[2:]])
+"""
+
+
 @pytest.mark.long
 def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(pictures, tmp_path):
-    command = [sys.executable, "-m", "speed_engine", "shards", "make", str(pictures)]
     options = ["--size", "300", "--samples-per-shard", "2", "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
 
-    def start(out: str) -> subprocess.Popen:
-        return subprocess.Popen(
+    def run(out: str, goal: int) -> subprocess.CompletedProcess:
+        """Killed when so many samples are there."""
+        command = [sys.executable, "-c", KILLED, str(goal), "make", str(pictures)]
+        return subprocess.run(
             [*command, str(tmp_path / out), *options],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    killed = 0
-    for goal in (1, 4, 8):
-        process = start("killed")
-        while process.poll() is None and len(list((tmp_path / "killed").glob("*.index.*"))) < goal:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+    for goal in (2, 8, 16):
+        assert run("killed", goal).returncode == -signal.SIGKILL
         with pytest.raises(ShardError, match="did not finish"):
             LocalFolder(tmp_path / "killed").load(())
-    assert killed == 3
     half_written = tmp_path / "killed" / "shard-000019.tar.tmp"
     half_written.write_bytes(b"half")
     complete = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("*.tar")}
     for out in ("killed", "whole"):
-        process = start(out)
-        printed, _ = process.communicate()
-        assert process.returncode == 0 and "40 samples in 20 shards" in printed
+        process = run(out, goal=1000)
+        assert process.returncode == 0 and "40 samples in 20 shards" in process.stdout
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     kept = [p for p, written in complete.items() if p.stat().st_mtime_ns == written]
     assert len(kept) >= 4  # of the second kill; what was complete was not written again

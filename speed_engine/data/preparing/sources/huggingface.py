@@ -75,12 +75,14 @@ class HuggingFace(Source):
         if stored.get("bytes") is None and stored.get("path") is None:
             raise UserError("there is no picture.")
         label = row[self._label] if self._label else 0 if self.classes else None
+        if self._label and label is None:
+            raise UserError("there is no label.")
         if label is not None and not 0 <= label < len(self.classes):
             raise UserError(f"label {label} is none of the {len(self.classes)} classes.")
         captions = row[self._caption] if self._caption else ()
         captions = [captions] if isinstance(captions, str) else captions or ()
-        lines = tuple(" ".join(caption.split()) for caption in captions)
-        if self._caption and not any(lines):
+        lines = tuple(line for of in captions if (line := " ".join((of or "").split())))
+        if self._caption and not lines:
             raise UserError("there is no caption.")
         if data := stored["bytes"]:
             picture = open_picture(data, channels)

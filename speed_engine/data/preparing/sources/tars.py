@@ -118,7 +118,7 @@ class Tars(Source):
         if entry.captions is None:
             return Record(picture, label)
         text = self._bytes(entry.tar, entry.captions, _MAX_CAPTIONS).decode()
-        lines = tuple(line for line in (" ".join(of.split()) for of in text.splitlines()) if line)
+        lines = tuple(line for line in (" ".join(of.split()) for of in text.split("\n")) if line)
         if not lines:
             raise UserError("its caption is empty.")
         return Record(picture, label, lines)

@@ -1,5 +1,6 @@
 """A zip of pictures."""
 
+import lzma
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from speed_engine.data.preparing.source import (
 from speed_engine.runtime.checks import UserError
 
 MAX_RATIO = 200  # of a member to its compressed form; pictures hardly shrink
+# RuntimeError: it is encrypted, or packed in a way that Python does not know.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 
 
 class ZipArchive(Source):
@@ -29,8 +32,9 @@ class ZipArchive(Source):
     in one more folder, or names that begin with ``./``.
 
     Raises:
-        UserError: not a zip, no pictures, a label without a picture, a picture without a label, two
-            files of labels, or a member that is larger than a picture can be.
+        UserError: not a zip that can be read, no pictures, a label without a picture, a picture
+            without a label, two pictures of one name, two files of labels, or a member that is
+            larger than a picture can be.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,8 +59,10 @@ class ZipArchive(Source):
         if self._zip is None:
             try:
                 self._zip = zipfile.ZipFile(self._path)
-            except zipfile.BadZipFile as error:
-                raise UserError(f"{self._path} is not a zip archive: {error}.") from error
+            except (*_UNREADABLE, ValueError) as error:  # ValueError: names of no encoding
+                raise UserError(
+                    f"{self._path} is not a zip archive that can be read: {error}."
+                ) from error
         return self._zip
 
     def _check(self, info: zipfile.ZipInfo) -> None:
@@ -81,12 +87,18 @@ class ZipArchive(Source):
     def _labels(self, listed: str, names: list[str]) -> dict[str, int]:
         try:
             content = self._open().read(listed)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self._path}: {listed} is damaged: {error}.") from error
+        except _UNREADABLE as error:
+            raise UserError(f"{self._path}: {listed} cannot be read: {error}.") from error
         labels = edm_labels(content, f"{self._path}: {listed}")
         if labels is None:
             return dict.fromkeys(names, 0)
-        return fitting(labels, {normalised(name, listed): name for name in names}, str(self._path))
+        short = {normalised(name, listed): name for name in names}
+        if twice := set(names) - set(short.values()):
+            raise UserError(
+                f"{self._path} holds two pictures named {normalised(min(twice), listed)!r} "
+                f"({len(twice)} such); pack each once."
+            )
+        return fitting(labels, short, str(self._path))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -100,8 +112,8 @@ class ZipArchive(Source):
         name, label = self._files[i]
         try:
             data = self._open().read(name)
-        except (zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"damaged: {error}") from error
+        except _UNREADABLE as error:
+            raise UserError(f"damaged, or not to be read: {error}") from error
         return Record(open_picture(data, channels), label)
 
     def __getstate__(self) -> dict[str, object]:

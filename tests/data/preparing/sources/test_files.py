@@ -180,6 +180,41 @@ def test_a_damaged_zip_is_an_error(tmp_path):
         ZipArchive(path).read(0, 3)
 
 
+@pytest.mark.parametrize("place, value", [(6, b"\1\0"), (8, b"\x63\0")])
+def test_a_zip_that_is_encrypted_or_packed_otherwise_is_named(tmp_path, place, value):
+    """Flag and method, in the local header (4 bytes further on in the directory)."""
+    path = write_zip(tmp_path / "edm.zip", EDM_LABELS)
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        infos, start = archive.infolist(), archive.start_dir
+    for info in infos:
+        data[info.header_offset + place : info.header_offset + place + 2] = value
+        data[start + place + 2 : start + place + 4] = value
+        start += 46 + len(info.filename) + len(info.extra)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="dataset.json cannot be read"):
+        ZipArchive(path)
+
+
+def test_a_short_member_of_a_zip_is_named(tmp_path, monkeypatch):
+    source = ZipArchive(write_zip(tmp_path / "edm.zip", EDM_LABELS))
+
+    def end(*_: object) -> None:
+        raise EOFError("too short")
+
+    monkeypatch.setattr(zipfile.ZipFile, "read", end)
+    with pytest.raises(UserError, match="too short"):
+        source.read(0, 3)
+
+
+def test_two_pictures_of_one_name_in_a_zip_are_named(tmp_path):
+    path = write_zip(tmp_path / "edm.zip", EDM_LABELS)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("./00000/img00000001.png", picture(90))
+    with pytest.raises(UserError, match="two pictures named '00000/img00000001.png'"):
+        ZipArchive(path)
+
+
 def coco(tmp_path: Path, captions: list[dict], images: list[dict]) -> CocoCaptions:
     path = tmp_path / "captions_val.json"
     path.write_text(json.dumps({"images": images, "annotations": captions}))
@@ -295,6 +330,34 @@ def test_metadata_jsonl_gives_labels_and_captions(tmp_path):
     table = "file_name,label\nsub/0.png,b\nsub/2.png,a\n"
     write(tmp_path / "metadata.csv", table.encode())
     assert values(open_source(str(tmp_path))) == [(0, 1), (20, 0)]
+
+
+@pytest.mark.parametrize(
+    "labels, classes, expected",
+    [
+        (("10", "2", "0"), tuple(map(str, range(11))), [10, 2, 0]),
+        (("10", "2", "x"), ("10", "2", "x"), [0, 1, 2]),
+        (("007", "7", "0"), ("0", "007", "7"), [1, 2, 0]),
+    ],
+)
+def test_numbers_in_a_table_are_numbers_of_classes(tmp_path, labels, classes, expected):
+    rows = []
+    for i, label in enumerate(labels):
+        write(tmp_path / f"{i}.png", picture(i))
+        rows.append(f"{i}.png,{label}\r\n")
+    table = "\ufefffile_name,label\r\n" + "".join(rows)  # as Excel writes it
+    write(tmp_path / "metadata.csv", table.encode())
+    source = open_source(str(tmp_path))
+    assert source.classes == classes and [label for _, label in values(source)] == expected
+
+
+def test_line_breaks_inside_of_json_end_no_line(tmp_path):
+    write(tmp_path / "a.png", picture(1))
+    line = json.dumps({"file_name": "a.png", "text": "a\u2028b\x85c"}, ensure_ascii=False)
+    write(tmp_path / "metadata.jsonl", f"{line}\r\n".encode())
+    assert open_source(str(tmp_path)).read(0, 3).captions == ("a b c",)
+    path = write_tar(tmp_path / "a.tar", **{"a.png": picture(1), "a.txt": "a\u2028b\n c".encode()})
+    assert open_source(str(path)).read(0, 3).captions == ("a b", "c")
 
 
 def test_an_unpacked_edm_folder_has_its_labels(tmp_path):

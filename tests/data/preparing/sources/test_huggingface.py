@@ -11,6 +11,7 @@ from PIL import Image
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.preparing.catalogue import open_source
 from speed_engine.data.preparing.prepare import PictureOptions, make
+from speed_engine.runtime.checks import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +71,17 @@ def test_numbers_are_labels_and_strings_captions(tmp_path):
     assert source.classes == () and source.read(0, 3).captions == ("x",)
     with pytest.raises(ValueError, match="there is no caption"):
         source.read(2, 3)
+
+
+def test_a_missing_label_is_an_error_and_an_empty_caption_is_left_out(tmp_path):
+    kinds = ([None, 0, 1], datasets.ClassLabel(names=["cat", "dog"]))
+    texts = ([["", "a dog"], ["x"], ["y"]], datasets.List(datasets.Value("string")))
+    dataset(label=kinds, text=texts).save_to_disk(tmp_path / "saved")
+    source = open_source(f"hf:{tmp_path / 'saved'}")
+    with pytest.raises(UserError, match="there is no label"):
+        source.read(0, 3)
+    dataset(text=texts).save_to_disk(tmp_path / "told")
+    assert open_source(f"hf:{tmp_path / 'told'}").read(0, 3).captions == ("a dog",)
 
 
 def test_pictures_alone_are_one_class(tmp_path):

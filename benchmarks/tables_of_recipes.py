@@ -222,6 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "candidates": candidates,
     "ladder_cifar": partial(ladder, "cifar16"),
     "gains_digits": partial(gains, "digits-decay"),
+    "gains_cifar": partial(gains, "cifar16-decay"),
     "ladder_digits": partial(ladder, "recipe-digits"),
     "proofs": proofs,
 }

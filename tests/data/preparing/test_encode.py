@@ -21,6 +21,7 @@ from speed_engine.encoders.text import TextEncoder
 from speed_engine.encoders.vae import decode_latents
 
 ROOT = Path(__file__).parents[3]
+KILLED = Path(__file__).parent / "killed.py"
 CPU = torch.device("cpu")
 # Its annotations say less than it takes and gives.
 AutoencoderKL: Any = importlib.import_module("diffusers").AutoencoderKL
@@ -169,24 +170,6 @@ def test_captions_that_are_cut_are_counted(text_encoder, tmp_path, caplog):
     assert "1 captions were longer" in caplog.text
 
 
-KILLED = """
-import os, signal, sys
-from speed_engine import cli
-from speed_engine.runtime.progress import SampleProgress
-
-goal, done = int(sys.argv[1]), 0
-
-def advance(self, samples):
-    global done
-    done += samples
-    if done >= goal:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-SampleProgress.advance = advance
-cli.main(["shards", *sys.argv[2:]])
-"""
-
-
 def run(*command: str) -> int:
     paths = f"{ROOT}:{ROOT / 'kernels'}"
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
@@ -199,7 +182,7 @@ def test_killed_and_continued_by_two_ranks_the_result_is_that_of_one(
 ):
     options = [f"--vae={vae}", f"--text-encoder={text_encoder}", "--batch-size=3"]
     encoding = ["encode", str(shards), str(tmp_path / "killed"), *options]
-    assert run("-c", KILLED, "4", *encoding) == -signal.SIGKILL
+    assert run(str(KILLED), "4", *encoding) == -signal.SIGKILL
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     assert run("-m", *launcher, "-m", "speed_engine", "shards", *encoding) == 0
     models = LatentEncoder(str(vae), CPU), TextEncoder(str(text_encoder), CPU)

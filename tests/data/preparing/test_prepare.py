@@ -27,6 +27,7 @@ from speed_engine.data.preparing.summary import summarise
 from speed_engine.runtime.checks import UserError
 
 ROOT = Path(__file__).parents[3]
+KILLED = Path(__file__).parent / "killed.py"
 SMALL = PictureOptions(size=8, samples_per_shard=5)
 
 
@@ -76,24 +77,6 @@ def test_the_number_of_workers_changes_nothing(pictures, tmp_path):
     assert files(tmp_path / "1") == files(tmp_path / "3")
 
 
-KILLED = """
-import os, signal, sys
-from speed_engine import cli
-from speed_engine.runtime.progress import SampleProgress
-
-goal, done = int(sys.argv[1]), 0
-
-def advance(self, samples):
-    global done
-    done += samples
-    if done >= goal:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-SampleProgress.advance = advance
-cli.main(["shards", *sys.argv[2:]])
-"""
-
-
 @pytest.mark.long
 def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(pictures, tmp_path):
     options = ["--size", "300", "--samples-per-shard", "2", "--workers", "2"]
@@ -101,7 +84,7 @@ def test_killed_in_the_middle_and_run_again_the_result_is_the_same_to_the_byte(p
 
     def run(out: str, goal: int) -> subprocess.CompletedProcess:
         """Killed when so many samples are there."""
-        command = [sys.executable, "-c", KILLED, str(goal), "make", str(pictures)]
+        command = [sys.executable, str(KILLED), str(goal), "make", str(pictures)]
         return subprocess.run(
             [*command, str(tmp_path / out), *options],
             env=environment,

@@ -111,9 +111,9 @@ class Plan:
         seeds: how many, from the configuration's on.
         learning_rates: grid that each contestant's is chosen from; empty keeps the configured one.
         solver_steps: the final models are also measured with so many.
-        budget_seconds: of training, in place of the configured steps; these then say only how far
-            evaluations are apart.
-        called: the command that compares.
+        budget_seconds: of training, in place of the configured steps; the number of evaluations
+            stays.
+        called: the command or call that compares, for the report.
     """
 
     config: TrainConfig
@@ -366,7 +366,7 @@ class Comparison:
                 f"{self.out} holds {', '.join(there)} of something else than a comparison, which "
                 "would be replaced; name another folder with --out."
             )
-        if not any((self.out / kind).exists() for kind in (TUNING, RUNS)):
+        if not any((self.out / name).exists() for name in (TUNING, RUNS, RESULTS_FILE)):
             self.out.mkdir(parents=True, exist_ok=True)
             text = (json.dumps(now, indent=2) + "\n").encode()
             if not path.exists() or path.read_bytes() != text:

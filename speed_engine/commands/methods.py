@@ -85,7 +85,7 @@ def _check_alone(command: MethodsCommand) -> None:
 def _of_run(run: Path, figures: Path | None, console: Console) -> None:
     """The losses of its checkpoints, by area as a table and by timestep as a picture."""
     config = read_config(run)
-    newest_checkpoint(run)  # there is one
+    newest_checkpoint(run)  # refuses a run that has none
     process, device = build_process(config), torch_device(config.device)
     validation = build_validation(config, process)
     curves: dict[str, Tensor] = {}

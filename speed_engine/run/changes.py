@@ -68,7 +68,7 @@ def record(changes: dict[str, list[Any]], folder: Path, step: int) -> None:
 
 
 def _finite(changes: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """As JSON can hold them: infinity, which no clipping is, as its text."""
+    """As JSON can hold them: infinity, such as that of no clipping, as its text."""
     return {
         name: [str(value) if value in (math.inf, -math.inf) else value for value in values]
         for name, values in changes.items()

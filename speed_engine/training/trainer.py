@@ -249,13 +249,17 @@ class Trainer:
     def _fire(self, stopping: bool) -> bool:
         """What is due after a step; whether to stop, which may be asked for meanwhile."""
         loop = self.loop
-        saves = self._is_due(loop.checkpoint_every)
+        saves = stopping or self._is_due(loop.checkpoint_every)
         try:
             if self._is_due(loop.log_every):
                 self._log()
-        finally:  # where nobody reads what is printed, printing ends the process
-            if saves or stopping:
+        except SystemExit:  # rich's, where nobody reads what is printed any more
+            if saves:
                 self._checkpoint()
+                self.checkpoints.wait()
+            raise
+        if saves:
+            self._checkpoint()
         if stopping or not self._is_due(loop.evaluate_every):
             return stopping
         finished = self._evaluate()

@@ -248,6 +248,17 @@ def test_metrics_are_a_table(run):
     assert all(r["loss"] > 0 for r in of_training)
 
 
+def test_a_comparison_is_told_the_call_that_makes_it_again(tmp_path, monkeypatch):
+    told = []
+    run = lambda command, console, called: told.append(called) or tmp_path
+    monkeypatch.setattr("speed_engine.api.comparison.run_comparison", run)
+    se.compare("digits", ["uniform"], seeds=2, learning_rates=[1e-3], model={"depth": 1})
+    assert told == [
+        "speed_engine.compare('digits', ['uniform'], seeds=2, evaluations=10, "
+        "learning_rates=[0.001], final_solver_steps=[8, 50], model={'depth': 1})"
+    ]
+
+
 def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[:2]))

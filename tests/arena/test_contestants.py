@@ -172,6 +172,9 @@ def test_what_was_measured_under_a_plan_that_was_given_up_is_measured_anew(tmp_p
     longer = dataclasses.replace(plan, budget_seconds=2.0)
     Comparison(longer, tmp_path, 1, 1, Console(quiet=True))
     assert not any(path.exists() for path in left)
+    (tmp_path / "results.json").touch()  # of runs that were deleted since
+    with pytest.raises(UserError, match="budget_seconds was 2.0, is 1.0"):
+        Comparison(plan, tmp_path, 1, 1, Console(quiet=True))
 
 
 def test_a_reference_decides_in_place_of_the_parts_of_the_data():

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +82,14 @@ def test_a_rehearsal_compares_no_images(tmp_path):
 
 
 @pytest.mark.parametrize("steps", [COMPILE_PAYS_ON_CPU, COMPILE_PAYS_ON_CPU - 1])
-def test_a_rehearsal_compiles_as_the_long_run_does(tmp_path, steps):
+def test_a_rehearsal_compiles_as_the_long_run_does(steps):
     chosen = compiled_as_chosen(replace(BASE, steps=steps, device="cpu"))
     assert chosen.compile == ("on" if steps >= COMPILE_PAYS_ON_CPU else "off")
+
+
+@pytest.mark.parametrize("fits, compiled", [(None, "graphs"), (8, "blocks")])
+def test_graphs_that_the_memory_is_too_small_for_are_not_rehearsed(monkeypatch, fits, compiled):
+    chosen = SimpleNamespace(compile=SimpleNamespace(value="graphs"))
+    monkeypatch.setattr("speed_engine.arena.rehearsal.machine_choices", lambda config: chosen)
+    monkeypatch.setattr("speed_engine.arena.rehearsal.images_that_fit", lambda *_, resident: fits)
+    assert compiled_as_chosen(BASE).compile == compiled

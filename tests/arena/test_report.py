@@ -175,6 +175,13 @@ def test_the_report_names_its_data_and_how_learning_rates_were_chosen(tmp_path, 
         assert ("learning rate of each is that of the configuration." in text) == (not tuned)
 
 
+def test_the_name_of_a_data_set_is_text(tmp_path):
+    results = comparison({"uniform": 1.0, "p2": 2.0})
+    config = results.config | {"data": {"source": "/data/a<b>*c*"}}
+    _, page = report(dataclasses.replace(results, config=config), tmp_path)
+    assert page.startswith(r"# a\<b\>\*c\*: 2 methods at")
+
+
 def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
     results = comparison({"uniform": 1.0, "uniform@flow": 3.0, "p2@flow": 6.0, "p2@edm": 1.0})
     found = summary.against_own_uniform(results)

@@ -233,6 +233,12 @@ def test_a_repair_list_is_of_the_training_data_alone(tmp_path):
     assert len(open_data(run.data)) == 7 and len(open_data(run.data, part="held_out")) == 16
 
 
+def test_of_two_sources_the_last_one_is_looked_up(tmp_path):
+    grey, coloured = (write_pictures(tmp_path / mode, mode) for mode in ("L", "RGB"))
+    data = parsed("dit-s", "--data.source", coloured, "--data.source", grey)
+    assert (data.source, data.image_shape) == (str(grey), (1, 16, 12))
+
+
 def test_options_may_need_what_the_record_knows(tmp_path):
     latents = [np.zeros((8, 4, 6), np.float16)] * 8
     folder = write(tmp_path / "x", latents, [0, 1] * 4, {"latent_scale": 0.2})

@@ -120,6 +120,16 @@ def test_a_run_that_fails_leaves_no_flags(monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled() and WORKSPACE not in os.environ
 
 
+def test_a_caller_who_asked_for_warnings_only_has_them_again():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(True):
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_xformers_is_not_promised_to_be_deterministic():
     with pytest.raises(UserError, match="attention=xformers.*choose sdpa"):
         TrainConfig(deterministic=True, attention="xformers")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from speed_engine.runtime import memory
 from speed_engine.runtime.checks import UserError
 from speed_engine.runtime.machine import choose_host_memory
 from speed_engine.runtime.memory import check_memory, keep_freed_memory
@@ -38,6 +39,18 @@ def test_large_tensors_are_made_of_memory_that_was_freed_before():
     assert returned > 50  # else there is nothing to gain; many more where pages are small
     assert kept < returned / 10
     assert choose_host_memory().value == "kept"
+
+
+def test_an_older_glibc_is_asked_for_less(monkeypatch):
+    asked = []
+
+    def mallopt(threshold, size):
+        asked.append((threshold, size))
+        return int(threshold != memory._MMAP_THRESHOLD or size <= 2**25)
+
+    monkeypatch.setattr(memory, "_mallopt", lambda: mallopt)
+    assert keep_freed_memory()
+    assert asked == [(-3, 2**30), (-3, 2**25), (-1, 2**30)]
 
 
 def test_another_c_library_keeps_nothing(monkeypatch):

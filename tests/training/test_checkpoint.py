@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import states
@@ -271,6 +273,21 @@ def test_a_checkpoint_deleted_while_it_is_read_makes_way_for_a_newer_one(
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 
+def test_the_newest_that_is_deleted_while_it_is_verified_makes_way(monkeypatch, tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step, keep=2)
+    describe = checkpoint.describe
+
+    def deleted(path):
+        if path.parent.name == "step-00000002":
+            shutil.rmtree(path.parent)
+            path.stat()
+        return describe(path)
+
+    monkeypatch.setattr(checkpoint, "describe", deleted)
+    assert checkpoint.newest(tmp_path).name == "step-00000001"
+
+
 def test_an_average_of_several_checkpoints_holds_while_a_run_prunes_the_older_ones(
     monkeypatch, tmp_path
 ):
@@ -332,5 +349,19 @@ def test_weights_to_start_from_hold_while_their_run_prunes(monkeypatch, tmp_path
     monkeypatch.setattr(checkpoint, "load_group", pruned_meanwhile)
     _load_weights(model, tmp_path)
     assert calls == ["step-00000002", "step-00000001"]
+    for now, was in zip(model.parameters(), trained.parameters(), strict=True):
+        assert torch.equal(now, was + 1)
+
+
+def test_all_processes_start_from_the_weights_that_the_first_one_chose(tmp_path):
+    config = TrainConfig(model=DiTConfig(dim=16, depth=1, num_heads=2), device="cpu")
+    model, trained = build_model(config), build_model(config)
+    (tmp_path / "config.json").write_text(to_json(config))
+    for step in (1, 2):
+        average = {f"ema/{k}": v + step for k, v in trained.state_dict().items()}
+        write(tmp_path / "checkpoints", step, average, keep=2)
+    answers = iter([False, str(tmp_path / "checkpoints/step-00000001")])  # not whole; where it is
+    world: Any = SimpleNamespace(size=2, from_first=lambda _: next(answers))
+    _load_weights(model, tmp_path, world)
     for now, was in zip(model.parameters(), trained.parameters(), strict=True):
         assert torch.equal(now, was + 1)

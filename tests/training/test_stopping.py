@@ -22,10 +22,14 @@ from speed_engine.evaluation import evaluator as evaluator_module
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.models.config import DiTConfig
+from speed_engine.run.folder import newest_checkpoint
 from speed_engine.run.starting import resume, start
+from speed_engine.runtime.progress import TrainingProgress
 from speed_engine.runtime.records import read_records
 from speed_engine.runtime.stopping import StopRequest
+from speed_engine.runtime.watchdog import PATIENT, Watchdog
 from speed_engine.runtime.world import ALONE
+from speed_engine.training.checkpoint import Checkpoints
 from speed_engine.training.engine import Engine
 
 CONFIG = TrainConfig(
@@ -62,6 +66,36 @@ def test_a_signal_is_remembered_where_nobody_reads_what_is_said(monkeypatch):
     with StopRequest(ALONE, torch.device("cpu")) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal is signal.SIGTERM
+
+
+def test_a_checkpoint_is_complete_where_nobody_reads_what_is_logged(monkeypatch, tmp_path):
+    """rich ends the process then."""
+
+    def gone(*_):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(TrainingProgress, "figures", gone)
+    config = dataclasses.replace(CONFIG, checkpoint_every=4, log_every=4)
+    with pytest.raises(SystemExit):
+        start(config, tmp_path / "run", Console(quiet=True))
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000004"
+
+
+def test_what_may_take_long_is_said_to_the_watchdog(monkeypatch, tmp_path):
+    said: list[str] = []
+    monkeypatch.setattr(Watchdog, "doing", lambda _, step, what: said.append(what))
+    wait = Checkpoints.wait
+
+    def waits(checkpoints):
+        said.append("waits")
+        wait(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "wait", waits)
+    data = dataclasses.replace(CONFIG.data, resident="on")
+    start(dataclasses.replace(CONFIG, data=data), tmp_path / "run", Console(quiet=True))
+    assert said[0] == "reading the data set" and said.count("reading the data set") == 1
+    before = {said[i - 1] for i, what in enumerate(said) if what == "waits"}
+    assert before == {"evaluating", "saving"} and before <= set(PATIENT)
 
 
 def asked_to_stop(number: signal.Signals) -> None:

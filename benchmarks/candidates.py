@@ -35,6 +35,7 @@ from speed_engine.models import dit, families
 from speed_engine.models.dit import DiT
 from speed_engine.models.layers.attention import SelfAttention
 from speed_engine.models.layers.feed_forward import FeedForward
+from speed_engine.models.layers.fused import Maps
 from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.ops import normal
 from speed_engine.training import muon, optimizers
@@ -176,7 +177,7 @@ class Normed(muon.Muon):
 
     def __init__(self, weights: Any, **options: Any) -> None:
         super().__init__(weights, **options)
-        for weight in self._parts:
+        for weight in self._maps:
             self.state[weight]["square"] = torch.zeros_like(weight.flatten(1)[:, :1])
 
     def _orthogonal(self, weights: list[Tensor], ahead: Any) -> list[Tensor]:
@@ -217,29 +218,12 @@ def _objective(kind: type[Objective]) -> None:
 def _without_modulation() -> None:
     """AdamW trains what maps the condition to shifts, scales and gates."""
 
-    def matrices(model: nn.Module) -> list[tuple[Tensor, int]]:
+    def matrices(model: nn.Module) -> list[tuple[Tensor, Maps]]:
         left = {id(of) for name, of in model.named_parameters() if "adaLN" in name}
         found = muon.hidden_matrices(model)
-        return [(weight, parts) for weight, parts in found if id(weight) not in left]
+        return [(weight, maps) for weight, maps in found if id(weight) not in left]
 
     optimizers.hidden_matrices = matrices
-
-
-def _by_head() -> None:
-    """Queries, keys and values are as many maps as there are heads."""
-
-    def matrices(model: nn.Module) -> list[tuple[Tensor, int]]:
-        attention = [of for of in model.modules() if isinstance(of, SelfAttention)]
-        heads = {id(of.qkv.weight): of.num_heads for of in attention}
-        found = muon.hidden_matrices(model)
-        return [(weight, parts * heads.get(id(weight), 1)) for weight, parts in found]
-
-    optimizers.hidden_matrices = matrices
-
-
-def _heads_of_least_error() -> None:
-    _by_head()
-    _quintics(*muon.NEAREST)
 
 
 def _quintics(*of: muon.Quintic) -> None:
@@ -276,23 +260,17 @@ CANDIDATES = {
     "two_nearest_modern": Candidate("that, QK-norm, rotary positions, SwiGLU",
                                     _optimizer(weight_decay=0.1) | MODERN,
                                     partial(_quintics, *TWO)),
-    "heads_decay": Candidate("weight decay 0.1, three of least error, q, k and v by head",
-                             _optimizer(weight_decay=0.1), _heads_of_least_error),
     "no_modulation": Candidate("Muon without adaLN's matrices", put=_without_modulation),
     "three_steps": Candidate("three Newton-Schulz steps", put=partial(_quintics, *muon.STEEP[:3])),
     "both": Candidate("both of these", put=_lean),
     "lean_modern": Candidate("both, weight decay 0.1, QK-norm, rotary positions, SwiGLU",
                              _optimizer(weight_decay=0.1) | MODERN, _lean),
-    "momentum_90": Candidate("Muon's momentum 0.9", _optimizer(muon_momentum=0.9)),
     "beta2_99": Candidate("AdamW's beta2 0.99", _optimizer(beta2=0.99)),
     "rate_32": Candidate("Muon's rate 0.032, AdamW's 0.016",
                          _optimizer(learning_rate=0.032, adamw_learning_rate=0.016)),
     "normed": Candidate("updates of even rows (NorMuon)", put=partial(_optimizer_class, Normed)),
     "cosine": Candidate("a cosine to zero", _optimizer(schedule="cosine")),
-    "wsd": Candidate("a constant rate, to zero over the last 40 %",
-                     _optimizer(schedule="wsd", decay_share=0.4)),
     "speed_plus": Candidate("logit-normal around -0.5, stratified", {"method": "speed_plus"}),
-    "mode": Candidate("SD3's mode distribution", {"method": "mode"}),
     "modern": Candidate("QK-norm, rotary positions, SwiGLU", MODERN),
     "value_residual": Candidate("values of the first block in all (value residual)",
                                 put=_value_residual),
@@ -306,8 +284,7 @@ CANDIDATES = {
                           put=partial(_objective, Repeated)),
 }  # fmt: skip
 STEPS_DIFFER = (
-    "recipe", "adamw", "nearest_decay", "heads_decay", "no_modulation", "three_steps", "both",
-    "modern", "routed",
+    "recipe", "adamw", "nearest_decay", "no_modulation", "three_steps", "both", "modern", "routed",
 )  # fmt: skip
 
 # Steps of 128 images, the rate of Muon, and how images are generated, as in the reports.

@@ -98,7 +98,8 @@ def batches(
     if isinstance(workers, str):
         yield Resident(reader, shape, feed, cleaning, num_classes=classes)
         return
-    with Loader(reader, shape, feed, workers=workers, num_classes=classes) as loader:
+    pinned = device.type == "cuda"
+    with Loader(reader, shape, feed, workers=workers, num_classes=classes, pinned=pinned) as loader:
         yield map(cleaning.batch, on_device(loader, device))
 
 

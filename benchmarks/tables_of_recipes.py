@@ -1,7 +1,6 @@
 """Tables of comparisons, of tuning runs and of what was tried beside the recipe."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,7 +9,7 @@ from typing import Any
 from candidates import CANDIDATES, CASES
 from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
 from speed_engine.arena.speedup import LOSS, complete_runs
-from speed_engine.arena.summary import against, written, written_interval
+from speed_engine.arena.summary import against, against_in_loss, written, written_interval
 from table_rows import missing, result, rows
 
 COMPARISONS = Path(__file__).parent.parent / "docs" / "results"
@@ -36,7 +35,7 @@ def ladder(name: str) -> str:
             spread([end[LOSS] for end in ends]) if schedule[contestant] == "flow" else "–",
             times(results, contestant, lowest, "final"),
             times(results, contestant, below, "median"),
-            times(replace(results, metric=LOSS), contestant, below if same else None, "median"),
+            times(results, contestant, below if same else None, "median", by_loss=True),
         ])  # fmt: skip
         below = contestant
     head = ["", "written", results.title, "validation loss", "against the first row"]
@@ -56,19 +55,18 @@ def gains(name: str) -> str:
         ends = [run.points[-1].values for run in complete_runs(results, contestant).values()]
         cells = [spread([end[metric] for end in ends]) for metric in (results.metric, LOSS)]
         for axis in ("images", "seconds"):
-            for metric in (results.metric, LOSS):
-                seen = replace(results, metric=metric)
-                cells.append(times(seen, contestant, rungs[FLOW], "median", axis))
+            for by_loss in (False, True):
+                cells.append(times(results, contestant, rungs[FLOW], "median", axis, by_loss))
         if schedule[contestant] != "flow":
-            cells[1::2] = ["–"] * 3  # the loss of another target
+            cells[1] = "–"  # the loss of another target
         body.append([rung, *cells])
     head = ["", results.title, "validation loss", "images, by FID", "images, by loss"]
     return rows([*head, "seconds, by FID", "seconds, by loss"], body)
 
 
 # Data of the headline: the comparison, and the data in words.
-PROOFS = {"cifar16": "CIFAR-10 at 16 px", "recipe-digits": "digits at 8 px"}
-FLOW = "logit-normal times"  # the rung that ratios are given against
+PROOFS = {"cifar16-decay": "CIFAR-10", "digits-decay": "digits"}
+FLOW = "the flow with logit-normal times"  # the rung that ratios are given against
 
 
 def proofs() -> str:
@@ -83,15 +81,19 @@ def proofs() -> str:
         rungs = _rungs(results)
         for rung, contestant in rungs.items():
             runs = complete_runs(results, contestant).values()
-            flow = rungs[FLOW] if contestant != rungs[FLOW] else None
             cells[rung] = [
                 spread([run.points[-1].values[results.metric] for run in runs]),
-                times(results, contestant, flow, "median") if flow else "1",
+                *(
+                    times(results, contestant, rungs[FLOW], "median", by_loss=by_loss)
+                    if contestant != rungs[FLOW]
+                    else "1"
+                    for by_loss in (False, True)
+                ),
             ]
         columns.append(cells)
-        head += [f"{data}: FID", "times as fast as the flow"]
+        head += [f"{data}: FID", "times as fast", "by validation loss"]
     body = [
-        [rung, *(cell for of in columns for cell in of.get(rung, ["", ""]))]
+        [rung, *(cell for of in columns for cell in of.get(rung, [""] * 3))]
         for rung in RUNGS
         if any(rung in of for of in columns)
     ]
@@ -168,15 +170,17 @@ def _against(own: list[float], recipe: list[float]) -> str:
     return f"{fmean(own):.4g}" if own == recipe else f"{fmean(own):.4g} ({above:+.1f} %)"
 
 
-# What is changed: the method, the process, the optimizer and its weight decay of the contestant.
+# What is changed: the method, the process, the optimizer and its weight decay, and the block of the
+# contestant.
 RUNGS = {
-    "DDPM, uniform timesteps": ("uniform", "linear", "adamw", 0),
-    "DDPM, SpeeD": ("speed_paper", "linear", "adamw", 0),
-    "a rectified flow": ("uniform", "flow", "adamw", 0),
-    "logit-normal times": ("logit_normal", "flow", "adamw", 0),
-    "the same, weight decay 0.1": ("logit_normal", "flow", "adamw", 0.1),
-    "Muon": ("logit_normal", "flow", "muon", 0),
-    "Muon, weight decay 0.1": ("logit_normal", "flow", "muon", 0.1),
+    "DDPM, uniform timesteps": ("uniform", "linear", "adamw", 0, "original"),
+    "DDPM, SpeeD": ("speed_paper", "linear", "adamw", 0, "original"),
+    "a rectified flow, uniform times": ("uniform", "flow", "adamw", 0, "original"),
+    "the flow with logit-normal times": ("logit_normal", "flow", "adamw", 0, "original"),
+    "that, weight decay 0.1": ("logit_normal", "flow", "adamw", 0.1, "original"),
+    "that with Muon": ("logit_normal", "flow", "muon", 0, "original"),
+    "that with Muon, weight decay 0.1": ("logit_normal", "flow", "muon", 0.1, "original"),
+    "the last with the modern block": ("logit_normal", "flow", "muon", 0.1, "modern"),
 }
 
 
@@ -193,7 +197,8 @@ def _on_rung(results: Results, *rung: str | float) -> str | None:
         if options.keys() & {BUDGET, SEED_OFFSET}:
             continue
         by = options.get("optimizer.name", "adamw"), options.get("optimizer.weight_decay", 0)
-        if (contestant.method, contestant.schedule, *by) == rung:
+        block = options.get("model.variant", "original")
+        if (contestant.method, contestant.schedule, *by, block) == rung:
             return contestant.name
     return None
 
@@ -203,12 +208,19 @@ def spread(values: list[float]) -> str:
 
 
 def times(
-    results: Results, contestant: str, baseline: str | None, where: str, axis: str = "images"
+    results: Results,
+    contestant: str,
+    baseline: str | None,
+    where: str,
+    axis: str = "images",
+    by_loss: bool = False,
 ) -> str:
     """The speed-up to the other's final quality, or its median, with its interval."""
     if baseline is None or baseline == contestant:
         return "–"
-    found = against(results, baseline)
+    found = (against_in_loss if by_loss else against)(results, baseline)
+    if found is None or contestant not in found.by_images.keys() | found.missing.keys():
+        return "–"
     if contestant in found.missing:
         return "undecided"
     ratio = getattr(getattr(found, f"by_{axis}")[contestant], where)

@@ -20,7 +20,7 @@ from speed_engine.diffusion.conditions import (
     LowResolutionNoise,
 )
 from speed_engine.diffusion.fitted import Method
-from speed_engine.diffusion.grammar import read_spelling
+from speed_engine.diffusion.grammar import Spelling, Value, read_spelling
 from speed_engine.diffusion.learned_variance import SquaredErrorAndBound
 from speed_engine.diffusion.method import build_method, options_of
 from speed_engine.diffusion.objective import Objective, training_passes
@@ -33,7 +33,7 @@ from speed_engine.evaluation.conditions import (
     generation_texts,
 )
 from speed_engine.evaluation.evaluator import Evaluator
-from speed_engine.evaluation.references import real_images, validation_of
+from speed_engine.evaluation.references import RealImages, real_images, validation_of
 from speed_engine.evaluation.validation import IMAGES, Validation
 from speed_engine.models.families import Shape, build_network
 from speed_engine.models.layers.blocks import compile_each, compiled
@@ -66,6 +66,25 @@ def build_process(config: TrainConfig) -> Method:
     return build_method(spelling.method, schedule, config.prediction, seed=config.seed, **options)
 
 
+def spelled(config: TrainConfig) -> str:
+    """How a run is trained, as a comparison would spell it: method, process, target, optimizer.
+
+    Raises:
+        UserError: an unknown process.
+    """
+    method, optimizer = read_spelling(config.method), config.optimizer
+    process = build_schedule(config.schedule, config.num_timesteps)
+    options: dict[str, Value] = {
+        **method.options,
+        "optimizer.name": optimizer.name,
+        "optimizer.schedule": optimizer.schedule,
+    }
+    if optimizer.weight_decay:
+        options["optimizer.weight_decay"] = optimizer.weight_decay
+    target = config.prediction or process.prediction
+    return str(Spelling(method.method, options, config.schedule, target))
+
+
 def build_objective(
     config: TrainConfig, process: Method, model: nn.Module, store_noise: bool = False
 ) -> Objective:
@@ -85,7 +104,7 @@ def build_objective(
         LowResolutionNoise(config.low_resolution_noise),
     ]
     error = None
-    if config.model.learn_sigma:
+    if getattr(config.model, "learn_sigma", False):  # families of models need not have it
         error = SquaredErrorAndBound(process)
     return Objective(
         process, config.seed, network=model, changes=changes, error=error, store_noise=store_noise
@@ -165,10 +184,10 @@ def settle_operators(
     Raises:
         UserError: kernels are demanded and fail, or attention does not run.
     """
-    settle_kernels(kernels, device.type, world)
-    if device.type == "cuda":
+    if device.type == "cuda":  # before the kernels, whose trials call attention, too
         dtype = COMPUTE_DTYPES[device.type]
         settle_attention(attention_shapes(config), device, dtype, quiet=not world.is_first)
+    settle_kernels(kernels, device.type, world)
 
 
 def build_engine(
@@ -263,13 +282,18 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         settings.num_images * math.prod(shape),
         "lower it",
     )
+    device = torch_device(config.device, world)
     real, clip, texts = None, None, ()
     if settings.features != "none":
-        real = real_images(config.data, settings, shape)
+        made: list[RealImages] = []
+        on_gpu = device.type == "cuda"
+        # The first one reads all images to train a classifier, and the others find what it kept.
+        world.from_first(lambda: made.append(real_images(config.data, settings, shape, on_gpu)))
+        real = made[0] if made else real_images(config.data, settings, shape, on_gpu)
         if world.is_first and (doubt := real.extractor.doubt()):
             log.warning("%s", doubt)
     if "clip" in settings.metrics and settings.clip_model is not None:
-        clip = ClipScore(settings.clip_model, torch_device(config.device))
+        clip = ClipScore(settings.clip_model, device)
         texts = generation_texts(config.data, settings.num_images)
     return Evaluator(
         table=process.table,
@@ -289,6 +313,7 @@ def build_evaluator(config: TrainConfig, process: Method, world: World = ALONE) 
         decode=decode,
         validation=build_validation(config, process, world) if "loss" in settings.metrics else None,
         num_images=settings.num_images,
+        batch_size=settings.batch_size,
         seed=config.seed,
         world=world,
     )

@@ -1,7 +1,7 @@
 """Configuration of one run: frozen dataclasses, checked when they are made, stored as JSON.
 
-Every field is an option of ``speed-engine train`` and says its unit. Configuration stops at
-``train.py``: classes below it take plain arguments.
+Every field is an option of ``speed-engine train`` and says its unit. ``build.py`` makes the objects
+of a run from it.
 """
 
 import dataclasses
@@ -203,6 +203,7 @@ class TrainConfig:
         data, named = self.data, " ".join(self.evaluation.metrics)
         there = {
             "held_out": data.holds_out,
+            "labels": "cls" in data.members or self.evaluation.features != "classifier",
             "texts": any(member.startswith("tokens") for member in data.members),
             "images": not data.latents or data.vae is not None,
             "training": self.evaluation.reference is None,
@@ -210,6 +211,7 @@ class TrainConfig:
         remedy = {
             "held_out": "images that were never trained on; set data.held_out, such as to 0.1, or "
             "data.test_source",
+            "labels": "a model that is conditioned on classes (cls among data.members)",
             "texts": "a model that is conditioned on texts (tokens.npy among data.members)",
             "images": "pictures; set data.vae to decode latents",
             "training": "the pictures that are trained on; leave evaluation.reference out",
@@ -295,7 +297,7 @@ def _checked(values: dict[str, Any]) -> TrainConfig:
         config = strict.read(TrainConfig, _of_this_version(values))
     except RecursionError:
         raise _too_deep() from None
-    check_names(config)
+    _check_known(config)
     return config
 
 
@@ -373,12 +375,23 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse names that there are not.
+    """Refuse names that there are not, and a learned variance that the process does not have.
 
     Raises:
         UserError: of the method or its options, the solver, the process, the prediction, the
-            optimizer or an average.
+            optimizer or an average; or the variance cannot be learned.
     """
+    _check_known(config)
+    # Not in what is one layer of a configuration: the next one may leave the variance out.
+    if getattr(config.model, "learn_sigma", False):
+        from speed_engine.diffusion.learned_variance import check_learned_variance
+        from speed_engine.diffusion.processes import build_schedule
+
+        schedule = build_schedule(config.schedule, config.num_timesteps)
+        check_learned_variance(schedule, config.prediction or schedule.prediction)
+
+
+def _check_known(config: TrainConfig) -> None:
     # Not at the top: they need torch, which the command line starts without.
     from speed_engine.diffusion.method import check_options
     from speed_engine.diffusion.prediction import PREDICTIONS

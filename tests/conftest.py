@@ -61,30 +61,38 @@ def poison_uninitialised_memory(monkeypatch):
 
 
 @pytest.fixture
-def two_processes(tmp_path) -> Callable[[Path], str]:
-    """Run a script as ranks 0 and 1, kernels in the interpreter; what rank 0 prints.
+def processes(tmp_path) -> Callable[[Path, int], str]:
+    """Run a script as ranks 0, 1, ..., kernels in the interpreter; what rank 0 prints.
 
-    The arguments of the script are its rank and the path of a store, through which they meet.
+    The arguments of the script are its rank, the path of a store, through which they meet, and
+    how many they are.
     """
 
-    def run(script: Path) -> str:
+    def run(script: Path, size: int) -> str:
         paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels"))
-        processes = [
+        arguments = str(tmp_path / "store"), str(size)
+        started = [
             subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(tmp_path / "store")],
+                [sys.executable, str(script), str(rank), *arguments],
                 env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(2)
+            for rank in range(size)
         ]
         try:
-            said = [process.communicate(timeout=600) for process in processes]
+            said = [process.communicate(timeout=600) for process in started]
         finally:
-            for process in processes:  # one that waits for the other outlives it
+            for process in started:  # one that waits for the other outlives it
                 process.kill()
-        assert [process.returncode for process in processes] == [0, 0], said
+        assert [process.returncode for process in started] == [0] * size, said
         return said[0][0]
 
     return run
+
+
+@pytest.fixture
+def two_processes(processes) -> Callable[[Path], str]:
+    """Run a script as ranks 0 and 1."""
+    return lambda script: processes(script, 2)

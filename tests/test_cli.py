@@ -85,7 +85,7 @@ def test_an_interrupt_that_a_callback_loses_is_sent_again(capfd, monkeypatch):
         reference = weakref.ref(held, loses)
         del held
         assert reference() is None
-        time.sleep(5)
+        time.sleep(600)
 
     monkeypatch.setattr(doctor, "run", long_command)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
@@ -227,6 +227,22 @@ def test_bad_options_are_named(capsys, tmp_path, monkeypatch, options, message):
     run = tmp_path / "run"
     assert message in fails(capsys, "train", "digits", "--run", str(run), *options)
     assert not run.exists()
+
+
+@pytest.mark.parametrize("preset", ["ffhq-dit-xl2", "ffhq-unet", "imagenet256-mdt-s2"])
+def test_a_variance_that_a_recipe_cannot_learn_is_refused_with_the_option_that_leaves_it_out(
+    capsys, tmp_path, preset
+):
+    arguments = ["train", preset, "--recipe", "flow_muon"]
+    path = tmp_path / "mine.toml"
+    for what in (["--dry-run"], ["--save-config", str(path)]):
+        message = fails(capsys, *arguments, *what)
+        assert "prediction epsilon, not velocity; train without it by --model.no-learn" in message
+    assert "schedule 'vp' is none: train without it by --model.no-learn-sigma." in fails(
+        capsys, "train", preset, "--schedule", "vp", "--dry-run"
+    )
+    cli.main([*arguments, "--model.no-learn-sigma", "--save-config", str(path)])
+    assert "learn_sigma = false" in path.read_text()
 
 
 def test_shards_that_do_not_fit_are_named(capsys, tmp_path):
@@ -384,7 +400,10 @@ def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
         (["train", "digits", "--learning-rate", "1e-4"], "--optimizer.learning-rate"),
         (["train", "digits", "--num_workers", "2"], "--data.workers"),
         (["train", "digits", "--guidance-scale", "2"], "--evaluation.guidance"),
-        (["train", "digits", "--epochs", "2"], "--steps"),
+        (
+            ["sample", "runs/x", "--num-inference-steps", "9"],
+            "--solver-steps, which counts model evaluations",
+        ),
         (["train", "digits", "--out", "x"], "--run"),
         (["train", "digits", "--run-dir", "x"], "--run"),
         (["train", "digits", "--run_name", "x"], "--run"),
@@ -403,6 +422,11 @@ def test_the_help_of_a_command_names_its_arguments_and_hides_empty_defaults(
 )
 def test_an_option_by_the_name_of_other_programs_is_understood(capsys, arguments, meant):
     assert f"did you mean {meant}?" in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--gradient-accumulation-steps"])
+def test_a_number_that_means_something_else_here_is_not_taken_for_ours(capsys, option):
+    assert "did you mean" not in fails(capsys, "train", "digits", option, "2")
 
 
 def test_the_family_of_models_is_no_option_and_the_message_says_what_chooses_it(capsys):
@@ -431,7 +455,7 @@ def test_the_methods_are_listed_as_they_are_spelled(capsys):
     shown = capsys.readouterr().out
     assert "min_snr+gamma=5: Min-SNR weighting" in shown
     assert (
-        "+stratified=None+normalised=None+weight_on=definition+max_weight=inf+weigh_bound=False"
+        "+stratified=None+normalised=False+weight_on=definition+max_weight=inf+weigh_bound=False"
         in shown
     )
 
@@ -443,6 +467,17 @@ def test_a_run_is_named_after_its_method_in_letters_that_shells_leave_alone(monk
     )
     cli.main(["train", "digits", "--method", "speed_paper+lam=0.70+k=3.0", "--seed", "4"])
     assert started == [Path("runs/digits-speed_paper-k=3-lam=0.7-4")]
+
+
+def test_runs_of_recipes_of_one_method_are_named_after_the_recipe(monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "speed_engine.run.starting.start", lambda config, folder, _: started.append(folder)
+    )
+    for options in (["flow"], ["flow_muon"], ["flow", "--method", "speed_paper+k=3"]):
+        cli.main(["train", "digits", "--recipe", *options])
+    expected = ["digits-flow-0", "digits-flow_muon-0", "digits-flow-speed_paper-k=3-0"]
+    assert started == [Path("runs") / name for name in expected]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")

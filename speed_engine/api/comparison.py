@@ -59,6 +59,7 @@ def compare(
     folder: str | Path | None = None,
     *,
     seeds: int = 5,
+    budget_seconds: float | None = None,
     evaluations: int = 10,
     learning_rates: Sequence[float] = (),
     final_solver_steps: Sequence[int] = (8, 50),
@@ -78,6 +79,9 @@ def compare(
             the method of ``config``. The baselines that speed-ups refer to are added.
         folder: of the comparison. By default comparisons/NAME.
         seeds: number of runs of each method.
+        budget_seconds: of training, in place of ``steps``: short runs measure each method's speed
+            first, and every run trains on as many images as its method is expected to reach in
+            that time.
         evaluations: of each run, at equal distances.
         learning_rates: of which each method uses its best. By default that of ``config``.
         final_solver_steps: numbers of model evaluations with which the final models are measured.
@@ -117,6 +121,7 @@ def compare(
         config=changed,
         methods=None if methods is None else ",".join(names),
         seeds=seeds,
+        budget_seconds=None if budget_seconds is None else float(budget_seconds),
         evaluations=evaluations,
         learning_rates=tuple(rates),
         final_solver_steps=tuple(final_solver_steps),
@@ -125,6 +130,7 @@ def compare(
     )
     settings = {
         "seeds": seeds,
+        **({} if budget_seconds is None else {"budget_seconds": budget_seconds}),
         "evaluations": evaluations,
         "learning_rates": rates,
         "final_solver_steps": [*final_solver_steps],

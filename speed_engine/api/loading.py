@@ -31,6 +31,7 @@ def load(
     source: str | Path,
     *,
     average: str = EMA,
+    checkpoint: int | None = None,
     device: Device = "auto",
     revision: str | None = None,
     token: str | bool | None = None,
@@ -38,16 +39,18 @@ def load(
     """Load a trained model.
 
     Args:
-        source: the folder of a run, of which the newest checkpoint counts; a folder that
-            ``Model.save_pretrained`` wrote; or OWNER/NAME of a model on the Hugging Face hub.
+        source: the folder of a run, a folder that ``Model.save_pretrained`` wrote, or OWNER/NAME of
+            a model on the Hugging Face hub.
         average: of a run: which EMA of the parameters, ``ema`` or one that its
             ``optimizer.averages`` names.
+        checkpoint: of a run: the step of the checkpoint, one of those that it keeps. By default the
+            newest.
         device: where to compute; auto takes a GPU if there is one.
         revision: of a model on the hub: branch, tag or commit. By default main.
         token: of the hub. By default the one of ``hf auth login``.
 
     Raises:
-        UserError: there is no such folder or model, a run has no checkpoint, or a file is damaged.
+        UserError: there is no such folder, model or checkpoint, or a file is damaged.
 
     Examples:
         >>> model = se.load("runs/mine")
@@ -63,19 +66,22 @@ def load(
             )
         folder = _fetch(str(source), revision, token)
     if not (folder / FACTS).is_file():
-        return of_run(folder, average, device)
-    if average != EMA:
+        return of_run(folder, average, device, checkpoint)
+    if average != EMA or checkpoint is not None:
+        asked = f"average={average!r}" if checkpoint is None else f"checkpoint={checkpoint}"
         raise UserError(
-            f"average={average!r}: {source} is a saved model, which has one set of parameters; "
-            "load the run, or save the model of that average."
+            f"{asked}: {source} is a saved model, which has one set of parameters; load the run, "
+            "or save the model of that one."
         )
     return _saved(folder, device)
 
 
-def of_run(run: Path, average: str = EMA, device: Device = "auto") -> Model:
-    """The model of a run's newest checkpoint; see ``load``."""
+def of_run(
+    run: Path, average: str = EMA, device: Device = "auto", asked_step: int | None = None
+) -> Model:
+    """The model of a run's checkpoint, by default the newest; see ``load``."""
     config = read_config(run)
-    network, step = load_average(run, config, torch_device(device), average)
+    network, step = load_average(run, config, torch_device(device), average, asked_step)
     dataset = known_dataset(config.data)
     has_classes = "labels" in condition_names(config.data)
     metadata = {} if dataset is None else dataset.metadata

@@ -12,7 +12,7 @@ from speed_engine.arena.recipes import RecipeName
 from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
-from speed_engine.config import TrainConfig, with_values
+from speed_engine.config import TrainConfig, check_names, with_values
 from speed_engine.run import starting
 from speed_engine.run.folder import read_config
 from speed_engine.runtime.progress import announcing
@@ -58,21 +58,24 @@ class Run:
         read_config(Path(self.folder))  # refuses what is no run
         return read_records(Path(self.folder))
 
-    def model(self, average: str = EMA, *, device: Device = "auto") -> Model:
-        """The model of the newest checkpoint.
+    def model(
+        self, average: str = EMA, *, checkpoint: int | None = None, device: Device = "auto"
+    ) -> Model:
+        """The model of a checkpoint.
 
         Args:
             average: which EMA of the parameters: ``ema``, or one of ``optimizer.averages``.
+            checkpoint: its step, one of those that the run keeps. By default the newest.
             device: where to compute; auto takes a GPU if there is one.
 
         Raises:
-            UserError: the run has no checkpoint yet, or no such EMA.
+            UserError: the run has no such checkpoint, or none yet, or no such EMA.
 
         Examples:
             >>> se.Run("runs/mine").model().facts.step
             20
         """
-        return of_run(Path(self.folder), average, device)
+        return of_run(Path(self.folder), average, device, checkpoint)
 
     def resume(self, *, console: Console | None = None, **changes: Any) -> "Run":
         """Continue from the newest checkpoint, as ``speed-engine train --resume`` does.
@@ -108,7 +111,12 @@ class Run:
         return self
 
     def evaluate(
-        self, average: str = EMA, *, checkpoint: int | None = None, **changes: Any
+        self,
+        average: str = EMA,
+        *,
+        checkpoint: int | None = None,
+        vae: str | None = None,
+        **changes: Any,
     ) -> dict[str, Any]:
         """Measure a checkpoint, as ``speed-engine evaluate`` does, and record it.
 
@@ -117,6 +125,8 @@ class Run:
         Args:
             average: which EMA of the parameters.
             checkpoint: its step, one of those that the run keeps. By default the newest.
+            vae: the autoencoder that decodes latents, a diffusers AutoencoderKL as a folder or a
+                name on the Hugging Face hub. By default that of the run.
             changes: fields of the configuration's ``evaluation``, such as ``num_images=1000``.
 
         Returns:
@@ -130,7 +140,8 @@ class Run:
             >>> record["fid"] > 0
             True
         """
-        config = with_values(self.config, {"evaluation": changes})
+        data = {} if vae is None else {"vae": vae}
+        config = with_values(self.config, {"data": data, "evaluation": changes})
         return evaluate(Path(self.folder), config, average, checkpoint) or {}
 
 
@@ -147,9 +158,11 @@ def train(
     Args:
         config: the name of a preset, the path of a configuration file (.toml or .json), or a
             configuration.
-        folder: of the run; must not exist. By default runs/NAME-METHOD-SEED.
+        folder: of the run; must not exist. By default runs/NAME-METHOD-SEED, or
+            runs/NAME-RECIPE-SEED with a recipe.
         recipe: how it is trained, in place of what ``config`` says of method, process, target,
-            optimizer and the schedule of its rate; ``changes`` hold before it.
+            optimizer and the schedule of its rate; ``changes`` take precedence over it, and another
+            process among them brings its own target.
         console: where the progress is shown. By default standard output, or the notebook.
         changes: fields of the configuration in place of those of ``config``. A section is a
             mapping of its own fields: ``optimizer={"learning_rate": 2e-3}``.
@@ -173,7 +186,8 @@ def train(
     """
     start = origin(config, recipe=recipe)
     whole = start.config(changes)
-    place = run_folder(start.name, whole) if folder is None else Path(folder).expanduser()
+    check_names(whole)
+    place = run_folder(start.name, whole, recipe) if folder is None else Path(folder).expanduser()
     console = console or Console()
     with announcing(console):
         starting.start(whole, place, console)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from speed_engine.arena.bootstrap import Array
-from speed_engine.arena.results import Contestant, Results
+from speed_engine.arena.results import GAUSSIAN, Contestant, Results
 from speed_engine.arena.speedup import SpeedUp, Unit, complete_runs, stacked
 from speed_engine.runtime.checks import UserError
 
@@ -57,8 +57,8 @@ def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
             if results.metric in values:
                 axes.axhline(values[results.metric], color="0.6", linestyle=style, linewidth=1)
                 axes.annotate(
-                    name, (1, values[results.metric]), xycoords=("axes fraction", "data"),
-                    ha="right", va="bottom", fontsize=7, color="0.4",
+                    name, (0.01, values[results.metric]), xycoords=("axes fraction", "data"),
+                    va="bottom", fontsize=7, color="0.4",
                 )  # fmt: skip
 
     label = {"images": "images trained on", "seconds": "seconds of training"}[unit]
@@ -93,6 +93,14 @@ def draw_speedups(
     if not speedups:
         return []
 
+    def floor(axes) -> None:
+        if results.floor is not None:
+            axes.axvline(results.floor, color="0.6", linestyle="-.", linewidth=1)
+            axes.annotate(
+                GAUSSIAN, (results.floor, 0.99), xycoords=("data", "axes fraction"), rotation=90,
+                ha="right", va="top", fontsize=7, color="0.4",
+            )  # fmt: skip
+
     def line(axes, name: str, colour: str, style: str) -> None:
         if name == baseline:
             axes.axhline(1, color="0.15", linewidth=1)
@@ -101,7 +109,9 @@ def draw_speedups(
 
     number = results.baselines.index(baseline) + 1
     label = f"{results.title} (right: better)"
-    return _panels(results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True)
+    return _panels(
+        results, folder, f"speedup-{number}", line, label, f"× over {baseline}", True, floor
+    )
 
 
 def crop_samples(results: Results, root: Path, folder: Path) -> list[Panel]:

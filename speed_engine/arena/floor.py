@@ -26,9 +26,10 @@ def measure_references(config: TrainConfig) -> dict[str, dict[str, float]]:
 
     Args:
         config: what the runs of a comparison share; its metrics are measured, without the
-            validation loss, which is of models.
+            validation loss and the class agreement, which are of models.
     """
-    metrics = tuple(name for name in config.evaluation.metrics if name != "loss")
+    of_models = ("loss", "class_agreement")  # of which the latter asks for images by class
+    metrics = tuple(name for name in config.evaluation.metrics if name not in of_models)
     if config.data.latents or not metrics:
         return {}
     config = replace(config, evaluation=replace(config.evaluation, metrics=metrics))

@@ -1,24 +1,28 @@
 """The false-alarm test of a comparison: a method against itself with other seeds.
 
-Such a contestant (``+seed_offset=N``) must be neither faster nor slower than its twin. If it is,
-the unit in which it is, images or seconds, was not measured fairly: a machine that was busy while
-some of the runs trained shows in seconds.
+Such a contestant (``+seed_offset=N``) must be neither faster nor slower than its twin, by images
+and by the validation loss, in the median over levels and at the final quality. Where it is, what is
+said there of others is no surer: seeds differ by more than the interval allows for, or, in seconds,
+the machine was busy while some of the runs trained.
 """
 
 import dataclasses
 from typing import get_args
 
 from speed_engine.arena.results import SEED_OFFSET, Contestant, Results
-from speed_engine.arena.speedup import Unit, speed_up
+from speed_engine.arena.speedup import LOSS, Unit, complete_runs, speed_up
 from speed_engine.arena.summary import interval_in_words, written
 
 
 def false_alarm_tests(results: Results) -> list[str]:
-    """A sentence for every such contestant and unit; none if none took part."""
+    """A sentence for every such contestant, measure and unit; none if none took part."""
+    by_loss = dataclasses.replace(results, metric=LOSS)
     return [
-        _sentence(results, placebo.name, twin, unit)
+        _sentence(measured, placebo.name, twin, unit)
         for placebo in results.contestants
         if (twin := _twin(results, placebo)) is not None
+        for measured in (results, by_loss)
+        if measured is results or all(complete_runs(by_loss, of) for of in (placebo.name, twin))
         for unit in get_args(Unit)
     ]
 
@@ -35,14 +39,21 @@ def _twin(results: Results, placebo: Contestant) -> str | None:
 
 
 def _sentence(results: Results, placebo: str, twin: str, unit: Unit) -> str:
-    title = f"False-alarm test in {unit}: {placebo} against {twin}"
+    by = ", by validation loss" * (results.metric == LOSS)
+    title = f"False-alarm test in {unit}{by}: {placebo} against {twin}"
     try:
-        ratio = speed_up(results, placebo, twin, unit).median
+        found = speed_up(results, placebo, twin, unit)
     except ValueError as obstacle:
         return f"{title} could not be made: {obstacle}"
-    said = f"{title}: {written(ratio)} in the median over levels{interval_in_words(ratio)}."
-    if ratio.interval is None:
-        return said
-    if ratio.faster or ratio.slower:
-        return f"{said} FAILED: they are the same, so believe no speed-up in {unit} here."
-    return f"{said} Passed."
+    said = {"in the median over levels": found.median, "to the final quality": found.final}
+    parts = [f"{written(one)} {where}{interval_in_words(one)}" for where, one in said.items()]
+    sentence = f"{title}: {', '.join(parts)}."
+    if found.median.interval is None:
+        return sentence
+    wrong = [where for where, one in said.items() if one.faster or one.slower]
+    if wrong:
+        return (
+            f"{sentence} FAILED {' and '.join(wrong)}: they are the same, so believe no speed-up "
+            f"in {unit} there."
+        )
+    return f"{sentence} Passed."

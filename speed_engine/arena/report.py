@@ -93,6 +93,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
             *false_alarm_tests(results),
         ],
         "conditions": summary.conditions_in_words(results),
+        "spelled": summary.spelled_in_words(results),
         "contestants": summary.contestants_table(results),
         "edge": any(results.at_grid_edge(contestant) for contestant in results.contestants),
         "others": summary.other_metrics_table(results),

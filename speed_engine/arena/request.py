@@ -26,7 +26,7 @@ def _fair(config: TrainConfig) -> TrainConfig:
     return replace(
         config,
         data=config.data if config.data.holds_out else replace(config.data, held_out=HELD_OUT),
-        evaluation=replace(config.evaluation, metrics=("fid", "copies", "loss")),
+        evaluation=replace(config.evaluation, metrics=("fid", "copies", "class_agreement", "loss")),
     )
 
 

@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from speed_engine.arena.bootstrap import Array, Bootstrap
-from speed_engine.arena.results import Curve, Results
+from speed_engine.arena.results import REAL, Curve, Results
 from speed_engine.runtime.checks import UserError
 
 LOSS = "validation_loss"  # at fixed timesteps and noise, so that it hardly wavers
@@ -64,7 +64,9 @@ class SpeedUp:
     median: Ratio  # over levels
     worst: Ratio  # over levels, as is the best; extremes of noise, hence without interval
     best: Ratio
-    beyond: Ratio | None  # median over the levels beyond the Gaussian; None where there are none
+    # Median over the levels between the Gaussian's quality and that of real images; None where
+    # there are none.
+    beyond: Ratio | None
 
     @property
     def final(self) -> Ratio:
@@ -138,7 +140,9 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
     records[-1] = b[1].shape[1] - 1  # a resample may improve even later
     levels = b[1][:, records]
     low, high = _brackets(levels, m, b)
-    far = np.exp(levels[0]) < (0.0 if results.floor is None else results.floor)
+    real = results.references.get(REAL, {}).get(results.metric, 0.0)
+    measured = np.exp(levels[0])
+    far = (measured < (results.floor or 0.0)) & (measured >= real)
     beyond = None
     if far.any():
         beyond = _ratio(_median(low[:, far]), _median(high[:, far]), bootstrap)
@@ -147,7 +151,7 @@ def speed_up(results: Results, method: str, baseline: str, unit: Unit = "images"
         baseline,
         unit,
         seeds,
-        tuple(np.exp(levels[0]).tolist()),
+        tuple(measured.tolist()),
         tuple(_ratio(low[:, k], high[:, k], bootstrap) for k in range(len(records))),
         median=_ratio(_median(low), _median(high), bootstrap),
         worst=Ratio(math.exp(low[0].min()), math.exp(high[0].min())),
@@ -164,8 +168,12 @@ def _refuse_without_learning(
     mean = bootstrap.counts / len(seeds) @ quality  # (R, E) log
     gain = mean[:, 0] - mean[:, 1:].min(axis=1, initial=np.inf)
     interval = bootstrap.interval(gain, gain)
+    of_seeds = quality[:, 0] - quality[:, 1:].min(axis=1, initial=np.inf)
+    # Seeds that begin far apart make the interval wide, however much each of them learns.
+    all_learned = of_seeds.min() > math.log(LEAST_GAIN)
     least = 1.0 if metric == LOSS else LEAST_GAIN
-    if gain[0] <= math.log(least) or (interval is not None and interval[0] <= 0):
+    unsure = interval is not None and interval[0] <= 0 and not all_learned
+    if gain[0] <= math.log(least) or unsure:
         raise UserError(
             f"{name} did not measurably improve after its first evaluation: at its best, {metric} "
             f"was {math.exp(gain[0]):.2f} times better; {least:g} times, and more than its seeds "

@@ -6,7 +6,7 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 
 from speed_engine.arena.bootstrap import LEAST_SEEDS
-from speed_engine.arena.results import REAL, SEED_OFFSET, Contestant, Curve, Results
+from speed_engine.arena.results import BUDGET, REAL, SEED_OFFSET, Contestant, Curve, Results
 from speed_engine.arena.speedup import LOSS, Ratio, SpeedUp, complete_runs, speed_up, why_unusable
 from speed_engine.evaluation.metrics import FIGURES, HELD_OUT, is_figure, title
 
@@ -47,7 +47,8 @@ def against(results: Results, baseline: str) -> Against:
 def against_in_loss(results: Results, baseline: str) -> Against | None:
     """The same by the validation loss, of contestants on the baseline's process; None if unknown.
 
-    Losses of different processes cannot be compared.
+    Losses of different processes cannot be compared. What is said of images where they are no
+    better than a Gaussian's holds here, too: such a network has learned no more by its loss.
     """
     by_loss = replace(results, metric=LOSS)
     schedule = {c.name: c.schedule for c in results.contestants}
@@ -56,7 +57,7 @@ def against_in_loss(results: Results, baseline: str) -> Against | None:
         for name in schedule
         if schedule[name] == schedule[baseline] and complete_runs(by_loss, name)
     }
-    return _compare(by_loss, baseline, rivals) if len(rivals) > 1 else None
+    return _compare(by_loss, baseline, rivals, images=results) if len(rivals) > 1 else None
 
 
 def against_own_uniform(results: Results) -> Against:
@@ -66,9 +67,11 @@ def against_own_uniform(results: Results) -> Against:
     return _compare(results, "uniform on the same process and target", rivals)
 
 
-def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Against:
+def _compare(
+    results: Results, label: str, rivals: dict[str, str | None], images: Results | None = None
+) -> Against:
+    """With ``images`` the same comparison by its images, where ``results`` is that by its loss."""
     found = Against(label, results.title, {}, {}, {}, {})
-    limited = _limited_by_solver(results)
     for name, rival in rivals.items():
         if name == rival:
             continue
@@ -80,13 +83,40 @@ def _compare(results: Results, label: str, rivals: dict[str, str | None]) -> Aga
             found.by_seconds[name] = speed_up(results, name, rival, "seconds")
         except ValueError as obstacle:
             found.missing[name] = str(obstacle)
-        of_solver = [one for one in (rival, name) if one in limited]
-        if not _beats_gaussian(results, rival):
-            found.undecided[name] = f"{rival} is no better than a Gaussian."
-        elif of_solver:
-            few = "generated with too few solver steps"
-            found.undecided[name] = f"the images of {' and '.join(of_solver)} are {few}."
+        why = _why_undecided(results, images or results, name, rival)
+        if why is None and name in found.by_images and _mostly_noise(results, found, name):
+            why = (
+                f"most levels of {rival} are better than the training images' own value, where the "
+                "metric no longer tells generated images from real ones."
+            )
+        if why is not None:
+            found.undecided[name] = why
     return found
+
+
+def _why_undecided(results: Results, images: Results, name: str, rival: str) -> str | None:
+    """Why a speed-up over the rival decides nothing, whatever it is."""
+    if not _beats_gaussian(images, rival):
+        return f"{rival} is no better than a Gaussian."
+    limited = _limited_by_solver(results)
+    of_solver = [one for one in (rival, name) if one in limited]
+    if of_solver:
+        few = "generated with too few solver steps"
+        return f"the images of {' and '.join(of_solver)} are {few}."
+    share = {c.name: c.options.get(BUDGET) for c in results.contestants}
+    if share[name] != share[rival]:
+        return (
+            f"{name} and {rival} train on different shares of the images, so that one has ended "
+            "where the other has not: only their ends can be compared."
+        )
+    return None
+
+
+def _mostly_noise(results: Results, found: Against, name: str) -> bool:
+    """Whether more than half of the levels are beyond what real images reach."""
+    real = results.references.get(REAL, {}).get(results.metric, 0.0)
+    levels = found.by_images[name].levels
+    return 2 * sum(level < real for level in levels) > len(levels)
 
 
 def _limited_by_solver(results: Results) -> dict[str, tuple[float, str, float]]:
@@ -144,11 +174,15 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
         return f"Against {found.baseline} nothing could be measured. {' '.join(reasons)}".rstrip()
     of_method = [c.name for c in results.contestants if c.method == method]
     pool = [name for name in of_method if name in found.by_images] or [*found.by_images]
+    placebos = {c.name for c in results.contestants if SEED_OFFSET in c.options}
+    for unfit in (placebos, found.undecided):
+        pool = [name for name in pool if name not in unfit] or pool
     best = max(pool, key=lambda name: _certain(_at(found.by_images[name], where)))
     ratio = _at(found.by_images[best], where)
     chosen, verdict = _caution(len(pool), ratio), _verdict(ratio)
     if best in found.undecided:
         chosen, verdict = "", f"That decides nothing: {found.undecided[best]}"
+    verdict += _of_schedule(results, best, found.baseline)
     if ratio.low == 0:
         return (
             f"Against {found.baseline}, {best} never got {GOT[where]}: {written(ratio)}"
@@ -157,6 +191,18 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
     return (
         f"Against {found.baseline}, {best} has a speed-up of {written(ratio)} in images "
         f"{WHERE[where]}{interval_in_words(ratio)}. {verdict}{chosen}"
+    )
+
+
+def _of_schedule(results: Results, name: str, baseline: str) -> str:
+    """What a difference between the schedules of learning rates means; nothing if there is none."""
+    common = results.config.get("optimizer", {}).get("schedule", "constant")
+    rates = {c.name: c.options.get("optimizer.schedule", common) for c in results.contestants}
+    if rates[name] == rates[baseline]:
+        return ""
+    return (
+        f" Its learning rate is {rates[name]}, that of {baseline} {rates[baseline]}: a part of the "
+        "difference may be of that."
     )
 
 
@@ -208,6 +254,16 @@ def conditions_in_words(results: Results) -> str:
     rates = "the best of a grid" if results.tuned else "that of the configuration"
     own = ", unless its name sets one" * ("optimizer.learning_rate" in named)
     return f"{trained} Runs of one seed share {paired} The learning rate of each is {rates}{own}."
+
+
+def spelled_in_words(results: Results) -> list[str]:
+    """Of each contestant that is named by a recipe, what that is."""
+    return [
+        f"{c.name} is {c.method}@{c.schedule}:{c.prediction}"
+        + "".join(f"+{name}={value}" for name, value in c.options.items())
+        for c in results.contestants
+        if not c.name.startswith(c.method)
+    ]
 
 
 def written(ratio: Ratio) -> str:
@@ -274,6 +330,10 @@ def other_metrics_table(results: Results) -> Table | None:
         ends = [run.points[-1].values for run in complete_runs(results, contestant.name).values()]
         cells = [_mean_and_deviation([end[k] for end in ends if k in end]) for k in names]
         rows.append([contestant.name, *cells])
+    for reference, values in results.references.items():
+        cells = [_number(values[name]) if name in values else "–" for name in names]
+        if any(name in values for name in names):
+            rows.append([f"{reference}, no training", *cells])
     heads = [_head(name, results.extractor) for name in names]
     return Table(["method", *heads], rows) if names else None
 

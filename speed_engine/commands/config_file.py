@@ -7,8 +7,9 @@
     [optimizer]
     learning_rate = 2e-3
 
-What is said later holds: a preset, then what the record of the data set knows, then a recipe, then
-the file, then the command line or the arguments of a call.
+What is said later holds: a preset with the recipe that the file names, then what the record of the
+data set knows, then the file, then a recipe on the command line or in a call, then other options or
+arguments there.
 """
 
 import codecs
@@ -33,14 +34,14 @@ class Origin(NamedTuple):
 
     name: str  # of the preset or the file, which names the run
     text: str  # one line about it
-    preset: TrainConfig
+    preset: TrainConfig  # with the recipe that the file names
     values: Mapping[str, Any]  # of the file, in place of the preset's
-    recipe: Mapping[str, Any] = {}  # what a recipe sets
+    recipe: Mapping[str, Any] = {}  # what a recipe sets that is asked for, in place of the file's
     own_images: bool = False  # whether the preset takes any images, of which a record tells
     file: Path | None = None  # that the values are of
 
     def config(self, *later: Mapping[str, Any]) -> TrainConfig:
-        """The configuration, with further values that hold before those of the file.
+        """The configuration, with further values that hold before the file and the recipe.
 
         Where they name another ``data.source`` than the preset, what its record knows (members,
         shape, classes) takes the place of the preset's own.
@@ -66,12 +67,11 @@ class Origin(NamedTuple):
         return str(source)
 
     def _layered(self, config: TrainConfig, later: Sequence[Mapping[str, Any]]) -> TrainConfig:
-        config = with_values(config, self.recipe) if self.recipe else config
         try:
             config = with_values(config, self.values) if self.values else config
         except UserError as error:
             raise UserError(f"{self.file}: {error}") from error
-        for values in later:
+        for values in (self.recipe, *later):
             config = with_values(config, values) if values else config
         return config
 
@@ -104,7 +104,7 @@ def origin(
         of: a key of ``presets``, a path that ends in .toml or .json, or a configuration, which is
             called as its family of models.
         presets: name -> (what it trains, its configuration).
-        recipe: a key of ``RECIPES``, in place of that of a file.
+        recipe: a key of ``RECIPES``, which holds before a file, in place of the one that it names.
 
     Raises:
         UserError: neither, or the file cannot be read, or there is no such preset or recipe.
@@ -128,14 +128,16 @@ def origin(
         raise unknown("preset", name, presets)
     values = _read(path)
     preset, filed = values.pop("preset", None), values.pop("recipe", None)
-    chosen = _recipe(recipe or filed)
+    asked = _recipe(recipe)
+    named = {} if asked else _recipe(filed)
     if preset is None:
-        text = f"The configuration of {path}"
-        return Origin(path.stem, text, TrainConfig(), values, chosen, file=path)
-    if not isinstance(preset, str) or preset not in presets:
+        text, config = f"The configuration of {path}", TrainConfig()
+    elif isinstance(preset, str) and preset in presets:
+        text, config = f"{preset} as {path} changes it", presets[preset][1]
+    else:
         raise UserError(f"{path}: {unknown('preset', str(preset), presets)}")
-    text, own_images = f"{preset} as {path} changes it", preset in OWN_IMAGES
-    return Origin(path.stem, text, presets[preset][1], values, chosen, own_images, path)
+    config = with_values(config, named) if named else config
+    return Origin(path.stem, text, config, values, asked, preset in OWN_IMAGES, path)
 
 
 def _recipe(name: object) -> dict[str, Any]:

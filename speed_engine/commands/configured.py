@@ -52,9 +52,9 @@ def configured(
     """The command of the preset or file that is named first, with the options that follow.
 
     Where another ``--data.source`` is given, what its record knows (members, shape, classes) takes
-    the place of the preset's own, then what ``--recipe`` sets; what a file says holds before these,
-    and what an option says before all. A source alone, without a preset, is trained on by the first
-    preset for own images.
+    the place of the preset's own. What a file says holds before it, what ``--recipe`` sets before
+    that, and what another option says before all. A source alone, without a preset, is trained on
+    by the first preset for own images.
 
     Args:
         command: makes the command of a name and a configuration.

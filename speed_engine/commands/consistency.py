@@ -1,7 +1,6 @@
 """``speed-engine consistency RUN_A RUN_B``: how alike two models' images of the same noise are."""
 
 import json
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,8 +34,6 @@ from speed_engine.runtime import machine
 from speed_engine.runtime.checks import UserError
 from speed_engine.training import checkpoint
 from speed_engine.training.checkpoint import CHECKPOINTS
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,8 @@ def run(arguments: list[str], console: Console) -> None:
     extractor = None
     if evaluation.features != "none":
         shape = picture_shape(configs[0], build_decoder(configs[0]))
-        extractor = real_images(data, evaluation, shape).extractor
+        on_gpu = machine.torch_device(configs[0].device).type == "cuda"
+        extractor = real_images(data, evaluation, shape, on_gpu).extractor
     comparisons: list[Comparison] = []
     for steps in steps_compared(*checkpoints):
         paths = (of_run[step] for of_run, step in zip(checkpoints, steps, strict=True))
@@ -125,17 +123,10 @@ def complete_checkpoints(run: Path) -> dict[int, Path]:
     Raises:
         UserError: there is none.
     """
-    found: dict[int, Path] = {}
-    for path in sorted((run / CHECKPOINTS).glob("step-*")):
-        try:
-            checkpoint.verify(path)
-        except checkpoint.InvalidCheckpoint as damage:
-            _log.warning("%s; it is left out.", damage)
-        else:
-            found[checkpoint.read_state(path).step] = path
+    found = checkpoint.complete(run / CHECKPOINTS)
     if not found:
         raise UserError(f"{run} has no complete checkpoint; train it first.")
-    return found
+    return {checkpoint.read_state(path).step: path for path in found}
 
 
 def steps_compared(a: Collection[int], b: Collection[int]) -> list[tuple[int, int]]:

@@ -39,8 +39,6 @@ from speed_engine.runtime.world import World, join
 from speed_engine.training import checkpoint
 from speed_engine.training.ema import EMA
 
-PART = 500  # images generated at a time, and what a kill costs at most
-
 # What begins the names of metrics -> the real images that they compare with, and their number
 PARTS = {"": ("training", "num_reference"), HELD_OUT: ("held-out", "num_held_out")}
 
@@ -55,6 +53,9 @@ class EvaluateCommand:
     """Step of the checkpoint to measure; RUN/checkpoints lists them. By default the newest."""
     num_images: int | None = None
     """Number of images to generate. By default that of the run."""
+    batch_size: int | None = None
+    """Number of images that a process generates at a time, and what a kill costs at most. By
+    default that of the run."""
     average: str = EMA
     """Which EMA of the parameters to measure: ema, or one that the run's optimizer.averages
     names."""
@@ -103,6 +104,7 @@ def run(arguments: list[str], console: Console) -> None:
         config = replace(config, data=replace(config.data, vae=command.vae))
     config = config.with_evaluation(
         num_images=command.num_images,
+        batch_size=command.batch_size,
         solver=command.solver,
         solver_steps=command.solver_steps,
         guidance=command.guidance,
@@ -142,8 +144,9 @@ def evaluate(
     evaluator = build_evaluator(config, build_process(config), world)
     if not evaluator.fields():
         raise UserError(
-            "this run's evaluation.features is none, which measures nothing; choose --features, or "
-            "--metrics loss."
+            f"evaluation.features={config.evaluation.features} measures nothing of "
+            f"evaluation.metrics={' '.join(config.evaluation.metrics)}; choose other --features, "
+            "or --metrics loss."
         )
     if known := world.from_first(lambda: _known(run, step, evaluator, average)):
         if world.is_first:
@@ -192,7 +195,7 @@ def _generated(
     evaluator: Evaluator, forward: Any, weights: str, how: str, folder: Path, world: World
 ) -> ImageParts:
     """The images, on disk until all are there: a measurement that was killed goes on there."""
-    total = evaluator.num_images
+    total, size = evaluator.num_images, evaluator.batch_size
     settings = evaluator.circumstances() | {
         "weights": weights,
         "conditions": sha256_of(evaluator.conditions),
@@ -202,7 +205,7 @@ def _generated(
         settings["compile"] = how
     with SampleProgress(Console(stderr=True), -(-total // world.size)) as progress:
         generate = partial(evaluator.generate_some, forward)
-        return generate_in_parts(generate, total, PART, folder, settings, world, progress.advance)
+        return generate_in_parts(generate, total, size, folder, settings, world, progress.advance)
 
 
 def show(record: dict[str, Any], console: Console) -> None:

@@ -40,6 +40,8 @@ class ExportCommand:
     layout: Literal["original", "diffusers"] = "original"
     """Layout of the weights: original is that of the model's own code (facebookresearch/DiT),
     diffusers that of DiTTransformer2DModel."""
+    checkpoint: int | None = None
+    """Step of the checkpoint to write; RUN/checkpoints lists them. By default the newest."""
     average: str = EMA
     """Which EMA of the parameters to write: ema, or one that the run's optimizer.averages names."""
 
@@ -52,7 +54,8 @@ def run(arguments: list[str], console: Console) -> None:
     if command.layout == "diffusers":  # what cannot be written is said before anything is read
         clip = not config.data.latents
         scheduler = scheduler_config(config.schedule, config.num_timesteps, config.prediction, clip)
-    model, step = load_average(command.run, config, torch.device("cpu"), command.average)
+    device = torch.device("cpu")
+    model, step = load_average(command.run, config, device, command.average, command.checkpoint)
     if command.layout == "diffusers":
         paths = _save_pipeline(model, config, scheduler, command.out)
     else:

@@ -31,7 +31,6 @@ MEANINGS = {
     "optimizer.lr": ("optimizer.learning_rate",),
     "wd": ("optimizer.weight_decay",),
     "ema": ("optimizer.ema_decay",),
-    "epochs": ("steps",),
     "max_steps": ("steps",),
     "iterations": ("steps",),
     "num_steps": ("solver_steps", "evaluation.solver_steps"),
@@ -77,7 +76,6 @@ MEANINGS = {
     "logging_steps": ("log_every",),
     "eval_steps": ("evaluation.every",),
     "eval_every": ("evaluation.every",),
-    "gradient_accumulation_steps": ("microbatch_size",),
     "device_batch_size": ("microbatch_size",),
     "per_device_batch_size": ("microbatch_size",),
     "train_batch_size": ("batch_size",),
@@ -89,6 +87,9 @@ MEANINGS = {
     "pretrained": ("init_from",),
     "finetune": ("init_from",),
 }
+
+# How ours differs from what other programs call so.
+DIFFERENCES = {"num_inference_steps": "which counts model evaluations"}
 
 # What no option changes, since other options follow from it, and what does.
 NO_OPTIONS = {
@@ -167,6 +168,7 @@ def _refuse_other_names(arguments: Sequence[str], known: Sequence[str]) -> None:
         meant = meant or [name for name in known if name.endswith(f".{given}")]
         if meant:
             spelled = " or ".join(f"--{name.replace('_', '-')}" for name in meant)
+            spelled += f", {DIFFERENCES[given]}" if given in DIFFERENCES else ""
             raise UserError(f"unknown option {argument.partition('=')[0]}; did you mean {spelled}?")
 
 

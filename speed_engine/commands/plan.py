@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import tyro
 from rich.console import Console
 
+from speed_engine.arena.recipes import RecipeName
 from speed_engine.commands.configured import configured
 from speed_engine.config import TrainConfig
 from speed_engine.planning.gpus import GpuName
@@ -17,6 +18,9 @@ class PlanCommand:
     preset: tyro.conf.Positional[str]
     """The run to start from, whose configuration the options change: a preset, which `speed-engine
     plan --help` lists at its end, or a file, FILE.toml or FILE.json."""
+    recipe: RecipeName | None = None
+    """Sets the process, the method, what the model predicts, the optimizer and the schedule of its
+    learning rate, in place of the preset's or the file's; other options change what it sets."""
     gpus: int = 8
     """Number of GPUs on all nodes together."""
     gpu: GpuName = "h200"
@@ -37,7 +41,7 @@ def run(arguments: list[str], console: Console) -> None:
         lambda name, config: PlanCommand(preset=name, config=config),
         arguments,
         "speed-engine plan",
-        first=("data.source", "batch_size"),
+        first=("recipe", "data.source", "batch_size"),
     )
     lines = cluster.describe(
         command.config, command.gpus, command.gpu, command.per_node, command.efficiency

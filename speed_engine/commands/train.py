@@ -1,6 +1,5 @@
 """``speed-engine train``: train a model, or continue a run."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from speed_engine.arena.recipes import RECIPES, RecipeName
+from speed_engine.arena.recipes import RecipeName, values_of
 from speed_engine.commands import config_file
 from speed_engine.commands.configured import GROUPS, configured
 from speed_engine.commands.options import read_options
@@ -27,9 +26,10 @@ class TrainCommand:
     run."""
     recipe: RecipeName | None = None
     """Sets the process, the method, what the model predicts, the optimizer and the schedule of its
-    learning rate, in place of the preset's; other options change what it sets."""
+    learning rate, in place of the preset's or the file's; other options change what it sets."""
     run: Path | None = None
-    """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED."""
+    """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED, or
+    runs/PRESET-RECIPE-SEED where a recipe is named."""
     save_config: Path | None = None
     """Write the whole configuration to this file, FILE.toml or FILE.json, and train nothing."""
     dry_run: bool = False
@@ -78,16 +78,19 @@ def run(arguments: list[str], console: Console) -> None:
         return
     from speed_engine.run import starting
 
-    if command.recipe is not None and os.environ.get("RANK", "0") == "0":
-        line = f"recipe    {command.recipe}: {RECIPES[command.recipe][1]}"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    run = command.run.expanduser() if command.run else run_folder(command.preset, config)
-    starting.start(config, run, console)
+    place = run_folder(command.preset, config, command.recipe)
+    starting.start(config, command.run.expanduser() if command.run else place, console)
 
 
-def run_folder(name: str, config: TrainConfig) -> Path:
-    """Where a run of a preset, or of a file of that name, is by default."""
-    return Path("runs") / f"{name}-{config.method.replace('+', '-')}-{config.seed}"
+def run_folder(name: str, config: TrainConfig, recipe: RecipeName | None = None) -> Path:
+    """Where a run of a preset, or of a file of that name, is by default.
+
+    A recipe that is asked for takes the place of its method, which other recipes have, too.
+    """
+    method = config.method
+    if recipe is not None:
+        method = recipe if method == values_of(recipe)["method"] else f"{recipe}-{method}"
+    return Path("runs") / f"{name}-{method.replace('+', '-')}-{config.seed}"
 
 
 def _resume(arguments: Sequence[str], console: Console) -> None:

@@ -80,6 +80,7 @@ class TrainingData:
             condition_shapes=condition_shapes(data),
             on_bad_sample=data.on_bad_sample,
             mode=data.mode,
+            pinned=self.device.type == "cuda",
         )
 
 

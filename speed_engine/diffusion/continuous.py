@@ -63,15 +63,10 @@ class ContinuousSchedule(NoiseSchedule):
 class VariancePreserving(ContinuousSchedule):
     """The stochastic differential equation whose discretisation DDPM is (Song et al. 2021)."""
 
-    def __init__(
-        self,
-        num_timesteps: int = 1000,
-        beta_min: float = 0.1,
-        beta_max: float = 20.0,
-        smallest_time: float = 1e-5,
-    ) -> None:
+    beta_min, beta_max, smallest_time = 0.1, 20.0, 1e-5
+
+    def __init__(self, num_timesteps: int = 1000) -> None:
         super().__init__("vp", num_timesteps)
-        self.beta_min, self.beta_max, self.smallest_time = beta_min, beta_max, smallest_time
 
     def alpha(self, t: Tensor) -> Tensor:
         """exp of half the integral of -beta."""
@@ -100,12 +95,10 @@ class VarianceExploding(ContinuousSchedule):
     """
 
     sigma_data = 0.5
+    sigma_min, sigma_max = 0.02, 100.0
 
-    def __init__(
-        self, num_timesteps: int = 1000, sigma_min: float = 0.02, sigma_max: float = 100.0
-    ) -> None:
+    def __init__(self, num_timesteps: int = 1000) -> None:
         super().__init__("ve", num_timesteps)
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     def sigma(self, t: Tensor) -> Tensor:
         """Geometric from sigma_min to sigma_max."""
@@ -125,17 +118,11 @@ class Edm(ContinuousSchedule):
 
     prediction = "F"
     sigma_data = 0.5
+    log_mean, log_std = -1.2, 1.2
     sigma_min, sigma_max, rho = 0.002, 80.0, 7.0  # of the solver's noise levels
 
-    def __init__(
-        self,
-        num_timesteps: int = 1000,
-        log_mean: float = -1.2,
-        log_std: float = 1.2,
-        name: str = "edm",
-    ) -> None:
+    def __init__(self, num_timesteps: int = 1000, name: str = "edm") -> None:
         super().__init__(name, num_timesteps)
-        self.log_mean, self.log_std = log_mean, log_std
 
     def sigma(self, t: Tensor) -> Tensor:
         """The u-quantile of the log-normal distribution."""
@@ -163,21 +150,16 @@ class MomentumEdm(Edm):
     """FDM's momentum forward process (sail-sg/FDM, networks.py): EDM with another input scaling.
 
     c_in = (1 + m B) exp(-m B), B = 0.1 t + 9.95 t**2, t = sigma on [sigma_min, sigma_max] mapped
-    onto [0, 1].
-
-    Args:
-        num_timesteps: T.
-        multiplier: m; 2 by default there, 1 for FFHQ.
+    onto [0, 1], m = 2; FFHQ has m = 1 there.
     """
 
-    def __init__(self, num_timesteps: int = 1000, multiplier: float = 2.0) -> None:
+    def __init__(self, num_timesteps: int = 1000) -> None:
         super().__init__(num_timesteps, name="fdm")
-        self.multiplier = multiplier
 
     def input_scale(self, t: Tensor) -> Tensor:
         """c_in of the momentum process."""
         time = ((self.sigma(t) - self.sigma_min) / (self.sigma_max - self.sigma_min)).clamp(0, 1)
-        decay = self.multiplier * (0.1 * time + 9.95 * time.square())
+        decay = 2 * (0.1 * time + 9.95 * time.square())
         return (1 + decay) * torch.exp(-decay)
 
 

@@ -39,6 +39,11 @@ class Distribution(nn.Module):
         self._probabilities = p / p.sum()
         self.register_buffer("_thresholds", thresholds(self._probabilities), persistent=False)
 
+    @property
+    def learns(self) -> bool:
+        """Whether P follows what it observes, so that it must be shown every step."""
+        return type(self).observe is not Distribution.observe
+
     def probabilities(self, step: int) -> Tensor:
         """(T,) float64 P at a step, on the host; for reports."""
         return self._probabilities
@@ -167,29 +172,25 @@ class AdaptiveDistribution(Distribution):
         num_cells: T.
         bins: K, at most T.
         interval: steps between changes of P.
-        keep: share of the old second moment kept at each change, in [0, 1).
         floor: share of the draws that stays uniform, in (0, 1].
 
     Raises:
         UserError: an argument is out of range.
     """
 
+    keep = 0.5  # share of the old second moment that is kept at each change
+
     def __init__(
-        self,
-        num_cells: int,
-        bins: int = 50,
-        interval: int = 50,
-        keep: float = 0.5,
-        floor: float = 0.1,
+        self, num_cells: int, bins: int = 50, interval: int = 50, floor: float = 0.1
     ) -> None:
         super().__init__(uniform(num_cells))
-        if not (bins >= 1 and interval >= 1 and 0 <= keep < 1 and 0 < floor <= 1):
+        if not (bins >= 1 and interval >= 1 and 0 < floor <= 1):
             raise UserError(
-                f"bins={bins}, interval={interval}, keep={keep}, floor={floor}: need bins and "
-                "interval at least 1, keep in [0, 1), floor in (0, 1]."
+                f"bins={bins}, interval={interval}, floor={floor}: need bins and interval at least "
+                "1, floor in (0, 1]."
             )
         bins = min(bins, num_cells)
-        self._interval, self._keep, self._floor = interval, keep, floor
+        self._interval, self._floor = interval, floor
         bin_of_cell = torch.arange(num_cells) * bins // num_cells
         share = 1 / torch.bincount(bin_of_cell).double()
         self.register_buffer("_bin_of_cell", bin_of_cell, persistent=False)
@@ -223,7 +224,7 @@ class AdaptiveDistribution(Distribution):
     def _learn(self) -> None:
         seen, known = self.counts > 0, self.second_moment > 0
         mean = self.squares / self.counts.clamp(min=1)
-        moved = torch.where(known, self._keep * self.second_moment + (1 - self._keep) * mean, mean)
+        moved = torch.where(known, self.keep * self.second_moment + (1 - self.keep) * mean, mean)
         self.second_moment.copy_(torch.where(seen, moved, self.second_moment))
         root = self.second_moment.sqrt()
         learned = root / root.sum()

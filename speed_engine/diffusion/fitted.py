@@ -103,7 +103,8 @@ class Method:
 
         Args:
             batch: B, the number of images of this process; or (B,) int64 image counters, unique in
-                the run, of which the results are then a function, whatever was drawn before.
+                the run, of which the results are then a function, with the step and what was
+                learned, whatever was drawn before.
             step: optimizer steps done so far.
             device: of the results; by default that of the counters, or the CPU.
             rank: of this process among all that train together; by default torch.distributed's,
@@ -112,8 +113,10 @@ class Method:
 
         Returns:
             (B,) timesteps as the model and a diffusers scheduler take them, and (B,) float32
-            weights of the per-image MSE of ``prediction``. Methods that learn from the loss need
-            ``loss`` besides, and warn once where nothing comes back.
+            weights of the per-image MSE of ``prediction``. Timesteps are int64 indices, but for
+            processes given by their sigmas, which have the type of the scheduler's own (float32),
+            and those in continuous time (float64). Methods that learn from the loss need ``loss``
+            besides, and warn once where nothing comes back.
 
         Raises:
             UserError: an impossible batch, step, rank or number of processes.
@@ -165,7 +168,7 @@ class Method:
             )
         weighted = self.table(t)[:, 4].to(error.device) * error.float()
         importance = self.timesteps.importance(t)
-        if self.timesteps.state_dict():
+        if self.timesteps.distribution.learns:
             self.loop.seen.append(_of_all_processes(t, weighted.detach().to(t.device)))
         if isinstance(importance, Tensor):
             importance = importance.to(error.device)
@@ -175,7 +178,9 @@ class Method:
     def parameters(self) -> list[nn.Parameter]:
         """The weights that are learned, for an optimizer group without weight decay.
 
-        ``batch_loss.learning_rate`` is their learning rate, where it is not the model's.
+        ``batch_loss.learning_rate`` is their learning rate, where it is not the model's. They lie
+        on the CPU until the first loss: ``batch_loss.to(device)`` moves them before an optimizer is
+        made or resumed. Where there are several processes, average their gradients in the loop.
         """
         return list(self.batch_loss.parameters())
 

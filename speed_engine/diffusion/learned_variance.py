@@ -34,10 +34,7 @@ class SquaredErrorAndBound(SquaredError):
 
     def __init__(self, method: Method) -> None:
         super().__init__()
-        if method.prediction != "epsilon":
-            raise UserError(
-                f"a learned variance needs prediction epsilon, not {method.prediction}."
-            )
+        check_learned_variance(method.schedule, method.prediction)
         rows = bound_rows(method.schedule).float()
         scale = torch.full_like(rows[:, :1], method.schedule.num_timesteps / 1000)
         weight = scale * method.table.coefficients[:, 4:] if method.weigh_bound else scale
@@ -52,19 +49,34 @@ class SquaredErrorAndBound(SquaredError):
         )
 
 
+def check_learned_variance(schedule: NoiseSchedule, prediction: str) -> None:
+    """Whether a variance can be learned on a process with a target, to be known before training.
+
+    Raises:
+        UserError: the target is not epsilon, or the process not discrete and variance-preserving.
+    """
+    if prediction != "epsilon":
+        raise UserError(
+            "model.learn_sigma=True: a learned variance needs prediction epsilon, not "
+            f"{prediction}; train without it by --model.no-learn-sigma."
+        )
+    if not isinstance(schedule, DiscreteSchedule) or not schedule.variance_preserving:
+        raise UserError(
+            "model.learn_sigma=True: a learned variance needs a discrete variance-preserving "
+            f"process, such as linear or cosine; schedule {schedule.name!r} is none: train without "
+            "it by --model.no-learn-sigma."
+        )
+
+
 def bound_rows(schedule: NoiseSchedule) -> Tensor:
     """(T, 4) float64 rows (log posterior variance, log beta, gap, first) of the bound.
 
     The posterior variance is zero at t = 0; there, as published, that of t = 1 stands in.
 
-    Raises:
-        UserError: the process is not discrete and variance-preserving.
+    Args:
+        schedule: discrete and variance-preserving.
     """
-    if not isinstance(schedule, DiscreteSchedule) or not schedule.variance_preserving:
-        raise UserError(
-            f"a learned variance needs a discrete variance-preserving process, such as linear or "
-            f"cosine; schedule {schedule.name!r} is none."
-        )
+    assert isinstance(schedule, DiscreteSchedule)
     abar = schedule.alphas_cumprod
     before = torch.cat([torch.ones(1, dtype=torch.float64), abar[:-1]])
     beta = 1 - abar / before

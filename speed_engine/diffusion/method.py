@@ -46,9 +46,8 @@ def build_method(
         options: further ones: arguments of the method's definition, and for every method
 
             - stratified: draw a batch's timesteps evenly spread instead of independently, from the
-              same P; by default as the method does.
-            - normalised: scale the weights such that E_P[w] = 1 (P of the first step); by default
-              as the method does.
+              same P; by default as the method does. Not for ``ant_uw``.
+            - normalised: scale the weights such that E_P[w] = 1 (P of the first step).
             - weight_on: "definition", the default, converts the weight from the target that it is
               defined on, so that the loss stays the same; "prediction" applies its values to the
               model's target as they are, which is a different method.
@@ -116,7 +115,7 @@ def _fitted(
     seed: int,
     *,
     stratified: bool | None = None,
-    normalised: bool | None = None,
+    normalised: bool = False,
     weight_on: Literal["definition", "prediction"] = "definition",
     max_weight: float = math.inf,
     weigh_bound: bool = False,
@@ -124,11 +123,16 @@ def _fitted(
     """A definition for one target; keyword arguments are the options of every method."""
     timesteps = definition.timesteps
     if stratified is not None:
+        if timesteps.words not in (independent, stratified_words):
+            raise UserError(
+                f"method {name!r}: stratified={stratified} would replace the intervals that it "
+                "draws in turn, on which its loss relies; leave stratified out."
+            )
         timesteps.words = stratified_words if stratified else independent
     weight = definition.weighting.values
     if weight_on == "definition":
         weight = weighting.converted(definition.weighting, schedule, prediction)
-    if definition.normalised if normalised is None else normalised:
+    if normalised:
         weight = weight / (timesteps.probabilities(0) * weight).sum()
     if not max_weight > 0:
         raise UserError(f"method {name!r}: max_weight={max_weight} must be positive.")

@@ -44,14 +44,12 @@ class Definition:
         weighting: of the loss.
         batch_loss: from per-image losses to one, where weights are learned.
         momentum_decay: the optimizer's part of the method, see ``training/schedules.py``.
-        normalised: whether E_P[w] is made 1 by default.
     """
 
     timesteps: TimestepSampler
     weighting: LossWeighting
     batch_loss: MeanLoss = field(default_factory=MeanLoss)
     momentum_decay: str = "none"
-    normalised: bool = False
 
 
 def uniform(schedule: NoiseSchedule) -> Definition:

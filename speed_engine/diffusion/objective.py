@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from speed_engine.diffusion.conditions import ConditionChange, Conditions
-from speed_engine.diffusion.distributions import Distribution
 from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.terms import Pass, SquaredError, Term
 from speed_engine.ops import Stream, operators_for, random_bits
@@ -136,11 +135,6 @@ class Objective(nn.Module):
                 weighted_error=total.weighted_error + other.weighted_error,
             )
         return total
-
-    @property
-    def learns_timesteps(self) -> bool:
-        """Whether P depends on what the sampler observes."""
-        return type(self.timesteps.distribution).observe is not Distribution.observe
 
     def observe(self, step: int, output: ObjectiveOutput, finite: Tensor | bool = True) -> None:
         """Show the sampler what the step cost, after it; see ``TimestepSampler.observe``."""

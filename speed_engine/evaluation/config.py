@@ -20,6 +20,8 @@ class EvaluationConfig:
     """Number of optimizer steps between two evaluations; one more follows the last step."""
     num_images: int = 2000
     """Number of images that an evaluation generates, from all classes in turn."""
+    batch_size: int = 500
+    """Number of images that a process generates at a time; fewer need less memory."""
     solver: str = "ddim"
     """Solver that generates the images, SOLVER[+OPTION=VALUE ...]: ddim (option eta), its other
     name euler, heun (churn, churn_min, churn_max, churn_noise), dpmpp_2m, ddpm, which uses the
@@ -68,7 +70,7 @@ class EvaluationConfig:
         compared = self.reference is None or self.features != "none"
         need = "is compared in features; set evaluation.features to inception, dinov2 or classifier"
         check("evaluation.reference", self.reference, compared, need)
-        check_counts("evaluation.", self, "every", "num_images", "solver_steps")
+        check_counts("evaluation.", self, "every", "num_images", "batch_size", "solver_steps")
         channels = self.guidance_channels
         some = channels is None or channels >= 1
         check("evaluation.guidance_channels", channels, some, "must be at least 1")

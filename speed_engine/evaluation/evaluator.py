@@ -13,6 +13,7 @@ from speed_engine.diffusion.conditions import Conditions
 from speed_engine.diffusion.table import TimestepTable
 from speed_engine.encoders.clip import ClipScore
 from speed_engine.encoders.vae import Decoder
+from speed_engine.evaluation.classifier import ClassifierFeatures
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.generate import GenerationSettings, check_guidance, generate
 from speed_engine.evaluation.image_set import ImageSet
@@ -74,6 +75,7 @@ class Evaluator:
         null: what hides them for guidance.
         decode: latents to pictures; None leaves what is generated as it is.
         validation: of the metric loss.
+        batch_size: images that a process generates at a time.
 
     Raises:
         UserError: too few images for a metric with this extractor, images of other channels than
@@ -100,6 +102,7 @@ class Evaluator:
     clip: ClipScore | None = None
     texts: tuple[str, ...] = ()
     validation: Validation | None = None
+    batch_size: int = 500
 
     def __post_init__(self) -> None:
         check_guidance(self.settings.guidance, self.conditions, self.null)
@@ -183,6 +186,7 @@ class Evaluator:
             null=self.null,
             seed=self.seed,
             latents=self.latents,
+            batch_size=self.batch_size,
             advance=advance,
             on_broken=_refuse,
         )
@@ -208,12 +212,13 @@ class Evaluator:
             "images": images,
             "training": self.training,
             "held_out": self.held_out,
+            "labels": self._labels,
             "texts": self.texts,
             "clip": self.clip,
             "validation": validation,
         }
         if self.extractor is not None and images is not None:
-            logits = any("logits" in metric.needs for metric in measured)
+            logits = any({"logits", "labels"} & {*metric.needs} for metric in measured)
             generated = ImageSet(images, len(images), self.extractor, logits=logits)
             given |= {"generated": generated, "logits": generated.logits if logits else None}
         figures: dict[str, float] = {}
@@ -266,9 +271,16 @@ class Evaluator:
             there |= {"generated", "logits", "real"}
         there |= {"training"} if self.training is not None else set()
         there |= {"held_out"} if self.held_out is not None else set()
+        there |= {"labels"} if self._labels is not None else set()
         there |= {"texts", "clip"} if self.clip is not None else set()
         there |= {"validation"} if self.validation is not None else set()
         return tuple(name for name in self.metrics if there >= set(METRICS[name].needs))
+
+    @property
+    def _labels(self) -> Tensor | None:
+        """Of the images, where the features compared are of a classifier of the same classes."""
+        own = isinstance(self.extractor, ClassifierFeatures) and self.training is not None
+        return self.conditions.get("labels") if own else None
 
     def _real(self) -> dict[str, ImageSet]:
         """What begins the names of figures -> the real images that they compare with."""

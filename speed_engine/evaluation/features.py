@@ -9,7 +9,7 @@ the SHA-256 of its weights: other weights are another name, and nothing cached c
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ class Extractor:
     feature_dim: int
     channels: int  # of the images it sees; 3 also takes grey images, repeated
     weights_path: Path | None = None  # only where torch-fidelity loads the weights itself
+    on_gpu: bool = field(default=False, compare=False)  # where it computes, the current one
 
     def register(self) -> None:
         """Make torch-fidelity know ``name``; those it ships with it knows already."""

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,11 @@ def generate(
         null: value of one row of the conditions that guidance hides.
         seed: root of the noise.
         latents: images are not bounded by [-1, 1] and are returned as they are.
-        batch_size: B, images at a time; changes nothing but memory and rounding.
+        batch_size: B, images at a time; changes nothing but memory and rounding. Where they take
+            more memory than the device has, a half, a quarter and so on of them; not on several
+            processes, which compute together.
         advance: called with how many images were generated since, of which a step of a solver
-            makes a part.
+            makes a part; less than 0 where they are generated again.
         on_broken: called with a sentence where images are not finite, which are no pictures.
 
     Returns:
@@ -127,8 +129,10 @@ def generate(
             return model(x, times, **conditions).float()  # solvers sum in float32 or more
 
     def predict(x: Tensor, t: float) -> Tensor:
+        nonlocal told
         # The schedule is asked on the CPU, and its numbers travel in kernels' arguments: no step
         # waits for the device.
+        told += len(x) / settings.steps
         advance(len(x) / settings.steps)
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
         at = schedule.model_time(time)
@@ -141,19 +145,47 @@ def generate(
         guided = unconditional + settings.guidance * (answer[:, :channels] - unconditional)
         return torch.cat([guided, answer[:, channels:]], dim=1)
 
-    images = []
-    for start in range(0, len(ids), batch_size):
-        part = slice(start, start + batch_size)
+    images: list[Tensor] = []
+    start, size = 0, batch_size
+    while start < len(ids):
+        part, told = slice(start, start + size), 0.0
         given = {name: value[part].to(device) for name, value in conditions.items()}
         noise = partial(_noise, root, ids[part], image_shape)
         problem = Denoising(
             predict, table, lambda step, noise=noise: noise(Stream.SOLVER, step), clip=not latents
         )
-        images.append(solve(problem, noise(Stream.GENERATION), settings.steps).cpu())
+        try:
+            images.append(solve(problem, noise(Stream.GENERATION), settings.steps).cpu())
+        except torch.OutOfMemoryError:
+            count = len(ids[part])
+            if count == 1 or not _is_alone():
+                raise
+            _say_too_many(batch_size)
+            advance(-told)
+            size = (count + 1) // 2
+        else:
+            start += size
     found = torch.cat(images)
     if broken := int((~found.isfinite().flatten(1).all(dim=1)).sum()):
         on_broken(_broken(broken, len(found), settings))
     return found if latents else ((found + 1) * 127.5).round().to(torch.uint8)
+
+
+def _is_alone() -> bool:
+    """Whether no other process would wait for this one to compute what it does."""
+    group = torch.distributed
+    return not (group.is_available() and group.is_initialized() and group.get_world_size() > 1)
+
+
+@cache
+def _say_too_many(images: int) -> None:
+    """Once in a process, however often as many are tried."""
+    log.warning(
+        "%d images at a time take more memory than the device has: a half, a quarter and so on of "
+        "them are generated at a time. A smaller --batch-size, in training "
+        "--evaluation.batch-size, tries no more than fit.",
+        images,
+    )
 
 
 def _broken(count: int, total: int, settings: GenerationSettings) -> str:

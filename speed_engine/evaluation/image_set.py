@@ -121,7 +121,7 @@ def statistics_of(features: Tensor) -> Statistics:
 def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> list[Tensor]:
     """The layers that metrics read by default, each (N, ...) on the CPU.
 
-    Computed on the GPU if there is one, in float32, ``BATCH_SIZE`` images at a time; the global
+    Computed where the extractor says, in float32, ``BATCH_SIZE`` images at a time; the global
     random state is left as it was.
     """
     import_torch_fidelity()
@@ -136,13 +136,12 @@ def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> lis
         resolve_feature_layer_for_metric(metric, feature_extractor=extractor.name)
         for metric in metrics
     ]
-    cuda = torch.cuda.is_available()
     # DataLoader draws a seed and Inception its first weights from the global generator.
     with torch.random.fork_rng(devices=[]), exact_float32():
         network = create_feature_extractor(
             extractor.name,
             list(dict.fromkeys(layers)),
-            cuda=cuda,
+            cuda=extractor.on_gpu,
             feature_extractor_weights_path=extractor.weights_path,
             verbose=False,
         )
@@ -150,7 +149,7 @@ def extract(images: Tensor, extractor: Extractor, metrics: Sequence[str]) -> lis
             _Images(images, extractor.channels),
             network,
             BATCH_SIZE,
-            cuda,
+            extractor.on_gpu,
             save_cpu_ram=True,  # no worker processes: the images are in memory already
             verbose=False,
         )

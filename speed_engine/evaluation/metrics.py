@@ -15,6 +15,8 @@ A function's arguments are what its entry needs, of these:
                 twice. With ``evaluation.reference`` those of the reference alone
     training    features of the images that were trained on
     held_out    features of the images that were not
+    labels      (N,) classes that the images were generated for, as the classifier of the features,
+                trained on these data, numbers them
     texts       (N,) texts that the images were generated from
     clip        a ``ClipScore``
     validation  the error of the model at fixed timesteps and noise, see validation.py
@@ -109,6 +111,11 @@ def _precision_and_recall(generated: "ImageSet", real: "ImageSet") -> dict[str, 
     return {"precision": precision, "recall": recall}
 
 
+def _class_agreement(generated: "ImageSet", labels: "Tensor") -> dict[str, float]:
+    right = generated.logits.argmax(dim=1) == labels
+    return {"class_agreement": right.double().mean().item()}
+
+
 def _copied_share(
     generated: "ImageSet", training: "ImageSet", held_out: "ImageSet"
 ) -> dict[str, float]:
@@ -157,6 +164,13 @@ METRICS = {
         compute=_precision_and_recall,
         least=lambda features: 4,
         why="each with three neighbours",
+    ),
+    "class_agreement": Metric(
+        about="share of images that the classifier of evaluation.features=classifier takes for the "
+        "class that they were generated for",
+        figures={"class_agreement": Figure("class agreement", "higher")},
+        needs=("generated", "labels"),
+        compute=_class_agreement,
     ),
     "copies": Metric(
         about="share of images as near to a training image as the nearest 5% of held-out images "

@@ -1,7 +1,7 @@
 """The real images that a model is measured by: compared with generated ones, and denoised."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,32 +50,35 @@ class RealImages:
     reference_sha256: str | None = None
 
 
-def real_images(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) -> RealImages:
+def real_images(
+    data: DataConfig, evaluation: EvaluationConfig, shape: Shape, on_gpu: bool = False
+) -> RealImages:
     """The configured reference, or the images of the data set where none is configured.
 
     Args:
         data: configuration of what is trained on.
         evaluation: its features and its reference.
         shape: (C, H, W) of generated pictures.
+        on_gpu: whether features are computed on the current GPU.
 
     Raises:
         UserError: the reference is missing, damaged, or unlike the pictures, or the features need
             what the real images lack.
     """
     if evaluation.reference is None:
-        return _of_data_set(data, evaluation)
+        return _of_data_set(data, evaluation, on_gpu)
     if evaluation.reference.endswith(".npz"):
-        return _of_archive(evaluation, shape)
+        return _of_archive(evaluation, shape, on_gpu)
     path = Path(evaluation.reference).expanduser()
     if not is_url(evaluation.reference):
         if not path.exists():
             raise UserError(f"evaluation.reference={path} does not exist; correct the path.")
         if path.is_dir() and not any(path.glob("*.tar")) and (names := picture_names(path)):
-            return _of_pictures(evaluation, open_pictures(path, names, shape))
-    return _of_shards(data, evaluation, shape)
+            return _of_pictures(evaluation, open_pictures(path, names, shape), on_gpu)
+    return _of_shards(data, evaluation, shape, on_gpu)
 
 
-def _of_data_set(data: DataConfig, evaluation: EvaluationConfig) -> RealImages:
+def _of_data_set(data: DataConfig, evaluation: EvaluationConfig, on_gpu: bool) -> RealImages:
     image = data.members[0]
     reader = open_data(data, [m for m in data.members if m in (image, "cls")], part=None)
     share, is_held_out = data.held_out, np.zeros(len(reader), dtype=bool)
@@ -84,7 +87,9 @@ def _of_data_set(data: DataConfig, evaluation: EvaluationConfig) -> RealImages:
     shape, policy = data.image_shape, data.on_bad_sample
     read = cache(lambda: read_all(reader, shape, policy, is_held_out))
     labelled = partial(_labelled, read) if "cls" in reader.keys else None
-    extractor = _extractor(evaluation, reader.fingerprint, image, len(reader), shape[0], labelled)
+    extractor = _extractor(
+        evaluation, reader.fingerprint, image, len(reader), shape[0], labelled, on_gpu
+    )
 
     def part(name: Part, rows: np.ndarray) -> ImageSet:
         whole = reader.fingerprint
@@ -101,7 +106,9 @@ def _of_data_set(data: DataConfig, evaluation: EvaluationConfig) -> RealImages:
     return RealImages(extractor=extractor, training=training, held_out=held_out)
 
 
-def _of_shards(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) -> RealImages:
+def _of_shards(
+    data: DataConfig, evaluation: EvaluationConfig, shape: Shape, on_gpu: bool
+) -> RealImages:
     """A reference in shards, of which the first member that holds pictures is taken."""
     source = str(evaluation.reference)
     like = DataConfig(source=source, image_shape=shape, cache_gb=data.cache_gb)
@@ -126,24 +133,26 @@ def _of_shards(data: DataConfig, evaluation: EvaluationConfig, shape: Shape) -> 
     reader = open_data(like, [image, "cls"] if "cls" in contents else [image])
     read = cache(lambda: read_all(reader, shape, data.on_bad_sample))
     labelled = partial(_labelled, read) if "cls" in contents else None
-    extractor = _extractor(evaluation, reader.fingerprint, image, len(reader), shape[0], labelled)
+    extractor = _extractor(
+        evaluation, reader.fingerprint, image, len(reader), shape[0], labelled, on_gpu
+    )
     file = _statistics_file(reader.fingerprint, image, shape, extractor)
     images = ImageSet(lambda: torch.from_numpy(read()[0]), len(reader), extractor, file)
     return RealImages(extractor=extractor, reference=images, reference_sha256=reader.fingerprint)
 
 
-def _of_pictures(evaluation: EvaluationConfig, pictures: PictureFolder) -> RealImages:
+def _of_pictures(evaluation: EvaluationConfig, pictures: PictureFolder, on_gpu: bool) -> RealImages:
     """A reference in a plain folder."""
     read, labels = cache(pictures.images), pictures.labels
     labelled = None if labels is None else lambda: (read(), labels)
     count, channels = len(pictures.names), pictures.shape[0]
-    extractor = _extractor(evaluation, pictures.sha256, PICTURES, count, channels, labelled)
+    extractor = _extractor(evaluation, pictures.sha256, PICTURES, count, channels, labelled, on_gpu)
     file = _statistics_file(pictures.sha256, PICTURES, pictures.shape, extractor)
     images = ImageSet(read, count, extractor, file)
     return RealImages(extractor=extractor, reference=images, reference_sha256=pictures.sha256)
 
 
-def _of_archive(evaluation: EvaluationConfig, shape: Shape) -> RealImages:
+def _of_archive(evaluation: EvaluationConfig, shape: Shape, on_gpu: bool) -> RealImages:
     """A reference in the layout of ADM's evaluator; its statistics are those of Inception."""
     source = str(evaluation.reference)
     archive = open_archive(Path(source).expanduser())
@@ -160,7 +169,7 @@ def _of_archive(evaluation: EvaluationConfig, shape: Shape) -> RealImages:
         count, (channels, height, width) = 0, shape
     labels = archive.labels
     labelled = None if labels is None else lambda: (archive.images(), labels)
-    extractor = _extractor(evaluation, archive.sha256, PICTURES, count, channels, labelled)
+    extractor = _extractor(evaluation, archive.sha256, PICTURES, count, channels, labelled, on_gpu)
     known = archive.statistics if evaluation.features == "inception" else None
     if known is not None and len(known["mu"]) != extractor.feature_dim:
         raise UserError(
@@ -249,6 +258,7 @@ def _extractor(
     count: int,
     channels: int,
     labelled: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None,
+    on_gpu: bool,
 ) -> Extractor:
     """Of the features that images are compared by.
 
@@ -259,6 +269,7 @@ def _extractor(
         count: how many there are.
         channels: of an image.
         labelled: reads them and their classes; None where they have none.
+        on_gpu: whether they are computed on the current GPU.
 
     Raises:
         UserError: the features need what is not there; torch-fidelity, which compares them, cannot
@@ -266,9 +277,9 @@ def _extractor(
     """
     import_torch_fidelity()  # here, since what is wrong with it must not end a run that trains
     if evaluation.features == "inception":
-        return inception_features(evaluation.inception_weights)
+        return replace(inception_features(evaluation.inception_weights), on_gpu=on_gpu)
     if evaluation.features == "dinov2":
-        return dinov2_features(evaluation.dinov2_weights)
+        return replace(dinov2_features(evaluation.dinov2_weights), on_gpu=on_gpu)
     if labelled is None:
         raise UserError(
             "evaluation.features=classifier needs the labels of the images (member cls, arr_1 of "
@@ -277,4 +288,4 @@ def _extractor(
         )
     folder, name = cache_folder() / "features", f"{content}-{member}-{channels}"
     kept = kept_classifier(count, channels, folder, name)
-    return kept or classifier_for(*labelled(), folder, name)
+    return replace(kept or classifier_for(*labelled(), folder, name), on_gpu=on_gpu)

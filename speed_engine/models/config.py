@@ -45,6 +45,7 @@ class DiTConfig:
     """A diffusion transformer (DiT); if it is conditioned on texts, every block attends to them."""
 
     SIZED: ClassVar[tuple[str, ...]] = ("patch_size", "dim", "depth", "num_heads", "variant")
+    GRAPHS: ClassVar[bool] = True  # whether CUDA graphs are a choice: they were measured of DiTs
     family: tyro.conf.Suppress[Literal["dit"]] = "dit"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -90,6 +91,7 @@ class MDTConfig:
     SIZED: ClassVar[tuple[str, ...]] = (
         "version", "patch_size", "dim", "depth", "num_heads", "decode_layers",
     )  # fmt: skip
+    GRAPHS: ClassVar[bool] = False
     family: tyro.conf.Suppress[Literal["mdt"]] = "mdt"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -133,6 +135,7 @@ class UNetConfig:
         "model_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads",
         "num_head_channels", "scale_shift_norm", "resblock_updown",
     )  # fmt: skip
+    GRAPHS: ClassVar[bool] = False
     family: tyro.conf.Suppress[Literal["unet"]] = "unet"
     """Which of the families this is, in config.json."""
     size: str | None = None
@@ -180,6 +183,7 @@ class EdmUNetConfig:
         "network", "model_channels", "channel_mult", "num_blocks", "attention_resolutions",
         "dropout",
     )  # fmt: skip
+    GRAPHS: ClassVar[bool] = False
     family: tyro.conf.Suppress[Literal["edm_unet"]] = "edm_unet"
     """Which of the families this is, in config.json."""
     size: str | None = None

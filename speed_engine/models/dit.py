@@ -24,7 +24,7 @@ from speed_engine.models.layers.embeddings import (
     unpatchify,
 )
 from speed_engine.models.layers.feed_forward import FeedForward, SwiGLU
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.models.layers.open_sum import OpenSum, opened
 from speed_engine.runtime.checks import UserError
 

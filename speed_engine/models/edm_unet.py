@@ -1,7 +1,7 @@
 """The U-Nets of EDM (Karras et al. 2022): DDPM++ and ADM as its authors train them.
 
 Parameter names, initialisation and numerics follow NVlabs/edm, which names blocks by the size of
-the image they work on; ``pretrained_unet`` reads and writes its files.
+the image they work on; ``layouts/unet.py`` reads its files.
 
 Letters: B images, C channels, H x W pixels, N = H W places, E width of the embedding of t.
 """
@@ -128,6 +128,12 @@ class EdmUNet(nn.Module):
         self._add_output(names[0], channels)
         self._initialise()
 
+    @property
+    def ends(self) -> tuple[nn.Module, ...]:
+        """The first and the last map, which see pixels."""
+        first, *_ = self.enc.values()
+        return first, self._last()
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W), (B,) timesteps, (B,) labels -> (B, C, H, W).
 
@@ -156,6 +162,9 @@ class EdmUNet(nn.Module):
         raise NotImplementedError
 
     def _add_output(self, name: str, channels: int) -> None:
+        raise NotImplementedError
+
+    def _last(self) -> nn.Module:
         raise NotImplementedError
 
     def _initialise(self) -> None:
@@ -196,6 +205,9 @@ class SongUNet(EdmUNet):
         norm, convolution = self._output
         self.dec[norm] = GroupNormSiLU(norm_groups(channels), channels, 1e-6)
         self.dec[convolution] = nn.Conv2d(channels, self.out_channels, 3, padding=1)
+
+    def _last(self) -> nn.Module:
+        return self.dec[self._output[1]]
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         cos, sin = sinusoid(t, self.model_channels, frequency_shift=1).chunk(2, dim=1)
@@ -242,6 +254,9 @@ class DhariwalUNet(EdmUNet):
     def _add_output(self, name: str, channels: int) -> None:
         self.out_norm = GroupNormSiLU(norm_groups(channels), channels, 1e-5)
         self.out_conv = zeroed(nn.Conv2d(channels, self.out_channels, 3, padding=1))
+
+    def _last(self) -> nn.Module:
+        return self.out_conv
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         code = sinusoid(t, self.model_channels).to(self.map_layer0.weight.dtype)

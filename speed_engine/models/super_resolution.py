@@ -36,6 +36,11 @@ class SuperResolution(nn.Module):
         return cast(nn.ModuleList, self.model.blocks)
 
     @property
+    def ends(self) -> tuple[nn.Module, ...]:
+        """As the model declares them."""
+        return getattr(self.model, "ends", ())
+
+    @property
     def training_passes(self) -> Sequence[Mapping[str, int]]:
         """As the model declares them; by default one plain pass."""
         return getattr(self.model, "training_passes", ({},))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.dit import Block, DiT
 from speed_engine.models.layers.blocks import recomputable
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.models.layers.open_sum import OpenSum, opened
 
 

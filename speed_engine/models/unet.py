@@ -7,7 +7,7 @@ Letters: B images, C channels, H x W pixels, N = H W places, E width of the embe
 L tokens of a text, D width of a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +150,8 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(down))
                 skips.append(channels)
 
-        self.middle_block = Stage(
-            residual(channels, channels), attention(channels), residual(channels, channels)
+        self.middle_block = nn.ModuleList(
+            [residual(channels, channels), attention(channels), residual(channels, channels)]
         )
 
         self.output_blocks = nn.ModuleList()
@@ -171,6 +171,11 @@ class UNet(nn.Module):
             nn.Identity(),  # where the originals have their SiLU
             zeroed(nn.Conv2d(channels, self.out_channels, 3, padding=1)),
         )
+
+    @property
+    def ends(self) -> tuple[nn.Module, ...]:
+        """The first and the last map, which see pixels."""
+        return self.input_blocks[0], self.out
 
     def forward(
         self,
@@ -200,7 +205,7 @@ class UNet(nn.Module):
         for block in self.input_blocks:
             x = block(x, embedding, tokens)
             skips.append(x)
-        x = self.middle_block(x, embedding, tokens)
+        x = _through(self.middle_block, x, embedding, tokens)
         for block in self.output_blocks:
             x = block(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
         return self.out(x)
@@ -242,12 +247,18 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
         """(B, C, H, W), (B, E), (B, L, D) -> (B, C, H, W) of other sizes."""
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                x = layer(x, embedding)
-            elif isinstance(layer, SpatialTransformer):
-                assert tokens is not None
-                x = layer(x, tokens)
-            else:
-                x = layer(x)
-        return x
+        return _through(self, x, embedding, tokens)
+
+
+def _through(
+    layers: Iterable[nn.Module], x: Tensor, embedding: Tensor, tokens: Tensor | None
+) -> Tensor:
+    for layer in layers:
+        if isinstance(layer, ResBlock):
+            x = layer(x, embedding)
+        elif isinstance(layer, SpatialTransformer):
+            assert tokens is not None
+            x = layer(x, tokens)
+        else:
+            x = layer(x)
+    return x

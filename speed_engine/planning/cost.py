@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from speed_engine.build import build_model, training_inputs
+from speed_engine.build import build_model, spelled, training_inputs
 from speed_engine.config import TrainConfig
 from speed_engine.data.opening import condition_names
 from speed_engine.planning.flops import forward_flops
@@ -105,7 +105,7 @@ def estimate(config: TrainConfig) -> Estimate:
         kept=kept,
         batch_size=config.batch_size,
         muon_parameters=sum(weight.numel() for weight, _ in matrices),
-        muon_flops=sum(muon.step_flops(weight, parts) for weight, parts in matrices),
+        muon_flops=sum(muon.step_flops(weight, maps) for weight, maps in matrices),
         averages=len(config.optimizer.averages),
     )
 
@@ -119,6 +119,7 @@ def describe(config: TrainConfig, gpu: GpuName) -> dict[str, str]:
     conditioned = f"conditioned on {conditions}" if conditions else "unconditional"
     return {
         "model": f"{config.model.size or config.model.family} on {shape}, {conditioned}",
+        "method": spelled(config),
         "parameters": f"{cost.parameters:,}",
         "FLOPs": f"{short(cost.forward_flops)}FLOP per image forward "
         f"({short(cost.forward_flops / 2)}MAC), {short(cost.training_flops)}FLOP trained",

@@ -32,6 +32,6 @@ GPUS: dict[GpuName, Gpu] = {
 
 def gpu_called(name: str) -> Gpu | None:
     """The GPU that PyTorch calls so, such as ``NVIDIA GeForce RTX 4090``; None if it is another."""
-    words = name.lower().replace(" ", "")
-    # An RTX A1000 is no A100.
-    return next((gpu for known, gpu in GPUS.items() if re.search(rf"{known}(?!\d)", words)), None)
+    # An RTX A1000 is no A100, a GH200 no H200; the GPUs of a GB200 are B200s.
+    words = name.lower().replace("rtx 4090", "rtx4090").replace("gb200", "b200")
+    return next((gpu for known, gpu in GPUS.items() if re.search(rf"\b{known}(?!\d)", words)), None)

@@ -9,7 +9,6 @@ blocks. Launches are counted to grow with the number of parameter tensors: 5 to 
 from torch import Tensor, nn
 
 from speed_engine.config import TrainConfig
-from speed_engine.models.config import EdmUNetConfig, UNetConfig
 from speed_engine.planning.flops import forward_flops
 from speed_engine.planning.gpus import Gpu
 from speed_engine.runtime.machine import Launching
@@ -31,12 +30,12 @@ def launching(
         gpu: that computes it.
 
     Returns:
-        None where CUDA graphs are no choice: a U-Net, since none was measured with them; images
-        that go through the model in parts, since a replay overwrites the gradients of the part
-        before; deterministic algorithms, of which PyTorch captures only some.
+        None where CUDA graphs are no choice: an MDT or a U-Net, since none was measured with them;
+        images that go through the model in parts, since a replay overwrites the gradients of the
+        part before; deterministic algorithms, of which PyTorch captures only some.
     """
     in_parts = (config.microbatch_size or config.batch_size) < config.batch_size
-    if in_parts or config.deterministic or isinstance(config.model, (UNetConfig, EdmUNetConfig)):
+    if in_parts or config.deterministic or not config.model.GRAPHS:
         return None
     flops = 3 * config.batch_size * sum(forward_flops(model, inputs) for inputs in passes)
     launched = len([*model.parameters()]) * len(passes)

@@ -10,7 +10,7 @@ from speed_engine.build import build_model, settle_operators
 from speed_engine.config import TrainConfig
 from speed_engine.models.layouts.files import load_parameters
 from speed_engine.run.folder import kept_steps, of_newest
-from speed_engine.runtime.checks import UserError, check
+from speed_engine.runtime.checks import MOST, UserError, check, check_whole
 from speed_engine.training import checkpoint, post_hoc
 from speed_engine.training.checkpoint import CHECKPOINTS
 from speed_engine.training.ema import EMA, average_group, decay_of
@@ -37,6 +37,7 @@ def load_average(
     check("average", name, isinstance(name, str), "must be the name of an EMA, such as ema")
     if step is None:
         return of_newest(run, lambda path: load_average_of(path, config, device, name))
+    check_whole("checkpoint", step, 0, MOST)
     path = run / CHECKPOINTS / f"step-{step:08d}"
     try:
         if path.is_dir():

@@ -22,6 +22,7 @@ from speed_engine.build import (
     build_model,
     build_process,
     settle_operators,
+    spelled,
     training_inputs,
 )
 from speed_engine.config import TrainConfig, flat, to_json
@@ -196,7 +197,7 @@ def _continued(config: TrainConfig, folder: Path, console: Console, world: World
         config = replace(config, compile="auto")
         if world.is_first:
             console.print("CUDA graphs are of one process on a GPU; the step is compiled as usual.")
-    trainer, config = build_trainer(config, folder, console, world, init_from)
+    trainer, config = build_trainer(config, folder, console, world, init_from, resumed=True)
     if not saved and world.is_first:
         console.print(
             f"{folder} has no checkpoint yet; training from its start.", markup=False, emoji=False
@@ -248,6 +249,8 @@ def build_trainer(
     console: Console,
     world: World = ALONE,
     init_from: Path | None = None,
+    *,
+    resumed: bool = False,
 ) -> tuple[Trainer, TrainConfig]:
     """The trainer of a run, and the configuration with the choices that were left open.
 
@@ -260,6 +263,7 @@ def build_trainer(
         console: what the first process prints to.
         world: the processes that train together.
         init_from: weights to start from; None initialises from the seed.
+        resumed: whether it was begun before, so that CUDA graphs that cannot go on are given up.
 
     Raises:
         UserError: an option does not fit another, the machine, or the data.
@@ -278,7 +282,14 @@ def build_trainer(
         evaluator = build_evaluator(config, process, world)
     if device.type == "cuda" and config.microbatch_size is None:
         resident = data.num_bytes if choices.resident.value == "on" else 0
-        config = replace(config, microbatch_size=images_that_fit(config, choices, resident, world))
+        fits = images_that_fit(config, choices, resident, world)
+        if resumed and fits is not None and config.compile == "graphs":
+            config = replace(config, compile="blocks")
+            console.print(
+                "CUDA graphs take all images of a step at once, for which too little of the GPU's "
+                "memory is free; the step is compiled by blocks."
+            )
+        config = replace(config, microbatch_size=fits)
         choices = machine_choices(config, world, data.num_bytes)  # graphs take all images at once
     with announced("making the model"):
         model = build_model(config, choices.attention.value).to(device)
@@ -318,7 +329,7 @@ def build_trainer(
         introduction={
             "data": f"{len(data.reader):,} images of shape {config.data.image_shape}{classes}",
             "model": f"{parameters:,} parameters on {where}",
-            "method": config.method,
+            "method": spelled(config),
             "features": evaluator.extractor.describe() if evaluator.extractor else "none",
             **(compiling if how != "off" else {}),
         },

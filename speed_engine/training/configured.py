@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.checks import UserError, check
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, constant, decay_of, warming_up
 from speed_engine.training.one_sweep import OneSweep
@@ -41,10 +41,12 @@ def build_update(
         steps: optimizer steps of the whole run, which momentum decays follow.
         update: a key of ``UPDATES``.
         momentum_decay: the method's; the configuration may name another.
-        loss_learning_rate: of the loss's own parameters; None takes the model's.
+        loss_learning_rate: of the loss's own parameters; None takes that of the model's that AdamW
+            trains.
 
     Raises:
-        UserError: an unknown optimizer, or one that the update does not hold for.
+        UserError: an unknown optimizer, one that the update does not hold for, or an option that it
+            does not take.
     """
     if settings.name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
@@ -55,6 +57,10 @@ def build_update(
             f"momentum decay ({decay}) is that of AdamW's beta1; beside muon, use "
             "optimizer.momentum_decay=none, or optimizer.name=adamw."
         )
+    rate = settings.adamw_learning_rate
+    apart = rate is None or settings.name != "adamw"
+    need = "has no effect with optimizer.name=adamw; set optimizer.learning_rate"
+    check("optimizer.adamw_learning_rate", rate, apart, need)
     optimizers = OPTIMIZERS[settings.name](
         model,
         loss,
@@ -82,6 +88,6 @@ def build_update(
         optimizers,
         averages,
         learning_rate=lambda step: warmup(step) * schedule(step) * momentum.compensation(step),
-        beta1=momentum.beta1,
+        beta1=None if decay == "none" else momentum.beta1,
         grad_clip=settings.grad_clip,
     )

@@ -107,7 +107,7 @@ class Engine:
 
     def _observe(self, before: int, output: ObjectiveOutput, finite: Tensor) -> None:
         """Show a sampler that learns the step of all processes, unless it was skipped."""
-        if not self.objective.learns_timesteps:
+        if not self.objective.timesteps.distribution.learns:
             return
         t, errors = self.world.gather(output.t), self.world.gather(output.weighted_error)
         self.objective.observe(before, output._replace(t=t, weighted_error=errors), finite)

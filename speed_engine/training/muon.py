@@ -9,7 +9,7 @@ factor gives an update the size that AdamW's have (Liu et al. 2025, arXiv 2502.1
 learning rates mean the same for both.
 
 ``torch.optim.Muon`` takes one matrix at a time, whole and in bfloat16. This one splits weights that
-hold several maps (``FusedLinear``), since the singular values of each should be 1; takes all
+hold several maps (``fused.Maps``), since the singular values of each should be 1; takes all
 matrices of one shape in one batched product, in float32 where bfloat16 is not faster; takes
 convolutions as matrices (out, in * height * width); gathers sharded parameters (FSDP2); and skips a
 step on the device, as ``Update`` needs it.
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from speed_engine.models.layers.fused import ONE, Maps
 from speed_engine.runtime.precision import COMPUTE_DTYPES
 from speed_engine.runtime.sharding import blocks, local
 
@@ -60,39 +61,46 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     upright = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if upright else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + TINY)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.matrix_norm(x, keepdim=True, dtype=exact)
+    # Quintics grow fast beyond 1: no rounding, here or in the first of them, may lead there.
+    margin = 1 + 2 * torch.finfo(x.dtype).eps
+    x = (x / (norm * margin + TINY)).to(x.dtype)
     for a, b, c in quintics(x.shape[-2]):
         gram = x @ x.mT
         x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return x.mT if upright else x
 
 
-def hidden_matrices(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """The weights that Muon is for, each with the number of maps that lie in it.
+def hidden_matrices(model: nn.Module) -> Iterator[tuple[Tensor, Maps]]:
+    """The weights that Muon is for, each with the maps that lie in it.
 
     They are the trained weights of linear maps and convolutions in the model's blocks; embeddings,
-    heads, norms and biases are not.
+    norms, biases and what lies in the model's ``ends``, if it names any, are not.
     """
+    ends = {module for end in getattr(model, "ends", ()) for module in end.modules()}
     for block in blocks(model):
         for module in block.modules():
             if (
                 isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
                 and module.weight.requires_grad
+                and module not in ends
             ):
-                yield module.weight, getattr(module, "parts", 1)
+                yield module.weight, getattr(module, "maps", ONE)
 
 
-def step_flops(weight: Tensor, parts: int) -> int:
-    """Of the products of one step for a weight that holds so many maps."""
-    rows, columns = sorted((len(weight) // parts, weight[0].numel()))
-    return parts * len(quintics(rows)) * (4 * rows**2 * columns + 2 * rows**3)
+def step_flops(weight: Tensor, maps: Maps) -> int:
+    """Of the products of one step for a weight that holds these maps."""
+    count, *sides = maps.apart(weight.flatten(1)).shape
+    rows, columns = sorted(sides)
+    return count * len(quintics(rows)) * (4 * rows**2 * columns + 2 * rows**3)
 
 
 class Muon(torch.optim.Optimizer):
     """See the head of this module.
 
     Args:
-        weights: (out, in, ...) each, with the number of maps that lie in it, along its first axis.
+        weights: (out, in, ...) each, with the maps that lie in its rows.
         lr: learning rate.
         momentum: m, in [0, 1).
         weight_decay: in units of the learning rate.
@@ -103,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        weights: Sequence[tuple[Tensor, int]],
+        weights: Sequence[tuple[Tensor, Maps]],
         *,
         lr: float,
         momentum: float = 0.95,
@@ -112,8 +120,8 @@ class Muon(torch.optim.Optimizer):
         # Not called momentum, which schedules of AdamW's beta1 would set.
         options = {"lr": lr, "muon_momentum": momentum, "weight_decay": weight_decay}
         super().__init__([weight for weight, _ in weights], options)
-        self._parts = dict(weights)
-        for weight in self._parts:
+        self._maps = dict(weights)
+        for weight in self._maps:
             self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
     @torch.no_grad()
@@ -145,7 +153,7 @@ class Muon(torch.optim.Optimizer):
         rounded = _in_dtype(ahead, COMPUTE_DTYPES.get(weights[0].device.type))
         by_shape: dict[tuple[int, int], list[tuple[int, Tensor]]] = defaultdict(list)
         for i, (weight, update) in enumerate(zip(weights, rounded, strict=True)):
-            matrices = _gathered(update, weight).flatten(1).unflatten(0, (self._parts[weight], -1))
+            matrices = self._maps[weight].apart(_gathered(update, weight).flatten(1))
             by_shape[matrices.shape[1], matrices.shape[2]].append((i, matrices))
         found: list[Tensor] = list(ahead)
         for (rows, columns), members in by_shape.items():
@@ -155,7 +163,8 @@ class Muon(torch.optim.Optimizer):
                 results = results.to(ahead[0].dtype)
                 sizes = [len(matrices) for _, matrices in batch]
                 for (i, _), result in zip(batch, results.split(sizes), strict=True):
-                    found[i] = _own_part(result.reshape(weights[i].shape), weights[i])
+                    whole = self._maps[weights[i]].together(result).reshape(weights[i].shape)
+                    found[i] = _own_part(whole, weights[i])
         return found
 
 

@@ -7,7 +7,7 @@ that the device alone can decide whether a step changes them (see update.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ class Hyperparameters:
         beta1: decay of the first moment, in [0, 1).
         beta2: decay of the second moment, in [0, 1).
         weight_decay: of the model's parameters, in units of the learning rate.
-        loss_learning_rate: of the loss's own parameters; by default the model's.
+        loss_learning_rate: of the loss's own parameters; by default that of the model's that AdamW
+            trains.
         adamw_learning_rate: of the parameters that Muon leaves to AdamW; by default the model's.
         muon_momentum: of Muon, in [0, 1).
     """
@@ -71,9 +72,11 @@ def muon(model: nn.Module, loss: nn.Module, hyper: Hyperparameters) -> list[torc
         weight_decay=hyper.weight_decay,
     )  # fmt: skip
     chosen = {weight for weight, _ in matrices}
-    groups = parameter_groups(model, loss, hyper)
+    rate = hyper.adamw_learning_rate or hyper.learning_rate
+    left = replace(hyper, loss_learning_rate=hyper.loss_learning_rate or rate)
+    groups = parameter_groups(model, loss, left)
     groups[0]["params"] = [p for p in groups[0]["params"] if p not in chosen]
-    groups[0]["lr_scale"] = (hyper.adamw_learning_rate or hyper.learning_rate) / hyper.learning_rate
+    groups[0]["lr_scale"] = rate / hyper.learning_rate
     return [hidden, _adamw(groups, hyper)]
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import speed_engine as se
 from speed_engine import cli
 from speed_engine.api.card import nearest_preset
-from speed_engine.config import TrainConfig
+from speed_engine.build import build_process
+from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.presets import PRESETS
@@ -259,6 +260,22 @@ def test_a_comparison_is_told_the_call_that_makes_it_again(tmp_path, monkeypatch
     ]
 
 
+def test_a_comparison_takes_a_budget_of_seconds(tmp_path, monkeypatch):
+    asked = []
+    run = lambda *given: asked.append(given) or tmp_path
+    monkeypatch.setattr("speed_engine.api.comparison.run_comparison", run)
+    se.compare("digits", budget_seconds=90)
+    ((command, _, called),) = asked
+    assert command.budget_seconds == 90 and "budget_seconds=90, " in called
+
+
+def test_a_run_of_a_recipe_is_named_after_the_recipe(monkeypatch):
+    started = []
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[1]))
+    se.train("digits", recipe="flow_muon")
+    assert started == [Path("runs/digits-flow_muon-0")]
+
+
 def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[:2]))
@@ -280,6 +297,7 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
         (lambda run: se.train("digits", step=5), "step is unknown, the nearest is steps"),
         (lambda run: se.train("digits", model={"dept": 5}), "model.dept is unknown, the nearest"),
         (lambda run: se.train("digits", run.folder), "run exists already; continue it"),
+        (lambda run: se.train("ffhq-unet", recipe="flow"), "train without it by --model.no-learn"),
         (lambda run: run.evaluate(num_image=5), "evaluation.num_image is unknown, the nearest"),
         (lambda run: run.model("ema=0.5"), "holds no EMA 'ema=0.5'; this run keeps ema, power=1"),
         (lambda run: se.load("nothing-here"), "nothing-here is no folder; give the folder of"),
@@ -309,6 +327,14 @@ def test_changes_hold_before_a_file_and_runs_are_named_after_it(tmp_path, monkey
             lambda run: se.load(run.model().save_pretrained("saved"), average="power=7"),
             "average='power=7': saved is a saved model, which has one set of parameters",
         ),
+        (lambda run: run.model(checkpoint=3), "has no checkpoint of step 3; it keeps those of: 4"),
+        (lambda run: run.model(checkpoint=wrong("4")), "checkpoint=4: must be a whole number"),
+        (
+            lambda run: se.load(run.model().save_pretrained("saved"), checkpoint=4),
+            "checkpoint=4: saved is a saved model, which has one set of parameters",
+        ),
+        (lambda run: run.evaluate(vae="some/vae"), "data.vae=some/vae: is for data.latents True"),
+        (lambda run: se.compare("digits", budget_seconds=0), "budget_seconds=0.0: must be posit"),
         (lambda run: se.compare("digits", method="p2"), "method=p2: has no effect in a comparison"),
         (lambda run: run.model().generate(1, seed=True), "seed=True: must be a whole number"),
         (lambda run: run.model().save_pretrained(wrong(3)), "folder=3: must be a path"),
@@ -416,6 +442,17 @@ def test_a_model_is_shown_in_one_line(run):
     assert "images of shape (3, 8, 8)" in shown and len(shown) < 120
 
 
+def test_an_earlier_checkpoint_is_the_model_of_then(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run.folder, folder)
+    later = se.Run(folder).resume(console=QUIET, steps=6)
+    assert later.model().facts.step == 6
+    models = [later.model(checkpoint=4), se.load(folder, checkpoint=4)]
+    assert [model.facts.step for model in models] == [4, 4]
+    for model in models:
+        assert torch.equal(model.generate(2), run.model().generate(2))
+
+
 def test_a_run_is_resumed_with_what_may_change(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run.folder, folder)
@@ -444,6 +481,23 @@ def test_without_the_hub_s_library_its_extra_is_named(run, monkeypatch):
     for call in (lambda: se.load("me/frogs"), lambda: run.model().push_to_hub("me/frogs")):
         with pytest.raises(UserError, match=re.escape("pip install 'speed-engine[hub]'")):
             call()
+
+
+def test_a_recipe_of_a_call_holds_before_the_file_and_the_changes_before_it(tmp_path, monkeypatch):
+    started: list[TrainConfig] = []
+    monkeypatch.setattr("speed_engine.run.starting.start", lambda *run: started.append(run[0]))
+    digits = dataclasses.replace(PRESETS["digits"][1], steps=7)
+    path = tmp_path / "config.json"
+    path.write_text(to_json(digits))
+    changes: dict[str, Any] = {"schedule": "linear", "optimizer": {"beta1": 0.8}}
+    for config in (path, digits):
+        se.train(config, tmp_path / "run", recipe="flow_muon", **changes)
+        found = started.pop()
+        assert (found.method, found.schedule, found.steps) == ("logit_normal", "linear", 7)
+        assert build_process(found).prediction == "epsilon"  # not that of the recipe's own process
+        assert found.optimizer == dataclasses.replace(
+            digits.optimizer, name="muon", schedule="linear", beta1=0.8
+        )
 
 
 def test_names_are_there_before_they_are_used():

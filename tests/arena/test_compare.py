@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from speed_engine import cli
+from speed_engine.arena.compare import _slots
 from speed_engine.arena.rehearsal import seconds_per_step
 from speed_engine.arena.request import CompareCommand, within_budget
 from speed_engine.arena.results import read_results
 from speed_engine.arena.runs import execute
+from speed_engine.config import TrainConfig
 
 OPTIONS = (
     "--methods uniform,speed_paper+optimizer.learning_rate=1e30+optimizer.warmup_steps=0 "
@@ -65,7 +68,9 @@ def test_contestants_are_paired_and_measured_where_the_plan_says(finished):
     complete = [curve for curve in results.curves if not curve.failure]
     for curve in complete:
         assert [point.images for point in curve.points] == [160, 320]
-        assert {"fid", "held_out_fid", "copied_share"} <= curve.points[0].values.keys()
+        measured = curve.points[0].values
+        assert {"fid", "held_out_fid", "copied_share"} <= measured.keys()
+        assert 0 <= measured["class_agreement"] <= 1
         assert list(curve.by_solver_steps) == ["3"] and len(curve.denoising) >= 5
         assert 0 < curve.points[0].seconds < curve.points[1].seconds
     configs = [json.loads((out / c.run / "config.json").read_text()) for c in complete]
@@ -97,6 +102,18 @@ def test_each_contestant_takes_the_best_of_the_rates_that_one_run_did_not_rule_o
             counted = out / "runs" / folder / f"lr-{of}" / "seed-0"
             assert tried[of] == pytest.approx(final(counted) if of in left else alone[of])
         assert rate == float(min(left, key=tried.__getitem__))
+
+
+def test_every_run_has_the_rate_and_the_seed_that_its_folder_is_named_after(finished):
+    out, _ = finished
+    seeds = set()
+    for kind in ("tuning", "runs"):
+        for path in (out / kind).glob("*/lr-*/seed-*/config.json"):
+            config, (rate, seed) = json.loads(path.read_text()), path.parts[-3:-1]
+            assert config["optimizer"]["learning_rate"] == float(rate.removeprefix("lr-")), path
+            assert config["seed"] == int(seed.removeprefix("seed-")), path
+            seeds.add(config["seed"])
+    assert {0, 1000} <= seeds
 
 
 def final(run: Path) -> float:
@@ -281,3 +298,22 @@ def test_runs_are_rehearsed_as_they_will_compile(tmp_path):
         if "runs" in config.parts:
             pace = seconds_per_step(out / "paces" / config.parts[-4])
             assert 20 - 10 * pace <= written["steps"] * pace <= 20
+
+
+@pytest.mark.parametrize(
+    "gpus, device, asked, slots, threads",
+    [
+        (0, "auto", None, 8, 1),
+        (2, "auto", None, 2, 4),
+        (2, "cpu", None, 8, 1),
+        (2, "auto", 3, 3, 2),
+        (0, "auto", 20, 20, 1),
+    ],
+)
+def test_there_is_a_run_per_gpu_or_else_per_core_unless_another_number_is_asked_for(
+    monkeypatch, gpus, device, asked, slots, threads
+):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    command = CompareCommand(preset="digits", config=TrainConfig(device=device), slots=asked)
+    assert _slots(command) == (slots, threads)

@@ -9,6 +9,7 @@ from rich.console import Console
 from speed_engine.arena.compare import Comparison, Plan
 from speed_engine.arena.contestants import ABLATION, expand, options, resolve
 from speed_engine.arena.recipes import RECIPES, RecipeName, values_of
+from speed_engine.build import build_process
 from speed_engine.config import TrainConfig, from_json, with_values
 from speed_engine.diffusion.grammar import read_spelling
 from speed_engine.diffusion.methods import METHODS
@@ -238,4 +239,31 @@ def test_every_recipe_is_a_configuration_and_says_itself_what_it_trains_with():
     for name, (_, spelled) in RECIPES.items():
         set_here = values_of(name)
         assert set_here["optimizer"].keys() - {"weight_decay"} == {"name", "schedule"}
-        assert with_values(BASE, set_here) == resolve(spelled, BASE) == resolve(name, BASE)
+        config = with_values(BASE, set_here)
+        config = dataclasses.replace(config, prediction=build_process(config).prediction)
+        assert config == resolve(spelled, BASE) == resolve(name, BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "process", "target"),
+    [
+        ("ddpm@flow", "flow", "velocity"),
+        ("ddpm@cosine", "cosine", "epsilon"),
+        ("flow_muon@linear", "linear", "epsilon"),
+        ("flow_muon@edm", "edm", "F"),
+        ("flow_muon@flow", "flow", "velocity"),
+        ("flow_muon@linear:v", "linear", "v"),
+    ],
+)
+def test_on_another_process_a_recipe_has_the_target_of_that(name, process, target):
+    others = dataclasses.replace(BASE, schedule="flow", prediction="x0")
+    for base in (BASE, others):
+        config = resolve(name, base)
+        assert (config.schedule, config.prediction) == (process, target)
+    method = resolve(name.partition("@")[0], BASE).method
+    assert resolve(name, BASE).method == method
+
+
+def test_a_recipe_on_a_process_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match="methods='flow@nowhere': schedule 'nowhere' is unknown"):
+        resolve("flow@nowhere", BASE)

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,9 @@ from speed_engine.arena.final import LOG_SNRS, denoising_errors, times_at
 from speed_engine.build import build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.held_out import is_held_out
+from speed_engine.data.loading.decoding import read_all
+from speed_engine.data.opening import open_data
 
 
 class Silent(nn.Module):
@@ -17,10 +21,10 @@ class Silent(nn.Module):
         return torch.zeros_like(x)
 
 
-def errors(schedule: str, prediction: str, held_out: float = 0.3) -> dict[int, float]:
+def errors(schedule: str, prediction: str) -> dict[int, float]:
     config = TrainConfig(
         method="uniform", schedule=schedule, prediction=prediction, device="cpu",
-        data=DataConfig(held_out=held_out),
+        data=DataConfig(held_out=0.3),
     )  # fmt: skip
     found = denoising_errors(config, build_process(config), Silent())
     return {int(log_snr): error for log_snr, error in found.items()}
@@ -32,10 +36,16 @@ def test_no_noise_at_all_as_the_answer_leaves_the_noise(schedule):
         assert math.log(error) == pytest.approx(-log_snr, abs=0.1)
 
 
-def test_a_grey_image_as_the_answer_costs_the_same_at_every_ratio():
-    of_held_out, of_all = errors("linear", "x0"), errors("linear", "x0", held_out=0)
-    assert len(set(of_held_out.values())) == 1 and 0.3 < of_held_out[0] < 1
-    assert of_held_out[0] != of_all[0]  # other images
+def test_a_grey_image_as_the_answer_costs_a_held_out_image_s_mean_square_at_every_ratio(
+    monkeypatch,
+):
+    monkeypatch.setattr("speed_engine.arena.final.DENOISED_IMAGES", 2000)  # all that there are
+    reader = open_data(DataConfig(), part=None)
+    held_out = [is_held_out(reader.key(n), 0.3) for n in range(len(reader))]
+    images = read_all(reader, (1, 8, 8))[0][held_out] / 127.5 - 1
+    found = errors("linear", "x0")
+    assert len(set(found.values())) == 1
+    assert found[0] == pytest.approx(np.square(images).mean(), rel=1e-5)
 
 
 def test_ratios_that_a_process_does_not_reach_are_left_out():

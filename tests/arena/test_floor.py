@@ -42,10 +42,9 @@ def test_latents_have_no_pictures_to_fit():
 
 
 def test_one_image_of_a_class_is_drawn_as_it_is():
-    image = torch.randint(256, (1, 3, 2, 2)).to(torch.uint8)
-    drawn = gaussian_images(
-        image, torch.tensor([4]), torch.tensor([4, 4]), torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (1, 3, 2, 2), generator=generator).to(torch.uint8)
+    drawn = gaussian_images(image, torch.tensor([4]), torch.tensor([4, 4]), generator)
     assert torch.equal(drawn, image.expand(2, -1, -1, -1))
 
 

@@ -62,10 +62,23 @@ def in_background(function: Callable[..., None], *arguments: object) -> None:
     threading.Thread(target=function, args=arguments, daemon=True).start()
 
 
-def kill_when_there_is_a_checkpoint(run: Path) -> None:
-    while not any((run / "checkpoints").glob("step-*")):
+def comes(event: Callable[[], object], seconds: float = 300) -> bool:
+    """Whether it does, rather than waiting for ever."""
+    until = time.monotonic() + seconds
+    while not event():
+        if time.monotonic() > until:
+            return False
         time.sleep(0.01)
-    os.kill(pid_of(run), signal.SIGKILL)
+    return True
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any((run / "checkpoints").glob("step-*"))
+
+
+def kill_when_there_is_a_checkpoint(run: Path) -> None:
+    if comes(lambda: has_checkpoint(run)):
+        os.kill(pid_of(run), signal.SIGKILL)
 
 
 def test_one_failing_run_is_told_and_does_not_stop_the_others(tmp_path):
@@ -167,9 +180,8 @@ def test_an_interruption_stops_all_runs_with_a_checkpoint(tmp_path, interruptibl
     run = Run(config=LONG, folder=tmp_path / "run")
 
     def interrupt() -> None:
-        while not any((run.folder / "checkpoints").glob("step-*")):
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        if comes(lambda: has_checkpoint(run.folder)):
+            os.kill(os.getpid(), signal.SIGINT)
 
     in_background(interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -197,13 +209,11 @@ def test_runs_of_a_comparison_that_was_killed_stop_with_a_checkpoint(tmp_path):
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"}
     comparison = subprocess.Popen([sys.executable, str(script)], env=environment)
-    while not any((run.folder / "checkpoints").glob("step-*")):
-        assert comparison.poll() is None
-        time.sleep(0.01)
+    assert comes(lambda: has_checkpoint(run.folder) or comparison.poll() is not None)
+    assert comparison.poll() is None
     comparison.kill()
     comparison.wait()
-    while Path(f"/proc/{pid_of(run.folder)}").exists():
-        time.sleep(0.01)
+    assert comes(lambda: not Path(f"/proc/{pid_of(run.folder)}").exists())
     assert "stopped by SIGTERM" in failure(run)
     assert checkpoint.newest(run.folder / "checkpoints")
 

@@ -9,7 +9,7 @@ from arena_curves import comparison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speed_engine.arena.bootstrap import Bootstrap, student_quantile
+from speed_engine.arena.bootstrap import Bootstrap, _stretch, student_quantile
 from speed_engine.arena.results import Curve, Results
 from speed_engine.arena.speedup import complete_runs, speed_up
 
@@ -181,5 +181,8 @@ def test_of_normal_numbers_the_interval_is_nearly_students():
     stats = pytest.importorskip("scipy.stats")
     bootstrap, x = Bootstrap(7), np.random.default_rng(0).normal(size=7)
     means = bootstrap.counts @ x / 7
-    expected = stats.t.interval(0.95, 6, x.mean(), x.std(ddof=1) / math.sqrt(7))
-    assert bootstrap.interval(means, means) == pytest.approx(expected, abs=0.15 * x.std())
+    low, high = stats.t.interval(0.95, 6, x.mean(), x.std(ddof=1) / math.sqrt(7))
+    found = bootstrap.interval(means, means)
+    assert found is not None and found == pytest.approx((low, high), abs=0.15 * x.std())
+    assert found[1] - found[0] == pytest.approx(high - low, rel=0.02)
+    assert _stretch(5) == pytest.approx(1.58, abs=0.005)  # as bootstrap.py has it

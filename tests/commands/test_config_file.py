@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from speed_engine import cli
+from speed_engine.arena.recipes import RECIPES
+from speed_engine.build import build_process
 from speed_engine.commands.config_file import origin, write
 from speed_engine.config import TrainConfig, from_json, to_json
 from speed_engine.data.config import DataConfig
@@ -149,23 +151,67 @@ def test_a_file_that_begins_as_editors_of_windows_begin_it_is_read(tmp_path, nam
     assert origin(str(path)).config().steps == 7
 
 
-def test_a_recipe_holds_before_the_preset_and_after_the_file_and_the_options(tmp_path, monkeypatch):
+def test_a_recipe_of_a_file_holds_before_the_preset_and_after_the_file(tmp_path, monkeypatch):
     path = file(tmp_path, 'preset = "digits"\nrecipe = "flow"\n[optimizer]\nschedule = "cosine"\n')
     config, folder = trained(monkeypatch, path, "--prediction", "x0")
     assert (config.method, config.schedule, config.prediction) == ("logit_normal", "flow", "x0")
     assert config.optimizer == dataclasses.replace(DIGITS.optimizer, schedule="cosine")
     assert folder == Path("runs/mine-logit_normal-0")
 
+
+def test_a_recipe_that_is_asked_for_holds_before_the_file_and_options_before_it(
+    tmp_path, monkeypatch
+):
+    text = 'preset = "digits"\nrecipe = "flow_muon_decay"\nsteps = 7\n[optimizer]\nbeta2 = 0.9\n'
+    path = file(tmp_path, text + 'name = "adamw"\nschedule = "cosine"\n')
     config, _ = trained(monkeypatch, path, "--recipe", "flow_muon", "--optimizer.beta1=0.8")
-    assert (config.optimizer.name, config.optimizer.beta1) == ("muon", 0.8)
-    assert config.optimizer.schedule == "cosine"  # the file says so itself
+    optimizer = dataclasses.replace(
+        DIGITS.optimizer, name="muon", schedule="linear", beta1=0.8, beta2=0.9
+    )  # without the decay of the recipe that it takes the place of
+    assert (config.steps, config.optimizer) == (7, optimizer)
+    config, _ = trained(monkeypatch, path, "--recipe=flow_muon", "--optimizer.schedule", "wsd")
+    assert (config.optimizer.name, config.optimizer.schedule) == ("muon", "wsd")
 
 
-def test_a_recipe_is_printed_in_full(monkeypatch, capsys):
-    config, _ = trained(monkeypatch, "digits", "--recipe=flow_muon")
-    assert config.optimizer.name == "muon"
-    spelled = "logit_normal@flow:velocity+optimizer.name=muon+optimizer.schedule=linear"
-    assert capsys.readouterr().out == f"recipe    flow_muon: {spelled}\n"
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_a_recipe_holds_before_a_file_that_says_every_field(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"config{suffix}"
+    said = dataclasses.replace(DIGITS, steps=7, prediction="v")
+    write(said, path)
+    config, _ = trained(monkeypatch, str(path), "--recipe", "flow_muon")
+    optimizer = dataclasses.replace(DIGITS.optimizer, name="muon", schedule="linear")
+    assert config == dataclasses.replace(
+        said, method="logit_normal", schedule="flow", prediction=None, optimizer=optimizer
+    )
+
+
+def test_on_another_process_a_recipe_predicts_what_that_process_does(tmp_path, monkeypatch):
+    named = file(tmp_path, 'preset = "digits"\nrecipe = "flow_muon"\nschedule = "linear"\n')
+    for arguments in (["digits", "--recipe", "flow_muon", "--schedule", "linear"], [named]):
+        config, _ = trained(monkeypatch, *arguments)
+        process = build_process(config)
+        assert (config.method, process.schedule.name) == ("logit_normal", "linear")
+        assert process.prediction == "epsilon"
+    config, _ = trained(monkeypatch, named, "--schedule", "flow")
+    assert build_process(config).prediction == "velocity"
+    config, _ = trained(monkeypatch, named, "--prediction", "v")
+    assert build_process(config).prediction == "v"
+
+
+def test_the_dry_run_says_what_is_trained_wherever_the_recipe_was_named(tmp_path, capsys):
+    path = file(tmp_path, 'preset = "digits"\nrecipe = "flow"\nmethod = "speed_paper+k=3"\n')
+    adamw = "optimizer.name=adamw+optimizer.schedule"
+    for arguments, spelled in (
+        (["digits", "--recipe=flow_muon_decay"], RECIPES["flow_muon_decay"][1]),
+        ([path], f"speed_paper@flow:velocity+k=3+{adamw}=linear"),
+        ([path, "--schedule", "cosine"], f"speed_paper@cosine:epsilon+k=3+{adamw}=linear"),
+        (
+            ["digits", "--recipe=flow", "--optimizer.schedule=wsd"],
+            f"logit_normal@flow:velocity+{adamw}=wsd",
+        ),
+    ):
+        cli.main(["train", *arguments, "--dry-run"])
+        assert f"method      {spelled}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", [("--method", "speed"), ("--method=speed",)])
@@ -199,9 +245,3 @@ def test_what_trains_nothing_knows_names_as_well(tmp_path, capsys, what, option,
     with pytest.raises(SystemExit):
         cli.main(["train", "digits", option, value, what, *out])
     assert message in " ".join(capsys.readouterr().err.split()) and not list(tmp_path.iterdir())
-
-
-def test_one_of_several_processes_prints_the_recipe(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    trained(monkeypatch, "digits", "--recipe=flow_muon")
-    assert not capsys.readouterr().out

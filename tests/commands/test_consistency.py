@@ -1,6 +1,7 @@
 """`speed-engine consistency` on two real runs of a few seconds."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ from PIL import Image
 
 from speed_engine import cli
 from speed_engine.commands import consistency
-from speed_engine.commands.consistency import steps_compared
+from speed_engine.commands.consistency import complete_checkpoints, steps_compared
 from speed_engine.run.folder import read_config
+from speed_engine.runtime.checks import UserError
 
 SHORT = [
     "train", "digits", "--steps", "160", "--checkpoint-every", "80", "--keep-every", "80",
@@ -97,3 +99,15 @@ def test_both_runs_generate_with_the_steps_of_the_first_or_those_asked_for(
     with pytest.raises(SystemExit):
         cli.main(["consistency", str(a), str(b), "--count", "20", "--solver-steps", "0"])
     assert "evaluation.solver_steps=0" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_not_complete_are_passed_over(runs, tmp_path, caplog):
+    checkpoints = tmp_path / "a" / "checkpoints"
+    shutil.copytree(runs[0] / "checkpoints", checkpoints)
+    (checkpoints / "step-00000080" / "manifest.json").write_text("{}")
+    (checkpoints / "step-notes").mkdir()  # none of a run's
+    assert list(complete_checkpoints(tmp_path / "a")) == [160]
+    assert caplog.text.count("it is left out") == 1
+    shutil.rmtree(checkpoints)
+    with pytest.raises(UserError, match="has no complete checkpoint; train it first"):
+        complete_checkpoints(tmp_path / "a")

@@ -20,7 +20,7 @@ from speed_engine.api.loading import load
 from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.commands import evaluate as commands
 from speed_engine.commands.evaluate import show
-from speed_engine.config import TrainConfig
+from speed_engine.config import TrainConfig, to_json
 from speed_engine.data.config import DataConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.evaluator import Evaluator
@@ -184,6 +184,19 @@ def test_images_are_generated_as_the_run_and_the_device_choose_to_compile(run, c
     assert "compile" not in parts[1]  # parts that an earlier release left are gone on with
 
 
+def test_as_many_images_are_generated_at_a_time_as_asked_for(run, capsys, monkeypatch):
+    sizes = []
+    generate_some = Evaluator.generate_some
+
+    def counted(self, model, ids):
+        sizes.append(len(ids))
+        return generate_some(self, model, ids)
+
+    monkeypatch.setattr(Evaluator, "generate_some", counted)
+    evaluate(run, capsys, "--solver-steps", 3, "--metrics", "fid", "--batch-size", 40)
+    assert sizes == [40, 40, 20]
+
+
 def test_a_folder_of_parts_that_another_command_fills_is_left_alone(run, capsys, monkeypatch):
     monkeypatch.setattr(locks, "_locked", lambda file: False)
     before = (run / "metrics.jsonl").read_bytes()
@@ -274,6 +287,16 @@ def test_bad_input_is_one_message(run, capsys, options, message):
         evaluate(run, capsys, *options)
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_of_which_nothing_can_be_measured_is_refused(run, capsys):
+    config = read_config(run)
+    none = dataclasses.replace(config.evaluation, features="none")
+    (run / "config.json").write_text(to_json(dataclasses.replace(config, evaluation=none)))
+    with pytest.raises(SystemExit):
+        evaluate(run, capsys)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "evaluation.features=none measures nothing of evaluation.metrics=fid kid isc prc" in said
 
 
 def test_a_split_that_leaves_too_little_is_refused_before_training(tmp_path):

@@ -71,6 +71,23 @@ def test_an_exported_model_is_loaded_by_diffusers_alone_and_answers_the_same(run
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-4)
 
 
+def test_an_earlier_checkpoint_is_exported_by_its_step(run, tmp_path, capsys):
+    known = build.build_model(CONFIG).state_dict()
+    checkpoints = Checkpoints(run / "checkpoints")
+    zeros = {f"ema/{name}": torch.zeros_like(value) for name, value in known.items()}
+    checkpoints.save(zeros, states.at(9))
+    checkpoints.wait()
+    for step in (7, 9):
+        out = str(tmp_path / f"{step}.safetensors")
+        cli.main(["export", str(run), "--checkpoint", str(step), "--out", out])
+        assert f"step {step}: " in capsys.readouterr().out
+    early, late = (load_file(tmp_path / f"{step}.safetensors") for step in (7, 9))
+    assert all(of.any() for of in early.values()) and not any(of.any() for of in late.values())
+    with pytest.raises(SystemExit):
+        cli.main(["export", str(run), "--checkpoint", "8", "--out", str(tmp_path / "8")])
+    assert "no checkpoint of step 8; it keeps those of: 7, 9" in capsys.readouterr().err
+
+
 def test_a_model_whose_time_features_diffusers_lacks_is_exported_with_a_warning(
     run, tmp_path, caplog
 ):

@@ -14,6 +14,7 @@ import torch
 
 from speed_engine.diffusion.continuous import Edm, RectifiedFlow
 from speed_engine.diffusion.discrete import linear
+from speed_engine.diffusion.distributions import Distribution
 from speed_engine.diffusion.draws import Draws
 from speed_engine.diffusion.fitted import Method
 from speed_engine.diffusion.method import build_method
@@ -164,6 +165,24 @@ def test_the_loss_is_the_mean_of_weight_times_error(name):
     timesteps, weights = method.draw(32, 60)
     error = torch.rand(32)
     torch.testing.assert_close(method.loss(error), (weights * error).mean())
+
+
+def test_whatever_distribution_observes_is_shown_the_losses():
+    """Also one that keeps nothing for a checkpoint."""
+    seen = []
+
+    class Watching(Distribution):
+        def observe(self, step, cells, loss):
+            seen.append((step, loss.tolist()))
+
+    method = build_method("uniform", linear())
+    assert not method.timesteps.distribution.learns
+    method.timesteps.distribution = Watching(method.probabilities)
+    assert method.timesteps.distribution.learns
+    for step in range(2):
+        method.draw(2, step)
+        method.loss(torch.tensor([1.0, 2.0]))
+    assert seen == [(0, [1.0, 2.0])]
 
 
 def test_what_a_distribution_sees_is_not_divided_by_its_own_probability():

@@ -1,4 +1,4 @@
-"""What images are generated of, where some of the samples are damaged."""
+"""What images are generated of: prompts, or samples, of which some are damaged."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from speed_engine.data.format.index import load_index
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.loading.decoding import BatchReader
 from speed_engine.data.preparing.pictures import npy_bytes
-from speed_engine.evaluation.conditions import generation_conditions, generation_texts
+from speed_engine.evaluation.conditions import generation_conditions, generation_texts, prompted
 
 COUNT = 5
 
@@ -55,3 +55,14 @@ def test_no_sample_is_read_twice_for_more_images_than_there_are(told, monkeypatc
     )
     assert len(generation_conditions(told, 40, seed=0)["tokens"]) == 40
     assert asked == list(range(COUNT))
+
+
+def test_prompts_come_in_turn_and_no_text_at_all_is_what_hides_them(monkeypatch):
+    """By an encoder whose tokens are the length of the text."""
+    encoded = lambda texts: np.array([np.full((2, 3), len(text)) for text in texts], np.float16)
+    monkeypatch.setattr("speed_engine.evaluation.conditions.TextEncoder", lambda *_: encoded)
+    data = DataConfig(members=("npy", "tokens.npy"), token_shape=(2, 3))
+    conditions, null = prompted(data, 5, ["one", "a frog"], "clip")
+    assert conditions["tokens"].shape == (5, 2, 3) and null["tokens"].shape == (2, 3)
+    assert conditions["tokens"][:, 0, 0].tolist() == [3, 6, 3, 6, 3]
+    assert null["tokens"].unique().tolist() == [0]

@@ -14,8 +14,8 @@ from speed_engine.commands.evaluate import show
 from speed_engine.config import DataConfig, EvaluationConfig, TrainConfig
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.evaluation import classifier, metrics
 from speed_engine.evaluation import evaluator as evaluator_module
-from speed_engine.evaluation import metrics
 from speed_engine.evaluation.evaluator import Evaluator
 from speed_engine.evaluation.features import INCEPTION
 from speed_engine.evaluation.generate import GenerationSettings
@@ -126,6 +126,22 @@ def test_what_lacks_its_needs_is_not_measured():
     assert nothing.fields() == set() and nothing.measure(GENERATED) is None
 
 
+def test_no_more_images_are_generated_at_a_time_than_asked_for():
+    sizes = set()
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, x, t):
+            sizes.add(len(x))
+            return self.scale * x
+
+    images = evaluator_of("fid", batch_size=100).generate(Counting())
+    assert len(images) == len(GENERATED) and sizes == {100, 50}
+
+
 def test_a_record_says_how_images_were_generated():
     record = measured("kid")
     assert record.keys() - {"kid", "held_out_kid"} == {
@@ -179,6 +195,71 @@ def test_enough_images_come_without_and_real_ones_are_not_read_for_it(monkeypatc
     assert "fid_within" not in measured("fid", training=kept)
     monkeypatch.setattr(evaluator_module, "ENOUGH", 100)
     assert not any("within" in name for name in measured("fid", "kid"))
+
+
+@pytest.fixture(scope="module")
+def classified() -> tuple[classifier.ClassifierFeatures, torch.Tensor, torch.Tensor]:
+    """Features of a classifier, and what it was tested on: images, and labels, a fourth wrong."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(1500) % 3
+    pictures = torch.randint(0, 200, (3, 1, 8, 8), generator=generator)
+    noise = torch.randint(0, 56, (1500, 1, 8, 8), generator=generator)
+    images = (pictures[labels] + noise).to(torch.uint8)
+    labels[::4] = (labels[::4] + 1) % 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "LEAST_STEPS", 40)
+        features = classifier._as_features(*classifier.train_classifier(images, labels))
+    order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))
+    tested = order[:: classifier.HOLD_OUT_EVERY]
+    return features, images[tested], labels[tested]
+
+
+def of_classes(classified, labels: torch.Tensor, **changes) -> Evaluator:
+    """That generates the images of the classifier for these labels."""
+    extractor, images, _ = classified
+    settings = {
+        "training": ImageSet(images, len(images), extractor),
+        "held_out": None,
+        "extractor": extractor,
+        "conditions": {"labels": labels},
+        "image_shape": (1, 8, 8),
+        "num_images": len(images),
+    }
+    return evaluator_of("class_agreement", **{**settings, **changes})
+
+
+def test_real_images_agree_with_their_classes_as_often_as_the_classifier_is_right(classified):
+    extractor, images, labels = classified
+    found = of_classes(classified, labels).measure(images)
+    assert found is not None and set(found.figures) == {"class_agreement"}
+    assert 0.6 < extractor.accuracy < 0.9  # a fourth of the labels is wrong
+    assert found.figures["class_agreement"] == pytest.approx(extractor.accuracy, abs=0.01)
+
+
+def test_images_of_other_classes_than_asked_for_agree_by_chance_alone(classified):
+    _, images, labels = classified
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    found = of_classes(classified, shuffled).measure(images)
+    assert found is not None and found.figures["class_agreement"] == pytest.approx(1 / 3, abs=0.08)
+
+
+def test_without_classes_or_a_classifier_of_them_there_is_no_class_agreement(classified):
+    _, images, labels = classified
+    assert of_classes(classified, labels).fields() == {"class_agreement"}
+    assert of_classes(classified, labels, conditions={}).fields() == set()
+    pixels = extractor_of(8, 8)
+    real = ImageSet(images, len(images), pixels)
+    assert of_classes(classified, labels, extractor=pixels, training=real).fields() == set()
+    of_others = {"training": None, "reference": real}  # which may number their classes otherwise
+    assert of_classes(classified, labels, **of_others).fields() == set()
+
+
+def test_class_agreement_is_refused_without_classes_and_left_out_with_features_of_others():
+    asked = EvaluationConfig(metrics=("fid", "class_agreement"))
+    with pytest.raises(ValueError, match="class_agreement needs a model that is conditioned on"):
+        TrainConfig(data=DataConfig(members=("npy",)), evaluation=asked)
+    others = dataclasses.replace(asked, features="dinov2")
+    TrainConfig(data=DataConfig(members=("npy",)), evaluation=others)
 
 
 def test_titles_say_whose_features_a_published_figure_is_of():

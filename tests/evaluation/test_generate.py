@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from speed_engine.diffusion.processes import build_schedule
 from speed_engine.diffusion.solvers import SOLVERS
 from speed_engine.diffusion.table import TimestepTable
+from speed_engine.evaluation import generate as generating
 from speed_engine.evaluation.conditions import generation_settings
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.generate import GenerationSettings, generate
@@ -47,6 +48,7 @@ def images_of(
     batch_size=500,
     network=Exact,
     latents=True,
+    advance=lambda images: None,
     **settings,
 ):
     schedule = build_schedule(process)
@@ -65,6 +67,7 @@ def images_of(
         seed=seed,
         latents=latents,
         batch_size=batch_size,
+        advance=advance,
     )
     return images, model.asked
 
@@ -79,6 +82,53 @@ def test_an_image_is_the_same_in_any_batch_and_order(solver):
     other, _ = images_of(solver=solver, seed=6)
     assert (other - together).abs().amax((1, 2, 3)).min() > 0.01
     assert len(together.flatten(1).unique(dim=0)) == 8
+
+
+class Small(Exact):
+    """Runs out of memory with more than a few images."""
+
+    most = 3
+
+    def forward(self, x, t, labels=None):
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().forward(x, t, labels)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_images_that_do_not_fit_are_generated_fewer_at_a_time_which_is_said_once(solver, caplog):
+    generating._say_too_many.cache_clear()
+    labels = torch.arange(8)
+    expected, _ = images_of(solver=solver, labels=labels, batch_size=3)
+    for _ in range(2):
+        found, asked = images_of(solver=solver, labels=labels, network=Small)
+        torch.testing.assert_close(found, expected)
+        assert {len(of_part) for of_part in asked} == {2}  # neither 8 nor 4
+    (record,) = caplog.records
+    assert record.getMessage().startswith("500 images at a time take more memory than the device")
+
+
+def test_images_that_are_generated_again_are_counted_once():
+    told: list[float] = []
+    images_of(network=Small, advance=told.append)
+    assert sum(told) == pytest.approx(8) and min(told) < 0
+
+
+def test_an_image_that_does_not_fit_alone_is_an_error(monkeypatch):
+    monkeypatch.setattr(Small, "most", 0)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        images_of(network=Small)
+
+
+def test_processes_that_compute_together_do_not_try_again(monkeypatch):
+    """The others would wait for the rest of what failed."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError):
+        images_of(network=Small)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    images, _ = images_of(network=Small)
+    assert len(images) == 8
 
 
 @pytest.mark.parametrize("process", ["linear", "flow"])

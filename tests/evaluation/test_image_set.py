@@ -1,16 +1,20 @@
 """Statistics of real images are computed once, kept on disk, and rebuilt when damaged."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from pixels import Pixels, extractor_of
+from torch_fidelity import utils
 
 from speed_engine.evaluation.features import Extractor
 from speed_engine.evaluation.fidelity import frechet_distance
 from speed_engine.evaluation.image_set import ImageSet, extract, statistics_path
 
 EXTRACTOR = extractor_of(2, 2)
-REAL, GENERATED = torch.randint(0, 256, (2, 40, 1, 2, 2), dtype=torch.uint8)
+GENERATOR = torch.Generator().manual_seed(0)
+REAL, GENERATED = torch.randint(0, 256, (2, 40, 1, 2, 2), dtype=torch.uint8, generator=GENERATOR)
 
 
 def path_of(folder, data="0" * 64, shape=(1, 2, 2), extractor=EXTRACTOR):
@@ -94,3 +98,23 @@ def test_the_nearest_training_images_are_found_once():
     distances = torch.cdist(generated.features.double(), training.features.double())
     assert torch.equal(found.ids, distances.argmin(1))
     assert (generated.nearest_in(generated).distances == 0).all()
+
+
+def test_features_are_computed_on_a_gpu_only_where_the_extractor_says_so(monkeypatch):
+    seen, create, read = [], utils.create_feature_extractor, utils.get_featuresdict_from_dataset
+
+    def created(name, layers, cuda, **options):
+        seen.append(cuda)
+        return create(name, layers, cuda=False, **options)
+
+    def features(images, network, size, cuda, **options):
+        seen.append(cuda)
+        return read(images, network, size, False, **options)
+
+    monkeypatch.setattr(utils, "create_feature_extractor", created)
+    monkeypatch.setattr(utils, "get_featuresdict_from_dataset", features)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for on_gpu in (False, True):
+        extract(REAL, replace(EXTRACTOR, on_gpu=on_gpu), ["fid"])
+        assert seen == [on_gpu] * 2
+        seen.clear()

@@ -16,11 +16,13 @@ from speed_engine.data.config import DataConfig
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
 from speed_engine.data.opening import open_data
+from speed_engine.data.preparing.pictures import npy_bytes
 from speed_engine.data.preparing.sources.digits import digits_folder
 from speed_engine.evaluation import classifier, references
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.references import real_images
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.world import World
 
 
 @pytest.fixture
@@ -57,6 +59,38 @@ def test_no_image_is_read_for_a_classifier_that_is_kept(monkeypatch):
     monkeypatch.setattr(references, "read_all", None)
     again = real_images(data, evaluation, data.image_shape)
     assert again.extractor == first.extractor and again.extractor is not first.extractor
+
+
+def test_the_first_process_alone_reads_all_images_to_train_a_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 2)
+    with ShardWriter(tmp_path, "x", 100) as writer:
+        for i in range(70):
+            image = np.full((1, 8, 8), 3 * i, np.uint8)
+            writer.write(f"{i:02d}", {"npy": npy_bytes(image), "cls": b"01"[i % 2 : i % 2 + 1]})
+    config = TrainConfig(
+        device="cpu",
+        data=DataConfig(source=str(tmp_path), num_classes=2),
+        evaluation=EvaluationConfig(num_images=70, metrics=("fid",)),
+    )
+    process, events = build_process(config), []
+    read_all, from_first = references.read_all, World.from_first
+
+    def reads(*given):
+        events.append("reads")
+        return read_all(*given)
+
+    def waits(world, compute):
+        if world.size == 1:
+            return from_first(world, compute)
+        events.append("the first process")
+        build_evaluator(config, process)
+        events.append("another one")
+
+    monkeypatch.setattr(references, "read_all", reads)
+    monkeypatch.setattr(World, "from_first", waits)
+    evaluator = build_evaluator(config, process, World(rank=1, size=2, local_rank=1, local_size=2))
+    assert events == ["the first process", "reads", "another one"]
+    assert evaluator.training is not None and len(evaluator.training) == 70
 
 
 def test_another_number_of_channels_is_another_classifier(tmp_path, monkeypatch):

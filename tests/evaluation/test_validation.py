@@ -11,6 +11,9 @@ from speed_engine.build import build_evaluator, build_process, build_validation
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.data.config import DataConfig
+from speed_engine.data.format.held_out import is_held_out
+from speed_engine.data.loading.decoding import read_all
+from speed_engine.data.opening import open_data
 from speed_engine.diffusion.prediction import linear_form, solve
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.evaluation.validation import LEVELS, Validation
@@ -66,9 +69,13 @@ def test_a_grey_estimate_costs_an_image_s_mean_square_over_the_time_squared():
 
 
 def test_it_is_of_held_out_images_where_there_are_some_and_never_mirrored():
-    of_held_out, of_all = loss(config_of()), loss(config_of(held_out=0.0))
-    assert of_held_out != of_all
-    assert of_held_out == loss(config_of(flip=True))
+    config = config_of()
+    reader = open_data(config.data, part=None)
+    held_out = [is_held_out(reader.key(n), 0.3) for n in range(len(reader))]
+    pixels = read_all(reader, config.data.image_shape)[0][held_out]
+    found = build_validation(config, build_process(config), images=len(reader)).batch.images
+    assert torch.equal(((found + 1) * 127.5).round().byte(), torch.from_numpy(pixels))
+    assert loss(config) == loss(config_of(flip=True))
 
 
 def test_processes_share_the_images_out_and_agree(monkeypatch):

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from speed_engine.models import edm_unet
 from speed_engine.models.edm_unet import EDM_UNET_SIZES, DhariwalUNet, SongUNet
 
 SMALL: dict[str, Any] = {
@@ -101,6 +102,19 @@ def test_channels_last_equals_contiguous(network):
     x = x.contiguous(memory_format=torch.channels_last)
     answer = net.to(memory_format=torch.channels_last)(x, t, labels)
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_images_are_laid_out_for_the_first_block(monkeypatch, network):
+    """On a GPU with channels last, here by a layout that any device has."""
+    net, seen = model(network), []
+    to_last = lambda x: x.contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(edm_unet, "laid_out", to_last)
+    first, *_ = net.enc.values()
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    net(*inputs())
+    (x,) = seen
+    assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 @pytest.mark.parametrize(

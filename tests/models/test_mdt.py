@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from speed_engine.models.layers.mdt_block import Shown, bias_among, distance_index
+from speed_engine.models.layers import mdt_block
+from speed_engine.models.layers.embeddings import _Embedded, embedded
+from speed_engine.models.layers.mdt_block import (
+    RelativePositionBias,
+    Shown,
+    bias_among,
+    distance_index,
+)
 from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.ops import Stream, random_bits
 
@@ -124,6 +131,19 @@ def test_places_equally_far_apart_share_a_bias(rows, columns):
         distance = a[0] - b[0], a[1] - b[1]
         assert number_of.setdefault(distance, int(index[i, j])) == int(index[i, j])
     assert sorted(number_of.values()) == list(range((2 * rows - 1) * (2 * columns - 1)))
+
+
+@pytest.mark.parametrize("by", [embedded, _Embedded.apply], ids=["on a CPU", "on a GPU"])
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (5, 2)])
+def test_the_bias_is_of_the_table_by_distance_and_so_is_its_gradient(monkeypatch, grid, by):
+    monkeypatch.setattr(mdt_block, "embedded", by)
+    bias = RelativePositionBias(grid, 3).double()
+    table = bias.relative_position_bias_table
+    found, plain = bias(), table[distance_index(*grid)].permute(2, 0, 1)
+    assert torch.equal(found, plain) and found.is_contiguous()
+    upstream = torch.randn(plain.shape, dtype=torch.float64)
+    gradients = [torch.autograd.grad(y, table, upstream)[0] for y in (found, plain)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_bias_among_shown_tokens_is_that_of_their_places():

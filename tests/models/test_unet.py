@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from speed_engine.models import unet
 from speed_engine.models.layers.group_norm import group_norm_silu
 from speed_engine.models.layers.spatial_transformer import SpatialTransformer
 from speed_engine.models.layers.unet_layers import AttentionBlock, ResBlock
 from speed_engine.models.unet import UNET_SIZES, UNet
+from speed_engine.runtime.sharding import blocks
 
 SMALL: dict[str, Any] = {
     "input_size": (8, 12), "in_channels": 3, "out_channels": 3, "model_channels": 64,
@@ -88,6 +90,16 @@ def test_names_are_those_of_the_original():
     } <= names
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_but_embeddings_and_the_output_is_in_blocks(kind):
+    net = model(**KINDS[kind])
+    found = blocks(net)
+    assert {*net.middle_block} <= {*found}  # each one is compiled, and gathered, by itself
+    inside = {parameter for block in found for parameter in block.parameters()}
+    outside = {name for name, parameter in net.named_parameters() if parameter not in inside}
+    assert {name.partition(".")[0] for name in outside} <= {"time_embed", "label_emb", "out"}
+
+
 @pytest.mark.parametrize(
     "size, arguments, published",
     [
@@ -117,6 +129,16 @@ def test_channels_last_equals_contiguous(kind):
     answer = net.to(memory_format=torch.channels_last)(**given)
     torch.testing.assert_close(answer, expected, rtol=1e-4, atol=1e-5)
     assert answer.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_are_laid_out_for_the_first_block(monkeypatch):
+    """On a GPU with channels last, here by a layout that any device has."""
+    net, seen = model(), []
+    monkeypatch.setattr(unet, "laid_out", lambda x: x.contiguous(memory_format=torch.channels_last))
+    net.input_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    net(**inputs(net))
+    (x,) = seen
+    assert x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def test_dropout_is_off_unless_asked_for_and_in_evaluation():

@@ -9,6 +9,7 @@ from speed_engine import cli
 from speed_engine.config import TrainConfig
 from speed_engine.data.config import DataConfig
 from speed_engine.models.config import DiTConfig
+from speed_engine.planning import cluster
 from speed_engine.planning.cluster import describe, plan
 from speed_engine.planning.cost import estimate
 from speed_engine.planning.gpus import GPUS
@@ -96,6 +97,13 @@ def test_every_preset_can_be_planned(capsys, name):
     assert list(lines) == ["layout", "memory", "sent", "compute", "step", "scaling", "run"]
     assert not re.search(r"\b0\.0+ (GB|ms|hours)", " ".join(lines.values()))
     assert ("launches, which are not counted" in lines["compute"]) == (name == "digits")
+
+
+def test_a_recipe_can_be_planned(monkeypatch):
+    planned = []
+    monkeypatch.setattr(cluster, "describe", lambda config, *_: planned.append(config) or {})
+    cli.main(["plan", "digits", "--recipe", "flow_muon"])
+    assert [(config.schedule, config.optimizer.name) for config in planned] == [("flow", "muon")]
 
 
 @pytest.mark.parametrize(

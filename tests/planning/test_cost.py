@@ -1,8 +1,10 @@
 """What --dry-run says is counted, and agrees with what is published and with real tensors."""
 
 import dataclasses
+import json
 import math
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +19,12 @@ from speed_engine.planning.cost import describe, estimate, short
 from speed_engine.planning.gpus import GPUS, Gpu
 from speed_engine.planning.memory import USED_SHARE, Kept, fitting_images, kept_bytes
 from speed_engine.presets import PRESETS
+from train_cases import gpu_cases
 
 PIXELS = DataConfig(image_shape=(3, 16, 16))
 SMALL = TrainConfig(data=PIXELS, model=DiTConfig(dim=64, depth=2, num_heads=4))
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/nvidia-h200/gpu_defaults.json"
+MEASURED = json.loads(RESULTS.read_text())["rows"]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -28,7 +33,8 @@ def test_every_preset_passes_the_dry_run(capsys, name):
     shown = capsys.readouterr().out
     lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
     assert list(lines) == [
-        "model", "parameters", "FLOPs", "state", "activations", "memory", "step", "compile", "run",
+        "model", "method", "parameters", "FLOPs", "state", "activations", "memory", "step",
+        "compile", "run",
     ]  # fmt: skip
     assert "on one a100" in lines["step"]
 
@@ -92,12 +98,21 @@ def test_the_memory_of_dit_xl_2_is_within_a_tenth_of_what_an_h200_measured(model
     assert estimate(config).gpu_bytes(256) / 1e9 == pytest.approx(measured, rel=0.04)
 
 
+@pytest.mark.parametrize("name", [name for name in MEASURED["memory"] if name != "seconds"])
+def test_what_an_h200_held_is_within_the_memory_that_is_planned_for_it(name):
+    config = PRESETS[name][1] if name in PRESETS else gpu_cases()[name]
+    row, layouts = MEASURED["memory"][name], MEASURED["U-Nets by layout"].get(name, {})
+    held = [row["measured_gb"], *(layout["peak_gigabytes"] for layout in layouts.values())]
+    planned = estimate(config).gpu_bytes(row["microbatch"]) / USED_SHARE
+    assert planned >= 1e9 * max(held)
+
+
 def test_what_does_not_fit_goes_through_in_halves():
     kept = Kept(per_image=10, weights=20)
     room = lambda images, state=100: fitting_images(kept, state, images, 1000)
-    assert room(80) == 80 == fitting_images(kept, 100, 80, 1000)
-    assert 80 * 10 + 20 + 100 <= USED_SHARE * 1000 < 81 * 10 + 20 + 100
-    assert (room(81), room(160), room(161), room(1000)) == (41, 80, 41, 63)
+    assert room(76) == 76 == fitting_images(kept, 100, 76, 1000)
+    assert 76 * 10 + 20 + 100 <= USED_SHARE * 1000 < 77 * 10 + 20 + 100
+    assert (room(77), room(152), room(153), room(1000)) == (39, 76, 39, 63)
     assert room(7, state=10_000) == 1
     _, config = PRESETS["imagenet256-dit-xl2"]
     assert "it takes 128 at a time, and 57" in describe(config, "h100")["memory"]

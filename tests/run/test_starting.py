@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -56,6 +57,14 @@ def quiet() -> Console:
 def run(tmp_path) -> Path:
     start(TINY, tmp_path / "run", quiet())
     return tmp_path / "run"
+
+
+def test_a_run_begins_by_saying_what_it_trains(tmp_path):
+    said = io.StringIO()
+    config = dataclasses.replace(TINY, method="uniform", schedule="flow")
+    start(config, tmp_path / "run", Console(file=said))
+    spelled = "uniform@flow:velocity+optimizer.name=adamw+optimizer.schedule=constant"
+    assert f"method    {spelled}\n" in said.getvalue()
 
 
 def test_a_run_that_fails_in_its_first_step_leaves_nothing_in_the_way(tmp_path, monkeypatch):
@@ -194,11 +203,14 @@ def test_what_a_run_is_cannot_be_changed_and_all_of_it_is_named_at_once(run, cap
 
 @pytest.mark.parametrize("arguments", [["--help"], ["RUN", "--help"], ["--help", "RUN"]])
 def test_the_help_of_resuming_shows_the_options_with_the_values_of_the_run(run, capsys, arguments):
-    arguments = [str(run) if argument == "RUN" else argument for argument in arguments]
+    config = dataclasses.replace(read_config(run), log_every=987_654)
+    (run / "config.json").write_text(to_json(config))
+    given = [str(run) if argument == "RUN" else argument for argument in arguments]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["train", "--resume", *arguments])
+        cli.main(["train", "--resume", *given])
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and "--evaluation.every" in shown
+    assert ("987654" in shown) == (arguments[0] == "RUN")
 
 
 def test_a_run_is_resumed_from_any_directory(tmp_path, monkeypatch):
@@ -221,7 +233,9 @@ def test_two_processes_train_without_a_warning(tmp_path):
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0 and "warning" not in done.stdout.lower(), done.stdout
+    # One of ours or of Python's; what a library says in words of its own is not.
+    warned = re.search(r"^warning: |: \w+Warning: ", done.stdout, flags=re.MULTILINE)
+    assert done.returncode == 0 and warned is None, done.stdout
 
 
 def test_data_that_were_moved_are_found_by_their_new_name(tmp_path):
@@ -308,6 +322,37 @@ def test_how_a_model_is_compiled_is_chosen_when_its_microbatches_are_known(
     with pytest.raises(Chosen):
         build_trainer(PRESETS["digits"][1], tmp_path / "run", quiet())
     assert seen == [None, 16]
+
+
+def test_a_run_by_cuda_graphs_goes_on_by_blocks_where_too_little_memory_is_free(
+    run, h200, monkeypatch
+):
+    class Chosen(Exception):
+        pass
+
+    def choices(config, *_):
+        seen.append((config.compile, config.microbatch_size))
+        return SimpleNamespace(resident=Choice("off", ""), attention=Choice("sdpa", ""))
+
+    def stop(*_):
+        raise Chosen
+
+    seen: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(machine, "torch_device", lambda *_: torch.device("cuda"))
+    for name in ("TrainingData", "settle_operators", "build_evaluator"):
+        monkeypatch.setattr(starting, name, lambda *_: SimpleNamespace(num_bytes=1))
+    monkeypatch.setattr(starting, "images_that_fit", lambda *_: 4)
+    monkeypatch.setattr(starting, "machine_choices", choices)
+    monkeypatch.setattr(starting, "build_model", stop)
+    config = dataclasses.replace(read_config(run), compile="graphs")
+    (run / "config.json").write_text(to_json(config))
+    said = io.StringIO()
+    with pytest.raises(Chosen):
+        resume(run, Console(file=said, width=200), steps=6)
+    assert seen == [("graphs", None), ("blocks", 4)]
+    assert "memory is free; the step is compiled by blocks" in said.getvalue()
+    with pytest.raises(UserError, match="overwrites the gradients of the 4 images before"):
+        build_trainer(config, run.with_name("new"), quiet())  # that was never begun
 
 
 @pytest.mark.parametrize("room, fits", [(64, None), (63, 32), (31, 16), (0, 1)])

@@ -81,11 +81,6 @@ def test_a_backend_without_a_plan_for_wide_heads_is_left_out_and_named_once(atte
     assert f"cuDNN fails here: {NO_PLAN} (1 heads of 256, 16 to 16 tokens)" in line
 
 
-@torch.no_grad()
-def test_attention_is_tried_backward_wherever_it_is_asked_for(attention):
-    settle()
-
-
 def test_of_several_processes_one_says_so(attention, caplog):
     attention[0]["cuDNN"] = NO_PLAN
     settle(quiet=True)
@@ -100,7 +95,10 @@ def test_a_backend_that_is_switched_off_stays_so_and_is_not_tried(attention, cap
     assert "flash" not in caplog.text
 
 
-def test_a_backend_that_fails_backward_is_left_out(attention, monkeypatch, caplog):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_backend_that_fails_backward_is_left_out_wherever_it_is_tried(
+    attention, monkeypatch, caplog, mode
+):
     choose = F.scaled_dot_product_attention
 
     def refuse(_):
@@ -113,7 +111,8 @@ def test_a_backend_that_fails_backward_is_left_out(attention, monkeypatch, caplo
         return result
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    settle()
+    with mode():
+        settle()
     assert "cuDNN" not in enabled() and "cuDNN fails here" in caplog.text
 
 
@@ -134,6 +133,17 @@ def test_on_a_gpu_a_model_s_attention_is_tried_in_the_dtype_of_its_training(monk
     shapes, cuda_device = attention_shapes(config), torch.device("cuda")
     assert tried == [(shapes, cuda_device, torch.bfloat16, quiet) for quiet in (False, True)]
     use_kernels(ALL_KERNELS)
+
+
+@pytest.mark.parametrize("kind, order", [("cpu", ["kernels"]), ("cuda", ["attention", "kernels"])])
+def test_attention_is_settled_before_kernels_are_tried_that_call_it(monkeypatch, kind, order):
+    settled = []
+    for name in ("attention", "kernels"):
+        monkeypatch.setattr(
+            build, f"settle_{name}", lambda *_, name=name, **__: settled.append(name)
+        )
+    build.settle_operators(TrainConfig(), "auto", torch.device(kind))
+    assert settled == order
 
 
 def test_shapes_are_those_that_the_model_calls_attention_in():

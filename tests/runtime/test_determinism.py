@@ -19,6 +19,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from rich.console import Console
+from torch._inductor import config as inductor
 from speed_engine.config import TrainConfig
 from speed_engine.run import starting
 from speed_engine.run.folder import read_config
@@ -36,6 +37,7 @@ def flags():
             cuda.math_sdp_enabled(),
         ],
         "benchmark": cudnn.benchmark,
+        "inductor": inductor.deterministic,
         "initialised": torch.cuda.is_initialized(),
     }
 
@@ -66,6 +68,7 @@ USUAL = {
     "cudnn": False,
     "attention": [True] * 4,
     "benchmark": True,
+    "inductor": False,
     "initialised": False,
 }
 DETERMINISTIC = {
@@ -76,6 +79,7 @@ DETERMINISTIC = {
     "cudnn": True,
     "attention": [False, True, True, True],
     "benchmark": False,
+    "inductor": True,
     "initialised": False,
 }
 

@@ -83,7 +83,7 @@ def test_xformers_where_it_cannot_run_is_refused_in_its_own_words():
     with pytest.raises(ValueError, match=r"attention=xformers, but xFormers \S+ has operators"):
         choose_attention("xformers", "cpu")
     # Not a device of xFormers either, and here it is asked: forward, with its operators loaded.
-    with pytest.raises(ValueError, match="does not run here: No operator found.*use sdpa or auto"):
+    with pytest.raises(ValueError, match="does not run here: .+; use sdpa or auto"):
         choose_attention("xformers", "meta")
 
 
@@ -121,6 +121,11 @@ def test_graphs_are_chosen_where_the_host_loses_more_time_than_they_take_to_comp
         "on",
         "off",
     )
+
+
+def test_the_reason_for_blocks_is_true_of_those_that_share_no_compilation():
+    reason = choose_compile("auto", "cuda", 1).reason
+    assert "Blocks that differ, as a U-Net's, take one each" in reason
 
 
 def test_cuda_graphs_need_one_process_with_a_gpu():

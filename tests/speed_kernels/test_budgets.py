@@ -5,6 +5,7 @@ which would change its bits. How many registers and accesses there are is the to
 the limits hold for those that they were counted with.
 """
 
+import ast
 import json
 import os
 import subprocess
@@ -164,3 +165,16 @@ def test_drift_fails_where_it_was_counted_and_is_told_elsewhere(monkeypatch):
     assert toolchain.nearest(MOVED) == toolchain.TORCH_2_14_TRITON_3_8
     with pytest.warns(UserWarning, match="torch 9.9, triton 9.9 drift .*\n52 registers"):
         toolchain.hold(MOVED, ["52 registers"])
+
+
+def test_no_two_kernels_have_one_name():
+    """By which profiles, and results of benchmarks, tell them apart."""
+    names = [
+        function.name
+        for path in (ROOT / "kernels" / "speed_kernels").glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        and function.name.endswith("_kernel")
+        and any(ast.unparse(by).startswith("triton.jit") for by in function.decorator_list)
+    ]
+    assert len(names) > 15 and [name for name in names if names.count(name) > 1] == []

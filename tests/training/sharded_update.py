@@ -23,7 +23,7 @@ from speed_engine.build import build_model, build_objective, build_process
 from speed_engine.config import TrainConfig
 from speed_engine.data.batch import Batch
 from speed_engine.models.config import DiTConfig
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.runtime.sharding import blocks, distribute, whole
 from speed_engine.runtime.world import ALONE, World
 from speed_engine.training.ema import Ema, warming_up

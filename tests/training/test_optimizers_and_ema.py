@@ -4,9 +4,16 @@ from torch import nn
 
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
-from speed_engine.training.configured import build_averages
+from speed_engine.training.configured import build_averages, build_update
 from speed_engine.training.ema import DECAYS, EMA, Ema, decay_of, lerp_in_one_kernel
-from speed_engine.training.optimizers import Hyperparameters, adamw, set_rates
+from speed_engine.training.optimizers import (
+    OPTIMIZERS,
+    Hyperparameters,
+    adamw,
+    muon,
+    set_rates,
+    with_state,
+)
 from speed_engine.training.schedules import demon, geometric
 
 TRUE, FALSE = torch.tensor(True), torch.tensor(False)
@@ -77,14 +84,12 @@ def test_the_average_in_one_kernel_is_the_average_within_a_rounding(share):
     assert all(torch.equal(*pair) for pair in zip(parameters, kept, strict=True))
 
 
-def test_demon_decays_momentum_and_keeps_the_weight_of_a_new_gradient():
-    momentum = demon(0.9, 1000)
-    for step in (1, 2, 500, 1000):
-        p = (step - 1) / 1000
-        expected = 0.9 * (1 - p) / ((1 - 0.9) + 0.9 * (1 - p))
-        assert momentum.beta1(step) == pytest.approx(expected)
-        factor = momentum.compensation(step)
-        assert factor == pytest.approx((1 - 0.9) / (1 - expected)) == pytest.approx(1 - 0.9 * p)
+@pytest.mark.parametrize("step, beta1, factor", [(1, 0.8, 1.0), (5, 2 / 3, 0.6), (8, 1 / 3, 0.3)])
+def test_demon_decays_momentum_and_keeps_the_weight_of_a_new_gradient(step, beta1, factor):
+    momentum = demon(0.8, 8)
+    found = momentum.beta1(step), momentum.compensation(step)
+    assert found == pytest.approx((beta1, factor))
+    assert found[1] * (1 - found[0]) == pytest.approx(1 - 0.8)
 
 
 def test_the_geometric_decay_has_a_floor():
@@ -105,6 +110,17 @@ def test_a_loss_s_parameters_have_a_rate_of_their_own_and_no_decay():
     assert model_group["betas"] == loss_group["betas"] == (0.5, 0.99)
 
 
+@pytest.mark.parametrize("given, rate", [(None, 0.002), (0.05, 0.005)])
+def test_beside_muon_a_loss_s_parameters_have_the_rate_of_adamw_s_others(given, rate):
+    hyper = Hyperparameters(learning_rate=0.1, adamw_learning_rate=0.02, loss_learning_rate=given)
+    model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2)]))
+    rates = []
+    for optimizer in muon(model, nn.Linear(1, 1), hyper):
+        set_rates(optimizer, 0.01, None)
+        rates += [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.01, 0.002, rate])
+
+
 def test_momentum_is_set_by_the_name_that_an_optimizer_gives_it():
     parameters = list(nn.Linear(2, 2).parameters())
     with_momentum = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
@@ -113,6 +129,31 @@ def test_momentum_is_set_by_the_name_that_an_optimizer_gives_it():
         set_rates(optimizer, 0.01, 0.5)
     assert with_momentum.param_groups[0]["momentum"] == 0.5
     assert without.param_groups[0]["momentum"] == 0
+
+
+@pytest.mark.parametrize("decay, momentum", [("none", 0.7), ("demon", 0.9)])
+def test_an_optimizer_keeps_its_own_momentum_where_no_decay_is_asked_for(
+    monkeypatch, decay, momentum
+):
+    def sgd(model, loss, hyper):
+        optimizer = torch.optim.SGD(model.parameters(), lr=hyper.learning_rate, momentum=0.7)
+        return [with_state(optimizer, lambda of: {"momentum_buffer": torch.zeros_like(of)})]
+
+    monkeypatch.setitem(OPTIMIZERS, "sgd", sgd)
+    settings, model = OptimizerConfig(name="sgd", momentum_decay=decay), nn.Linear(2, 1)
+    update = build_update(
+        settings,
+        model,
+        nn.Identity(),
+        build_averages(settings, model),
+        steps=10,
+        update="separate",
+        momentum_decay="none",
+        loss_learning_rate=None,
+    )
+    model(torch.ones(1, 2)).sum().backward()
+    update.step(1)
+    assert update.optimizers[0].param_groups[0]["momentum"] == pytest.approx(momentum)
 
 
 @pytest.mark.parametrize("warmup, first", [(False, 0.9999), (True, 2 / 11)])

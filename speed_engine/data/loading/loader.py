@@ -14,7 +14,6 @@ from contextlib import suppress
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from speed_engine.data.batch import StoredBatch
@@ -43,6 +42,7 @@ class Loader:
         condition_shapes: of one row, by the condition's name; others accept any.
         on_bad_sample: what happens to a damaged sample, see decoding.py.
         mode: exact as above, or stream, see stream.py.
+        pinned: whether batches come in pinned memory, from which a GPU copies beside its work.
 
     Raises:
         UserError: an argument or a sample is unfit; names shard and key of the sample.
@@ -62,10 +62,11 @@ class Loader:
         condition_shapes: Mapping[str, tuple[int, ...]] | None = None,
         on_bad_sample: OnBadSample = "stop",
         mode: Literal["exact", "stream"] = "exact",
+        pinned: bool = False,
     ) -> None:
         check("workers", workers, workers >= 0, "must be 0 or more")
         batches = BatchReader(reader, image_shape, num_classes, on_bad_sample)
-        self._memory = SharedMemory(workers)
+        self._memory, self._pinned = SharedMemory(workers), pinned
         source = _Exact(batches, feed, self._memory)
         # An unfit data set fails here, not in a worker. The order of this epoch is computed, too,
         # which the workers then share.
@@ -73,13 +74,13 @@ class Loader:
         if mode == "stream":
             source = _Streamed(batches, feed)
         self._loader: DataLoader | IterableDataset | None = source
-        if workers or torch.cuda.is_available():  # else it has nothing to do, and takes time
+        if workers or pinned:  # else it has nothing to do, and takes time
             self._loader = DataLoader(
                 source,
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=PREFETCH if workers else None,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=pinned,
             )
         self._batches: Iterator[_Loaded] | None = None
         self._damaged: set[str] = set()  # shards
@@ -113,8 +114,8 @@ class Loader:
         batch, piece = loaded
         if piece is not None:
             tensors = [batch.images, *batch.conditions.values()]
-            pinned = torch.cuda.is_available()  # then these are copies, and the piece is free
-            self._memory.watch([] if pinned else tensors, piece)
+            # Pinned ones are copies, so that the piece is free.
+            self._memory.watch([] if self._pinned else tensors, piece)
         return batch
 
     def _reported(self, batch: StoredBatch) -> StoredBatch:

@@ -61,9 +61,11 @@ class Feed:
             )
         if self.batch_size % self.world:
             below = self.batch_size - self.batch_size % self.world
+            nearest = [str(size) for size in (below, below + self.world) if size]
             raise UserError(
-                f"batch_size={self.batch_size} is not a multiple of world={self.world}; nearest "
-                f"valid values: {below or below + self.world} and {below + self.world}."
+                f"batch_size={self.batch_size} does not spread evenly over {self.world} processes; "
+                "start a number of processes that divides it, or, in a new run, set batch_size to "
+                f"{' or '.join(nearest)}."
             )
 
     @property

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.ops import block_operators_for, kernels_on, qk_norm_rope
 from speed_engine.runtime.checks import UserError
 

@@ -32,7 +32,8 @@ DEAR = [
     aten._efficient_attention_forward.default,
     torch.ops.speed_kernels.attention.default,
 ]
-VARIANTS = 4  # of a compiled block: in training and generation, of other strides, batch sizes
+VARIANTS = 6  # of a compiled block: in training and generation, of other strides, batch sizes
+_allowed = 0  # compilations of all blocks of this process
 # What a block recomputes in the backward pass, by name: extra arguments of ``checkpoint``.
 RECOMPUTE: dict[str, dict[str, Any] | None] = {
     "nothing": None,
@@ -129,14 +130,16 @@ def compile_each(blocks: Collection[nn.Module], **options: Any) -> None:
     Shapes are compiled as they come: a last batch or microbatch of another size is compiled anew,
     instead of all of them once more with a size that may change.
 
-    PyTorch counts the compilations of all of them together, since they share the code of
-    ``nn.Module``, and beyond its limit runs the rest uncompiled. In a U-Net nearly every block has
-    a shape of its own.
+    PyTorch counts the compilations of all blocks of the process together, since they share the code
+    of ``nn.Module``, and beyond its limit runs the rest uncompiled or, with ``fullgraph``, fails.
+    In a U-Net nearly every block has a shape of its own.
     """
+    global _allowed
     prepare_compiler()
     config: Any = torch._dynamo.config  # its attributes are made when it is imported
-    limit = VARIANTS * len(blocks)
-    config.recompile_limit = max(config.recompile_limit, limit)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+    _allowed += VARIANTS * len(blocks)
+    # Newer versions of PyTorch keep limits by thread, and still count by process.
+    config.recompile_limit = max(config.recompile_limit, _allowed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, _allowed)
     for block in blocks:
         block.compile(dynamic=False, **options)

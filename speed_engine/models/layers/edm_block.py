@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear, Maps, holding
 from speed_engine.models.layers.group_norm import GroupNormSiLU
 from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
@@ -66,7 +66,7 @@ class EdmBlock(nn.Module):
         if attention:
             self.num_heads = _heads(out_channels, style.head_channels)
             self.norm2 = nn.GroupNorm(norm_groups(out_channels), out_channels, style.eps)
-            self.qkv = nn.Conv2d(out_channels, 3 * out_channels, 1)
+            self.qkv = holding(Maps((-1, 3), axis=1), nn.Conv2d(out_channels, 3 * out_channels, 1))
             self.proj = zeroed(nn.Conv2d(out_channels, out_channels, 1))
 
     @recomputable

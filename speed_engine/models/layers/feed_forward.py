@@ -6,7 +6,7 @@ Letters: B images, N tokens, D width.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.ops import block_operators_for
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear
 from speed_engine.models.layers.group_norm import NORM_GROUPS
 from speed_engine.models.layers.initial import zeroed
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from speed_engine.models.layers.attention import split_heads
 from speed_engine.models.layers.blocks import recomputable
-from speed_engine.models.layers.fused_linear import FusedLinear
+from speed_engine.models.layers.fused import FusedLinear, Maps, holding
 from speed_engine.models.layers.group_norm import NORM_GROUPS, GroupNormSiLU
 from speed_engine.models.layers.initial import zeroed
 from speed_engine.runtime.checks import UserError
@@ -87,7 +87,7 @@ class AttentionBlock(nn.Module):
         self.num_heads = num_heads
         self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         # The originals' 1 x 1 convolutions, of which only the parameters are used.
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.qkv = holding(Maps((num_heads, 3, -1), axis=1), nn.Conv1d(channels, 3 * channels, 1))
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     @recomputable

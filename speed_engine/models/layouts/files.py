@@ -4,7 +4,7 @@
                 one safetensors file, or the .pt files that such code writes
 ``diffusers``   ``DiTTransformer2DModel``: a folder with config.json and one safetensors file
 
-U-Nets are read from latent-diffusion's and EDM's files, too, see ``pretrained_unet``.
+U-Nets are read from the files of latent-diffusion, EDM and diffusers, too, see ``unet.py``.
 """
 
 import argparse

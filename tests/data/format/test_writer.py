@@ -104,8 +104,8 @@ def test_a_flipped_byte_in_a_header_is_never_silent_without_an_index(make_shards
     assert detected > 290
 
 
-@pytest.mark.parametrize("indexed", [True, False])
-def test_a_truncated_shard_is_refused(make_shards, indexed):
+@pytest.mark.parametrize("indexed, why", [(True, " has .* bytes, its index says"), (False, "")])
+def test_a_truncated_shard_is_refused(make_shards, indexed, why):
     folder = make_shards(4, per_shard=4)
     if not indexed:
         without_indices(folder)
@@ -113,7 +113,7 @@ def test_a_truncated_shard_is_refused(make_shards, indexed):
     data = path.read_bytes()
     for size in (0, 512, 1536, len(data) // 2, len(data) - 512, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises(ShardError, match=r"x-000000\.tar"):
+        with pytest.raises(ShardError, match=rf"x-000000\.tar{why}"):
             ShardReader(folder)
 
 

@@ -1,4 +1,5 @@
 import io
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ def test_batches_arrive_on_the_device_whole_and_in_order(make_shards, device):
     with Loader(reader, SHAPE, Feed(8, 5), workers=1) as loader:
         expected = [next(loader) for _ in range(30)]
     with Loader(reader, SHAPE, Feed(8, 5), workers=1) as loader:
-        for before, batch in zip(expected, on_device(loader, device), strict=False):
+        arrived = islice(on_device(loader, device), len(expected))
+        for before, batch in zip(expected, arrived, strict=True):
             assert batch.images.device.type == device.type
             work = batch.images
             for _ in range(50):  # on a GPU the next copy runs beside this

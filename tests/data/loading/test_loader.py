@@ -6,21 +6,26 @@ import subprocess
 import sys
 from itertools import combinations, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from speed_engine.data import training_data
 from speed_engine.data.batch import Batch, StoredBatch
+from speed_engine.data.config import DataConfig
 from speed_engine.data.format.reader import ShardReader
 from speed_engine.data.format.writer import ShardWriter
+from speed_engine.data.loading import loader as loading
 from speed_engine.data.loading.clean import Cleaning
 from speed_engine.data.loading.decoding import read_all
 from speed_engine.data.loading.loader import Loader
 from speed_engine.data.loading.order import DataOrder, Feed
 from speed_engine.data.preparing.pictures import encode_picture
 from speed_engine.runtime.checks import UserError
+from speed_engine.runtime.world import ALONE
 
 ROOT = Path(__file__).parents[3]
 SHAPE = (1, 2, 3)
@@ -85,7 +90,7 @@ def test_a_run_resumes_anywhere(reader, workers):
     whole = take(Loader(reader, SHAPE, Feed(8, 5)), 30)
     for done in (1, 6, 7, 23):
         resumed = take(Loader(reader, SHAPE, Feed(8, 5, start=8 * done), workers=workers), 5)
-        for actual, expected in zip(resumed, whole[done:], strict=False):
+        for actual, expected in zip(resumed, whole[done : done + 5], strict=True):
             assert_equal(actual, expected)
 
 
@@ -218,7 +223,12 @@ def test_a_damaged_sample_stops_the_run_in_a_worker_too(reader, make_shards):
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ({"batch_size": 6, "world": 4}, "not a multiple of world=4; .* values: 4 and 8"),
+        (
+            {"batch_size": 6, "world": 4},
+            "batch_size=6 does not spread evenly over 4 processes; start a number of processes "
+            "that divides it, or, in a new run, set batch_size to 4 or 8",
+        ),
+        ({"batch_size": 2, "world": 3}, "in a new run, set batch_size to 3."),
         ({"batch_size": 0}, "batch_size=0"),
         ({"start": -1}, "start=-1"),
         ({"rank": 2, "world": 2}, "rank=2"),
@@ -294,6 +304,38 @@ def test_a_batch_in_hand_is_not_overwritten_by_the_next(tmp_path, monkeypatch, m
         assert all(map(torch.equal, parts(batch), copies))
     for one, other in combinations([batch for batch, _ in batches], 2):
         assert not any(map(np.may_share_memory, map(np.asarray, parts(one)), parts(other)))
+
+
+def test_memory_is_pinned_for_a_gpu_that_is_trained_on_alone(reader, monkeypatch):
+    """Pinning it takes a context on a GPU, which a run on the CPU leaves to others."""
+    pinned = []
+
+    def made(source, **options):
+        pinned.append(options["pin_memory"])
+        return source
+
+    monkeypatch.setattr(loading, "DataLoader", made)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for workers in (0, 1):
+        Loader(reader, SHAPE, Feed(8, 5), workers=workers).close()
+    assert pinned == [False]  # nothing is made without workers
+    Loader(reader, SHAPE, Feed(8, 5), pinned=True).close()
+    assert pinned == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_batches_of_a_run_are_pinned_for_its_own_device(monkeypatch, kind):
+    given = []
+
+    def loader(*_, **options):
+        given.append(options["pinned"])
+        return SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(training_data, "Loader", loader)
+    monkeypatch.setattr(training_data, "build_cleaning", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    training_data.TrainingData(DataConfig(), 8, 0, ALONE, torch.device(kind))
+    assert given == [kind == "cuda"]
 
 
 def test_iterating_again_continues(reader):

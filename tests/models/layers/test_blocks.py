@@ -188,6 +188,20 @@ def test_blocks_of_many_shapes_are_compiled_every_one():
     assert len(compiled_graphs) == 12
 
 
+def test_models_of_many_widths_are_compiled_by_blocks_in_one_process(compilations):
+    """PyTorch's own limit is 8 for all of them."""
+    widths = (16, 32, 48, 64)
+    with torch._dynamo.config.patch(recompile_limit=8):  # pyright: ignore[reportAttributeAccessIssue]
+        for width in widths:
+            net = compiled_blocks(model(dim=width, depth=2))
+            trained = net(*inputs())
+            gradients(net, trained.square().mean())
+            with torch.no_grad():
+                torch.testing.assert_close(net(*inputs()), trained)
+    # The first block and the other one, with and without gradients.
+    assert compilations.frame_count == 4 * len(widths)
+
+
 def test_a_model_without_blocks_is_not_compiled_by_blocks():
     with pytest.raises(ValueError, match="Linear has none; choose on or off"):
         compiled_blocks(nn.Linear(2, 2))

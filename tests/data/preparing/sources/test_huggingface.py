@@ -103,12 +103,6 @@ def test_what_cannot_be_used_is_an_error(tmp_path):
         open_source(f"hf:{tmp_path / 'negative'}")
 
 
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'speed-engine\[prepare\]'"):
-        open_source("hf:anything")
-
-
 def test_a_missing_picture_is_an_error(tmp_path):
     broken = datasets.Dataset.from_dict(
         {"picture": [picture(1), None]}, features=datasets.Features({"picture": datasets.Image()})

@@ -184,7 +184,7 @@ def _check_names(command: Any) -> None:
         build_process(command.config)
     if hasattr(command, "methods"):
         config = within_budget(command)
-        for name in expand(tuple(command.methods.split(",")), config):
+        for name in expand(command.contestants, config):
             resolve(name, config)
     if solver := getattr(command, "solver", None):
         check_solver(solver)
@@ -316,7 +316,8 @@ def test_every_option_that_a_page_names_exists(read, capsys):
     }
     slurm = dict.fromkeys(("--ntasks-per-node", "--cpus-per-task", "--requeue"), "SLURM")
     foreign = {"--shm-size": "docker", **slurm}
-    gone = {"--k", "--gamma", "--lr"}  # the changelog names what was, and what people type
+    # The changelog names what was, and what people type.
+    gone = {"--k", "--gamma", "--lr", "--epochs", "--gradient-accumulation-steps"}
     for page in PAGES:
         for code in in_code(page):
             for option in re.findall(r"(?<![\w-])--[a-z][\w.-]*", code):

@@ -201,8 +201,8 @@ def _of_schedule(results: Results, name: str, baseline: str) -> str:
     if rates[name] == rates[baseline]:
         return ""
     return (
-        f" Its learning rate is {rates[name]}, that of {baseline} {rates[baseline]}: a part of the "
-        "difference may be of that."
+        f" The schedule of its learning rate is {rates[name]}, that of {baseline} "
+        f"{rates[baseline]}: a part of the difference may be of that."
     )
 
 

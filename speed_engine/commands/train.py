@@ -29,7 +29,7 @@ class TrainCommand:
     learning rate, in place of the preset's or the file's; other options change what it sets."""
     run: Path | None = None
     """Folder of the run; it must not exist yet. By default runs/PRESET-METHOD-SEED, or
-    runs/PRESET-RECIPE-SEED where a recipe is named."""
+    runs/PRESET-RECIPE-SEED with --recipe."""
     save_config: Path | None = None
     """Write the whole configuration to this file, FILE.toml or FILE.json, and train nothing."""
     dry_run: bool = False

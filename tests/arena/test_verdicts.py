@@ -87,7 +87,7 @@ def test_a_headline_says_where_learning_rates_follow_other_schedules():
     falls = {"optimizer.schedule": "linear"}
     assert "learning rate" not in summary.headline(results, found)
     said = summary.headline(with_options(results, p2=falls), found)
-    assert "Its learning rate is linear, that of uniform constant" in said
+    assert "The schedule of its learning rate is linear, that of uniform constant" in said
     both = with_options(results, p2=falls, uniform=falls)
     assert "learning rate" not in summary.headline(both, found)
 

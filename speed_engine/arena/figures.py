@@ -25,6 +25,7 @@ USUAL_ROWS = 3  # of a legend
 _SIZE, _ROW, _DPI = (4.4, 3.7), 0.15, 140  # inches, of a picture and of a row of its legend
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito: for the colour-blind, too
 _BASELINE_STYLES = (("0.15", "-"), ("0.45", "--"), ("0.6", ":"))
+_BEHIND_TEXT = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
 _HIGHEST, _LOWEST = 32.0, 1 / 8  # speed-ups outside are cut off
 
 Draw = Callable[[object, str, str, str], None]  # axes, contestant, colour, line style
@@ -58,7 +59,7 @@ def draw_quality(results: Results, unit: Unit, folder: Path) -> list[Panel]:
                 axes.axhline(values[results.metric], color="0.6", linestyle=style, linewidth=1)
                 axes.annotate(
                     name, (0.01, values[results.metric]), xycoords=("axes fraction", "data"),
-                    va="bottom", fontsize=7, color="0.4",
+                    va="bottom", fontsize=7, color="0.4", bbox=_BEHIND_TEXT,
                 )  # fmt: skip
 
     label = {"images": "images trained on", "seconds": "seconds of training"}[unit]
@@ -98,7 +99,7 @@ def draw_speedups(
             axes.axvline(results.floor, color="0.6", linestyle="-.", linewidth=1)
             axes.annotate(
                 GAUSSIAN, (results.floor, 0.99), xycoords=("data", "axes fraction"), rotation=90,
-                ha="right", va="top", fontsize=7, color="0.4",
+                ha="right", va="top", fontsize=7, color="0.4", bbox=_BEHIND_TEXT,
             )  # fmt: skip
 
     def line(axes, name: str, colour: str, style: str) -> None:

@@ -90,6 +90,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
             *summary.floor_in_words(results),
             *summary.solver_in_words(results),
             *(summary.headline(results, one) for one in found),
+            *(f"By {one.metric}: {summary.headline(results, one)}" for one in in_loss if one),
             *false_alarm_tests(results),
         ],
         "conditions": summary.conditions_in_words(results),

@@ -174,8 +174,8 @@ def headline(results: Results, found: Against, method: str | None = None) -> str
         return f"Against {found.baseline} nothing could be measured. {' '.join(reasons)}".rstrip()
     of_method = [c.name for c in results.contestants if c.method == method]
     pool = [name for name in of_method if name in found.by_images] or [*found.by_images]
-    placebos = {c.name for c in results.contestants if SEED_OFFSET in c.options}
-    for unfit in (placebos, found.undecided):
+    aside = {c.name for c in results.contestants if c.options.keys() & {SEED_OFFSET, BUDGET}}
+    for unfit in (aside, found.undecided):
         pool = [name for name in pool if name not in unfit] or pool
     best = max(pool, key=lambda name: _certain(_at(found.by_images[name], where)))
     ratio = _at(found.by_images[best], where)

@@ -45,7 +45,7 @@ LAUNCHES = {
         "ffhq-unet": (2099, 2329),
         "imagenet256-dit-xl2": (251, 520),
         "imagenet256-unet": (2113, 4651),
-        "imagenet256-mdt-s2": (2134, 1858),
+        "imagenet256-mdt-s2": (2259, 1858),
         "cifar10-edm": (2326, 2380),
         "cifar10-fdm": (2335, 2380),
         "coco-t2i-dit-xl2": (335, 724),

@@ -26,7 +26,7 @@ LAUNCHES = {
         "ffhq-unet": (2095, 2376),
         "imagenet256-dit-xl2": (257, 520),
         "imagenet256-unet": (2080, 4911),
-        "imagenet256-mdt-s2": (2165, 3015),
+        "imagenet256-mdt-s2": (2245, 3015),
         "cifar10-edm": (2246, 2731),
         "cifar10-fdm": (2255, 2731),
         "coco-t2i-dit-xl2": (351, 783),

@@ -9,7 +9,8 @@ from typing import Any
 from candidates import CANDIDATES, CASES
 from speed_engine.arena.results import BUDGET, SEED_OFFSET, Results, read_results
 from speed_engine.arena.speedup import LOSS, complete_runs
-from speed_engine.arena.summary import against, against_in_loss, written, written_interval
+from speed_engine.arena.summary import written, written_interval
+from speed_engine.arena.verdicts import against, against_in_loss
 from table_rows import missing, result, rows
 
 COMPARISONS = Path(__file__).parent.parent / "docs" / "results"

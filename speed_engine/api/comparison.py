@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from speed_engine.arena import summary
+from speed_engine.arena import summary, verdicts
 from speed_engine.arena.compare import compare as run_comparison
 from speed_engine.arena.request import FAIR_PRESETS, CompareCommand, refuse_what_has_no_effect
 from speed_engine.arena.results import Results, read_results
@@ -48,7 +48,7 @@ class Compared:
         """One sentence against each baseline, with the uncertainty of what it says."""
         results = self.results
         return [
-            summary.headline(results, summary.against(results, baseline))
+            summary.headline(results, verdicts.against(results, baseline))
             for baseline in results.baselines
         ]
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from speed_engine.arena import figures, summary
+from speed_engine.arena import figures, summary, verdicts
 from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import Results, read_results
 from speed_engine.runtime.checks import UserError, check_installed
@@ -75,9 +75,9 @@ def _check(results: Results) -> None:
 
 def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
     """What both templates show."""
-    found = [summary.against(results, baseline) for baseline in results.baselines]
-    in_loss = [summary.against_in_loss(results, baseline) for baseline in results.baselines]
-    own = summary.against_own_uniform(results)
+    found = [verdicts.against(results, baseline) for baseline in results.baselines]
+    in_loss = [verdicts.against_in_loss(results, baseline) for baseline in results.baselines]
+    own = verdicts.against_own_uniform(results)
     sections = [
         _section(one, figures.draw_speedups(results, one.baseline, one.by_images, pictures))
         for one in found
@@ -109,7 +109,7 @@ def _content(results: Results, folder: Path, pictures: Path) -> dict[str, Any]:
     }
 
 
-def _section(found: summary.Against, panels: list[figures.Panel]) -> dict[str, Any]:
+def _section(found: verdicts.Against, panels: list[figures.Panel]) -> dict[str, Any]:
     return {
         "baseline": found.baseline,
         "metric": found.metric,

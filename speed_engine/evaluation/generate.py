@@ -129,10 +129,10 @@ def generate(
             return model(x, times, **conditions).float()  # solvers sum in float32 or more
 
     def predict(x: Tensor, t: float) -> Tensor:
-        nonlocal told
+        nonlocal advanced
         # The schedule is asked on the CPU, and its numbers travel in kernels' arguments: no step
         # waits for the device.
-        told += len(x) / settings.steps
+        advanced += len(x) / settings.steps
         advance(len(x) / settings.steps)
         time = torch.tensor(t, dtype=schedule.timesteps.dtype)
         at = schedule.model_time(time)
@@ -148,7 +148,7 @@ def generate(
     images: list[Tensor] = []
     start, size = 0, batch_size
     while start < len(ids):
-        part, told = slice(start, start + size), 0.0
+        part, advanced = slice(start, start + size), 0.0
         given = {name: value[part].to(device) for name, value in conditions.items()}
         noise = partial(_noise, root, ids[part], image_shape)
         problem = Denoising(
@@ -161,7 +161,7 @@ def generate(
             if count == 1 or not _is_alone():
                 raise
             _say_too_many(batch_size)
-            advance(-told)
+            advance(-advanced)
             size = (count + 1) // 2
         else:
             start += size

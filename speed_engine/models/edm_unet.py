@@ -128,12 +128,6 @@ class EdmUNet(nn.Module):
         self._add_output(names[0], channels)
         self._initialise()
 
-    @property
-    def ends(self) -> tuple[nn.Module, ...]:
-        """The first and the last map, which see pixels."""
-        first, *_ = self.enc.values()
-        return first, self._last()
-
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, in_channels, H, W), (B,) timesteps, (B,) labels -> (B, C, H, W).
 
@@ -162,9 +156,6 @@ class EdmUNet(nn.Module):
         raise NotImplementedError
 
     def _add_output(self, name: str, channels: int) -> None:
-        raise NotImplementedError
-
-    def _last(self) -> nn.Module:
         raise NotImplementedError
 
     def _initialise(self) -> None:
@@ -206,8 +197,10 @@ class SongUNet(EdmUNet):
         self.dec[norm] = GroupNormSiLU(norm_groups(channels), channels, 1e-6)
         self.dec[convolution] = nn.Conv2d(channels, self.out_channels, 3, padding=1)
 
-    def _last(self) -> nn.Module:
-        return self.dec[self._output[1]]
+    @property
+    def ends(self) -> tuple[nn.Module, ...]:
+        """The first and the last map, which see pixels."""
+        return next(iter(self.enc.values())), self.dec[self._output[1]]
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         cos, sin = sinusoid(t, self.model_channels, frequency_shift=1).chunk(2, dim=1)
@@ -255,8 +248,10 @@ class DhariwalUNet(EdmUNet):
         self.out_norm = GroupNormSiLU(norm_groups(channels), channels, 1e-5)
         self.out_conv = zeroed(nn.Conv2d(channels, self.out_channels, 3, padding=1))
 
-    def _last(self) -> nn.Module:
-        return self.out_conv
+    @property
+    def ends(self) -> tuple[nn.Module, ...]:
+        """The first and the last map, which see pixels."""
+        return next(iter(self.enc.values())), self.out_conv
 
     def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
         code = sinusoid(t, self.model_channels).to(self.map_layer0.weight.dtype)

@@ -8,7 +8,7 @@ import pytest
 from arena_curves import comparison
 from matplotlib.axes import Axes
 
-from speed_engine.arena import summary
+from speed_engine.arena import verdicts
 from speed_engine.arena.figures import draw_denoising, draw_quality, draw_speedups
 from speed_engine.arena.results import Results
 
@@ -72,7 +72,7 @@ def test_quality_is_the_geometric_mean_of_the_seeds_in_a_band_of_one_deviation(
 
 def test_a_speed_up_is_drawn_with_its_interval_where_it_could_be_measured(drawn, tmp_path):
     results = comparison({"uniform": 1.0, "p2": 2.5}, 3)
-    found = summary.against(results, "uniform")
+    found = verdicts.against(results, "uniform")
     draw_speedups(results, "uniform", found.by_images, tmp_path)
     assert [*drawn] == ["p2"]
     levels = [point.values["held_out_fid"] for point in results.curves[0].points[1:]]

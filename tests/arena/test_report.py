@@ -12,7 +12,7 @@ from arena_curves import BUDGET, comparison
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from speed_engine.arena import figures, summary
+from speed_engine.arena import figures, summary, verdicts
 from speed_engine.arena.figures import LEGEND_LINE, PER_PANEL, draw_quality, in_lines
 from speed_engine.arena.report import write_report
 from speed_engine.arena.results import GAUSSIAN, REAL, Results, write_results
@@ -105,7 +105,7 @@ def test_samples_are_the_last_ones_of_the_first_complete_seed(written):
 
 
 def said(results, method=None) -> str:
-    return summary.headline(results, summary.against(results, "uniform"), method)
+    return summary.headline(results, verdicts.against(results, "uniform"), method)
 
 
 def test_the_headline_is_plain_about_what_is_not_shown():
@@ -133,7 +133,7 @@ def test_below_three_seeds_there_is_no_verdict(seeds):
     sentence = said(results)
     assert "There are too few seeds to say: 3 or more are needed." in sentence
     assert "It is" not in sentence
-    table = summary.speedup_table(summary.against(results, "uniform").by_images, set())
+    table = summary.speedup_table(verdicts.against(results, "uniform").by_images, set())
     assert table is not None
     assert {row[1] for row in table.rows} == {"too few seeds"}
 
@@ -184,7 +184,7 @@ def test_the_name_of_a_data_set_is_text(tmp_path):
 
 def test_uniform_on_the_own_process_is_a_baseline_of_its_own():
     results = comparison({"uniform": 1.0, "uniform@flow": 3.0, "p2@flow": 6.0, "p2@edm": 1.0})
-    found = summary.against_own_uniform(results)
+    found = verdicts.against_own_uniform(results)
     assert set(found.by_images) == {"p2@flow"} and set(found.missing) == {"p2@edm"}
     assert found.by_images["p2@flow"].median.low == pytest.approx(2)
 
@@ -315,7 +315,7 @@ def test_a_baseline_that_does_not_beat_a_gaussian_is_said_first(tmp_path):
         (sound, "It is faster.", "faster"),
         (empty, "That decides nothing:", "undecided"),
     ):
-        found = summary.against(of, "uniform")
+        found = verdicts.against(of, "uniform")
         assert verdict in summary.headline(of, found)
         table = summary.speedup_table(found.by_images, found.undecided)
         assert table is not None and table.rows[0][1] == cell
@@ -361,7 +361,7 @@ def test_a_contestant_whose_solver_has_too_few_steps_is_named_and_nothing_with_i
     limited = with_more(0.4, steps + 1)
     (sentence,) = summary.solver_in_words(limited)
     assert sentence.startswith(f"{name} ends at")
-    found = summary.against(limited, "uniform")
+    found = verdicts.against(limited, "uniform")
     assert name in found.undecided["p2"]
     assert "decides nothing" in summary.headline(limited, found)
     table = summary.speedup_table(found.by_images, found.undecided)
@@ -369,7 +369,7 @@ def test_a_contestant_whose_solver_has_too_few_steps_is_named_and_nothing_with_i
     unknown = dataclasses.replace(limited, config={})
     for sound in (results, unknown, with_more(0.95, steps + 1), with_more(0.4, steps - 1)):
         assert summary.solver_in_words(sound) == []
-        assert summary.against(sound, "uniform").undecided == {}
+        assert verdicts.against(sound, "uniform").undecided == {}
 
 
 def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():
@@ -384,11 +384,11 @@ def test_speed_ups_beyond_the_gaussian_leave_earlier_levels_out():
 
 def test_the_validation_loss_compares_contestants_of_one_process():
     results = comparison({"uniform@flow": 1.0, "p2@flow": 3.0, "uniform": 2.0}, 3)
-    assert summary.against_in_loss(results, "uniform@flow") is None  # not measured
+    assert verdicts.against_in_loss(results, "uniform@flow") is None  # not measured
     for curve in results.curves:
         for point in curve.points:
             point.values["validation_loss"] = point.values["held_out_fid"] ** 2
-    found = summary.against_in_loss(results, "uniform@flow")
+    found = verdicts.against_in_loss(results, "uniform@flow")
     assert found is not None and found.metric == "validation loss"
     assert set(found.by_images) == {"p2@flow"}
     assert found.by_images["p2@flow"].median.low == pytest.approx(3)

@@ -6,7 +6,7 @@ import pytest
 from arena_curves import BUDGET, comparison
 
 from speed_engine.api.comparison import Compared
-from speed_engine.arena import summary
+from speed_engine.arena import summary, verdicts
 from speed_engine.arena.results import GAUSSIAN, REAL, Results, write_results
 
 FID = "held-out FID (digits classifier features)"
@@ -35,7 +35,7 @@ def test_in_seconds_a_contestant_is_as_fast_as_its_clock_says():
         else curve
         for curve in results.curves
     ]
-    found = summary.against(dataclasses.replace(results, curves=tuple(curves)), "uniform")
+    found = verdicts.against(dataclasses.replace(results, curves=tuple(curves)), "uniform")
     for speedups, unit, speed in ((found.by_images, "images", 3), (found.by_seconds, "seconds", 6)):
         median = speedups["p2"].median
         assert (median.low, median.high) == pytest.approx((speed, speed))
@@ -60,7 +60,7 @@ def test_in_seconds_a_contestant_is_as_fast_as_its_clock_says():
 def test_a_headline_says_where_it_measures_against_its_baseline(baseline, reached, missed):
     for speed, words in ((3.0, reached), (0.3, missed)):
         results = comparison({baseline: 1.0, "p2": speed}, 3)
-        assert words in summary.headline(results, summary.against(results, baseline))
+        assert words in summary.headline(results, verdicts.against(results, baseline))
 
 
 def test_contestants_are_listed_from_the_best_to_those_that_failed_then_what_was_not_trained():
@@ -132,7 +132,7 @@ def test_everything_else_that_was_measured_at_the_end_is_a_table_of_its_own():
 
 
 def test_speed_ups_are_listed_from_the_largest_median_on_with_what_is_known_of_each():
-    found = summary.against(comparison(SPEEDS, 3), "uniform")
+    found = verdicts.against(comparison(SPEEDS, 3), "uniform")
     assert found.undecided == {} and summary.speedup_table({}, ()) is None
     table = summary.speedup_table(found.by_images, {"min_snr"})
     assert table is not None
@@ -159,7 +159,7 @@ def test_speed_ups_are_listed_from_the_largest_median_on_with_what_is_known_of_e
 def test_beyond_the_gaussian_there_are_two_columns_more():
     references = {GAUSSIAN: {"held_out_fid": 1.5 * 1000 * BUDGET**-0.6}}  # from half of the run on
     results = dataclasses.replace(comparison(SPEEDS, 3), references=references)
-    table = summary.speedup_table(summary.against(results, "uniform").by_images, ())
+    table = summary.speedup_table(verdicts.against(results, "uniform").by_images, ())
     assert table is not None
     assert table.header[3:7] == ["95 %", "beyond the Gaussian", "95 %", "worst"]
     assert {row[0]: row[4:6] for row in table.rows} == {

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from arena_curves import BUDGET, comparison
 
-from speed_engine.arena import summary
+from speed_engine.arena import summary, verdicts
 from speed_engine.arena.placebo import false_alarm_tests
 from speed_engine.arena.results import BUDGET as SHARE
 from speed_engine.arena.results import GAUSSIAN, REAL, SEED_OFFSET, Results
@@ -39,7 +39,7 @@ def test_levels_that_real_images_do_not_reach_decide_nothing():
     levels = speed_up(results, "p2", "uniform").levels
     for share, why in ((0.4, None), (0.6, "training images' own value")):
         real = levels[round((1 - share) * len(levels))] * 1.001
-        found = summary.against(with_references(results, 1e6, real), "uniform")
+        found = verdicts.against(with_references(results, 1e6, real), "uniform")
         assert (why is None) == (found.undecided == {})
         assert why is None or why in found.undecided["p2"]
 
@@ -56,34 +56,34 @@ def test_beyond_the_gaussian_ends_where_real_images_are():
 def test_a_baseline_that_is_no_better_than_a_gaussian_decides_nothing_by_its_loss_either():
     results = with_loss(comparison({"uniform": 1.0, "p2": 2.0}, 3))
     for floor, undecided in ((2 * END, set()), (END / 2, {"p2"})):
-        found = summary.against_in_loss(with_references(results, floor, 0.0), "uniform")
+        found = verdicts.against_in_loss(with_references(results, floor, 0.0), "uniform")
         assert found is not None and set(found.undecided) == undecided
 
 
 def test_runs_of_different_shares_are_compared_at_their_ends_only():
     results = comparison({"uniform": 1.0, "short": 3.0, "p2": 2.0}, 3)
     results = with_options(results, short={SHARE: 0.5})
-    found = summary.against(results, "uniform")
+    found = verdicts.against(results, "uniform")
     assert set(found.undecided) == {"short"} and "different shares" in found.undecided["short"]
     assert ", p2 has a speed-up of 2.00×" in summary.headline(results, found)
     same = with_options(results, short={SHARE: 0.5}, uniform={SHARE: 0.5}, p2={SHARE: 0.5})
-    assert summary.against(same, "uniform").undecided == {}
+    assert verdicts.against(same, "uniform").undecided == {}
 
 
 def test_a_headline_is_of_no_twin_and_of_nothing_undecided_where_there_is_another():
     results = comparison({"uniform": 1.0, "p2": 2.0, "twin": 4.0}, 3)
     twin = {SEED_OFFSET: 9}
-    found = summary.against(results, "uniform")
+    found = verdicts.against(results, "uniform")
     assert ", twin has" in summary.headline(results, found)
     assert ", p2 has" in summary.headline(with_options(results, twin=twin), found)
     only = comparison({"uniform": 1.0, "twin": 4.0}, 3)
-    found = summary.against(only, "uniform")
+    found = verdicts.against(only, "uniform")
     assert ", twin has" in summary.headline(with_options(only, twin=twin), found)
 
 
 def test_a_headline_says_where_learning_rates_follow_other_schedules():
     results = comparison({"uniform": 1.0, "p2": 2.0}, 3)
-    found = summary.against(results, "uniform")
+    found = verdicts.against(results, "uniform")
     falls = {"optimizer.schedule": "linear"}
     assert "learning rate" not in summary.headline(results, found)
     said = summary.headline(with_options(results, p2=falls), found)

@@ -95,11 +95,12 @@ def draw_speedups(
         return []
 
     def floor(axes) -> None:
-        if results.floor is not None:
+        worst, best = sorted(axes.get_xlim(), reverse=True)
+        if results.floor is not None and best < results.floor < worst:  # else it squeezes the lines
             axes.axvline(results.floor, color="0.6", linestyle="-.", linewidth=1)
             axes.annotate(
-                GAUSSIAN, (results.floor, 0.99), xycoords=("data", "axes fraction"), rotation=90,
-                ha="right", va="top", fontsize=7, color="0.4", bbox=_BEHIND_TEXT,
+                GAUSSIAN, (results.floor, 0.01), xycoords=("data", "axes fraction"), rotation=90,
+                ha="right", va="bottom", fontsize=7, color="0.4", bbox=_BEHIND_TEXT,
             )  # fmt: skip
 
     def line(axes, name: str, colour: str, style: str) -> None:

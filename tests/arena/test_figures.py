@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from speed_engine.arena import verdicts
 from speed_engine.arena.figures import draw_denoising, draw_quality, draw_speedups
-from speed_engine.arena.results import Results
+from speed_engine.arena.results import GAUSSIAN, Results
 
 
 @pytest.fixture
@@ -100,3 +100,17 @@ def test_denoising_errors_are_drawn_over_those_of_the_baseline_where_both_are_kn
     for name, ratios in (("uniform", [1, 1, 1]), ("p2", [1, 2, 4])):
         np.testing.assert_allclose(drawn[name]["x"], [-4, -2, 2])
         np.testing.assert_allclose(drawn[name]["y"], ratios)
+
+
+def test_the_gaussian_s_line_is_drawn_where_it_does_not_squeeze_the_levels(tmp_path, monkeypatch):
+    results = comparison({"uniform": 1.0, "p2": 2.5}, 3)
+    levels = [point.values["held_out_fid"] for point in results.curves[0].points[1:]]
+    found = verdicts.against(results, "uniform").by_images
+    lines: list[float] = []
+    monkeypatch.setattr(Axes, "axvline", lambda axes, x, **how: lines.append(x))
+    for floor in (levels[0] * 10, levels[3], levels[-1] / 10):
+        references = {GAUSSIAN: {"held_out_fid": floor}}
+        draw_speedups(
+            dataclasses.replace(results, references=references), "uniform", found, tmp_path
+        )
+    assert lines == [levels[3]]

@@ -52,10 +52,14 @@ def test_the_training_images_are_nearer_to_themselves_than_a_gaussian_is():
     config = TrainConfig(
         device="cpu",
         data=DataConfig(held_out=0.3),
-        evaluation=EvaluationConfig(num_images=500, metrics=("fid", "copies", "loss")),
+        evaluation=EvaluationConfig(
+            num_images=500, metrics=("fid", "copies", "class_agreement", "loss")
+        ),
     )
     found = measure_references(config)
     assert list(found) == [GAUSSIAN, REAL]
+    of_models = {"class_agreement", "validation_loss"}  # images here are of no class asked for
+    assert not any(of_models & figures.keys() for figures in found.values())
     assert found[REAL]["fid"] < found[GAUSSIAN]["fid"]
     assert 1 < found[GAUSSIAN]["held_out_fid"] < 6
     assert found[REAL]["copied_share"] > 0.9 > 0.5 > found[GAUSSIAN]["copied_share"]

@@ -7,8 +7,9 @@ from arena_curves import BUDGET, comparison
 
 from speed_engine.arena import summary, verdicts
 from speed_engine.arena.placebo import false_alarm_tests
+from speed_engine.arena.report import write_report
 from speed_engine.arena.results import BUDGET as SHARE
-from speed_engine.arena.results import GAUSSIAN, REAL, SEED_OFFSET, Results
+from speed_engine.arena.results import GAUSSIAN, REAL, SEED_OFFSET, Results, write_results
 from speed_engine.arena.speedup import speed_up
 
 END = 1000 * BUDGET**-0.6  # of the contestant with speed 1
@@ -79,6 +80,29 @@ def test_a_headline_is_of_no_twin_and_of_nothing_undecided_where_there_is_anothe
     only = comparison({"uniform": 1.0, "twin": 4.0}, 3)
     found = verdicts.against(only, "uniform")
     assert ", twin has" in summary.headline(with_options(only, twin=twin), found)
+
+
+def test_a_headline_prefers_what_is_decided():
+    results = comparison({"uniform": 1.0, "limited": 4.0, "p2": 2.0}, 3)
+    curves = [
+        dataclasses.replace(c, by_solver_steps={"50": 0.4 * c.points[-1].values["held_out_fid"]})
+        if c.contestant == "limited"
+        else dataclasses.replace(c, by_solver_steps={})
+        for c in results.curves
+    ]
+    results = dataclasses.replace(results, curves=tuple(curves))
+    found = verdicts.against(results, "uniform")
+    assert set(found.undecided) == {"limited"}
+    assert ", p2 has" in summary.headline(results, found)
+
+
+def test_a_report_begins_with_the_validation_loss_too(tmp_path):
+    results = comparison({"uniform@flow": 1.0, "p2@flow": 2.0}, 3)
+    write_results(results, tmp_path / "results.json")
+    assert not any("By validation loss" in line for line in write_report(tmp_path))
+    write_results(with_loss(results), tmp_path / "results.json")
+    (said,) = [line for line in write_report(tmp_path) if line.startswith("By validation loss: ")]
+    assert "Against uniform@flow, p2@flow has a speed-up of 2.00×" in said
 
 
 def test_a_headline_says_where_learning_rates_follow_other_schedules():

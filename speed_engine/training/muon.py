@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from speed_engine.models.layers.fused import ONE, Maps
 from speed_engine.runtime.precision import COMPUTE_DTYPES
 from speed_engine.runtime.sharding import blocks, local
+from speed_engine.training.ema import lerp_in_one_kernel
 
 Quintic = tuple[float, float, float]  # a, b, c of a s + b s^3 + c s^5
 
@@ -133,20 +134,17 @@ class Muon(torch.optim.Optimizer):
                 self._step(weights, group["lr"], group["muon_momentum"], group["weight_decay"])
 
     def _step(self, weights: list[Tensor], lr: float, momentum: float, decay: float) -> None:
-        device = weights[0].device
         found_inf = self.found_inf
-        proceeds = torch.ones((), device=device) if found_inf is None else 1 - found_inf.to(device)
+        found_inf = None if found_inf is None else found_inf.to(weights[0].device)
         gradients = [local(weight.grad) for weight in weights]  # pyright: ignore[reportArgumentType]
-        wanted, share, zero = proceeds > 0, (1 - momentum) * proceeds, torch.zeros_like(proceeds)
-        gradients = [torch.where(wanted, gradient, zero) for gradient in gradients]
         buffers = [local(self.state[weight]["momentum_buffer"]) for weight in weights]
-        for buffer, gradient in zip(buffers, gradients, strict=True):
-            buffer.lerp_(gradient, share)
+        lerp_in_one_kernel(buffers, gradients, 1 - momentum, found_inf)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)  # pyright: ignore[reportPrivateImportUsage]
-        own = [local(weight) for weight in weights]
-        updates = torch._foreach_mul(self._orthogonal(weights, ahead), lr * proceeds)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(own, 1 - lr * decay * proceeds)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_sub_(own, updates)  # pyright: ignore[reportPrivateImportUsage]
+        torch._fused_sgd_(  # pyright: ignore[reportPrivateImportUsage]
+            [local(weight) for weight in weights], self._orthogonal(weights, ahead), [],
+            weight_decay=decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+            is_first_step=False, found_inf=found_inf,
+        )  # fmt: skip
 
     def _orthogonal(self, weights: list[Tensor], ahead: Sequence[Tensor]) -> list[Tensor]:
         """Of each weight, this process's part of its scaled orthogonal update, in its own type."""
@@ -160,7 +158,8 @@ class Muon(torch.optim.Optimizer):
             for batch in _batches(members, rows * columns):
                 results = orthogonal(torch.cat([matrices for _, matrices in batch]))
                 results *= 0.2 * max(rows, columns) ** 0.5
-                results = results.to(ahead[0].dtype)
+                # As weights lie: upright ones come transposed, which the fused update refuses.
+                results = results.to(ahead[0].dtype).contiguous()
                 sizes = [len(matrices) for _, matrices in batch]
                 for (i, _), result in zip(batch, results.split(sizes), strict=True):
                     whole = self._maps[weights[i]].together(result).reshape(weights[i].shape)

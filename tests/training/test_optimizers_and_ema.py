@@ -76,9 +76,9 @@ def test_the_average_in_one_kernel_is_the_average_within_a_rounding(share):
     ]
     kept = [parameter.clone() for parameter in parameters]
     before = [average.clone() for average in averages]
-    lerp_in_one_kernel(averages, parameters, share, FALSE)
+    lerp_in_one_kernel(averages, parameters, share, torch.tensor(1.0))
     assert all(torch.equal(*pair) for pair in zip(averages, before, strict=True))
-    lerp_in_one_kernel(averages, parameters, share, TRUE)
+    lerp_in_one_kernel(averages, parameters, share, torch.tensor(0.0))
     for average, wanted in zip(averages, expected, strict=True):
         torch.testing.assert_close(average.double(), wanted, rtol=2e-7, atol=2e-7)
     assert all(torch.equal(*pair) for pair in zip(parameters, kept, strict=True))

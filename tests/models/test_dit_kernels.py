@@ -1,5 +1,6 @@
-"""A DiT whose blocks run on kernels answers and learns as one on PyTorch does."""
+"""A transformer whose blocks run on kernels answers and learns as one on PyTorch does."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from speed_engine.models.dit import Block, DiT
 from speed_engine.models.layers import attention, feed_forward, open_sum
 from speed_engine.models.layers.open_sum import OpenSum
+from speed_engine.models.mdt import MDT, MDTv2
 from speed_engine.ops import ALL_KERNELS, BLOCK_FUSED, BLOCK_REFERENCE, NO_KERNELS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,6 +73,30 @@ def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kerne
     kernels(BLOCK_FUSED)
     actual = step(model, autocast)
     assert actual.keys() == expected.keys() == truth.keys()
+    assert_as_exact(actual, expected, truth)
+
+
+@pytest.mark.parametrize("version, depth", [(MDT, 3), (MDTv2, 4)])
+def test_answers_with_and_without_a_mask_are_those_of_the_reference(version, depth, kernels):
+    torch.manual_seed(0)
+    options = {"dim": DIM, "depth": depth, "num_heads": 4, "decode_layers": 2, "num_classes": 5}
+    model = trained(version(input_size=SIZE, channels=3, patch_size=2, **options))
+    exact = copy.deepcopy(model).double()
+    draws = torch.randint(
+        2**32, (2, model.mask_words), generator=torch.Generator().manual_seed(0)
+    ).to(DEVICE)
+
+    def both(network):
+        return lambda *inputs: network(*inputs) + network(*inputs, draws)
+
+    kernels(BLOCK_REFERENCE)
+    truth, expected = step(exact, call=both(exact)), step(model, True, both(model))
+    kernels(BLOCK_FUSED)
+    assert_as_exact(step(model, True, both(model)), expected, truth)
+
+
+def assert_as_exact(actual, expected, truth):
+    """No farther from the truth than twice what is expected."""
     for name, value in truth.items():
         error, eager = ((v[name].double() - value).norm() for v in (actual, expected))
         assert error <= 2 * eager + 1e-6 * value.norm(), name
@@ -93,9 +119,7 @@ def test_attention_of_64_tokens_has_a_gradient_of_its_own(kernels, monkeypatch):
     kernels(BLOCK_FUSED)
     actual = step(model, autocast=True, size=size)
     assert len(calls) == 2  # blocks
-    for name, value in truth.items():
-        error, eager = ((v[name].double() - value).norm() for v in (actual, expected))
-        assert error <= 2 * eager + 1e-6 * value.norm(), name
+    assert_as_exact(actual, expected, truth)
 
 
 @pytest.mark.long

@@ -1,7 +1,8 @@
 """The releases in constraints.txt against those of this interpreter's environment.
 
-python scripts/constraints.py          print what differs: package old -> new
-python scripts/constraints.py --write  write the file anew from this environment
+python scripts/constraints.py           print what differs: package old -> new
+python scripts/constraints.py --write   write the file anew from this environment
+python scripts/constraints.py --oldest  print it with the oldest torch and triton of pyproject.toml
 """
 
 import re
@@ -9,7 +10,8 @@ import sys
 from importlib.metadata import distributions
 from pathlib import Path
 
-FILE = Path(__file__).parent.parent / "constraints.txt"
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "constraints.txt"
 HEADER = """\
 # The releases that the demo, the tests and CI use: what passed once passes on a fresh machine, and
 # in a year. The package itself has lower bounds only, in pyproject.toml. `scripts/test --latest`
@@ -18,6 +20,8 @@ HEADER = """\
 """
 LEFT_OUT = {"pip", "speed-engine"}  # what installs, and what is installed
 LINUX_ONLY = re.compile(r"(nvidia-|cuda-|triton$|xformers$)")
+# What a release of torch brings with it, or limits.
+WITH_TORCH = re.compile(r"(torch|torchvision|triton|xformers|setuptools|nvidia-.*|cuda-.*)==")
 
 
 def normal(name: str) -> str:
@@ -55,5 +59,14 @@ def compare() -> None:
         print(f"  {name} {old.get(name, '(none)')} -> {new.get(name, '(none)')}")
 
 
+def oldest() -> None:
+    """The file, but for what a release of torch brings with it, and the lower bounds of those."""
+    bounds = re.findall(r'"(torch|triton)>=([0-9.]+)', (ROOT / "pyproject.toml").read_text())
+    kept = [line for line in FILE.read_text().splitlines() if not WITH_TORCH.match(line)]
+    print("\n".join([*kept, *(f"{name}=={release}.*" for name, release in bounds)]))
+
+
+ACTIONS = {"": compare, "--write": write, "--oldest": oldest}
+
 if __name__ == "__main__":
-    write() if sys.argv[1:] == ["--write"] else compare()
+    ACTIONS["".join(sys.argv[1:])]()

@@ -1,6 +1,7 @@
 # Sourced by demo, docs and test: makes .venv beside the project and installs the project with the extras
 # named in $1, at the releases of constraints.txt; again only where it or pyproject.toml changed.
-# With "latest" as $2: the newest releases, looked for each time, in .venv-latest.
+# With "latest" as $2: the newest releases, looked for each time, in .venv-latest; with "oldest", the oldest
+# PyTorch that pyproject.toml allows, in .venv-oldest.
 # Leaves the interpreter's path in $PYTHON.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -39,6 +40,11 @@ if [ "${2:-}" = latest ]; then
     install --upgrade --upgrade-strategy eager
     "$PYTHON" "$project/scripts/constraints.py"
 elif [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    install --constraint "$project/constraints.txt"
+    constraints=$project/constraints.txt
+    if [ "${2:-}" = oldest ]; then
+        constraints=$venv/constraints.txt
+        "$PYTHON" "$project/scripts/constraints.py" --oldest >"$constraints"
+    fi
+    install --constraint "$constraints"
     echo "$wanted" >"$stamp"
 fi

@@ -57,7 +57,10 @@ def pace(out: Path, rows: Rows, options: Sequence[str] = ("--compile", "graphs")
     begin = time.monotonic()
     contestants = [*METHODS, *FILLERS]
     found = compared(command(out, contestants, 1, PACE_STEPS, 1, options), rows)
-    slowest = max(seconds_of_steps(out).values())
+    steps = seconds_of_steps(out)
+    if not steps:
+        raise TimeoutError(f"no run came far enough to have a pace: {found['printed'][-400:]}")
+    slowest = max(steps.values())
     beside = time.monotonic() - begin - PACE_STEPS * slowest
     return found | {"step_ms": _in_ms(out), "beside_steps": round(beside, 1)}
 

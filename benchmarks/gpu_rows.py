@@ -1,11 +1,13 @@
 """Rows of measurements that end in time and are kept one by one."""
 
 import json
+import signal
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from harness import facts_of_run
 
@@ -15,7 +17,8 @@ class Rows:
 
     Args:
         path: of the JSON file.
-        seconds: from now on; a row that would not end in them is left out.
+        seconds: from now on; a row that would not end in them is left out, and one that takes
+            longer than was thought is interrupted.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -39,11 +42,15 @@ class Rows:
         if self.left() < needs:
             found: dict[str, Any] = {"left_out": f"needs {needs:.0f} s, {self.left():.0f} s left"}
         else:
+            signal.signal(signal.SIGALRM, _late)
+            signal.setitimer(signal.ITIMER_REAL, self.left())
             try:
                 found = measure()
             except Exception as error:  # whatever a first contact brings
                 traceback.print_exc()
                 found = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         found["seconds"] = round(time.monotonic() - start, 1)
         self.figures["rows"][name] = found
         partial = self.path.with_suffix(".partial")
@@ -52,3 +59,7 @@ class Rows:
         print(
             f"[{self.seconds - self.left():5.0f} s] {name}: {json.dumps(found)[:900]}", flush=True
         )
+
+
+def _late(signum: int, frame: FrameType | None) -> NoReturn:
+    raise TimeoutError("the seconds of the section are over")

@@ -203,6 +203,21 @@ rows.row("two", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
     assert list(found) == ["one"] and found["one"]["ms"] == 1.0
 
 
+def test_a_row_that_takes_longer_than_was_thought_ends_with_the_section(tmp_path, capsys):
+    rows = Rows(tmp_path / "gpu.json", seconds=1)
+    rows.row("slow", 0.5, lambda: time.sleep(60) or {})
+    rows.row("next", 0.5, dict)
+    found = json.loads(rows.path.read_text())["rows"]
+    assert found["slow"]["failed"] == "TimeoutError: the seconds of the section are over"
+    assert found["slow"]["seconds"] < 30 and "left_out" in found["next"]
+
+
+def test_a_comparison_without_a_pace_says_so(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_arena, "compared", lambda *inputs: {"printed": "3 runs rehearse"})
+    with pytest.raises(TimeoutError, match="a pace: 3 runs rehearse"):
+        gpu_arena.pace(tmp_path, rows)
+
+
 def test_the_comparison_on_a_gpu_is_one_that_the_command_accepts(monkeypatch, tmp_path):
     asked: list[CompareCommand] = []
     run = lambda command, *others: asked.append(command)

@@ -1,6 +1,6 @@
 """``benchmarks/gpu.py``, which a rented GPU has fifteen minutes for, section by section.
 
-Nothing is computed, so no figure means anything; that every row runs, ends in time and is kept does.
+Nothing is computed, so figures mean nothing: rows run, end in time and are kept.
 """
 
 import json

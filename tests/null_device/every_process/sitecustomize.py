@@ -4,6 +4,7 @@ For commands on the null device that start others. No kernel computes what its d
 """
 
 import books  # noqa: F401
+
 from speed_engine.runtime import kernel_check
 
 kernel_check.relative_error = lambda found, truth: 0.0

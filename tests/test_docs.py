@@ -39,6 +39,9 @@ from speed_engine.commands import shards
 from speed_engine.config import from_json, to_json
 from speed_engine.diffusion.solvers import check_solver
 from speed_engine.planning import cost
+from speed_engine.planning.cost import estimate
+from speed_engine.planning.gpus import GPUS
+from speed_engine.planning.memory import USED_SHARE
 from speed_engine.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -442,11 +445,17 @@ def test_the_dry_runs_of_the_paper_s_page_count_every_network(capsys):
         cli.main([*words, "--dry-run"])
         assert "parameters" in capsys.readouterr().out
     data = (DOCS / "paper.md").read_text().partition("## Data")[2].partition("\n## ")[0]
-    hours = dict(re.findall(r"^\| `([\w-]+)` .* \| ([\d.]+) \|$", data, re.MULTILINE))
-    assert len(hours) == 10
-    for preset, least in hours.items():
+    row = r"^\| `([\w-]+)` .* \| ([\d.]+) GB: (.*) \| ([\d.]+) \|$"
+    rows = re.findall(row, data, re.MULTILINE)
+    assert len(rows) == 10
+    for preset, memory, gpus, least in rows:
         cli.main(["train", preset, "--dry-run", "--gpu", "h200"])
         assert f"at least {least} hours" in capsys.readouterr().out
+        config = PRESETS[preset][1]
+        held = estimate(config).gpu_bytes(config.batch_size)
+        fits = [gpu.memory for gpu in GPUS.values() if held <= USED_SHARE * gpu.memory]
+        smallest = [name for name, gpu in GPUS.items() if gpu.memory == min(fits)]
+        assert (memory, gpus) == (f"{held / 1e9:.1f}", ", ".join(smallest)), preset
 
 
 def test_what_was_measured_here_is_what_the_report_says():

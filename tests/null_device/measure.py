@@ -1,8 +1,8 @@
 """What presets ask of a GPU, measured on the null device; run by the tests beside this file.
 
-Usage: ``measure.py step PRESET COMPILE``, ``measure.py memory DEPTH MODEL``, where MODEL is JSON of
-options of the model, ``measure.py depths DEPTH...`` or ``measure.py atomics PRESET``. The result is
-JSON in the last line.
+Usage: ``measure.py step PRESET COMPILE``, ``measure.py memory PRESET MODEL``, where MODEL is JSON
+of options of the model, ``measure.py depths DEPTH...`` or ``measure.py atomics PRESET``. The result
+is JSON in the last line.
 """
 
 import gc
@@ -27,6 +27,7 @@ from speed_engine.data import opening
 from speed_engine.data.batch import Batch
 from speed_engine.data.opening import condition_shapes, null_conditions
 from speed_engine.evaluation.generate import GenerationSettings, generate
+from speed_engine.planning.cost import estimate
 from speed_engine.presets import PRESETS
 from speed_engine.run.starting import machine_choices
 from speed_engine.runtime import kernels
@@ -118,15 +119,18 @@ def generation(config: TrainConfig, engine: Engine, batch: Batch) -> None:
     )
 
 
-def memory(depth: int, model: dict[str, Any]) -> dict[str, Any]:
-    """Bytes that a step of imagenet256-dit-xl2 on 256 images has allocated at its peak."""
-    config = small("imagenet256-dit-xl2", 256, depth=depth, **model)
+def memory(name: str, model: dict[str, Any]) -> dict[str, float]:
+    """Bytes that a step of a preset has allocated at its peak, and the estimate of them."""
+    config = small(name, PRESETS[name][1].batch_size, **model)
     engine, data = engine_of(config), batch_of(config)
     engine.step(data)
     gc.collect()  # compiling leaves activations behind in cycles of references
     torch.cuda.reset_peak_memory_stats()
     engine.step(data)
-    return {"peak": torch.cuda.max_memory_allocated()}
+    return {
+        "peak": torch.cuda.max_memory_allocated(),
+        "estimate": estimate(config).gpu_bytes(config.batch_size),
+    }
 
 
 def depths(wanted: list[int]) -> dict[int, Any]:
@@ -162,7 +166,7 @@ def atomics(preset: str) -> dict[str, int]:
 
 MEASUREMENTS: dict[str, Callable[..., dict[Any, Any]]] = {
     "step": step,
-    "memory": lambda depth, model: memory(int(depth), json.loads(model)),
+    "memory": lambda name, model: memory(name, json.loads(model)),
     "atomics": atomics,
     "depths": lambda *wanted: depths([int(each) for each in wanted]),
 }

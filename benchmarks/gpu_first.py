@@ -195,4 +195,4 @@ def tests(seconds: float) -> dict[str, Any]:
     print(text[-6000:])
     lines = text.splitlines()
     failed = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"last_line": lines[-1] if lines else "", "failed": failed[:60]}
+    return {"last_line": lines[-1] if lines else "", "failed_tests": failed[:60]}

@@ -69,6 +69,9 @@ class OptimizerConfig:
         rate = self.adamw_learning_rate
         some = rate is None or 0 < rate < math.inf
         check("optimizer.adamw_learning_rate", rate, some, "must be positive and finite")
+        apart = rate is None or self.name != "adamw"
+        need = "has no effect with optimizer.name=adamw; set optimizer.learning_rate"
+        check("optimizer.adamw_learning_rate", rate, apart, need)
         share = 0 < self.decay_share <= 1
         check("optimizer.decay_share", self.decay_share, share, "must lie in (0, 1]")
         check_between("optimizer.reference_steps", self.reference_steps, 1, 10**12)

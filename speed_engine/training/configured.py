@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from speed_engine.runtime.checks import UserError, check
+from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.ema import EMA, Ema, constant, decay_of, warming_up
 from speed_engine.training.one_sweep import OneSweep
@@ -45,8 +45,7 @@ def build_update(
             trains.
 
     Raises:
-        UserError: an unknown optimizer, one that the update does not hold for, or an option that it
-            does not take.
+        UserError: an unknown optimizer, or one that the update does not hold for.
     """
     if settings.name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
@@ -57,10 +56,6 @@ def build_update(
             f"momentum decay ({decay}) is that of AdamW's beta1; beside muon, use "
             "optimizer.momentum_decay=none, or optimizer.name=adamw."
         )
-    rate = settings.adamw_learning_rate
-    apart = rate is None or settings.name != "adamw"
-    need = "has no effect with optimizer.name=adamw; set optimizer.learning_rate"
-    check("optimizer.adamw_learning_rate", rate, apart, need)
     optimizers = OPTIMIZERS[settings.name](
         model,
         loss,

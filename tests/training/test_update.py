@@ -14,6 +14,7 @@ from other_optimizers import OTHERS, sgd
 from rich.console import Console
 from torch import Tensor, nn
 
+from speed_engine import cli
 from speed_engine.config import TrainConfig
 from speed_engine.evaluation.config import EvaluationConfig
 from speed_engine.models.config import DiTConfig
@@ -275,10 +276,6 @@ def test_a_run_with_further_averages_keeps_each_by_name(tmp_path):
     [
         ({"name": "sophia"}, r"optimizer\.name='sophia' is unknown; choose from adamw"),
         ({"averages": ("swa=1",)}, r"optimizer\.averages='swa=1' is unknown; choose from ema"),
-        (
-            {"adamw_learning_rate": 1e-3},
-            r"adamw_learning_rate=0\.001: has no effect with optimizer\.name=adamw; set opt",
-        ),
     ],
 )
 def test_what_no_run_can_be_made_of_is_refused_first(settings, message, tmp_path):
@@ -286,6 +283,13 @@ def test_what_no_run_can_be_made_of_is_refused_first(settings, message, tmp_path
     with pytest.raises(UserError, match=message):
         starting.start(config, tmp_path / "run", Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_rate_of_what_muon_leaves_is_refused_without_muon(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "digits", "--optimizer.adamw-learning-rate", "1e-3", "--dry-run"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "adamw_learning_rate=0.001: has no effect with optimizer.name=adamw; set opt" in said
 
 
 def test_an_average_is_named_once():

@@ -1,8 +1,8 @@
 """What presets ask of a GPU, measured on the null device; run by the tests beside this file.
 
 Usage: ``measure.py step PRESET COMPILE``, ``measure.py memory PRESET MODEL``, where MODEL is JSON
-of options of the model, ``measure.py depths DEPTH...`` or ``measure.py atomics PRESET``. The result
-is JSON in the last line.
+of options of the model, ``measure.py depths COMPILE DEPTH...`` or ``measure.py atomics PRESET``.
+The result is JSON in the last line.
 """
 
 import gc
@@ -133,13 +133,13 @@ def memory(name: str, model: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def depths(wanted: list[int]) -> dict[int, Any]:
+def depths(compile: Compile, wanted: list[int]) -> dict[int, Any]:
     """Of digits at each depth, compiled anew: graphs, and the size of Inductor's code."""
     found = {}
     for depth in wanted:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        config = small("digits", depth=depth)
+        config = small("digits", compile=compile, depth=depth)
         with tempfile.TemporaryDirectory() as folder:
             with patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
                 clear_caches()
@@ -168,7 +168,7 @@ MEASUREMENTS: dict[str, Callable[..., dict[Any, Any]]] = {
     "step": step,
     "memory": lambda name, model: memory(name, json.loads(model)),
     "atomics": atomics,
-    "depths": lambda *wanted: depths([int(each) for each in wanted]),
+    "depths": lambda compile, *wanted: depths(compile, [int(each) for each in wanted]),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is compiled by blocks does not grow with their number; what is compiled whole repeats."""
+"""How compiled code grows with the number of blocks; what is compiled whole repeats."""
 
 import null_device
 import pytest
@@ -6,10 +6,21 @@ import pytest
 
 @pytest.mark.long
 def test_neither_graphs_nor_generated_code_grow_with_the_depth(compiled):
-    by_depth = null_device.run("measure.py", "depths", "2", "4", "6", compiled=compiled)
+    by_depth = null_device.run("measure.py", "depths", "blocks", "2", "4", "6", compiled=compiled)
     assert by_depth["2"]["graphs"] == 2  # the first block, which adds no branch, and the others
     assert by_depth["2"]["bytes"] > 10_000
     assert by_depth["2"] == by_depth["4"] == by_depth["6"]
+
+
+@pytest.mark.long
+def test_code_that_is_compiled_whole_grows_by_as_much_with_every_block(compiled):
+    """PyTorch 2.11 spells the arguments of operators in full: tenfold with every block, unless
+    ``ops.prepare_compiler`` has kept it from that.
+    """
+    by_depth = null_device.run("measure.py", "depths", "on", "2", "4", "6", compiled=compiled)
+    sizes = [by_depth[depth]["bytes"] for depth in ("2", "4", "6")]
+    assert 10_000 < sizes[0] < sizes[1] < sizes[2] < 1_000_000, sizes
+    assert sizes[2] - sizes[1] == pytest.approx(sizes[1] - sizes[0], rel=0.3), sizes
 
 
 @pytest.mark.long

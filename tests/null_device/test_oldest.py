@@ -13,8 +13,9 @@ SCRIPT = """
 set -euo pipefail
 source scripts/environment.sh "[dev]" oldest
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.__version__.startswith(sys.argv[1]))' {torch}
-"$PYTHON" -m pytest -q -n 0 -m "" tests/null_device/test_null_device.py \\
-    tests/null_device/test_run.py tests/null_device/test_steps.py -k "{tests}"
+cd tests/null_device
+"$PYTHON" -m pytest -q -n 0 -m "" -k "{tests}" \\
+    test_compilation.py test_null_device.py test_run.py test_steps.py
 """
 TESTS = "not test_steps or digits or not_compiled or imagenet256-dit-xl2 or imagenet256-mdt-s2"
 

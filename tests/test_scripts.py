@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def sourced(project):
-    script = 'set -euo pipefail; source scripts/environment.sh "[dev]"; echo "$PYTHON"'
+def sourced(project, releases=""):
+    script = f'set -euo pipefail; source scripts/environment.sh "[dev]" {releases}; echo "$PYTHON"'
     return subprocess.run(["bash", "-c", script], cwd=project, capture_output=True, text=True)
 
 
@@ -55,6 +57,25 @@ def test_an_environment_without_pip_is_made_anew(project):
     (project / "no-pip").touch()
     assert sourced(project).returncode == 0
     assert (project / "said").read_text().count("venv\n") == 2
+
+
+def test_the_oldest_pytorch_has_an_environment_of_its_own(project):
+    done = sourced(project, "oldest")
+    assert done.returncode == 0 and done.stdout.endswith("/.venv-oldest/bin/python\n")
+    constraints = project / ".venv-oldest/constraints.txt"
+    assert f"--constraint {constraints}" in (project / "said").read_text()
+    assert not (project / ".venv").exists()
+
+
+def test_constraints_of_the_oldest_pytorch_are_the_file_but_for_what_comes_with_it():
+    command = [sys.executable, str(ROOT / "scripts/constraints.py"), "--oldest"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, file = done.stdout.splitlines(), (ROOT / "constraints.txt").read_text().splitlines()
+    assert found[-2:] == ["torch==2.11.*", "triton==3.6.*"]  # the bounds of pyproject.toml
+    left_out = {line.split("==")[0] for line in set(file) - set(found)}
+    assert {"torch", "triton", "torchvision", "setuptools", "nvidia-cublas"} <= left_out
+    assert all(re.match("torch|triton|xformers|setuptools|nvidia-|cuda-", n) for n in left_out)
+    assert set(found[:-2]) < set(file) and "numpy" not in left_out
 
 
 def test_pages_outside_of_docs_are_watched_while_they_are_served():

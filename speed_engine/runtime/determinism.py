@@ -26,7 +26,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
     PyTorch's switch makes attention by flash and by memory-efficient kernels deterministic, as well
     as the gradients of embeddings: eager ones always are, and Inductor leaves the additions at
-    indices, of which it makes them, to a kernel that sorts.
+    indices, of which it makes them, to a kernel that sorts. Inductor then chooses nothing by time.
 
     Args:
         wanted: whether to.
@@ -43,8 +43,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
             f"deterministic needs {WORKSPACE} to be {' or '.join(WORKSPACES)}, but the environment "
             f"has {given}; unset it."
         )
-    from torch._inductor import config as inductor  # takes long
-
     os.environ[WORKSPACE] = given or WORKSPACES[0]
     algorithms = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -52,7 +50,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    never_times = getattr(inductor, "deterministic", None)  # older versions have no such switch
     try:
         torch.use_deterministic_algorithms(True)
         # A pass over every new tensor, against reading what was never written; the tests look for
@@ -60,15 +57,11 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
         cudnn.benchmark, cudnn.deterministic = False, True
         torch.backends.cuda.enable_cudnn_sdp(False)  # leaves flash, memory-efficient, then math
-        if never_times is not None:
-            inductor.deterministic = True
         yield
     finally:
         torch.use_deterministic_algorithms(algorithms, warn_only=only_warns)
         torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore
         cudnn.benchmark, cudnn.deterministic = before
         torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
-        if never_times is not None:
-            inductor.deterministic = never_times
         if given is None:
             del os.environ[WORKSPACE]

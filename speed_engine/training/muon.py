@@ -158,8 +158,7 @@ class Muon(torch.optim.Optimizer):
             for batch in _batches(members, rows * columns):
                 results = orthogonal(torch.cat([matrices for _, matrices in batch]))
                 results *= 0.2 * max(rows, columns) ** 0.5
-                # As weights lie: upright ones come transposed, which the fused update refuses.
-                results = results.to(ahead[0].dtype).contiguous()
+                results = results.to(ahead[0].dtype)
                 sizes = [len(matrices) for _, matrices in batch]
                 for (i, _), result in zip(batch, results.split(sizes), strict=True):
                     whole = self._maps[weights[i]].together(result).reshape(weights[i].shape)

@@ -80,11 +80,11 @@ def test_answer_and_gradients_are_those_of_the_reference(autocast, stream, kerne
 def test_answers_with_and_without_a_mask_are_those_of_the_reference(version, depth, kernels):
     torch.manual_seed(0)
     options = {"dim": DIM, "depth": depth, "num_heads": 4, "decode_layers": 2, "num_classes": 5}
-    model = trained(version(input_size=SIZE, channels=3, patch_size=2, **options))
+    network = version(input_size=SIZE, channels=3, patch_size=2, **options)
+    size, generator = (2, network.mask_words), torch.Generator().manual_seed(0)
+    draws = torch.randint(2**32, size, generator=generator).to(DEVICE)
+    model = trained(network)
     exact = copy.deepcopy(model).double()
-    draws = torch.randint(
-        2**32, (2, model.mask_words), generator=torch.Generator().manual_seed(0)
-    ).to(DEVICE)
 
     def both(network):
         return lambda *inputs: network(*inputs) + network(*inputs, draws)

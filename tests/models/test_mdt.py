@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from speed_engine.models.layers import mdt_block
 from speed_engine.models.layers.embeddings import _Embedded, embedded
 from speed_engine.models.layers.mdt_block import (
+    MdtBlock,
     RelativePositionBias,
     Shown,
     bias_among,
@@ -59,6 +62,38 @@ def test_a_new_block_is_the_identity():
     assert torch.equal(net.blocks[0](tokens, condition), tokens)
     shown = net.choose_shown(draws(net))
     assert torch.equal(net.blocks[0](tokens[:, :16], condition, shown), tokens[:, :16])
+
+
+def defined(block: MdtBlock, x: Tensor, condition: Tensor, shown: Shown, skip: Tensor) -> Tensor:
+    """What the papers say a block computes."""
+    assert block.skip_linear is not None and shown.valid is not None
+    x = block.skip_linear(torch.cat([x, skip], dim=2))
+    modulation = block.adaLN_modulation(condition)[:, None].chunk(6, dim=2)
+    shift, scale, gate = modulation[:3]
+    y = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+    width = x.shape[2] // block.attn.num_heads
+    q, k, v = (each.unflatten(2, (-1, width)) for each in block.attn.qkv(y).chunk(3, dim=2))
+    bias = torch.stack([block.attn.rel_pos_bias()[:, p][:, :, p] for p in shown.places])
+    logits = torch.einsum("bqmd,bkmd->bmqk", q, k) / width**0.5 + bias
+    logits = logits.masked_fill(~shown.valid[:, None, None], -torch.inf)
+    attended = torch.einsum("bmqk,bkmd->bqmd", logits.softmax(dim=3), v).flatten(2)
+    x = x + gate * block.attn.proj(attended)
+    shift, scale, gate = modulation[3:]
+    y = F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+    return x + gate * block.mlp.fc2(F.gelu(block.mlp.fc1(y), approximate="tanh"))
+
+
+def test_a_block_is_its_definition():
+    block = MdtBlock(dim=32, num_heads=4, mlp_ratio=2.0, grid=(4, 6), skip=True).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    tokens, skip = torch.randn(2, 3, 16, 32, dtype=torch.float64, generator=generator)
+    condition = torch.randn(3, 32, dtype=torch.float64, generator=generator)
+    places = torch.stack([torch.randperm(24, generator=generator)[:16] for _ in range(3)])
+    shown = Shown(places, torch.rand(3, 16, generator=generator) < 0.8)
+    answer = block(tokens, condition, shown, skip)
+    torch.testing.assert_close(answer, defined(block, tokens, condition, shown, skip))
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -171,9 +171,10 @@ def test_another_matrix_of_a_shape_costs_no_launch(monkeypatch, shape):
 
 def test_only_the_products_are_in_the_type_of_products(monkeypatch):
     monkeypatch.setitem(muon.COMPUTE_DTYPES, "cpu", torch.bfloat16)
-    weight = nn.Parameter(torch.ones(4, 8))
-    (update,) = Muon([(weight, ONE)], lr=0.1)._orthogonal([weight], [torch.ones(4, 8)])
+    weight = nn.Parameter(torch.ones(8, 4))
+    (update,) = Muon([(weight, ONE)], lr=0.1)._orthogonal([weight], [torch.ones(8, 4)])
     assert update.dtype == torch.float32
+    assert update.stride() == weight.stride()  # as fused optimizers ask on CUDA
     assert torch.equal(update, update.bfloat16().float())  # they were
 
 

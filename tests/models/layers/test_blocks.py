@@ -1,5 +1,6 @@
 """Recomputed activations and compiled blocks: the same figures, less memory, one compilation."""
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
@@ -166,8 +167,8 @@ def test_only_graphs_are_replayed_and_shapes_are_compiled_as_they_come(monkeypat
     ]
 
 
-def test_blocks_of_many_shapes_are_compiled_every_one():
-    """PyTorch's own limit is 8."""
+def test_blocks_of_many_shapes_are_compiled_every_one_in_every_way():
+    """PyTorch's own limit is 8 in all; beyond it blocks run as they are."""
     torch._dynamo.reset()
     compiled_graphs = []
 
@@ -182,10 +183,11 @@ def test_blocks_of_many_shapes_are_compiled_every_one():
     blocks = [Block(width, width) for width in range(1, 13)]
     with torch._dynamo.config.patch(recompile_limit=8):  # pyright: ignore[reportAttributeAccessIssue]
         compile_each(blocks, backend=backend)
-        for _ in range(2):
-            for width, block in enumerate(blocks, 1):
-                block(torch.ones(2, width))
-    assert len(compiled_graphs) == 12
+        for gradients, batch in itertools.product((True, False), (2, 3, 2)):
+            with torch.set_grad_enabled(gradients):
+                for width, block in enumerate(blocks, 1):
+                    block(torch.ones(batch, width))
+    assert len(compiled_graphs) == 12 * 2 * 2
 
 
 def test_models_of_many_widths_are_compiled_by_blocks_in_one_process(compilations):

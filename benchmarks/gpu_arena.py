@@ -136,6 +136,8 @@ def compared(command: Sequence[str], rows: Rows) -> dict[str, Any]:
         interrupted = True
         process.send_signal(signal.SIGINT)
         printed, _ = process.communicate()
+    finally:
+        process.kill()  # its runs stop with it
     if process.returncode and not interrupted:
         raise RuntimeError(printed[-3000:])
     return {

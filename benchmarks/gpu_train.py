@@ -1,8 +1,6 @@
 """Whole runs on a GPU, from the command line: digits with FID, and one that is killed."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,10 +40,12 @@ def killed(folder: Path, rows: Rows) -> dict[str, Any]:
     _run(*options, "--run", str(folder / "whole"), seconds=rows.left())
     torn = folder / "torn"
     process = subprocess.Popen([*TRAIN, *options, "--run", str(torn)], stdout=subprocess.DEVNULL)
-    while process.poll() is None and _steps(torn) < KILLED_AFTER and rows.left() > 20:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while process.poll() is None and _steps(torn) < KILLED_AFTER and rows.left() > 20:
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     at = _steps(torn)
     _run("--resume", str(torn), seconds=rows.left())
     whole, resumed = _losses(folder / "whole"), _losses(torn)

@@ -62,8 +62,8 @@ def test_every_row_runs_within_the_seconds_of_its_section(section, begun, tmp_pa
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
     assert all(text.startswith(LATE) for text in failed.values()), failed
     measured = [name for name, row in rows.items() if not row.keys() & {"failed", "left_out"}]
-    # Nine runs at a time are too many for few cores.
-    assert measured or section == "arena", rows
+    # Few cores may be too slow for a whole run, or nine at a time.
+    assert measured or section in ("train", "arena"), rows
 
 
 @pytest.mark.long

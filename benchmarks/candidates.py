@@ -184,7 +184,10 @@ class Normed(muon.Muon):
         found = []
         for weight, update in zip(weights, super()._orthogonal(weights, ahead), strict=True):
             square, rows = self.state[weight]["square"], update.flatten(1)
-            square.lerp_(rows.square().mean(1, keepdim=True), 1 - self.kept)
+            own = rows.square().mean(1, keepdim=True)
+            if self.found_inf is not None:
+                own = torch.where(self.found_inf == 1, square, own)
+            square.lerp_(own, 1 - self.kept)
             even = rows / (square.sqrt() + muon.TINY)
             even *= rows.norm() / (even.norm() + muon.TINY)
             found.append(even.view_as(update))

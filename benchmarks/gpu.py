@@ -12,8 +12,9 @@ Run: ``python benchmarks/gpu.py SECTION [--seconds N]``.
     arena     methods compared on CIFAR-10 at 16 x 16 pixels, whose shards lie in shards/cifar16 and
               shards/cifar16-test; the report is in comparisons/cifar16-gpu
 
-Rows come in the order of their worth. One that would not end in the section's seconds is left out;
-the result file is rewritten after each, so that a kill loses one row at most.
+Rows come in the order of their worth. One that would not end in the section's seconds is left out,
+one that takes longer than was thought is interrupted where they end; the result file is rewritten
+after each, so that a kill loses one row at most.
 """
 
 import argparse

@@ -87,12 +87,12 @@ def steps_that_fit(seconds: float, seconds_per_step: float, beside: float) -> in
         beside: seconds of a round that are not spent on steps.
 
     Raises:
-        RuntimeError: there is no time for an evaluation.
+        TimeoutError: there is no time for an evaluation.
     """
     fit = (seconds / ROUNDS - beside) / (MARGIN * seconds_per_step)
     steps = int(fit // EVALUATIONS) * EVALUATIONS
     if steps <= 0:
-        raise RuntimeError(
+        raise TimeoutError(
             f"{ROUNDS} rounds of runs take {ROUNDS * beside:.0f} s beside their steps, and "
             f"{seconds:.0f} s are left"
         )
@@ -135,7 +135,10 @@ def compared(command: Sequence[str], rows: Rows) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         interrupted = True
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate()
+        try:
+            printed, _ = process.communicate(timeout=max(rows.left() - 1, 1))
+        except subprocess.TimeoutExpired:
+            printed = "It did not end after an interrupt."
     finally:
         process.kill()  # its runs stop with it
     if process.returncode and not interrupted:

@@ -38,6 +38,8 @@ def killed(folder: Path, rows: Rows) -> dict[str, Any]:
     options = ("digits", "--steps", str(STEPS), "--checkpoint-every", "100", "--log-every", "10")
     options += ("--evaluation.features", "none", "--evaluation.num-images", "10")
     _run(*options, "--run", str(folder / "whole"), seconds=rows.left())
+    if rows.left() < 40:
+        raise TimeoutError("the whole run left no time for one that is killed")
     torn = folder / "torn"
     process = subprocess.Popen([*TRAIN, *options, "--run", str(torn)], stdout=subprocess.DEVNULL)
     try:

@@ -34,7 +34,7 @@ install() {
     "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" --editable "$project$extras"
 }
 
-wanted="$extras $(cat "$project/pyproject.toml" "$project/constraints.txt" | cksum)"
+wanted="$extras $(cat "$project"/{pyproject.toml,constraints.txt,scripts/constraints.py} | cksum)"
 stamp=$venv/installed$extras
 if [ "${2:-}" = latest ]; then
     install --upgrade --upgrade-strategy eager

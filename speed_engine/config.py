@@ -375,14 +375,17 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_names(config: TrainConfig) -> None:
-    """Refuse names that there are not, and a learned variance that the process does not have.
+    """Refuse names that there are not, and what the rest of the configuration cannot have.
+
+    That is not done where configurations are made, since each layer of one is made, and the next
+    may put it right.
 
     Raises:
         UserError: of the method or its options, the solver, the process, the prediction, the
-            optimizer or an average; or the variance cannot be learned.
+            optimizer or an average; the variance cannot be learned; or a rate has no effect.
     """
     _check_known(config)
-    # Not in what is one layer of a configuration: the next one may leave the variance out.
+    config.optimizer.check_effect()
     if getattr(config.model, "learn_sigma", False):
         from speed_engine.diffusion.learned_variance import check_learned_variance
         from speed_engine.diffusion.processes import build_schedule

@@ -25,7 +25,8 @@ esac
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of the script with what it reads, and a Python that writes down what it is asked."""
-    for name in ("scripts/environment.sh", "pyproject.toml", "constraints.txt"):
+    scripts = ("scripts/environment.sh", "scripts/constraints.py")
+    for name in (*scripts, "pyproject.toml", "constraints.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / "bin" / "python3.13"

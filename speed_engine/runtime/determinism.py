@@ -43,6 +43,8 @@ def deterministic(wanted: bool) -> Iterator[None]:
             f"deterministic needs {WORKSPACE} to be {' or '.join(WORKSPACES)}, but the environment "
             f"has {given}; unset it."
         )
+    from torch._inductor import config as inductor  # takes long
+
     os.environ[WORKSPACE] = given or WORKSPACES[0]
     algorithms = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -50,6 +52,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    never_times = inductor.deterministic  # PyTorch's switch sets it, either way
     try:
         torch.use_deterministic_algorithms(True)
         # A pass over every new tensor, against reading what was never written; the tests look for
@@ -63,5 +66,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filled  # pyright: ignore
         cudnn.benchmark, cudnn.deterministic = before
         torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
+        inductor.deterministic = never_times
         if given is None:
             del os.environ[WORKSPACE]

@@ -69,12 +69,20 @@ class OptimizerConfig:
         rate = self.adamw_learning_rate
         some = rate is None or 0 < rate < math.inf
         check("optimizer.adamw_learning_rate", rate, some, "must be positive and finite")
-        apart = rate is None or self.name != "adamw"
-        need = "has no effect with optimizer.name=adamw; set optimizer.learning_rate"
-        check("optimizer.adamw_learning_rate", rate, apart, need)
         share = 0 < self.decay_share <= 1
         check("optimizer.decay_share", self.decay_share, share, "must lie in (0, 1]")
         check_between("optimizer.reference_steps", self.reference_steps, 1, 10**12)
         for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             value = getattr(self, name)
             check(f"optimizer.{name}", value, 0 <= value < 1, "must lie in [0, 1)")
+
+    def check_effect(self) -> None:
+        """Refuse what has no effect; one layer of a configuration may have it, until the next.
+
+        Raises:
+            UserError: a rate of AdamW beside that of Muon, without Muon.
+        """
+        rate = self.adamw_learning_rate
+        apart = rate is None or self.name != "adamw"
+        need = "has no effect with optimizer.name=adamw; set optimizer.learning_rate"
+        check("optimizer.adamw_learning_rate", rate, apart, need)

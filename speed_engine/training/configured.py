@@ -45,7 +45,8 @@ def build_update(
             trains.
 
     Raises:
-        UserError: an unknown optimizer, or one that the update does not hold for.
+        UserError: an unknown optimizer, one that the update does not hold for, or an option that it
+            does not take.
     """
     if settings.name not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
@@ -56,6 +57,7 @@ def build_update(
             f"momentum decay ({decay}) is that of AdamW's beta1; beside muon, use "
             "optimizer.momentum_decay=none, or optimizer.name=adamw."
         )
+    settings.check_effect()
     optimizers = OPTIMIZERS[settings.name](
         model,
         loss,

@@ -127,7 +127,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update all weights with a gradient; where ``found_inf`` is not 0, nothing changes."""
+        """Update all weights with a gradient; where ``found_inf`` is 1, nothing changes."""
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if weights:
@@ -208,7 +208,8 @@ def _gathered(part: Tensor, like: Tensor) -> Tensor:
 def _own_part(whole: Tensor, like: Tensor) -> Tensor:
     """This process's part of a tensor that all hold, laid out as ``like``; nothing is sent."""
     if not hasattr(like, "placements"):
-        return whole
+        same = whole.stride() == like.stride()
+        return whole if same else torch.empty_like(like).copy_(whole)  # channels last
     from torch.distributed.tensor import DTensor, Replicate
 
     assert isinstance(like, DTensor)

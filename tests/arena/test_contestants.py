@@ -67,6 +67,8 @@ def test_what_is_left_out_is_the_comparisons_own():
         ("speed_paper+seed=3", "there is no option seed"),
         ("speed_paper+steps=9", "would not be the same comparison"),
         ("uniform+optimizer.learning_rate=-1", "must be positive"),
+        ("uniform+optimizer.adamw_learning_rate=1", "has no effect with optimizer.name=adamw"),
+        ("uniform+optimizer.name=sophia", "unknown optimizer.name 'sophia'"),
         ("uniform+seed_offset=-1", "must be a whole number"),
         ("speed_official@edm", "speed_official"),
     ],

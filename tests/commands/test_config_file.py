@@ -185,6 +185,18 @@ def test_a_recipe_holds_before_a_file_that_says_every_field(tmp_path, monkeypatc
     )
 
 
+@pytest.mark.parametrize("options", [("--recipe", "flow_muon"), ("--optimizer.name", "muon")])
+def test_what_has_no_effect_in_a_file_may_have_one_by_what_holds_before_it(
+    tmp_path, monkeypatch, capsys, options
+):
+    path = file(tmp_path, 'preset = "digits"\n[optimizer]\nadamw_learning_rate = 0.01\n')
+    config, _ = trained(monkeypatch, path, *options)
+    assert config.optimizer.adamw_learning_rate == 0.01
+    with pytest.raises(SystemExit):
+        cli.main(["train", path, "--dry-run"])
+    assert "has no effect with optimizer.name=adamw" in " ".join(capsys.readouterr().err.split())
+
+
 def test_on_another_process_a_recipe_predicts_what_that_process_does(tmp_path, monkeypatch):
     named = file(tmp_path, 'preset = "digits"\nrecipe = "flow_muon"\nschedule = "linear"\n')
     for arguments in (["digits", "--recipe", "flow_muon", "--schedule", "linear"], [named]):

@@ -141,6 +141,25 @@ def test_steps_are_those_of_the_definition(elements, monkeypatch):
             torch.testing.assert_close(weight.double(), expected[weight], atol=1e-5, rtol=1e-4)
 
 
+def test_weights_with_channels_last_are_updated_alike():
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net = Net().to(memory_format=layout)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(1.0)
+        optimizer = Muon(list(hidden_matrices(net)), lr=0.1, weight_decay=0.5)
+        for seed in range(2):
+            gradients(net, seed)
+            for parameter in net.parameters():  # as autograd leaves them
+                assert parameter.grad is not None
+                parameter.grad = torch.empty_like(parameter).copy_(parameter.grad)
+            optimizer.step()
+        ends.append([parameter.detach().contiguous() for parameter in net.parameters()])
+    for ordinary, last in zip(*ends, strict=True):
+        torch.testing.assert_close(last, ordinary)
+
+
 class Launches(TorchDispatchMode):
     """Counts operators that compute; views and allocations launch nothing on a GPU."""
 

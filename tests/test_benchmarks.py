@@ -207,10 +207,11 @@ rows.row("two", 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
 def test_a_row_that_takes_longer_than_was_thought_ends_with_the_section(tmp_path, capsys):
     rows = Rows(tmp_path / "gpu.json", seconds=1)
 
-    def slow():
+    def slow() -> dict[str, float]:
         with contextlib.suppress(Exception):
             time.sleep(60)
         time.sleep(60)
+        return {}
 
     rows.begin = time.monotonic()
     rows.row("slow", 0.1, slow)

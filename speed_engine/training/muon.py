@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from speed_engine.models.layers.fused import ONE, Maps
 from speed_engine.runtime.precision import COMPUTE_DTYPES
 from speed_engine.runtime.sharding import blocks, local
-from speed_engine.training.ema import lerp_in_one_kernel
+from speed_engine.training.lerp import lerp_in_one_kernel
 
 Quintic = tuple[float, float, float]  # a, b, c of a s + b s^3 + c s^5
 

@@ -5,7 +5,8 @@ from torch import nn
 from speed_engine.runtime.checks import UserError
 from speed_engine.training.config import OptimizerConfig
 from speed_engine.training.configured import build_averages, build_update
-from speed_engine.training.ema import DECAYS, EMA, Ema, decay_of, lerp_in_one_kernel
+from speed_engine.training.ema import DECAYS, EMA, Ema, decay_of
+from speed_engine.training.lerp import lerp_in_one_kernel
 from speed_engine.training.optimizers import (
     OPTIMIZERS,
     Hyperparameters,

@@ -4,8 +4,8 @@ Run: ``python benchmarks/gpu.py SECTION [--seconds N]``.
 
     first     what everything rests on: copy and product rates, attention by backend, noise bits,
               no waiting, repeatability, the tests of the kernels
-    defaults  what choices rest on that were made by counts: memory, layout of U-Nets, noise, CUDA
-              graphs
+    defaults  what choices rest on that were made by counts: CUDA graphs, memory, layout of U-Nets,
+              noise
     xl        a ladder of DiT-XL/2 at 256 images a step, and DiT-S/2
     tune      launch parameters of adaLN's, GELU's and attention's, at the sizes of DiT-XL/2
     train     whole runs: one that is killed and resumed, and digits with FID

@@ -4,7 +4,6 @@ Letters: B images, H heads, N tokens, D width, K = D / H width of a head.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,13 +81,13 @@ class SelfAttention(nn.Module):
         self.qkv = FusedLinear(dim, 3 * dim, 3)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, *positions: Any) -> Tensor:
-        """(B, N, D) -> (B, N, D); positions as a subclass takes them."""
-        return self.proj(self._mix(x, *positions))
+    def forward(self, x: Tensor, *rotation: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D); rotation as a subclass takes it."""
+        return self.proj(self._mix(x, *rotation))
 
-    def open(self, x: Tensor, *positions: Any) -> tuple[Tensor, Tensor | None]:
+    def open(self, x: Tensor, *rotation: Tensor) -> tuple[Tensor, Tensor | None]:
         """The answer, and the bias of ``BlockOperators.linear``."""
-        return block_operators_for(x.device).linear(self.proj, self._mix(x, *positions))
+        return block_operators_for(x.device).linear(self.proj, self._mix(x, *rotation))
 
     def _mix(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D), before the last projection."""

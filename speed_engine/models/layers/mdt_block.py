@@ -14,7 +14,6 @@ from speed_engine.models.layers.blocks import recomputable
 from speed_engine.models.layers.embeddings import embedded
 from speed_engine.models.layers.feed_forward import FeedForward
 from speed_engine.models.layers.fused import FusedLinear
-from speed_engine.models.layers.open_sum import OpenSum
 
 
 class Shown(NamedTuple):
@@ -61,13 +60,15 @@ class BiasedAttention(SelfAttention):
         super().__init__(dim, num_heads)
         self.rel_pos_bias = RelativePositionBias(grid, num_heads)
 
-    def _mix(self, x: Tensor, shown: Shown | None = None) -> Tensor:
+    def forward(self, x: Tensor, shown: Shown | None = None) -> Tensor:
         """(B, N, D), or (B, K, D) of the shown tokens -> the same."""
-        q, k, v = self._heads(x)
+        batch, num_tokens, dim = x.shape
+        heads = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, M, N, D / M)
         bias = self.rel_pos_bias().to(q.dtype)
         bias = bias.unsqueeze(0) if shown is None else bias_among(bias, shown)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return attended.transpose(1, 2).flatten(2)
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class MdtBlock(nn.Module):
@@ -77,7 +78,9 @@ class MdtBlock(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float, grid: tuple[int, int], skip: bool = False
     ) -> None:
         super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.attn = BiasedAttention(dim, num_heads, grid)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.mlp = FeedForward(dim, int(dim * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), FusedLinear(dim, 6 * dim, 6))
         self.skip_linear = nn.Linear(2 * dim, dim) if skip else None
@@ -90,13 +93,10 @@ class MdtBlock(nn.Module):
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        modulation = self.adaLN_modulation(condition).chunk(6, dim=1)
+        modulation = self.adaLN_modulation(condition).unsqueeze(1).chunk(6, dim=2)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        tokens, y = OpenSum(x).adaln(shift_attn, scale_attn)
-        branch, bias = self.attn.open(y, shown)
-        tokens, y = OpenSum(tokens, branch, gate_attn, bias).adaln(shift_mlp, scale_mlp)
-        branch, bias = self.mlp.open(y)
-        return OpenSum(tokens, branch, gate_mlp, bias).closed()
+        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, shown)
+        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
 
 
 def distance_index(rows: int, columns: int) -> Tensor:

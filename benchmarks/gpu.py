@@ -13,8 +13,8 @@ Run: ``python benchmarks/gpu.py SECTION [--seconds N]``.
               shards/cifar16-test; the report is in comparisons/cifar16-gpu
 
 Rows come in the order of their worth. One that would not end in the section's seconds is left out,
-one that takes longer than was thought is interrupted where they end; the result file is rewritten
-after each, so that a kill loses one row at most.
+one that takes longer than was thought is interrupted where they end, if need be with the process;
+the result file is rewritten after each, so that a kill loses one row at most.
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """Rows of measurements that end in time and are kept one by one."""
 
+import faulthandler
 import json
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from harness import facts_of_run
+
+GRACE = 10  # seconds in which an interrupted row ends
 
 
 class OutOfTime(BaseException):
@@ -21,8 +25,8 @@ class Rows:
 
     Args:
         path: of the JSON file.
-        seconds: from now on; a row that would not end in them is left out, and one that takes
-            longer than was thought is interrupted.
+        seconds: from now on; a row that would not end in them is left out, one that takes longer
+            than was thought is interrupted, and where that has no effect the process ends.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -47,14 +51,19 @@ class Rows:
             found: dict[str, Any] = {"left_out": f"needs {needs:.0f} s, {self.left():.0f} s left"}
         else:
             signal.signal(signal.SIGALRM, _late)
-            signal.setitimer(signal.ITIMER_REAL, self.left())
             try:
+                signal.setitimer(signal.ITIMER_REAL, self.left())
+                # Python hears no signal while autograd's thread compiles the gradient's graph.
+                faulthandler.dump_traceback_later(
+                    self.left() + GRACE, exit=True, file=sys.__stderr__
+                )
                 found = measure()
             except (Exception, OutOfTime) as error:  # whatever a first contact brings
                 traceback.print_exc()
                 found = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                faulthandler.cancel_dump_traceback_later()
         found["seconds"] = round(time.monotonic() - start, 1)
         self.figures["rows"][name] = found
         partial = self.path.with_suffix(".partial")

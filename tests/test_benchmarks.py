@@ -221,6 +221,25 @@ def test_a_row_that_takes_longer_than_was_thought_ends_with_the_section(tmp_path
     assert found["slow"]["seconds"] < 30 and "left_out" in found["next"]
 
 
+def test_a_row_that_hears_no_interrupt_ends_with_the_process(tmp_path):
+    script = f"""
+import itertools, time
+from pathlib import Path
+import gpu_rows
+gpu_rows.GRACE = 0.5
+rows = gpu_rows.Rows(Path({str(tmp_path / "gpu.json")!r}), seconds=60)
+rows.row("one", 1, lambda: {{"ms": 1.0}})
+rows.begin = time.monotonic() - 58
+rows.row("two", 0.1, lambda: {{"ms": sum(itertools.repeat(0))}})
+"""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "benchmarks"))
+    environment = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Timeout (" in done.stderr, done.stderr
+    assert list(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == ["one"]
+
+
 def test_a_comparison_without_a_pace_says_so(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_arena, "compared", lambda *inputs: {"printed": "3 runs rehearse"})
     with pytest.raises(TimeoutError, match="a pace: 3 runs rehearse"):

@@ -19,7 +19,7 @@ import pytest
 import gpu
 from speed_engine import cli
 
-GRACE = 120  # seconds to start, and until code that was begun in C, such as a compiler, returns
+GRACE = 60  # seconds to start, and until a late row has ended
 LATE = ("OutOfTime", "TimeoutError", "TimeoutExpired")  # of rows, where cores are too slow
 
 
@@ -60,7 +60,7 @@ def test_every_row_runs_within_the_seconds_of_its_section(section, begun, tmp_pa
     begin, seconds = time.monotonic(), gpu.SECTIONS[section][1]
     process, path = begun(section, tmp_path if section == "arena" else null_device.ROOT)
     printed, _ = process.communicate(timeout=seconds + GRACE)
-    assert process.returncode == 0, printed[-8000:]
+    assert process.returncode == 0 or "Timeout (" in printed, printed[-8000:]
     rows = json.loads(path.read_text())["rows"]
     print({name: row["seconds"] for name, row in rows.items()}, time.monotonic() - begin)
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}

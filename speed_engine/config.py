@@ -374,7 +374,7 @@ def _of_this_version(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def check_names(config: TrainConfig) -> None:
+def check_whole(config: TrainConfig) -> None:
     """Refuse names that there are not, and what the rest of the configuration cannot have.
 
     That is not done where configurations are made, since each layer of one is made, and the next

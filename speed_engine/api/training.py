@@ -12,7 +12,7 @@ from speed_engine.arena.recipes import RecipeName
 from speed_engine.commands.config_file import origin
 from speed_engine.commands.evaluate import evaluate
 from speed_engine.commands.train import run_folder
-from speed_engine.config import TrainConfig, check_names, with_values
+from speed_engine.config import TrainConfig, check_whole, with_values
 from speed_engine.run import starting
 from speed_engine.run.folder import read_config
 from speed_engine.runtime.progress import announcing
@@ -186,7 +186,7 @@ def train(
     """
     start = origin(config, recipe=recipe)
     whole = start.config(changes)
-    check_names(whole)
+    check_whole(whole)
     place = run_folder(start.name, whole, recipe) if folder is None else Path(folder).expanduser()
     console = console or Console()
     with announcing(console):

@@ -22,7 +22,7 @@ import torch
 from speed_engine.arena.recipes import read_contestant
 from speed_engine.arena.results import BUDGET, SEED_OFFSET
 from speed_engine.build import build_model, build_process
-from speed_engine.config import TrainConfig, check_names, with_values
+from speed_engine.config import TrainConfig, check_whole, with_values
 from speed_engine.diffusion.grammar import Spelling, Value
 from speed_engine.diffusion.method import options_of
 from speed_engine.diffusion.methods import METHODS
@@ -71,7 +71,7 @@ def resolve(name: str, base: TrainConfig) -> TrainConfig:
         if "model" in sections:
             with torch.device("meta"):
                 build_model(config)
-        check_names(config)
+        check_whole(config)
         return replace(config, prediction=build_process(config).prediction)
     except UserError as error:
         raise UserError(f"methods={name!r}: {error}") from error

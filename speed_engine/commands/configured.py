@@ -9,7 +9,7 @@ from speed_engine.arena.recipes import RECIPES, values_of
 from speed_engine.commands.config_file import Origin, origin
 from speed_engine.commands.dispatch import columns
 from speed_engine.commands.options import Group, read_options
-from speed_engine.config import TrainConfig, check_names
+from speed_engine.config import TrainConfig, check_whole
 from speed_engine.presets import OWN_IMAGES, PRESETS
 from speed_engine.runtime.checks import UserError
 
@@ -95,7 +95,7 @@ def configured(
     source = _following("--data.source", options)
     config = start.config({"data": {"source": source}} if source else {})
     filled = with_options(config)
-    check_names(_config(filled))
+    check_whole(_config(filled))
     check(_config(filled), config)
     return filled
 

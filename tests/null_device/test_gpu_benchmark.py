@@ -77,9 +77,9 @@ def test_whenever_it_is_killed_the_rows_before_are_there(begun):
     while process.poll() is None and (until is None or time.monotonic() < until):
         if path.exists():
             found = json.loads(path.read_text())["rows"]  # at any moment the file is whole
-            until = until or time.monotonic() + random.uniform(0, 5)
+            until = until or time.monotonic() + random.uniform(0, 3)
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     kept = json.loads(path.read_text())["rows"]
     assert list(kept)[: len(found)] == list(found) and len(kept) >= len(found) > 0

@@ -1,9 +1,9 @@
 """Rows of measurements that end in time and are kept one by one."""
 
-import faulthandler
 import json
+import os
 import signal
-import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -48,22 +48,26 @@ class Rows:
         """
         start = time.monotonic()
         if self.left() < needs:
-            found: dict[str, Any] = {"left_out": f"needs {needs:.0f} s, {self.left():.0f} s left"}
-        else:
-            signal.signal(signal.SIGALRM, _late)
-            try:
-                signal.setitimer(signal.ITIMER_REAL, self.left())
-                # Python hears no signal while autograd's thread compiles the gradient's graph.
-                faulthandler.dump_traceback_later(
-                    self.left() + GRACE, exit=True, file=sys.__stderr__
-                )
-                found = measure()
-            except (Exception, OutOfTime) as error:  # whatever a first contact brings
-                traceback.print_exc()
-                found = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                faulthandler.cancel_dump_traceback_later()
+            why = f"needs {needs:.0f} s, {self.left():.0f} s left"
+            self._keep(name, {"left_out": why}, start)
+            return
+        signal.signal(signal.SIGALRM, _late)
+        # Python hears no signal while autograd's thread compiles the gradient's graph.
+        last = threading.Timer(self.left() + GRACE, self._end, [name, start])
+        last.daemon = True
+        last.start()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self.left())
+            found = measure()
+        except (Exception, OutOfTime) as error:  # whatever a first contact brings
+            traceback.print_exc()
+            found = _failed(error)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            last.cancel()
+        self._keep(name, found, start)
+
+    def _keep(self, name: str, found: dict[str, Any], start: float) -> None:
         found["seconds"] = round(time.monotonic() - start, 1)
         self.figures["rows"][name] = found
         partial = self.path.with_suffix(".partial")
@@ -72,6 +76,14 @@ class Rows:
         print(
             f"[{self.seconds - self.left():5.0f} s] {name}: {json.dumps(found)[:900]}", flush=True
         )
+
+    def _end(self, name: str, start: float) -> None:
+        self._keep(name, _failed(OutOfTime("it heard no interrupt")), start)
+        os._exit(1)
+
+
+def _failed(error: BaseException) -> dict[str, Any]:
+    return {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 def _late(signum: int, frame: FrameType | None) -> NoReturn:

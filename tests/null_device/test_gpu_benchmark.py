@@ -60,8 +60,9 @@ def test_every_row_runs_within_the_seconds_of_its_section(section, begun, tmp_pa
     begin, seconds = time.monotonic(), gpu.SECTIONS[section][1]
     process, path = begun(section, tmp_path if section == "arena" else null_device.ROOT)
     printed, _ = process.communicate(timeout=seconds + GRACE)
-    assert process.returncode == 0 or "Timeout (" in printed, printed[-8000:]
     rows = json.loads(path.read_text())["rows"]
+    heard_nothing = any("no interrupt" in row.get("failed", "") for row in rows.values())
+    assert process.returncode == (1 if heard_nothing else 0), printed[-8000:]
     print({name: row["seconds"] for name, row in rows.items()}, time.monotonic() - begin)
     failed = {name: row["failed"] for name, row in rows.items() if "failed" in row}
     assert all(text.startswith(LATE) for text in failed.values()), failed
